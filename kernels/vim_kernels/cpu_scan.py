@@ -1,0 +1,1 @@
+"""Placeholder while the compiled kernel is being written."""

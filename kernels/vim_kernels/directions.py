@@ -1,0 +1,49 @@
+"""What a scan backend is given and what it gives back.
+
+A scan runs along one or two directions and sums their outputs before the gate, so a backend takes a sequence of
+`Direction`s and one `z`. Shapes: B batch, L length, E d_inner, G groups of channels that share B and C, N d_state.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# A forward pass that will be differentiated keeps the state in front of steps 0, K, 2K, ... (in processing order) and
+# the backward recomputes what lies between. Every backend shares K, so that the fake kernel knows the shape.
+CHECKPOINT_INTERVAL = 32
+
+
+class Direction(NamedTuple):
+    """One pass over the sequence. Sequences may be strided and of any float dtype; A is in the state's dtype."""
+
+    u: Tensor  # (B, L, E)
+    dt: Tensor  # (B, L, E), before bias and softplus
+    A: Tensor  # (E, N)
+    B: Tensor  # (B, L, G, N)
+    C: Tensor  # (B, L, G, N)
+    D: Tensor | None  # (E,)
+    dt_bias: Tensor | None  # (E,)
+    initial_state: Tensor | None  # (B, E, N), the state in front of the first step processed
+    reverse: bool  # process step L-1 first
+
+
+class ScanOutput(NamedTuple):
+    """y = scale * sum(y_d) * silu(z), and what the backward needs."""
+
+    y: Tensor  # (B, L, E), u's dtype
+    last_state: Tensor  # (directions, B, E, N), the state's dtype
+    checkpoints: Tensor  # (directions, B, ceil(L / K), E, N), the state's dtype; empty if nothing is saved
+    y_sum: Tensor  # (B, L, E), u's dtype: sum(y_d) ungated; empty if nothing is saved or there is no z
+
+
+class DirectionGrads(NamedTuple):
+    """Gradients in the dtype of their tensor; None where the tensor is absent."""
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor | None

@@ -1,0 +1,81 @@
+"""The specification: plain loops that run on any device and dtype and that autograd can differentiate.
+
+Every other backend is tested against these functions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .directions import Direction
+
+
+def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 where any tensor is, else fp32: low precision cannot hold exp(delta * A) close to 1."""
+    double = any(t is not None and t.dtype in (torch.float64, torch.complex128) for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def scan(d: Direction, *, dt_softplus: bool) -> tuple[Tensor, Tensor]:
+    """One direction without the gate.
+
+    Returns: y (B, L, E) and the last state (B, E, N), both in the state's precision.
+    Besides the shapes in `Direction`, B and C may be constant in time, (E, N), and A, B, C may be complex.
+    """
+    real = state_dtype(*d[:-1])
+    state = torch.complex128 if real == torch.float64 else torch.complex64
+    state = state if d.A.is_complex() else real
+    batch, length, d_inner = d.u.shape
+
+    u = d.u.to(real)
+    delta = d.dt.to(real)
+    if d.dt_bias is not None:
+        delta = delta + d.dt_bias.to(real)
+    if dt_softplus:
+        delta = F.softplus(delta)  # the identity above 20
+    A = d.A.to(state)
+    B, C = _per_channel(d.B, d.u), _per_channel(d.C, d.u)
+
+    if d.initial_state is None:
+        h = torch.zeros(batch, d_inner, A.shape[1], dtype=state, device=d.u.device)
+    else:
+        h = d.initial_state.to(state)
+    # unbind, not indexing: the gradient of a slice fills a tensor of the full length, quadratic in all.
+    steps = list(zip(u.unbind(1), delta.unbind(1), B.to(state).unbind(1), C.to(state).unbind(1), strict=True))
+    outputs = []
+    for u_t, delta_t, B_t, C_t in reversed(steps) if d.reverse else steps:
+        delta_t = delta_t.unsqueeze(-1)
+        h = torch.exp(delta_t * A) * h + delta_t * B_t * u_t.unsqueeze(-1)
+        y_t = (C_t * h).sum(-1)
+        # A complex A stands for half of its conjugate pairs: the other half doubles the real part.
+        outputs.append(2 * y_t.real if A.is_complex() else y_t)
+    if not outputs:
+        return u, h
+    y = torch.stack(outputs[::-1] if d.reverse else outputs, 1)
+    return (y if d.D is None else y + d.D.to(real) * u), h
+
+
+def _per_channel(x: Tensor, u: Tensor) -> Tensor:
+    """B or C of shape (B, L, G, N) or (E, N), as (B, L, E or 1, N)."""
+    if x.dim() == 2:
+        return x.expand(*u.shape[:2], *x.shape)
+    return x if x.shape[2] == 1 else x.repeat_interleave(u.shape[2] // x.shape[2], dim=2)
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, *, silu: bool, reverse: bool
+) -> Tensor:
+    """Depthwise causal convolution, one tap after another. Shapes as in the public function."""
+    dtype, length, width = state_dtype(x, weight), x.shape[1], weight.shape[1]
+    x = x.to(dtype)
+    if initial_state is None:
+        past = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    else:
+        past = initial_state.to(dtype)
+    # `past` is in processing order; in reverse the first step processed stands at the end of the sequence.
+    padded = torch.cat([x, past.flip(1)], 1) if reverse else torch.cat([past, x], 1)
+    y = x.new_zeros(x.shape) if bias is None else bias.to(dtype).expand_as(x)
+    for tap in range(width):
+        start = width - 1 - tap if reverse else tap
+        y = y + weight[:, tap].to(dtype) * padded[:, start : start + length]
+    return F.silu(y) if silu else y

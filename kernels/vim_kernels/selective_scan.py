@@ -1,0 +1,287 @@
+"""The selective scan: public functions, validation and the torch.library operator behind them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends, cpu_scan, reference, torch_scan
+from .checks import FLOATS, check, check_shape, check_tensors, shape_of
+from .directions import CHECKPOINT_INTERVAL, Direction, ScanOutput
+from .reference import state_dtype
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the selective state-space recurrence along a sequence.
+
+        delta[t] = softplus(dt[t] + dt_bias)
+        h[t] = exp(delta[t] * A) * h[t-1] + delta[t] * B[t] * u[t]
+        y[t] = (<C[t], h[t]> + D * u[t]) * silu(z[t])
+
+    Args:
+        u, dt: (batch, length, d_inner). Float tensors may have different dtypes and be strided; the recurrence runs
+            in fp32, or in fp64 if any of them is fp64.
+        A: (d_inner, d_state), fp32 or fp64, negative for a stable system; or complex (`reference` only), where each
+            entry stands for a conjugate pair and y takes twice the real part.
+        B, C: (batch, length, d_state), or (batch, length, groups, d_state) where group g serves the channels
+            [g * d_inner / groups, (g + 1) * d_inner / groups); or constant in time, (d_inner, d_state), `reference` only.
+        D, dt_bias: (d_inner,). z: (batch, length, d_inner), the gate.
+        dt_softplus: False takes dt + dt_bias as the step itself.
+        reverse: run from the last step to the first.
+        initial_state: (batch, d_inner, d_state), the state in front of the first step processed.
+        return_last_state: also return the state behind the last step processed (step 0 in reverse).
+        backend: "auto", "triton", "cpu", "torch" or "reference". A backend asked for by name runs or raises.
+
+    Returns:
+        y (batch, length, d_inner) in u's dtype, or (y, last_state) with last_state (batch, d_inner, d_state) in fp32
+        (fp64). Both are differentiable. Length 0 gives an empty y and the initial state.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, device, dtype or backend name. RuntimeError: a named backend that cannot
+        run here.
+
+    Source: Gu & Dao 2023, arXiv 2312.00752, Algorithm 2. B is discretised by Euler's rule, as in the authors' code.
+    """
+    direction = Direction(u, dt, A, B, C, D, dt_bias, initial_state, reverse)
+    y, last_state = _scan([direction], z, dt_softplus=dt_softplus, scale=1.0, backend=backend)
+    return (y, last_state[0]) if return_last_state else y
+
+
+def bidirectional_selective_scan(
+    u: Sequence[Tensor],
+    dt: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    C: Sequence[Tensor],
+    *,
+    D: Sequence[Tensor] | None = None,
+    z: Tensor | None = None,
+    dt_bias: Sequence[Tensor] | None = None,
+    dt_softplus: bool = True,
+    scale: float = 0.5,
+    backend: str = "auto",
+) -> Tensor:
+    """Run one scan forward and one in reverse over the same sequence and gate their sum once.
+
+        y = scale * (y_forward + y_reverse) * silu(z)
+
+    Args:
+        u, dt, A, B, C, D, dt_bias: pairs (forward, reverse) of what `selective_scan` takes.
+        z: (batch, length, d_inner), the gate that both share.
+        scale: factor of the sum; Vim takes the mean, 0.5.
+
+    Returns: y (batch, length, d_inner) in the dtype of u[0].
+
+    Raises: as `selective_scan`.
+
+    Source: Zhu et al. 2024, arXiv 2401.09417, Algorithm 1 (the mean is the released code's).
+    """
+    pairs = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias}
+    for name, pair in pairs.items():
+        if pair is not None and (isinstance(pair, Tensor) or len(pair) != 2 or any(t is None for t in pair)):
+            got = f"a tensor of shape {shape_of(pair)}" if isinstance(pair, Tensor) else f"{len(pair)} items: {pair}"
+            raise ValueError(f"{name} must be a pair of tensors (forward, reverse), got {got}")
+    directions = [
+        Direction(u[i], dt[i], A[i], B[i], C[i], D and D[i], dt_bias and dt_bias[i], None, reverse=i == 1)
+        for i in range(2)
+    ]
+    check(u[1].shape == u[0].shape, "u[1]", u[1], f"have the shape of u[0], {shape_of(u[0])}")
+    y, _ = _scan(directions, z, dt_softplus=dt_softplus, scale=scale, backend=backend)
+    return y
+
+
+def _scan(
+    directions: list[Direction], z: Tensor | None, *, dt_softplus: bool, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Check, bring the tensors into the form that `Direction` states, and run: y, last_state (directions, B, E, N)."""
+    backends.check_name(backend)
+    for i, d in enumerate(directions):
+        _check(d, z, backend, suffix=f"[{i}]" if len(directions) > 1 else "")
+    directions = [
+        d._replace(
+            A=d.A if d.A.is_complex() else d.A.to(state_dtype(*d[:-1], z)),
+            B=d.B.unsqueeze(2) if d.B.dim() == 3 else d.B,
+            C=d.C.unsqueeze(2) if d.C.dim() == 3 else d.C,
+        )
+        for d in directions
+    ]
+    if backend == "reference":
+        ys, states = zip(*(reference.scan(d, dt_softplus=dt_softplus) for d in directions), strict=True)
+        y = scale * sum(ys)
+        if z is not None:
+            y = y * torch.nn.functional.silu(z.to(y.dtype))
+        return y.to(directions[0].u.dtype), torch.stack(states)
+    present = [t for d in directions for t in d[:-1] if t is not None]
+    out = torch.ops.vim_kernels.selective_scan(
+        *_columns(directions),
+        z,
+        [d.reverse for d in directions],
+        dt_softplus,
+        scale,
+        torch.is_grad_enabled() and any(t.requires_grad for t in (*present, *([] if z is None else [z]))),
+        backend,
+    )
+    return out[0], out[1]
+
+
+def _check(d: Direction, z: Tensor | None, backend: str, suffix: str) -> None:
+    """Raise for the first argument that breaks a rule of `selective_scan`'s docstring."""
+    given = {f"{name}{suffix}": t for name, t in zip(Direction._fields[:-1], d[:-1], strict=True)}
+    check_tensors(given | {"z": z}, like=f"u{suffix}", dtypes=(*FLOATS, torch.complex64, torch.complex128))
+    for name, t in given.items():
+        if t is not None and t.is_complex() and not (name[0] in "ABCi" and backend == "reference"):
+            raise ValueError(
+                f"{name} is complex: only A, B, C and initial_state may be, and only with backend='reference'; "
+                f"got backend={backend!r}"
+            )
+    u, dt, A, B, C, D, dt_bias, initial_state, _ = d
+    check(u.dim() == 3, f"u{suffix}", u, "be (batch, length, d_inner)")
+    batch, length, d_inner = u.shape
+    check_shape(f"dt{suffix}", dt, "the shape of u, (batch, length, d_inner)", shape_of(u))
+    check(A.dim() == 2 and A.shape[0] == d_inner, f"A{suffix}", A, f"be (d_inner, d_state) with d_inner = {d_inner}")
+    if A.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(f"A{suffix} must be fp32 or fp64 (exp(delta * A) needs the precision), got {A.dtype}")
+    d_state = A.shape[1]
+    check(d_state > 0, f"A{suffix}", A, "have at least one state a channel")
+    for name, t in ((f"B{suffix}", B), (f"C{suffix}", C)):
+        if t.dim() == 2:
+            check_shape(name, t, "(d_inner, d_state), constant in time,", (d_inner, d_state))
+            if backend != "reference":
+                raise ValueError(
+                    f"{name} is constant in time, {shape_of(t)}, which only backend='reference' takes, got "
+                    f"backend={backend!r}; expand it to (batch, length, groups, d_state)"
+                )
+        elif t.dim() == 4:
+            groups = t.shape[2]
+            check_shape(name, t, "(batch, length, groups, d_state)", (batch, length, groups, d_state))
+            check(groups > 0 and d_inner % groups == 0, name, t, f"have groups that divide d_inner = {d_inner} evenly")
+        else:
+            check_shape(name, t, "(batch, length, d_state)", (batch, length, d_state))
+    if B.dim() != 2 and C.dim() != 2:
+        check(B.shape == C.shape, f"C{suffix}", C, f"have the shape of B, {shape_of(B)}")
+    check_shape(f"D{suffix}", D, "(d_inner,)", (d_inner,))
+    check_shape(f"dt_bias{suffix}", dt_bias, "(d_inner,)", (d_inner,))
+    check_shape("z", z, "the shape of u, (batch, length, d_inner)", shape_of(u))
+    check_shape("initial_state", initial_state, "(batch, d_inner, d_state)", (batch, d_inner, d_state))
+
+
+# The operator. Its schema knows no `Direction`, so the fields travel as columns; a field that is absent is an empty list.
+
+_COLUMNS = (
+    "Tensor[] u, Tensor[] dt, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] dt_bias, Tensor[] initial_state"
+)
+_INPUTS = f"{_COLUMNS}, Tensor? z, bool[] reverse, bool dt_softplus, float scale"
+
+
+def _columns(directions: Sequence[Direction]) -> list[list[Tensor]]:
+    fields = zip(*(d[:-1] for d in directions), strict=True)
+    return [[] if column[0] is None else list(column) for column in fields]
+
+
+def _directions(columns: Sequence[Sequence[Tensor]], reverse: Sequence[bool]) -> list[Direction]:
+    rows = zip(*(column or [None] * len(reverse) for column in columns), strict=True)
+    return [Direction(*row, reverse=r) for row, r in zip(rows, reverse, strict=True)]
+
+
+def _implementation(backend: str, u: Tensor):
+    backend = backends.resolve(backend, u.device)
+    if u.numel() == 0:
+        return torch_scan  # a grid cannot be empty, a loop can
+    if backend == "triton":
+        from . import triton_scan  # imports triton, which not every platform has
+
+        return triton_scan
+    return cpu_scan if backend == "cpu" else torch_scan
+
+
+@torch.library.custom_op(
+    "vim_kernels::selective_scan",
+    mutates_args=(),
+    schema=f"({_INPUTS}, bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward_op(u, dt, A, B, C, D, dt_bias, initial_state, z, reverse, dt_softplus, scale, save, backend):
+    directions = _directions((u, dt, A, B, C, D, dt_bias, initial_state), reverse)
+    run = _implementation(backend, u[0]).forward
+    return run(directions, z, dt_softplus=dt_softplus, scale=scale, save=save)
+
+
+@_forward_op.register_fake
+def _(u, dt, A, B, C, D, dt_bias, initial_state, z, reverse, dt_softplus, scale, save, backend):
+    batch, length, d_inner = u[0].shape
+    chunks = -(-length // CHECKPOINT_INTERVAL)
+    d_state = A[0].shape[1]
+    return ScanOutput(
+        u[0].new_empty(u[0].shape),
+        A[0].new_empty(len(u), batch, d_inner, d_state),
+        A[0].new_empty((len(u), batch, chunks, d_inner, d_state) if save else (0,)),
+        u[0].new_empty(u[0].shape if save and z is not None else (0,)),
+    )
+
+
+@torch.library.custom_op(
+    "vim_kernels::selective_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor? d_last_state, {_INPUTS}, Tensor checkpoints, Tensor y_sum, str backend) -> Tensor[]",
+)
+def _backward_op(
+    dy, d_last_state, u, dt, A, B, C, D, dt_bias, initial_state, z, reverse, dt_softplus, scale, checkpoints, y_sum, backend
+):
+    """Gradients of the columns' tensors in the order of the arguments, then of z if it is given; all contiguous."""
+    directions = _directions((u, dt, A, B, C, D, dt_bias, initial_state), reverse)
+    run = _implementation(backend, u[0]).backward
+    grads, dz = run(dy, d_last_state, directions, z, checkpoints, y_sum, dt_softplus=dt_softplus, scale=scale)
+    return [t for column in zip(*grads, strict=True) for t in column if t is not None] + ([] if z is None else [dz])
+
+
+@_backward_op.register_fake
+def _(
+    dy, d_last_state, u, dt, A, B, C, D, dt_bias, initial_state, z, reverse, dt_softplus, scale, checkpoints, y_sum, backend
+):
+    columns = (u, dt, A, B, C, D, dt_bias, initial_state, [] if z is None else [z])
+    return [t.new_empty(t.shape) for column in columns for t in column]
+
+
+def _setup_context(ctx, inputs, output):
+    *columns, z, reverse, dt_softplus, scale, save, backend = inputs
+    _, _, checkpoints, y_sum = output
+    ctx.mark_non_differentiable(checkpoints, y_sum)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(t for column in columns for t in column), z, checkpoints, y_sum)
+    ctx.lengths = [len(column) for column in columns]
+    ctx.options = reverse, dt_softplus, scale, backend
+
+
+def _backward(ctx, dy, d_last_state, _checkpoints, _y_sum):
+    *flat, z, checkpoints, y_sum = ctx.saved_tensors
+    reverse, dt_softplus, scale, backend = ctx.options
+    columns = _split(flat, ctx.lengths)
+    if dy is None:
+        dy = torch.zeros_like(columns[0][0])
+    grads = torch.ops.vim_kernels.selective_scan_backward(
+        dy, d_last_state, *columns, z, reverse, dt_softplus, scale, checkpoints, y_sum, backend
+    )
+    dz = None if z is None else grads.pop()
+    return *_split(grads, ctx.lengths), dz, None, None, None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _split(flat: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
+    items = iter(flat)
+    return [[next(items) for _ in range(n)] for n in lengths]

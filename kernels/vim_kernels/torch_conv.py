@@ -1,0 +1,49 @@
+"""Backend `torch` of the causal convolution: ATen operators only, one tap after another, channel-last."""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import state_dtype
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, *, silu: bool, reverse: bool
+) -> Tensor:
+    """y (B, L, E) in x's dtype; shapes as in `causal_conv1d`."""
+    return reference.causal_conv1d(x, weight, bias, initial_state, silu=silu, reverse=reverse).to(x.dtype)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    *,
+    silu: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, weight, bias and initial_state, each in its tensor's dtype."""
+    dtype, past = state_dtype(x, weight), weight.shape[1] - 1
+    dy, w = dy.to(dtype), weight.to(dtype)
+    if silu:
+        pre = reference.causal_conv1d(x, weight, bias, initial_state, silu=False, reverse=reverse)
+        sigmoid = torch.sigmoid(pre)
+        dy = dy * sigmoid * (1 + pre * (1 - sigmoid))
+    if reverse:
+        x, dy = x.flip(1), dy.flip(1)
+    older = x.new_zeros(x.shape[0], past, x.shape[2]) if initial_state is None else initial_state
+    padded = torch.cat([older.to(dtype), x.to(dtype)], 1)  # in processing order
+    d_padded, d_weight = torch.zeros_like(padded), torch.empty_like(w)
+    for tap in range(past + 1):
+        steps = slice(tap, tap + x.shape[1])
+        d_padded[:, steps] += dy * w[:, tap]
+        d_weight[:, tap] = (dy * padded[:, steps]).sum((0, 1))
+    dx = d_padded[:, past:]
+    return (
+        (dx.flip(1) if reverse else dx.contiguous()).to(x.dtype),
+        d_weight.to(weight.dtype),
+        None if bias is None else dy.sum((0, 1)).to(bias.dtype),
+        None if initial_state is None else d_padded[:, :past].to(initial_state.dtype, copy=True),
+    )

@@ -1,0 +1,1 @@
+"""Vim: Vision Mamba classifiers for timm, and the state-space layers beneath them."""
