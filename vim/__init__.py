@@ -1,1 +1,9 @@
-"""Vim: Vision Mamba classifiers for timm, and the state-space layers beneath them."""
+"""Vision Mamba: importing this package registers the vim_* models with timm.
+
+>>> import timm, vim
+>>> model = timm.create_model("vim_tiny")
+"""
+
+from . import models  # noqa: F401  (registers with timm)
+
+__version__ = "0.1.0"

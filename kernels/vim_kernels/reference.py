@@ -25,7 +25,7 @@ def scan(d: Direction, *, dt_softplus: bool) -> tuple[Tensor, Tensor]:
     real = state_dtype(*d[:-1])
     state = torch.complex128 if real == torch.float64 else torch.complex64
     state = state if d.A.is_complex() else real
-    batch, length, d_inner = d.u.shape
+    batch, _, d_inner = d.u.shape
 
     u = d.u.to(real)
     delta = d.dt.to(real)

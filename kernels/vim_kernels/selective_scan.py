@@ -39,7 +39,8 @@ def selective_scan(
         A: (d_inner, d_state), fp32 or fp64, negative for a stable system; or complex (`reference` only), where each
             entry stands for a conjugate pair and y takes twice the real part.
         B, C: (batch, length, d_state), or (batch, length, groups, d_state) where group g serves the channels
-            [g * d_inner / groups, (g + 1) * d_inner / groups); or constant in time, (d_inner, d_state), `reference` only.
+            [g * d_inner / groups, (g + 1) * d_inner / groups); or constant in time, (d_inner, d_state), which only
+            `reference` takes.
         D, dt_bias: (d_inner,). z: (batch, length, d_inner), the gate.
         dt_softplus: False takes dt + dt_bias as the step itself.
         reverse: run from the last step to the first.
@@ -180,7 +181,7 @@ def _check(d: Direction, z: Tensor | None, backend: str, suffix: str) -> None:
     check_shape("initial_state", initial_state, "(batch, d_inner, d_state)", (batch, d_inner, d_state))
 
 
-# The operator. Its schema knows no `Direction`, so the fields travel as columns; a field that is absent is an empty list.
+# The operator. Its schema knows no `Direction`, so the fields travel as columns; an absent field is an empty list.
 
 _COLUMNS = (
     "Tensor[] u, Tensor[] dt, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] dt_bias, Tensor[] initial_state"
@@ -214,14 +215,16 @@ def _implementation(backend: str, u: Tensor):
     mutates_args=(),
     schema=f"({_INPUTS}, bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _forward_op(u, dt, A, B, C, D, dt_bias, initial_state, z, reverse, dt_softplus, scale, save, backend):
-    directions = _directions((u, dt, A, B, C, D, dt_bias, initial_state), reverse)
-    run = _implementation(backend, u[0]).forward
+def _forward_op(*args):
+    *columns, z, reverse, dt_softplus, scale, save, backend = args
+    directions = _directions(columns, reverse)
+    run = _implementation(backend, directions[0].u).forward
     return run(directions, z, dt_softplus=dt_softplus, scale=scale, save=save)
 
 
 @_forward_op.register_fake
-def _(u, dt, A, B, C, D, dt_bias, initial_state, z, reverse, dt_softplus, scale, save, backend):
+def _(u, dt, A, *args):
+    *_, z, _reverse, _dt_softplus, _scale, save, _backend = args
     batch, length, d_inner = u[0].shape
     chunks = -(-length // CHECKPOINT_INTERVAL)
     d_state = A[0].shape[1]
@@ -238,26 +241,23 @@ def _(u, dt, A, B, C, D, dt_bias, initial_state, z, reverse, dt_softplus, scale,
     mutates_args=(),
     schema=f"(Tensor dy, Tensor? d_last_state, {_INPUTS}, Tensor checkpoints, Tensor y_sum, str backend) -> Tensor[]",
 )
-def _backward_op(
-    dy, d_last_state, u, dt, A, B, C, D, dt_bias, initial_state, z, reverse, dt_softplus, scale, checkpoints, y_sum, backend
-):
+def _backward_op(dy, d_last_state, *args):
     """Gradients of the columns' tensors in the order of the arguments, then of z if it is given; all contiguous."""
-    directions = _directions((u, dt, A, B, C, D, dt_bias, initial_state), reverse)
-    run = _implementation(backend, u[0]).backward
+    *columns, z, reverse, dt_softplus, scale, checkpoints, y_sum, backend = args
+    directions = _directions(columns, reverse)
+    run = _implementation(backend, dy).backward
     grads, dz = run(dy, d_last_state, directions, z, checkpoints, y_sum, dt_softplus=dt_softplus, scale=scale)
     return [t for column in zip(*grads, strict=True) for t in column if t is not None] + ([] if z is None else [dz])
 
 
 @_backward_op.register_fake
-def _(
-    dy, d_last_state, u, dt, A, B, C, D, dt_bias, initial_state, z, reverse, dt_softplus, scale, checkpoints, y_sum, backend
-):
-    columns = (u, dt, A, B, C, D, dt_bias, initial_state, [] if z is None else [z])
-    return [t.new_empty(t.shape) for column in columns for t in column]
+def _(dy, d_last_state, *args):
+    *columns, z, _reverse, _dt_softplus, _scale, _checkpoints, _y_sum, _backend = args
+    return [t.new_empty(t.shape) for column in (*columns, [] if z is None else [z]) for t in column]
 
 
 def _setup_context(ctx, inputs, output):
-    *columns, z, reverse, dt_softplus, scale, save, backend = inputs
+    *columns, z, reverse, dt_softplus, scale, _save, backend = inputs
     _, _, checkpoints, y_sum = output
     ctx.mark_non_differentiable(checkpoints, y_sum)
     ctx.set_materialize_grads(False)

@@ -42,9 +42,7 @@ def backward(
     ], dz
 
 
-def gate(
-    ys: Sequence[Tensor], z: Tensor | None, scale: float, dtype: torch.dtype, save: bool
-) -> tuple[Tensor, Tensor]:
+def gate(ys: Sequence[Tensor], z: Tensor | None, scale: float, dtype: torch.dtype, save: bool) -> tuple[Tensor, Tensor]:
     """y = scale * sum(ys) * silu(z) and the sum that `gate_backward` needs (empty if not), both in `dtype`."""
     y_sum = ys[0] if len(ys) == 1 else ys[0] + ys[1]
     y = y_sum if scale == 1 else y_sum * scale

@@ -1,0 +1,7 @@
+"""State-space layers: sequence mixers on tensors (batch, length, channels)."""
+
+from .bimamba import BiMamba
+from .mamba import Mamba, MambaCache
+from .selective_ssm import SelectiveSSM
+
+__all__ = ["BiMamba", "Mamba", "MambaCache", "SelectiveSSM"]

@@ -1,0 +1,64 @@
+"""BiMamba: Vision Mamba's mixer, two selective scans over one sequence, in opposite directions."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vim_kernels import bidirectional_selective_scan
+
+from .selective_ssm import SelectiveSSM
+
+torch.fx.wrap("bidirectional_selective_scan")
+
+
+class BiMamba(nn.Module):
+    """Mix a sequence along its length, (batch, length, d_model) -> the same shape.
+
+    Each direction has its own convolution, projections, A and D; the input and output projections and the gate are
+    shared, and the mean of the two directions goes through the gate.
+
+    Args:
+        d_model: channels of the sequence. d_state: states N of an inner channel. d_conv: taps of the convolution.
+        expand: d_inner = expand * d_model. dt_rank: rank of the step's projection, ceil(d_model / 16) if None.
+
+    Source: Zhu et al. 2024, arXiv 2401.09417, Algorithm 1; the mean and Euler's rule for B are the released code's.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        d_inner = expand * d_model
+        dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False, **dd)
+        # Both directions start alike. The authors' code leaves the backward direction's dt bias at 0, a step of
+        # softplus(0) = 0.69 and so a memory of one or two tokens, because a later initialiser overwrites it.
+        self.forward_ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank, **dd)
+        self.backward_ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank, **dd)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        u_f, dt_f, A_f, B_f, C_f = self.forward_ssm.project(x)
+        u_b, dt_b, A_b, B_b, C_b = self.backward_ssm.project(x, reverse=True)
+        y = bidirectional_selective_scan(
+            (u_f, u_b),
+            (dt_f, dt_b),
+            (A_f, A_b),
+            (B_f, B_b),
+            (C_f, C_b),
+            D=(self.forward_ssm.D, self.backward_ssm.D),
+            z=z,
+            dt_bias=(self.forward_ssm.dt_proj.bias, self.backward_ssm.dt_proj.bias),
+        )
+        return self.out_proj(y)

@@ -1,0 +1,105 @@
+"""Mamba: the one-directional selective mixer, over whole sequences or step by step."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vim_kernels import selective_scan, selective_state_update
+
+from .selective_ssm import SelectiveSSM
+
+torch.fx.wrap("selective_scan")
+
+
+class MambaCache(NamedTuple):
+    """What a Mamba layer remembers of the steps it has seen. The layer updates it in place."""
+
+    conv_state: Tensor  # (batch, d_conv - 1, d_inner), the last inputs of the convolution, oldest first
+    ssm_state: Tensor  # (batch, d_inner, d_state), fp32
+
+
+class Mamba(nn.Module):
+    """Mix a sequence causally, (batch, length, d_model) -> the same shape.
+
+    With a cache, a call continues where the cache stands: a whole sequence, the same in pieces, and step by step all
+    give the same outputs.
+
+        cache = mixer.allocate_cache(batch_size)
+        y = mixer(prompt, cache)            # (batch, length, d_model)
+        y_next = mixer.step(x_next, cache)  # (batch, d_model)
+
+    Args:
+        d_model: channels of the sequence. d_state: states N of an inner channel. d_conv: taps of the convolution.
+        expand: d_inner = expand * d_model. dt_rank: rank of the step's projection, ceil(d_model / 16) if None.
+
+    Source: Gu & Dao 2023, arXiv 2312.00752, figure 3.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        d_inner = expand * d_model
+        dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False, **dd)
+        self.ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank, **dd)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False, **dd)
+
+    def allocate_cache(self, batch_size: int) -> MambaCache:
+        """A cache that has seen nothing, on the layer's device; the convolution's part in the weights' dtype."""
+        d_inner, _, d_conv = self.ssm.conv1d.weight.shape
+        return MambaCache(
+            self.ssm.conv1d.weight.new_zeros(batch_size, d_conv - 1, d_inner),
+            self.ssm.A_log.new_zeros(batch_size, d_inner, self.ssm.d_state, dtype=torch.float32),
+        )
+
+    def forward(self, x: Tensor, cache: MambaCache | None = None) -> Tensor:
+        """x: (batch, length, d_model). A cache is read, and updated in place."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        ssm = self.ssm
+        u, dt, A, B, C = ssm.project(x, conv_state=None if cache is None else cache.conv_state)
+        y = selective_scan(
+            u,
+            dt,
+            A,
+            B,
+            C,
+            D=ssm.D,
+            z=z,
+            dt_bias=ssm.dt_proj.bias,
+            initial_state=None if cache is None else cache.ssm_state,
+            return_last_state=cache is not None,
+        )
+        if cache is not None:
+            y, last_state = y
+            cache.ssm_state.copy_(last_state.detach())
+        return self.out_proj(y)
+
+    def step(self, x: Tensor, cache: MambaCache) -> Tensor:
+        """One step, x: (batch, d_model) -> (batch, d_model). The cache is updated in place."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        u, dt, A, B, C = self.ssm.project(x.unsqueeze(1), conv_state=cache.conv_state)
+        y, state = selective_state_update(
+            cache.ssm_state,
+            u.squeeze(1),
+            dt.squeeze(1),
+            A,
+            B.squeeze(1),
+            C.squeeze(1),
+            D=self.ssm.D,
+            z=z,
+            dt_bias=self.ssm.dt_proj.bias,
+        )
+        cache.ssm_state.copy_(state.detach())
+        return self.out_proj(y)

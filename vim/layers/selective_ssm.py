@@ -1,0 +1,96 @@
+"""The parameters of one selective state-space direction, and what it feeds to the scan."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vim_kernels import causal_conv1d
+
+# FX keeps these calls as leaves; inside, they branch on shapes.
+torch.fx.wrap("causal_conv1d")
+torch.fx.wrap("negative_exp")
+
+
+class SelectiveSSM(nn.Module):
+    """Causal convolution and input-dependent (dt, B, C) of a selective state-space model.
+
+    The scan itself stands in the mixers, because a mixer may run two directions in one call.
+
+    Args:
+        d_inner: channels E. d_state: states N of a channel. d_conv: taps of the convolution.
+        dt_rank: rank R of the step's projection.
+        dt_min, dt_max, dt_init_floor: the initial step sizes are log-uniform in [dt_min, dt_max], at least the floor.
+
+    Source: Gu & Dao 2023, arXiv 2312.00752, section 3.4 and Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        d_inner: int,
+        d_state: int,
+        d_conv: int,
+        dt_rank: int,
+        *,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.d_state, self.dt_rank = d_state, dt_rank
+        self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
+        # A Conv1d and a Linear hold the weights, for their names; the kernels read them channel-last.
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, **dd)
+        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False, **dd)
+        self.dt_proj = nn.Linear(dt_rank, d_inner, **dd)
+        self.A_log = nn.Parameter(torch.empty(d_inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(d_inner, **dd))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as the authors do: A_log = log(1..N) (S4D-Real), D = 1, steps log-uniform."""
+        self.conv1d.reset_parameters()
+        self.x_proj.reset_parameters()
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        low, high = math.log(self.dt_min), math.log(self.dt_max)
+        dt = torch.empty_like(self.dt_proj.bias, dtype=torch.float32).uniform_(low, high).exp_()
+        dt.clamp_(min=self.dt_init_floor)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        n = torch.arange(1, self.d_state + 1, device=self.A_log.device, dtype=torch.float32)
+        self.A_log.copy_(n.log().expand_as(self.A_log))
+        self.D.fill_(1)
+
+    def project(
+        self, x: Tensor, *, reverse: bool = False, conv_state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the scan takes: (u, dt, A, B, C), from x (B, L, E).
+
+        u, dt: (B, L, E), dt without its bias. A: (E, N). B, C: (B, L, N).
+        conv_state: (B, d_conv - 1, E), the steps in front of x; updated in place to the last steps of x.
+        """
+        u = causal_conv1d(
+            x,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            reverse=reverse,
+            initial_state=conv_state,
+            return_final_state=conv_state is not None,
+        )
+        if conv_state is not None:
+            u, final_state = u
+            conv_state.copy_(final_state.detach())
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        # The bias joins in the scan, in fp32: bf16 would round away differences between small steps.
+        dt = F.linear(dt, self.dt_proj.weight)
+        return u, dt, negative_exp(self.A_log), B, C
+
+
+def negative_exp(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in fp32 at least: a bf16 model must not round the decay."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))

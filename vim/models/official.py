@@ -1,0 +1,86 @@
+"""Checkpoints of the authors' code (hustvl/Vim): which weights of a file to take, and their names here."""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+from timm.models import clean_state_dict, load_state_dict
+from torch import Tensor, nn
+
+# The one table of names, as (pattern, replacement) for a whole key. In the authors' code the backward direction's
+# parameters carry a `_b`: conv1d_b.weight, A_b_log, D_b.
+_NAMES = [
+    (r"layers\.(\d+)\.norm\.(.*)", r"blocks.\1.norm.\2"),
+    (r"layers\.(\d+)\.mixer\.(in_proj|out_proj)\.(.*)", r"blocks.\1.mixer.\2.\3"),
+    (r"layers\.(\d+)\.mixer\.(A|D|conv1d|x_proj|dt_proj)_b(|_log|\..*)", r"blocks.\1.mixer.backward_ssm.\2\3"),
+    (r"layers\.(\d+)\.mixer\.(A|D|conv1d|x_proj|dt_proj)(|_log|\..*)", r"blocks.\1.mixer.forward_ssm.\2\3"),
+    (r"norm_f\.(.*)", r"norm.\1"),
+]
+
+
+def is_official(state_dict: dict[str, Tensor]) -> bool:
+    # By name: the tensors have the same shapes in both layouts.
+    return any(re.match(r"layers\.\d+\.mixer\.", key) for key in state_dict)
+
+
+def native_name(key: str) -> str:
+    """The name here of an official parameter; names that both share come back unchanged."""
+    for pattern, replacement in _NAMES:
+        if re.fullmatch(pattern, key):
+            return re.sub(pattern, replacement, key)
+    return key
+
+
+def to_native(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An official state dict under our names, with the class entry of the position table moved from the middle to the
+    front, where timm expects it. The order of the keys does not matter."""
+    out = {native_name(key): value for key, value in state_dict.items()}
+    if "pos_embed" in out:
+        table = out["pos_embed"]
+        middle = (table.shape[1] - 1) // 2
+        out["pos_embed"] = torch.cat([table[:, middle : middle + 1], table[:, :middle], table[:, middle + 1 :]], 1)
+    return out
+
+
+def select_weights(checkpoint: dict, model: nn.Module) -> dict[str, Tensor]:
+    """The weights to take from a training state: `model_ema` for vim_base, `model` for the others.
+
+    These are the ones behind the reported accuracy (for base, a third party found). A state dict comes back unchanged.
+    """
+    for key in ("model_ema" if _prefers_ema(model) else "model", "model", "state_dict"):
+        if isinstance(checkpoint.get(key), dict):
+            return clean_state_dict(checkpoint[key])
+    return checkpoint
+
+
+def reselect_weights(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Official weights that timm read from a file, exchanged for those that `select_weights` takes of it.
+
+    timm's file loaders (`checkpoint_path=`, a cfg's `file`) take `model_ema` and hand over nothing else, while
+    `pretrained=True` hands over the whole training state: the same file would give two different models. What they
+    hand over does not tell where it comes from, so the path is read off the loader that is calling.
+    """
+    path = _file_being_loaded()
+    if path is None or path.suffix == ".safetensors":
+        return state_dict
+    return load_state_dict(str(path), use_ema=_prefers_ema(model))
+
+
+def _prefers_ema(model: nn.Module) -> bool:
+    return getattr(model, "pretrained_cfg", {}).get("architecture") == "vim_base"
+
+
+def _file_being_loaded() -> Path | None:
+    loaders = {
+        ("timm.models._helpers", "load_checkpoint"): "checkpoint_path",
+        ("timm.models._builder", "load_pretrained"): "pretrained_loc",
+    }
+    frame = sys._getframe(1)
+    while frame is not None:
+        local = loaders.get((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
+        if local is not None:
+            source = frame.f_locals[local]
+            return Path(source) if isinstance(source, (str, Path)) and Path(source).is_file() else None
+        frame = frame.f_back
+    return None

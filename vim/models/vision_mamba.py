@@ -1,0 +1,522 @@
+"""Vision Mamba (Vim): a plain backbone of bidirectional Mamba blocks, as timm models.
+
+Zhu et al. 2024, arXiv 2401.09417; checked against the authors' code. In shape comments: B batch, L tokens, P patches,
+T prefix tokens, D embed_dim.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    DropPath,
+    _assert,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    global_pool_nlc,
+    lecun_normal_,
+    resample_abs_pos_embed,
+    resample_patch_embed,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from vim.layers import BiMamba
+
+from . import official
+
+try:
+    # Records the new size for save_for_hf; older versions of timm keep no such record.
+    from timm.models._input import update_model_input_size as _update_model_input_size
+except ImportError:
+    _update_model_input_size = None
+
+Size = int | tuple[int, int]
+GLOBAL_POOLS = ("", "token", "avg", "max", "avgmax")
+CLASS_TOKENS = {"middle": 1, "first": 1, "both": 2, "none": 0}  # name -> number of tokens
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, in_chans, H, W) -> patches (B, P, D), row by row; patches may overlap.
+
+    The grid is ((H - patch) // stride + 1) x ((W - patch) // stride + 1): pixels that fill no patch are left out.
+    """
+
+    def __init__(
+        self,
+        img_size: Size,
+        patch_size: Size,
+        patch_stride: Size | None,
+        in_chans: int,
+        embed_dim: int,
+        *,
+        strict_img_size: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.img_size = to_2tuple(img_size)
+        self.patch_size = to_2tuple(patch_size)
+        self.patch_stride = to_2tuple(patch_size if patch_stride is None else patch_stride)
+        self.strict_img_size = strict_img_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
+        self._check()
+
+    def _check(self) -> None:
+        if min(self.patch_size) < 1 or min(self.patch_stride) < 1:
+            sizes = f"{self.patch_size} and {self.patch_stride}"
+            raise ValueError(f"patch_size and patch_stride must be positive, got {sizes}")
+        if any(i < p for i, p in zip(self.img_size, self.patch_size, strict=True)):
+            raise ValueError(f"img_size {self.img_size} must be at least the patch_size {self.patch_size}")
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        return self.dynamic_feat_size(self.img_size)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def feat_ratio(self) -> int:
+        """Pixels between neighbouring tokens."""
+        return max(self.patch_stride)
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """The grid of an image of `img_size`."""
+        (h, w), (p_h, p_w), (s_h, s_w) = img_size, self.patch_size, self.patch_stride
+        return (h - p_h) // s_h + 1, (w - p_w) // s_w + 1
+
+    @torch.no_grad()
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Change the image size, or resample the filters to another patch size; the stride follows a plain patch's."""
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+            old, plain = self.proj, self.patch_stride == self.patch_size
+            self.patch_size = to_2tuple(patch_size)
+            self.patch_stride = self.patch_size if plain else self.patch_stride
+            dd = get_device_dtype(self)
+            proj = nn.Conv2d(old.in_channels, old.out_channels, self.patch_size, self.patch_stride, **dd)
+            proj.weight.copy_(resample_patch_embed(old.weight, list(self.patch_size)))
+            proj.bias.copy_(old.bias)
+            for name, parameter in proj.named_parameters():
+                parameter.requires_grad_(getattr(old, name).requires_grad)
+            self.proj = proj.train(old.training)
+        if img_size is not None:
+            self.img_size = to_2tuple(img_size)
+        self._check()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.strict_img_size:
+            h, w = self.img_size
+            _assert(x.shape[-2] == h, f"input height must be img_size's {h}, got {x.shape[-2]}; see set_input_size")
+            _assert(x.shape[-1] == w, f"input width must be img_size's {w}, got {x.shape[-1]}; see set_input_size")
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """x + drop_path(mixer(norm(x))), (B, L, D) -> (B, L, D).
+
+    Under autocast the mixer returns low precision and the residual stream stays in fp32.
+    """
+
+    def __init__(self, dim: int, d_state: int, d_conv: int, expand: int, drop_path: float, *, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm = nn.RMSNorm(dim, eps=1e-5, **dd)
+        self.mixer = BiMamba(dim, d_state=d_state, d_conv=d_conv, expand=expand, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mixer(self.norm(x)))
+
+
+class VisionMamba(nn.Module):
+    """Vision Mamba classifier and backbone, with timm's interface of a plain model.
+
+    Args:
+        img_size: height and width of the images in pixels; other sizes through `set_input_size`, or at every call
+            with `dynamic_img_size`.
+        patch_size: edge of a patch in pixels. patch_stride: pixels between patches, patch_size if None.
+        in_chans: image channels. num_classes: classes of the head; 0 for no head.
+        embed_dim, depth: width and number of blocks. d_state, d_conv, expand: see `BiMamba`.
+        class_token: where class tokens stand in the sequence: "middle" (the paper's), "first", "both" (one at each
+            end, averaged by token pooling), or "none".
+        global_pool: "token", "avg", "max" or "avgmax" over the patches, or "" for none.
+        dynamic_img_size: take images of any size, resampling the position table at every call.
+        drop_rate: dropout before the head. drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        weight_init: "skip" leaves the parameters as the layers' own initialisers made them.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        patch_stride: Size | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        class_token: Literal["middle", "first", "both", "none"] = "middle",
+        global_pool: Literal["", "token", "avg", "max", "avgmax"] = "token",
+        dynamic_img_size: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        weight_init: Literal["", "skip"] = "",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if class_token not in CLASS_TOKENS:
+            raise ValueError(f"class_token must be one of {tuple(CLASS_TOKENS)}, got {class_token!r}")
+        if weight_init not in ("", "skip"):
+            raise ValueError(f"weight_init must be '' or 'skip', got {weight_init!r}")
+        dd = {"device": device, "dtype": dtype}
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.class_token = class_token
+        self.num_prefix_tokens = CLASS_TOKENS[class_token]
+        self.global_pool = self._checked_pool(global_pool)
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(
+            img_size, patch_size, patch_stride, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
+        )
+        prefix = self.num_prefix_tokens
+        self.cls_token = nn.Parameter(torch.empty(1, prefix, embed_dim, **dd)) if prefix else None
+        # The class entries come first in the table, wherever the tokens stand in the sequence.
+        self.pos_embed = nn.Parameter(torch.empty(1, prefix + self.patch_embed.num_patches, embed_dim, **dd))
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.Sequential(*(Block(embed_dim, d_state, d_conv, expand, rate, **dd) for rate in rates))
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": self.patch_embed.feat_ratio()}
+            for i in range(depth)
+        ]
+        self.norm = nn.RMSNorm(embed_dim, eps=1e-5, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+        self.register_load_state_dict_pre_hook(_translate_official)
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+        else:
+            self._init_tables()
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Initialise as the authors do.
+
+        Args:
+            mode: there is only one, "".
+            needs_reset: also run every layer's own initialiser, as after `to_empty()`.
+        """
+        if mode:
+            raise ValueError(f"mode must be '', got {mode!r}")
+        if needs_reset:
+            # Children first: SelectiveSSM sets its dt_proj after the Linear has set itself.
+            self.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
+        self._init_tables()
+        lecun_normal_(self.patch_embed.proj.weight)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+        with torch.no_grad():
+            for block in self.blocks:
+                block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
+
+    def _init_tables(self) -> None:
+        trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names and patterns of parameters to spare; timm spares one-dimensional ones (D, biases, norms) itself."""
+        return {"pos_embed", "cls_token", "*.A_log", "*.D"}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layers for layer-wise learning rates."""
+        blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": blocks}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for `num_classes` (0: none), and another pooling if given."""
+        dd = get_device_dtype(self)
+        if global_pool is not None:
+            self.global_pool = self._checked_pool(global_pool)
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
+
+    def _checked_pool(self, global_pool: str) -> str:
+        if global_pool not in GLOBAL_POOLS:
+            raise ValueError(f"global_pool must be one of {GLOBAL_POOLS}, got {global_pool!r}")
+        if global_pool == "token" and self.num_prefix_tokens == 0:
+            raise ValueError("global_pool='token' needs a class token, got class_token='none'; use 'avg' or 'max'")
+        return global_pool
+
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Change the image or patch size and resample the position table to the new grid."""
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size, patch_size)
+        if self.patch_embed.grid_size != old_grid:
+            table = self._resampled_table(self.patch_embed.grid_size, old_grid).detach()
+            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        for info in self.feature_info:
+            info["reduction"] = self.patch_embed.feat_ratio()
+        if _update_model_input_size is not None:
+            _update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+
+    def _resampled_table(self, grid: tuple[int, int], old_grid: tuple[int, int]) -> Tensor:
+        return resample_abs_pos_embed(self.pos_embed, grid, old_grid, num_prefix_tokens=self.num_prefix_tokens)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Image (B, in_chans, H, W) -> tokens in sequence order (B, L, D), class tokens and positions added."""
+        pos_embed = self.pos_embed
+        if self.dynamic_img_size:
+            grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+            pos_embed = self._resampled_table(grid, self.patch_embed.grid_size)
+        x = self.patch_embed(x) + pos_embed[:, self.num_prefix_tokens :]
+        if self.cls_token is None:
+            return x
+        cls = (self.cls_token + pos_embed[:, : self.num_prefix_tokens]).expand(x.shape[0], -1, -1)
+        if self.class_token == "both":
+            return torch.cat([cls[:, :1], x, cls[:, 1:]], 1)
+        at = self._class_index(x.shape[1])
+        return torch.cat([x[:, :at], cls, x[:, at:]], 1)
+
+    def _class_index(self, num_patches: int) -> int:
+        """Where the single class token stands among `num_patches` patches."""
+        return num_patches // 2 if self.class_token == "middle" else 0
+
+    def _prefix_first(self, x: Tensor) -> Tensor:
+        """Tokens in sequence order -> class tokens in front, as timm's models return them."""
+        if self.class_token == "both":
+            return torch.cat([x[:, :1], x[:, -1:], x[:, 1:-1]], 1)
+        if self.class_token == "middle":
+            at = self._class_index(x.shape[1] - 1)
+            return torch.cat([x[:, at : at + 1], x[:, :at], x[:, at + 1 :]], 1)
+        return x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list | tuple[Tensor, list]:
+        """Features of chosen blocks.
+
+        Args:
+            x: (B, in_chans, H, W). indices: the last n blocks for an int n, those blocks for a list, all if None.
+            return_prefix_tokens: each intermediate becomes (patches, class tokens (B, T, D)).
+            norm: apply the final norm to the intermediates.
+            stop_early: do not run the blocks behind the last one taken.
+            output_fmt: "NCHW" for maps (B, D, grid height, grid width), "NLC" for (B, P, D).
+            intermediates_only: leave out the final features.
+
+        Returns: (final features as `forward_features` gives them, list of intermediates), or the list alone.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        x = self._embed(x)
+        intermediates = []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x = checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
+            if i in taken:
+                tokens = self._prefix_first(self.norm(x) if norm else x)
+                prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+                intermediates.append((patches, prefix) if return_prefix_tokens else patches)
+        return intermediates if intermediates_only else (self._prefix_first(self.norm(x)), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the chosen intermediates do not need; returns their indices."""
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return taken
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list:
+        """`forward_intermediates` by the name and arguments that DINO's tools call."""
+        return self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True
+        )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image (B, in_chans, H, W) -> normalised tokens (B, T + P, D), class tokens first."""
+        x = self._embed(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
+        return self._prefix_first(self.norm(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, T + P, D) -> logits (B, num_classes), or with pre_logits the pooled features (B, D)."""
+        if self.global_pool == "token":
+            x = x[:, : self.num_prefix_tokens].mean(1)
+        else:
+            x = global_pool_nlc(x, self.global_pool, num_prefix_tokens=self.num_prefix_tokens)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def checkpoint_filter_fn(state_dict: dict, model: VisionMamba) -> dict[str, Tensor]:
+    """A checkpoint for `model`: unwrapped, under native names, its tables resampled to the model's sizes.
+
+    Takes official training states and state dicts, and native ones, with or without a head, with keys in any order.
+
+    Source: names and layout of hustvl/Vim; `vim.models.official` holds the table.
+    """
+    is_training_state = any(isinstance(state_dict.get(key), dict) for key in ("model", "model_ema", "state_dict"))
+    if is_training_state:
+        state_dict = official.select_weights(state_dict, model)
+    if official.is_official(state_dict):
+        if not is_training_state:
+            state_dict = official.reselect_weights(state_dict, model)
+        state_dict = official.to_native(state_dict)
+    out = dict(state_dict)
+    if "patch_embed.proj.weight" in out:
+        size = list(model.patch_embed.proj.weight.shape[-2:])
+        out["patch_embed.proj.weight"] = resample_patch_embed(out["patch_embed.proj.weight"], size)
+    table = out.get("pos_embed")
+    if table is not None and table.shape != model.pos_embed.shape:
+        prefix = model.num_prefix_tokens
+        if math.isqrt(table.shape[1] - prefix) ** 2 != table.shape[1] - prefix:
+            raise ValueError(
+                f"cannot tell the grid of a position table with {table.shape[1] - prefix} patches, which is not a "
+                f"square; load it at its own img_size, then call set_input_size"
+            )
+        out["pos_embed"] = resample_abs_pos_embed(table, model.patch_embed.grid_size, num_prefix_tokens=prefix)
+    return out
+
+
+def _translate_official(model: VisionMamba, state_dict: dict, prefix: str, *_) -> None:
+    """Load-state-dict hook: official names become native ones in place, whichever way the weights come in."""
+    mine = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    if not official.is_official(mine):
+        return
+    for key in mine:
+        del state_dict[prefix + key]
+    state_dict.update({prefix + key: value for key, value in checkpoint_filter_fn(mine, model).items()})
+
+
+def _create(variant: str, pretrained: bool, **kwargs) -> VisionMamba:
+    return build_model_with_cfg(
+        VisionMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _cfg(repo: str = "", file: str = "") -> dict:
+    # Crop, mean and std are those of the authors' evaluation transform, not of their model configuration (which says
+    # 0.9, 0.5 and 0.5). The hub's pages give two contradictory licences for the weights, so none is stated here.
+    return {
+        "hf_hub_id": repo or None,
+        "hf_hub_filename": file or None,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "paper_ids": "arXiv:2401.09417",
+        "paper_name": "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+        "origin_url": "https://github.com/hustvl/Vim",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vim_nano.untrained": _cfg(),
+        "vim_tiny.hustvl_in1k": _cfg("hustvl/Vim-tiny-midclstok", "vim_t_midclstok_76p1acc.pth"),
+        "vim_tiny_stride8.hustvl_ft_in1k": _cfg("hustvl/Vim-tiny-midclstok", "vim_t_midclstok_ft_78p3acc.pth"),
+        "vim_small.hustvl_in1k": _cfg("hustvl/Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth"),
+        "vim_small_stride8.hustvl_ft_in1k": _cfg("hustvl/Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"),
+        "vim_base.hustvl_in1k": _cfg("hustvl/Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth"),
+    }
+)
+
+# What sets a variant apart; keyword arguments of timm.create_model override it.
+VARIANTS = {
+    "vim_nano": {"embed_dim": 64, "depth": 4},  # for tests and the quick start
+    "vim_tiny": {"embed_dim": 192},
+    "vim_tiny_stride8": {"embed_dim": 192, "patch_stride": 8},
+    "vim_small": {"embed_dim": 384},
+    "vim_small_stride8": {"embed_dim": 384, "patch_stride": 8},
+    "vim_base": {"embed_dim": 768},
+}
+
+
+@register_model
+def vim_nano(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create("vim_nano", pretrained, **VARIANTS["vim_nano"] | kwargs)
+
+
+@register_model
+def vim_tiny(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create("vim_tiny", pretrained, **VARIANTS["vim_tiny"] | kwargs)
+
+
+@register_model
+def vim_tiny_stride8(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create("vim_tiny_stride8", pretrained, **VARIANTS["vim_tiny_stride8"] | kwargs)
+
+
+@register_model
+def vim_small(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create("vim_small", pretrained, **VARIANTS["vim_small"] | kwargs)
+
+
+@register_model
+def vim_small_stride8(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create("vim_small_stride8", pretrained, **VARIANTS["vim_small_stride8"] | kwargs)
+
+
+@register_model
+def vim_base(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create("vim_base", pretrained, **VARIANTS["vim_base"] | kwargs)
