@@ -4,6 +4,7 @@ Inside a chunk, everything but the recurrence itself is computed for all steps a
 first, (K, B, E, N), so that a step is one operator on contiguous memory.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -105,6 +106,18 @@ class _Chunk:
         return hs
 
 
+def _without_autocast(function):
+    """Run `function(d, ...)` in the precision of its tensors: autocast would take its matrix products to bf16."""
+
+    @functools.wraps(function)
+    def wrapper(d: Direction, *args):
+        with torch.autocast(d.u.device.type, enabled=False):
+            return function(d, *args)
+
+    return wrapper
+
+
+@_without_autocast
 def _forward(d: Direction, dt_softplus: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, L, E) without the gate, the last state, and the checkpoints (B, chunks, E, N) if they are to be saved."""
     batch, length, d_inner = d.u.shape
@@ -126,6 +139,7 @@ def _forward(d: Direction, dt_softplus: bool, save: bool) -> tuple[Tensor, Tenso
     return y, h.clone(), checkpoints
 
 
+@_without_autocast
 def _backward(
     d: Direction, dy: Tensor, d_last_state: Tensor | None, checkpoints: Tensor, dt_softplus: bool
 ) -> DirectionGrads:

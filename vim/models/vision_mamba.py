@@ -242,8 +242,8 @@ class VisionMamba(nn.Module):
             trunc_normal_(self.cls_token, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        """Names and patterns of parameters to spare; timm spares one-dimensional ones (D, biases, norms) itself."""
-        return {"pos_embed", "cls_token", "*.A_log", "*.D"}
+        """Names and patterns of the parameters to spare from weight decay, as the authors meant to."""
+        return {"pos_embed", "cls_token", "*.A_log", "*.D", "*.dt_proj.bias", "*norm.weight"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for layer-wise learning rates."""

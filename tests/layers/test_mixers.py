@@ -1,0 +1,128 @@
+"""Mamba and BiMamba against golden numbers from the authors' code and properties of the recurrence."""
+
+import math
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from vim.layers import BiMamba, Mamba, MambaCache
+from vim.models.official import native_name
+
+
+def official_mixer(tensors: dict) -> dict:
+    """A state dict of the authors' bidirectional mixer under our names."""
+    return {native_name(f"layers.0.mixer.{k}").removeprefix("blocks.0.mixer."): v for k, v in tensors.items()}
+
+
+def test_bimamba_golden(golden, relative_error):
+    t = golden("g3_mixer_d32_L37")
+    mixer = BiMamba(32)
+    mixer.load_state_dict(official_mixer(golden("g3_mixer_d32_L37", "state_dict.")))
+    x = t["input"].requires_grad_()
+    y = mixer(x)
+    assert (y - t["output_f64"]).abs().max() < 1e-5
+    (y * t["loss_weight"]).sum().backward()
+    want = golden("g3_mixer_d32_L37", "grad_f64.")
+    assert relative_error(x.grad, want.pop("input")) < 1e-4
+    want = official_mixer(want)
+    gradients = {name: p.grad for name, p in mixer.named_parameters()}
+    assert gradients.keys() == want.keys()
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, want[name]) < 1e-4, name
+
+
+def golden_mamba(golden) -> Mamba:
+    own = ("in_proj", "out_proj")
+    weights = {k if k.startswith(own) else f"ssm.{k}": v for k, v in golden("ssm_mamba_block", "param.").items()}
+    mixer = Mamba(32)
+    mixer.load_state_dict(weights)
+    return mixer
+
+
+def test_mamba_golden(golden, relative_error):
+    t = golden("ssm_mamba_block")
+    mixer = golden_mamba(golden)
+    x = t["in.x"].requires_grad_()
+    y = mixer(x)
+    assert (y - t["out.y"]).abs().max() < 1e-5
+    (y * t["in.cotangent"]).sum().backward()
+    assert relative_error(x.grad, t["grad.in.x"]) < 1e-4
+    for name, p in mixer.named_parameters():
+        assert relative_error(p.grad, t[f"grad.{name.removeprefix('ssm.')}"]) < 1e-4, name
+
+
+@torch.no_grad()
+def test_mamba_golden_decoding(golden, relative_error):
+    t = golden("ssm_mamba_block")
+    mixer, x = golden_mamba(golden), t["in.x"]
+    length, prefill = x.shape[1], 10
+    cache = mixer.allocate_cache(2)
+    steps = torch.stack([mixer.step(x[:, i], cache) for i in range(length)], 1)
+    assert relative_error(steps, t["out.step_y"]) < 1e-5
+    # The official cache also holds the present input of the convolution; ours holds the ones in front of the next.
+    assert relative_error(cache.conv_state, t["state.conv_after_L"][..., 1:].transpose(1, 2)) < 1e-5
+    assert relative_error(cache.ssm_state, t["state.ssm_after_L"]) < 1e-5
+
+    cache = mixer.allocate_cache(2)
+    head = mixer(x[:, :prefill], cache)
+    assert relative_error(cache.conv_state, t["state.conv_after_prefill"][..., 1:].transpose(1, 2)) < 1e-5
+    assert relative_error(cache.ssm_state, t["state.ssm_after_prefill"]) < 1e-5
+    tail = [mixer.step(x[:, i], cache) for i in range(prefill, length)]
+    assert relative_error(torch.cat([head, torch.stack(tail, 1)], 1), t["out.y"]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("d_conv", [1, 2, 4])
+def test_mamba_pieces_equal_the_whole(d_conv, relative_error):
+    torch.manual_seed(0)
+    mixer = Mamba(16, d_state=5, d_conv=d_conv, dt_rank=3).double()
+    x = torch.randn(3, 23, 16, dtype=torch.float64)
+    cache = MambaCache(*(t.double() for t in mixer.allocate_cache(3)))
+    pieces = [mixer(part, cache) for part in x.split([9, 1, 2, 11], 1)]
+    assert relative_error(torch.cat(pieces, 1), mixer(x)) < 1e-13
+
+
+def test_bimamba_flip_symmetry(relative_error):
+    """Exchanging the directions' parameters and flipping the sequence flips the output."""
+    torch.manual_seed(0)
+    mixer = BiMamba(16).double()
+    swapped = {
+        k.replace("forward_ssm", "x").replace("backward_ssm", "forward_ssm").replace("x.", "backward_ssm."): v
+        for k, v in mixer.state_dict().items()
+        if "_ssm" in k
+    } | {k: v for k, v in mixer.state_dict().items() if "_ssm" not in k}
+    assert swapped.keys() == mixer.state_dict().keys()
+    x = torch.randn(2, 19, 16, dtype=torch.float64)
+    flipped = functional_call(mixer, swapped, x.flip(1))
+    assert relative_error(flipped.flip(1), mixer(x)) < 1e-13
+
+
+def test_initial_values():
+    """dt_rank, step sizes within their range in BOTH directions, A = -(1..N), D = 1."""
+    torch.manual_seed(0)
+    mixer = BiMamba(40)
+    for ssm in (mixer.forward_ssm, mixer.backward_ssm):
+        assert ssm.dt_rank == math.ceil(40 / 16)
+        dt = torch.nn.functional.softplus(ssm.dt_proj.bias)
+        assert dt.min() >= 0.001 * 0.999
+        assert dt.max() <= 0.1 * 1.001
+        assert dt.log().std() > 1  # spread over the range, log-uniform has 1.33
+        assert ssm.dt_proj.weight.abs().max() <= ssm.dt_rank**-0.5
+        assert torch.allclose(ssm.A_log.exp(), torch.arange(1.0, 17).expand(80, -1))
+        assert torch.equal(ssm.D, torch.ones(80))
+
+
+@pytest.mark.parametrize("mixer_class", [Mamba, BiMamba])
+def test_autocast_error_and_bf16_weights(mixer_class, relative_error):
+    torch.manual_seed(0)
+    mixer = mixer_class(32)
+    x = torch.randn(2, 50, 32)
+    want = mixer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = mixer(x)
+    assert got.dtype == torch.bfloat16
+    assert (got - want).norm() / want.norm() < 2e-2
+    got = mixer.bfloat16()(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert (got - want).norm() / want.norm() < 4e-2

@@ -1,0 +1,407 @@
+"""VisionMamba: golden numbers of the authors' code, their checkpoints, and timm's contract beyond timm's own tests."""
+
+import argparse
+import json
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import timm.optim
+import torch
+from timm.models import load_checkpoint
+
+import vim  # noqa: F401  (registers the models)
+from vim.models import official
+from vim.models.vision_mamba import VARIANTS, VisionMamba, checkpoint_filter_fn
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+GOLDEN = {
+    "g1_midcls_p16_img64": {"depth": 3},
+    "g2_midcls_p16_stride8_img64": {"depth": 2, "patch_stride": 8},
+}
+
+
+def golden_model(golden, name: str) -> VisionMamba:
+    model = VisionMamba(img_size=64, embed_dim=48, num_classes=10, **GOLDEN[name]).eval()
+    model.load_state_dict(golden(name, "state_dict."))  # official names: the hook translates
+    return model
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_model(name, golden, relative_error):
+    t, model = golden(name), golden_model(golden, name)
+    x = t["input"].requires_grad_()
+    features, blocks = model.forward_intermediates(x, output_fmt="NLC", return_prefix_tokens=True)
+    logits = model.forward_head(features)
+    assert (logits - t["logits_f64"]).abs().max() < 2e-5
+    assert (model.forward_head(features, pre_logits=True) - t["pooled"]).abs().max() < 2e-5
+    in_sequence = lambda patches, cls: torch.cat([patches[:, : (n := patches.shape[1] // 2)], cls, patches[:, n:]], 1)  # noqa: E731
+    assert (in_sequence(features[:, 1:], features[:, :1]) - t["features_f64"]).abs().max() < 5e-5
+    # The official residual after block i holds the mixer outputs of the blocks before it.
+    for i, block in enumerate(blocks[:-1]):
+        assert (in_sequence(*block) - t[f"block{i + 1}.residual"]).abs().max() < 5e-5
+
+    (logits * t["loss_weight"]).sum().backward()
+    want = golden(name, "grad.")
+    assert relative_error(x.grad, want.pop("input")) < 1e-4
+    want = official.to_native(want)
+    for key, p in model.named_parameters():
+        assert relative_error(p.grad, want[key]) < 1e-4, key
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_model_in_bf16_autocast(name, golden):
+    t, model = golden(name), golden_model(golden, name)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = model.forward_features(t["input"])
+        logits = model.forward_head(features)
+    assert features.dtype == torch.float32, "the residual stream stays in fp32"
+    assert (logits - t["logits"]).norm() / t["logits"].norm() < 4e-2
+
+
+def test_released_variants_have_the_official_tensors():
+    layout = official_layout()
+    assert len(layout) == 5
+    for name, shapes in layout.items():
+        variant = f"vim_{name.split('_')[1]}" + ("_stride8" if "stride8" in name else "")
+        state_dict = timm.create_model(variant, device="meta").state_dict()
+        want = {official.native_name(key): tuple(shape) for key, shape in shapes.items()}
+        assert {key: tuple(t.shape) for key, t in state_dict.items()} == want
+
+
+def official_layout() -> dict[str, dict[str, list[int]]]:
+    """Shapes of every tensor of the released models, by official variant and tensor name."""
+    variants = json.loads((FIXTURES / "official_state_dict_layout.json").read_text())["variants"]
+    return {
+        name: entry["top_level"]
+        | {
+            f"layers.{i}.{key}": shape
+            for i in range(entry["num_blocks"])
+            for key, shape in entry["each_block (prefix layers.<i>.)"].items()
+        }
+        for name, entry in variants.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "gmac"),
+    [
+        ("vim_tiny", 7_148_008, 1.293),
+        ("vim_tiny_stride8", 7_250_344, 4.790),
+        ("vim_small", 25_796_584, 4.851),
+        ("vim_small_stride8", 26_001_256, 17.976),
+        ("vim_base", 97_598_440, 18.766),
+    ],
+)
+def test_parameters_and_cost(name, parameters, gmac):
+    """Counts of the authors' models; linear and convolution multiply-adds within 1 %."""
+    model = timm.create_model(name, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    length = model.patch_embed.num_patches + 1
+    macs = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel() + model.head.weight.numel()
+    for key, p in model.named_parameters():
+        if key.startswith("blocks.") and p.dim() > 1 and not key.endswith("A_log"):
+            macs += length * p.numel()
+    assert abs(macs / 1e9 / gmac - 1) < 0.01
+
+
+# Official checkpoints
+
+
+class Hostile:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+@pytest.fixture
+def official_files(tmp_path, golden):
+    """A training state as the authors save it, with different weights in `model` and `model_ema`, and a hostile one."""
+
+    def native_to_official(model, shift):
+        """Invert the name table by asking it for every official name there is."""
+        state_dict, names = model.state_dict(), next(iter(official_layout().values()))
+        pairs = {key: official.native_name(key) for key in names}
+        out = {key: state_dict[native] + shift for key, native in pairs.items() if native in state_dict}
+        assert len(out) == len(state_dict)
+        table, middle = out["pos_embed"], (out["pos_embed"].shape[1] - 1) // 2
+        out["pos_embed"] = torch.cat([table[:, 1 : middle + 1], table[:, :1], table[:, middle + 1 :]], 1)
+        return out
+
+    def write(variant, **kwargs):
+        torch.manual_seed(0)
+        model = timm.create_model(variant, **kwargs)
+        state = {
+            "model": native_to_official(model, 0.0),
+            "model_ema": native_to_official(model, 1.0),
+            "optimizer": torch.optim.AdamW(model.parameters()).state_dict(),
+            "lr_scheduler": {"last_epoch": 299},
+            "epoch": 299,
+            "scaler": "none",
+            "args": argparse.Namespace(model=variant, lr=1e-3),
+        }
+        path = tmp_path / f"{variant}.pth"
+        torch.save(state, path)
+        return model, path
+
+    return write
+
+
+def difference(a, b) -> float:
+    return max(
+        (x - y).abs().max().item() for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("variant", "shift"), [("vim_tiny", 0.0), ("vim_base", 1.0)], ids=["tiny takes model", "base takes model_ema"]
+)
+def test_every_route_takes_the_same_official_weights(variant, shift, official_files, monkeypatch):
+    kwargs = {"depth": 2, "embed_dim": 32}
+    model, path = official_files(variant, **kwargs)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += shift
+    by_path = timm.create_model(variant, checkpoint_path=str(path), **kwargs)
+    assert difference(by_path, model) == 0
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", fake_download(path))
+    by_hub = timm.create_model(variant, pretrained=True, **kwargs)
+    assert difference(by_hub, model) == 0
+
+    by_file = timm.create_model(variant, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **kwargs)
+    assert difference(by_file, model) == 0
+
+    later = timm.create_model(variant, **kwargs)
+    load_checkpoint(later, str(path))
+    assert difference(later, model) == 0
+
+
+def fake_download(path):
+    """Stands in for the hub: it holds the .pth file and no safetensors."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def download(repo_id, filename, **_):
+        assert repo_id.startswith("hustvl/Vim-")
+        if not filename.endswith(".pth"):
+            raise EntryNotFoundError(filename)
+        return str(path)
+
+    return download
+
+
+def test_official_weights_for_other_sizes_classes_and_channels(official_files):
+    kwargs = {"depth": 2, "embed_dim": 32}
+    model, path = official_files("vim_tiny", **kwargs)
+    overlay = {"file": str(path)}
+    other = timm.create_model(
+        "vim_tiny",
+        pretrained=True,
+        pretrained_cfg_overlay=overlay,
+        img_size=(160, 256),
+        num_classes=7,
+        in_chans=1,
+        **kwargs,
+    )
+    assert other(torch.randn(1, 1, 160, 256)).shape == (1, 7)
+    assert torch.equal(other.pos_embed[:, 0], model.pos_embed[:, 0]), "the class entry is not part of the grid"
+    same = timm.create_model("vim_tiny", **kwargs)
+    same.load_state_dict(model.state_dict())
+    same.set_input_size((160, 256))
+    assert torch.allclose(other.pos_embed, same.pos_embed, atol=1e-6)
+    assert torch.allclose(
+        other.patch_embed.proj.weight, model.patch_embed.proj.weight.sum(1, keepdim=True), atol=1e-6
+    ), "grey filters are the sum over the colours"
+
+
+def test_hostile_checkpoint_is_refused(tmp_path, capsys):
+    path = tmp_path / "hostile.pth"
+    torch.save({"model": {}, "args": Hostile()}, path)
+    with pytest.raises(RuntimeError, match="weights_only=True blocked"):
+        timm.create_model("vim_nano", checkpoint_path=str(path))
+    assert "must never run" not in capsys.readouterr().out
+    assert pickle.dumps(Hostile())  # the file is hostile: a plain unpickler would call print
+
+
+def test_native_checkpoints_pass_through():
+    model = timm.create_model("vim_nano", img_size=32)
+    native = model.state_dict()
+    backwards = dict(reversed(native.items()))
+    assert all(torch.equal(checkpoint_filter_fn(backwards, model)[k], v) for k, v in native.items())
+    headless = {k: v for k, v in native.items() if not k.startswith("head.")}
+    assert checkpoint_filter_fn(headless, model).keys() == headless.keys()
+    assert all(torch.equal(v, native[k]) for k, v in checkpoint_filter_fn({"state_dict": native}, model).items())
+
+
+def test_native_table_is_recognised_by_name_not_shape():
+    """Official and native tables have one shape; a native one must not be moved."""
+    a, b = (timm.create_model("vim_nano", img_size=32) for _ in range(2))
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a.pos_embed, b.pos_embed)
+
+
+# Options and sizes
+
+
+@pytest.mark.parametrize("class_token", ["middle", "first", "both", "none"])
+@pytest.mark.parametrize("global_pool", ["token", "avg", "max"])
+@pytest.mark.parametrize("patch_stride", [None, 5])
+def test_class_tokens_and_pooling(class_token, global_pool, patch_stride):
+    kwargs = {"img_size": (37, 24), "patch_size": 8, "patch_stride": patch_stride, "depth": 2, "embed_dim": 16}
+    if (class_token, global_pool) == ("none", "token"):
+        with pytest.raises(ValueError, match="global_pool='token' needs a class token, got class_token='none'"):
+            VisionMamba(class_token=class_token, global_pool=global_pool, **kwargs)
+        return
+    model = VisionMamba(num_classes=3, class_token=class_token, global_pool=global_pool, **kwargs).eval()
+    x = torch.randn(2, 3, 37, 24)
+    features, (last,) = model.forward_intermediates(x, indices=1, norm=True)
+    stride = patch_stride or 8
+    grid = ((37 - 8) // stride + 1, (24 - 8) // stride + 1)
+    assert last.shape == (2, 16, *grid)
+    prefix = {"middle": 1, "first": 1, "both": 2, "none": 0}[class_token]
+    assert features.shape == (2, prefix + math.prod(grid), 16)
+    assert torch.allclose(features[:, prefix:].transpose(1, 2).unflatten(2, grid), last, atol=1e-6)
+    if global_pool == "token":
+        want = features[:, :prefix].mean(1)
+    else:
+        want = getattr(features[:, prefix:], {"avg": "mean", "max": "amax"}[global_pool])(1)
+    assert torch.allclose(model.forward_head(features, pre_logits=True), want, atol=1e-6)
+    assert torch.allclose(model(x), model.head(want), atol=1e-6)
+
+
+def test_class_token_stands_in_the_middle():
+    """The class token's features see patches on both sides, but the sequence has it at P // 2."""
+    model = VisionMamba(img_size=48, depth=1, embed_dim=16)
+    tokens = model._embed(torch.zeros(1, 3, 48, 48))
+    assert torch.allclose(tokens[0, 4], (model.cls_token + model.pos_embed[:, :1])[0, 0])
+    assert torch.allclose(tokens[0, 3], model.patch_embed.proj.bias + model.pos_embed[0, 4])
+    assert torch.allclose(tokens[0, 5], model.patch_embed.proj.bias + model.pos_embed[0, 5])
+
+
+def test_dynamic_size_equals_set_input_size():
+    model = VisionMamba(img_size=64, depth=2, embed_dim=16, dynamic_img_size=True).eval()
+    x = torch.randn(1, 3, 96, 72)
+    want = model(x)
+    model.set_input_size((96, 72))
+    assert torch.allclose(model(x), want, atol=1e-6)
+    fixed = VisionMamba(img_size=64, depth=2, embed_dim=16)
+    with pytest.raises(AssertionError, match="input height must be img_size's 64, got 96"):
+        fixed(x)
+
+
+def test_set_patch_size():
+    model = VisionMamba(img_size=64, patch_size=16, depth=1, embed_dim=16)
+    model.set_input_size(patch_size=8)
+    assert model.patch_embed.grid_size == (8, 8)
+    assert model.feature_info[0]["reduction"] == 8
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"class_token": "centre"}, "class_token must be one of .*'middle'.*, got 'centre'"),
+        ({"global_pool": "mean"}, "global_pool must be one of .*'avg'.*, got 'mean'"),
+        ({"img_size": 8}, r"img_size \(8, 8\) must be at least the patch_size \(16, 16\)"),
+        ({"patch_stride": 0}, "patch_size and patch_stride must be positive"),
+    ],
+)
+def test_bad_options_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("vim_nano", **kwargs)
+
+
+def test_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'drop_path'"):
+        timm.create_model("vim_nano", drop_path=0.1)
+
+
+# Initialisation, meta, training
+
+
+def test_init_weights_after_to_empty():
+    model = timm.create_model("vim_nano", img_size=32, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(float("nan"))
+    torch.manual_seed(0)
+    model.init_weights()
+    torch.manual_seed(0)
+    fresh = timm.create_model("vim_nano", img_size=32)
+    for (name, p), q in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.isfinite(p).all(), name
+        assert abs(p.std() - q.std()) < 0.3 * q.std() + 1e-6, name
+    dt = torch.nn.functional.softplus(model.blocks[0].mixer.backward_ssm.dt_proj.bias)
+    assert dt.max() < 0.11, "the step sizes are set after their Linear has initialised itself"
+    bound = (1 / 128) ** 0.5 / math.sqrt(4)  # Kaiming uniform over d_inner inputs, divided by sqrt(depth)
+    assert bound * 0.95 < model.blocks[0].mixer.out_proj.weight.abs().max() <= bound
+
+
+def test_weight_decay_spares_what_the_authors_meant_to_spare():
+    model = timm.create_model("vim_nano", img_size=32)
+    groups = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    decayed = {name for name, p in model.named_parameters() if decay[id(p)] > 0}
+    per_ssm = ("conv1d.weight", "x_proj.weight", "dt_proj.weight")
+    assert decayed == {"patch_embed.proj.weight", "head.weight"} | {
+        f"blocks.{i}.mixer.{key}"
+        for i in range(4)
+        for key in (
+            "in_proj.weight",
+            "out_proj.weight",
+            *(f"{ssm}_ssm.{key}" for ssm in ("forward", "backward") for key in per_ssm),
+        )
+    }
+
+
+def test_trains_in_bf16_autocast_with_drop_path_and_gradient_checkpointing():
+    """Finite gradients for every parameter, the same with and without checkpointing."""
+    torch.manual_seed(0)
+    model = timm.create_model("vim_nano", img_size=32, patch_size=8, num_classes=5, drop_path_rate=0.2, drop_rate=0.1)
+    model.train()
+    x, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    gradients = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.isfinite(a).all()
+        assert torch.equal(a, b)
+
+
+def test_compiles_in_one_graph():
+    torch.manual_seed(0)
+    model = timm.create_model("vim_nano", img_size=32, depth=2).eval()
+    x = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), model(x), atol=1e-5)
+
+
+def test_exports_with_a_dynamic_batch():
+    model = timm.create_model("vim_nano", img_size=32, depth=2).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+    x = torch.randn(5, 3, 32, 32)
+    assert torch.allclose(program.module()(x), model(x), atol=1e-5)
+
+
+def test_features_only_for_a_detector():
+    maps = timm.create_model("vim_nano", features_only=True, out_indices=(1, 3), img_size=64)(torch.randn(1, 3, 64, 64))
+    assert [tuple(m.shape) for m in maps] == [(1, 64, 4, 4)] * 2
+
+
+def test_saved_model_loads_from_a_folder(tmp_path):
+    model = timm.create_model("vim_nano", img_size=(28, 35), patch_size=7, in_chans=1, num_classes=10).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(1, 1, 28, 35)
+    assert torch.equal(again(x), model(x))
+
+
+def test_entrypoints_cover_the_table():
+    assert set(VARIANTS) == set(timm.list_models("vim_*"))
