@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def golden() -> Callable[[str, str], dict[str, Tensor]]:
-    """golden(name, prefix): the tensors of tests/fixtures/<name>.safetensors whose names begin with prefix, without it."""
+    """golden(name, prefix): tensors of tests/fixtures/<name>.safetensors whose names begin with prefix, without it."""
 
     def load(name: str, prefix: str = "") -> dict[str, Tensor]:
         tensors = load_file(FIXTURES / f"{name}.safetensors")

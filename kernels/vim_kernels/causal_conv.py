@@ -17,7 +17,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+):
     """Convolve each channel with its own filter over the present and past steps, channel-last.
 
         y[t] = activation(bias + sum_k weight[:, k] * x[t - (width - 1) + k])

@@ -26,7 +26,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     return_last_state: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+):
     """Run the selective state-space recurrence along a sequence.
 
         delta[t] = softplus(dt[t] + dt_bias)
@@ -70,9 +70,9 @@ def bidirectional_selective_scan(
     B: Sequence[Tensor],
     C: Sequence[Tensor],
     *,
-    D: Sequence[Tensor] | None = None,
+    D: Sequence[Tensor | None] | None = None,
     z: Tensor | None = None,
-    dt_bias: Sequence[Tensor] | None = None,
+    dt_bias: Sequence[Tensor | None] | None = None,
     dt_softplus: bool = True,
     scale: float = 0.5,
     backend: str = "auto",
@@ -92,15 +92,14 @@ def bidirectional_selective_scan(
 
     Source: Zhu et al. 2024, arXiv 2401.09417, Algorithm 1 (the mean is the released code's).
     """
-    pairs = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias}
+    pairs: dict[str, Sequence | None] = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias}
     for name, pair in pairs.items():
         if pair is not None and (isinstance(pair, Tensor) or len(pair) != 2 or any(t is None for t in pair)):
             got = f"a tensor of shape {shape_of(pair)}" if isinstance(pair, Tensor) else f"{len(pair)} items: {pair}"
             raise ValueError(f"{name} must be a pair of tensors (forward, reverse), got {got}")
-    directions = [
-        Direction(u[i], dt[i], A[i], B[i], C[i], D and D[i], dt_bias and dt_bias[i], None, reverse=i == 1)
-        for i in range(2)
-    ]
+    D = (None, None) if D is None else D
+    dt_bias = (None, None) if dt_bias is None else dt_bias
+    directions = [Direction(u[i], dt[i], A[i], B[i], C[i], D[i], dt_bias[i], None, reverse=i == 1) for i in range(2)]
     check(u[1].shape == u[0].shape, "u[1]", u[1], f"have the shape of u[0], {shape_of(u[0])}")
     y, _ = _scan(directions, z, dt_softplus=dt_softplus, scale=scale, backend=backend)
     return y
@@ -191,12 +190,12 @@ _INPUTS = f"{_COLUMNS}, Tensor? z, bool[] reverse, bool dt_softplus, float scale
 
 def _columns(directions: Sequence[Direction]) -> list[list[Tensor]]:
     fields = zip(*(d[:-1] for d in directions), strict=True)
-    return [[] if column[0] is None else list(column) for column in fields]
+    return [[t for t in column if t is not None] for column in fields]
 
 
 def _directions(columns: Sequence[Sequence[Tensor]], reverse: Sequence[bool]) -> list[Direction]:
-    rows = zip(*(column or [None] * len(reverse) for column in columns), strict=True)
-    return [Direction(*row, reverse=r) for row, r in zip(rows, reverse, strict=True)]
+    absent = [None] * len(reverse)
+    return [Direction(*row) for row in zip(*(column or absent for column in columns), reverse, strict=True)]
 
 
 def _implementation(backend: str, u: Tensor):

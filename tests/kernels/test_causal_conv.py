@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from vim_kernels import available_backends, causal_conv1d
 
 ALL = [name for name in available_backends() if name != "triton"]

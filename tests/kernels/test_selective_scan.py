@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from scan_inputs import pair_inputs, scan_inputs
 from torch.utils.checkpoint import checkpoint
+
 from vim_kernels import available_backends, bidirectional_selective_scan, selective_scan
 
 BACKENDS = [name for name in available_backends() if name in ("torch", "cpu")]
@@ -141,7 +142,7 @@ def test_golden_forms(backend, name, golden, relative_error):
     inputs = as_leaves(inputs)
     options = {"dt_softplus": name != "fixedBC", "return_last_state": True, "backend": backend}
     if name in ("fixedBC", "complex") and backend != "reference":
-        with pytest.raises(ValueError, match="only backend='reference' takes|only with backend='reference'"):
+        with pytest.raises(ValueError, match=r"only backend='reference' takes|only with backend='reference'"):
             selective_scan(**inputs, **options)
         return
     y, state = selective_scan(**inputs, **options)
@@ -357,7 +358,7 @@ def test_bad_arguments_are_named(change, error, message):
 
 def test_bad_pairs_are_named():
     inputs = pair_inputs(dtype=torch.float32)
-    with pytest.raises(ValueError, match="B must be a pair of tensors .forward, reverse., got a tensor of shape"):
+    with pytest.raises(ValueError, match=r"B must be a pair of tensors \(forward, reverse\), got a tensor of shape"):
         bidirectional_selective_scan(**inputs | {"B": inputs["B"][0]})
     with pytest.raises(ValueError, match="D must be a pair of tensors"):
         bidirectional_selective_scan(**inputs | {"D": (inputs["D"][0], None)})

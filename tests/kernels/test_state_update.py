@@ -3,6 +3,7 @@
 import pytest
 import torch
 from scan_inputs import scan_inputs
+
 from vim_kernels import selective_scan, selective_state_update
 
 

@@ -396,8 +396,9 @@ def test_features_only_for_a_detector():
 
 
 def test_saved_model_loads_from_a_folder(tmp_path):
-    model = timm.create_model("vim_nano", img_size=(28, 35), patch_size=7, in_chans=1, num_classes=10).eval()
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    kwargs = {"img_size": (28, 35), "patch_size": 7, "in_chans": 1, "num_classes": 10}
+    model = timm.create_model("vim_nano", **kwargs).eval()
+    timm.models.save_for_hf(model, tmp_path, model_args=kwargs, safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.randn(1, 1, 28, 35)
     assert torch.equal(again(x), model(x))

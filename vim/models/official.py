@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from types import FrameType
 
 import torch
 from timm.models import clean_state_dict, load_state_dict
@@ -76,7 +77,7 @@ def _file_being_loaded() -> Path | None:
         ("timm.models._helpers", "load_checkpoint"): "checkpoint_path",
         ("timm.models._builder", "load_pretrained"): "pretrained_loc",
     }
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         local = loaders.get((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
         if local is not None:

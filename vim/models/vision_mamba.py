@@ -12,7 +12,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     _assert,
-    calculate_drop_path_rates,
     get_device_dtype,
     global_pool_nlc,
     lecun_normal_,
@@ -39,7 +38,7 @@ try:
     # Records the new size for save_for_hf; older versions of timm keep no such record.
     from timm.models._input import update_model_input_size as _update_model_input_size
 except ImportError:
-    _update_model_input_size = None
+    _update_model_input_size = None  # type: ignore[assignment]
 
 Size = int | tuple[int, int]
 GLOBAL_POOLS = ("", "token", "avg", "max", "avgmax")
@@ -105,8 +104,8 @@ class PatchEmbed(nn.Module):
             self.patch_stride = self.patch_size if plain else self.patch_stride
             dd = get_device_dtype(self)
             proj = nn.Conv2d(old.in_channels, old.out_channels, self.patch_size, self.patch_stride, **dd)
-            proj.weight.copy_(resample_patch_embed(old.weight, list(self.patch_size)))
-            proj.bias.copy_(old.bias)
+            weight = resample_patch_embed(old.weight, list(self.patch_size))
+            proj.load_state_dict({"weight": weight, "bias": old.bias})
             for name, parameter in proj.named_parameters():
                 parameter.requires_grad_(getattr(old, name).requires_grad)
             self.proj = proj.train(old.training)
@@ -153,7 +152,7 @@ class VisionMamba(nn.Module):
         global_pool: "token", "avg", "max" or "avgmax" over the patches, or "" for none.
         dynamic_img_size: take images of any size, resampling the position table at every call.
         drop_rate: dropout before the head. drop_path_rate: stochastic depth of the last block, rising linearly from 0.
-        weight_init: "skip" leaves the parameters as the layers' own initialisers made them.
+        weight_init: "skip" leaves the tables and the head uninitialised, for a model that will load its weights.
     """
 
     def __init__(
@@ -198,22 +197,21 @@ class VisionMamba(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, prefix, embed_dim, **dd)) if prefix else None
         # The class entries come first in the table, wherever the tokens stand in the sequence.
         self.pos_embed = nn.Parameter(torch.empty(1, prefix + self.patch_embed.num_patches, embed_dim, **dd))
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(*(Block(embed_dim, d_state, d_conv, expand, rate, **dd) for rate in rates))
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": self.patch_embed.feat_ratio()}
             for i in range(depth)
         ]
-        self.norm = nn.RMSNorm(embed_dim, eps=1e-5, **dd)
+        self.norm: nn.Module = nn.RMSNorm(embed_dim, eps=1e-5, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
         self.register_load_state_dict_pre_hook(_translate_official)
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
-        else:
-            self._init_tables()
 
+    @torch.no_grad()
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initialise as the authors do.
 
@@ -226,20 +224,15 @@ class VisionMamba(nn.Module):
         if needs_reset:
             # Children first: SelectiveSSM sets its dt_proj after the Linear has set itself.
             self.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
-        self._init_tables()
-        lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-        with torch.no_grad():
-            for block in self.blocks:
-                block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
-
-    def _init_tables(self) -> None:
-        trunc_normal_(self.pos_embed, std=0.02)
-        if self.cls_token is not None:
-            trunc_normal_(self.cls_token, std=0.02)
+        for name, p in self.named_parameters():
+            if name in ("pos_embed", "cls_token", "head.weight"):
+                trunc_normal_(p, std=0.02)
+            elif name == "patch_embed.proj.weight":
+                lecun_normal_(p)
+            elif name in ("patch_embed.proj.bias", "head.bias"):
+                nn.init.zeros_(p)
+            elif name.endswith("mixer.out_proj.weight"):
+                p.div_(math.sqrt(len(self.blocks)))  # keeps the residual stream's scale independent of depth
 
     def no_weight_decay(self) -> set[str]:
         """Names and patterns of the parameters to spare from weight decay, as the authors meant to."""
@@ -277,8 +270,8 @@ class VisionMamba(nn.Module):
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
         if self.patch_embed.grid_size != old_grid:
-            table = self._resampled_table(self.patch_embed.grid_size, old_grid).detach()
-            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+            table = self._resampled_table(self.patch_embed.grid_size, old_grid)
+            self.pos_embed = nn.Parameter(table.detach(), requires_grad=self.pos_embed.requires_grad)
         for info in self.feature_info:
             info["reduction"] = self.patch_embed.feat_ratio()
         if _update_model_input_size is not None:
@@ -289,7 +282,7 @@ class VisionMamba(nn.Module):
 
     def _embed(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) -> tokens in sequence order (B, L, D), class tokens and positions added."""
-        pos_embed = self.pos_embed
+        pos_embed: Tensor = self.pos_embed
         if self.dynamic_img_size:
             grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
             pos_embed = self._resampled_table(grid, self.patch_embed.grid_size)
@@ -324,7 +317,7 @@ class VisionMamba(nn.Module):
         stop_early: bool = False,
         output_fmt: Literal["NCHW", "NLC"] = "NCHW",
         intermediates_only: bool = False,
-    ) -> list | tuple[Tensor, list]:
+    ):
         """Features of chosen blocks.
 
         Args:
@@ -374,8 +367,9 @@ class VisionMamba(nn.Module):
         norm: bool = False,
     ) -> list:
         """`forward_intermediates` by the name and arguments that DINO's tools call."""
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW" if reshape else "NLC"
         return self.forward_intermediates(
-            x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True
+            x, n, return_prefix_tokens, norm, output_fmt=output_fmt, intermediates_only=True
         )
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -1,0 +1,45 @@
+# The two commands: `make quickstart` and `make test`. Both make .venv and install the project into it first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install quickstart test lint types test-timm test-timm-tiny clean
+
+help:
+	@echo "make quickstart      train and evaluate a Vision Mamba on real digits (a few minutes on two CPU cores)"
+	@echo "make test            lint, type-check and test"
+	@echo "make test-timm       timm's own model tests on vim_nano (fetches timm's source distribution)"
+	@echo "make test-timm-tiny  the same on vim_tiny, without the quadratic prune test"
+	@echo "make install         only make $(VENV) and install into it"
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[quickstart,dev]'
+	@touch $@
+
+install: $(INSTALLED)
+
+quickstart: $(INSTALLED)
+	$(BIN)/python tools/prepare_mnist.py data/mnist5k
+	$(BIN)/python tools/train.py --config configs/quickstart.yaml
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/python -m pytest
+
+test-timm: $(INSTALLED)
+	$(BIN)/python tests/timm_suite/run.py vim_nano
+
+test-timm-tiny: $(INSTALLED)
+	$(BIN)/python tests/timm_suite/run.py vim_tiny --deselect test_prune_intermediate_layers_contract
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
