@@ -16,17 +16,8 @@ MODEL = os.environ["TIMM_SUITE_MODEL"]
 
 
 def pytest_configure(config):
-    for marker in [
-        "base",
-        "forward",
-        "backward",
-        "cfg",
-        "cfg_nonstd",
-        "features",
-        "torchscript",
-        "fxforward",
-        "fxbackward",
-    ]:
+    groups = ["base", "forward", "backward", "cfg", "cfg_nonstd", "features", "torchscript", "fxforward", "fxbackward"]
+    for marker in groups:
         config.addinivalue_line("markers", f"{marker}: one of timm's groups")
     if MODEL not in timm.list_models("vim_*"):
         raise pytest.UsageError(f"no model {MODEL!r}; there are {timm.list_models('vim_*')}")
