@@ -1,5 +1,220 @@
-"""Backend `cpu`: placeholder while the compiled kernel is being written."""
+"""The library behind backend `cpu`: C, compiled on first use with the system's compiler into the user's cache.
+
+One library holds one precision. The name of its file is a hash of all that decides the machine code, so a cache may be
+shared between machines, compilers and versions of this package; and a file is in the cache whole or not at all.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import mmap
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .directions import CHECKPOINT_INTERVAL
+
+_log = logging.getLogger("vim_kernels")
+
+_SOURCES = Path(__file__).parent / "csrc"
+_FLAGS = (
+    "-std=gnu11 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fPIC -shared -pthread "
+    f"-DCHUNK={CHECKPOINT_INTERVAL}"
+).split()
 
 
-def load_error():
-    return "not built"
+def load_error() -> str | None:
+    """Why the backend cannot run on this machine; None if it can. Compiles the library if need be."""
+    try:
+        library(torch.float32)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    """The kernels in fp32 or fp64.
+
+    Raises: RuntimeError with the reason if they cannot be compiled or loaded.
+    """
+    command, macros = _compiler(["-DDOUBLE"] if dtype == torch.float64 else [])
+    key = hashlib.sha256()
+    for part in (*(path.read_bytes() for path in sorted(_SOURCES.iterdir())), shlex.join(command).encode(), macros):
+        key.update(hashlib.sha256(part).digest())
+    name = f"{sysconfig.get_platform()}-{key.hexdigest()[:24]}.so"
+    try:
+        return _load(_cache_folder() / name, command)
+    except OSError as error:  # a read-only or full disk, or one that runs no programs
+        _log.warning("compiling the CPU kernels into a temporary folder, because the cache does not work: %s", error)
+    try:
+        with tempfile.TemporaryDirectory(prefix="vim_kernels_") as folder:  # once loaded, a library needs no file
+            return _load(Path(folder) / name, command)
+    except OSError as error:
+        raise RuntimeError(f"there is no folder to keep the compiled CPU kernels in: {error}") from error
+
+
+def _compiler(flags: list[str]) -> tuple[list[str], bytes]:
+    """The command that compiles, and its predefined macros: they tell the compiler's version and what the CPU can do.
+
+    Raises: RuntimeError if there is no compiler or none works.
+    """
+    if sys.platform == "win32":
+        raise RuntimeError("the CPU kernels need POSIX threads, which Windows does not have")
+    wanted = [shlex.split(os.environ["CC"])] if os.environ.get("CC", "").strip() else [["cc"], ["gcc"], ["clang"]]
+    found = [command for command in wanted if shutil.which(command[0])]
+    if not found:
+        names = " or ".join(command[0] for command in wanted)
+        raise RuntimeError(f"there is no C compiler: {names} is not on PATH; install one, or set CC to its command")
+    for command in found:
+        for native in (["-march=native"], []):  # some compilers refuse it
+            full = [*command, *_FLAGS, *flags, *native]
+            failure, macros = _run_compiler([*full, "-dM", "-E", "-x", "c", os.devnull])
+            if failure is None:
+                return full, macros
+    raise RuntimeError(failure)
+
+
+def _run_compiler(command: list[str]) -> tuple[str | None, bytes]:
+    """What went wrong (None if nothing), and the output."""
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except OSError as error:
+        return f"the C compiler does not start: {error}", b""
+    if done.returncode == 0:
+        return None, done.stdout
+    return f"the C compiler fails: {shlex.join(command)}: {done.stderr.decode(errors='replace')[-1000:]}", b""
+
+
+def _cache_folder() -> Path:
+    """The folder of compiled kernels, made if need be. Raises: OSError."""
+    if chosen := os.environ.get("VIM_KERNELS_CACHE"):
+        folder = Path(chosen)
+    elif chosen := os.environ.get("XDG_CACHE_HOME"):
+        folder = Path(chosen) / "vim_kernels"
+    else:
+        home = os.path.expanduser("~")
+        if not os.path.isabs(home):
+            raise OSError("there is no home directory")
+        folder = Path(home, "Library/Caches" if sys.platform == "darwin" else ".cache") / "vim_kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _load(path: Path, command: list[str]) -> ctypes.CDLL:
+    """The library at `path`, compiled if it is not there or damaged. Raises: OSError, RuntimeError (the compiler)."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        pass
+    start = time.perf_counter()
+    # Each process compiles in a folder of its own; the last to finish wins with the same content.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
+        built = Path(folder) / path.name
+        sources = [str(source) for source in sorted(_SOURCES.glob("*.c"))]
+        failure, _ = _run_compiler([*command, *sources, "-o", str(built), "-lm"])
+        if failure is not None:
+            raise RuntimeError(failure)
+        os.replace(built, path)
+    _log.info("compiled the CPU kernels with %s in %.1f s: %s", command[0], time.perf_counter() - start, path)
+    return ctypes.CDLL(str(path))
+
+
+# What the two kernels share of their launchers.
+
+
+class Sequence(ctypes.Structure):
+    """csrc/layout.h"""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("step", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+    )
+
+
+class Call(ctypes.Structure):
+    """The fields that every kernel's argument begins with."""
+
+    _fields_ = (("team", ctypes.c_void_p), ("threads", ctypes.c_int64))
+
+
+def readable(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """In the kernel's precision and with neighbouring channels (states) next to each other; copied only if it must."""
+    if t is None:
+        return None
+    if t.dtype != dtype:
+        t = t.to(dtype)
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """In the kernel's precision and contiguous; copied only if it must."""
+    return None if t is None else t.to(dtype).contiguous()
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor for the kernel to write, in huge pages where it is large and Linux has them.
+
+    Memory of this size is new from the system on each call, and its page faults were a third of the time of long scans.
+    """
+    t = torch.empty(shape, dtype=dtype)
+    if sys.platform == "linux" and t.nbytes >= 4 * _HUGE_PAGE:
+        begin = -(-t.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        size = (t.data_ptr() + t.nbytes - begin) // _HUGE_PAGE * _HUGE_PAGE
+        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)  # a wish: may be refused
+    return t
+
+
+def fill(
+    struct: ctypes.Structure, sequences: dict[str, Tensor | None], arrays: dict[str, Tensor | None], reverse: bool
+) -> None:
+    """Point the fields of `struct` at tensors, which the caller keeps alive; fields of None stay NULL.
+
+    sequences: (B, L, [groups,] channels or states). arrays: contiguous.
+    """
+    for name, t in sequences.items():
+        if t is not None:
+            batch, step, *group, _ = t.stride()
+            data = t.data_ptr()
+            if reverse:
+                data += (t.shape[1] - 1) * step * t.element_size()
+                step = -step
+            setattr(struct, name, Sequence(data, batch, step, *group))
+    for name, t in arrays.items():
+        if t is not None:
+            setattr(struct, name, t.data_ptr())
+
+
+def run(kernel: str, dtype: torch.dtype, call: Call) -> None:
+    """Run a kernel of csrc/ on as many threads as torch's own operators take."""
+    call.team, call.threads = _team(), torch.get_num_threads()
+    if getattr(library(dtype), kernel)(ctypes.byref(call)):
+        raise MemoryError(f"no memory for the scratch space of {kernel}")
+
+
+_PROCESS = os.getpid()
+_HUGE_PAGE = 2 << 20
+_libc = functools.cache(functools.partial(ctypes.CDLL, None))
+
+
+def _team() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded; None if there is none to use."""
+    return _openmp() if os.getpid() == _PROCESS else None  # libgomp's threads do not survive a fork
+
+
+@functools.cache
+def _openmp() -> int | None:
+    function = getattr(_libc(), "GOMP_parallel", None)
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value

@@ -1,1 +1,63 @@
-"""Placeholder while the compiled kernel is being written."""
+"""Backend `cpu` of the causal convolution: hands tensors to csrc/conv.c."""
+
+import ctypes
+
+from torch import Tensor
+
+from . import cpu
+from .reference import state_dtype
+
+_ARRAYS = ("weight", "bias", "initial_state")
+
+
+class _Conv(cpu.Call):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "width", "silu")),
+        *((name, cpu.Sequence) for name in ("x", "y")),
+        *((name, ctypes.c_void_p) for name in _ARRAYS),
+        *((name, cpu.Sequence) for name in ("dy", "dx")),
+        *((f"d_{name}", ctypes.c_void_p) for name in _ARRAYS),
+    )
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, *, silu: bool, reverse: bool
+) -> Tensor:
+    """y (B, L, E) in x's dtype; shapes as in `causal_conv1d`."""
+    dtype = state_dtype(x, weight)
+    y = cpu.empty(x.shape, dtype)
+    sequences = {"x": cpu.readable(x, dtype), "y": y}
+    arrays = {name: cpu.dense(t, dtype) for name, t in zip(_ARRAYS, (weight, bias, initial_state), strict=True)}
+    _run("conv_forward", sequences, arrays, silu, reverse)
+    return y.to(x.dtype)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    *,
+    silu: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, weight, bias and initial_state, each in its tensor's dtype."""
+    dtype = state_dtype(x, weight)
+    inputs = (x, weight, bias, initial_state)
+    dx, *d_arrays = grads = [None if t is None else cpu.empty(t.shape, dtype) for t in inputs]
+    sequences = {"x": cpu.readable(x, dtype), "dy": cpu.readable(dy, dtype), "dx": dx}
+    arrays = {name: cpu.dense(t, dtype) for name, t in zip(_ARRAYS, inputs[1:], strict=True)}
+    arrays |= {f"d_{name}": grad for name, grad in zip(_ARRAYS, d_arrays, strict=True)}
+    _run("conv_backward", sequences, arrays, silu, reverse)
+    return tuple(None if t is None else grad.to(t.dtype) for grad, t in zip(grads, inputs, strict=True))
+
+
+def _run(
+    kernel: str, sequences: dict[str, Tensor], arrays: dict[str, Tensor | None], silu: bool, reverse: bool
+) -> None:
+    x, weight = sequences["x"], arrays["weight"]
+    batch, length, channels = x.shape
+    conv = _Conv(batch=batch, length=length, channels=channels, width=weight.shape[1], silu=silu)
+    cpu.fill(conv, sequences, arrays, reverse)
+    cpu.run(kernel, x.dtype, conv)

@@ -1,0 +1,158 @@
+// The depthwise causal convolution, forward and backward:
+//
+//     pre[t] = bias + sum over k of weight[k] * x[t - past + k],    y[t] = silu(pre[t]) or pre[t],    past = width - 1
+//
+// A vector holds neighbouring channels. A task is a chunk of steps of one batch element, tile by tile.
+#include <stdlib.h>
+
+#include "layout.h"
+#include "parallel.h"
+
+enum { STEPS = 128 };  // of a task: the backward recomputes `past` more
+
+typedef struct {
+    Team team;
+    int64_t threads, batch, length, channels, width, silu;
+    Sequence x, y;
+    const real *weight, *bias, *initial_state;  // (channels, width), (channels) or NULL, (batch, past, channels) or NULL
+    // For the backward; gradients of what is NULL are NULL:
+    Sequence dy, dx;
+    real *d_weight, *d_bias, *d_initial_state;
+} Conv;
+
+typedef struct {
+    const Conv *conv;
+    int64_t chunks, past;
+    real *weight;  // (channels * width tiled)
+    real *sums;    // (batch, chunks, channels * (width + 1) tiled) d_weight and d_bias of each task
+    Vec *rows;     // (threads, 2, 2 * past + STEPS)
+} Work;
+
+INLINE int lanes_at(const Conv *c, int64_t channel) {
+    return c->channels - channel < LANES ? (int)(c->channels - channel) : LANES;
+}
+
+// x of steps [start - past, end) of one tile
+static void read_rows(Vec *x, const Work *w, int64_t batch, int64_t start, int64_t end, int64_t channel) {
+    const Conv *c = w->conv;
+    int lanes = lanes_at(c, channel);
+    for (int64_t t = start - w->past; t < end; t++) {
+        if (t >= 0)
+            *x++ = stream(at(c->x, batch, t) + channel, lanes);
+        else if (c->initial_state)
+            *x++ = load(c->initial_state + (batch * w->past + w->past + t) * c->channels + channel, lanes);
+        else
+            *x++ = splat(0);
+    }
+}
+
+// pre of the step whose oldest input is *x
+INLINE Vec convolve(const real *weight, Vec bias, const Vec *x, int64_t width, int lanes) {
+    Vec sum = bias;
+    for (int64_t k = 0; k < width; k++) sum += load(weight + k * lanes, lanes) * x[k];
+    return sum;
+}
+
+static void forward_task(const void *work, int64_t task, int thread) {
+    const Work *w = work;
+    const Conv *c = w->conv;
+    int64_t batch = task / w->chunks, start = task % w->chunks * STEPS;
+    int64_t end = start + STEPS < c->length ? start + STEPS : c->length;
+    Vec *x = w->rows + thread * 2 * (2 * w->past + STEPS);
+    for (int64_t e = 0; e < c->channels; e += LANES) {
+        int lanes = lanes_at(c, e);
+        const real *weight = w->weight + e * c->width;
+        Vec bias = c->bias ? load(c->bias + e, lanes) : splat(0);
+        read_rows(x, w, batch, start, end, e);
+        for (int64_t t = start; t < end; t++) {
+            Vec pre = convolve(weight, bias, x + t - start, c->width, lanes);
+            store(at(c->y, batch, t) + e, c->silu ? pre * sigmoid(pre) : pre, lanes);
+        }
+    }
+}
+
+static void backward_task(const void *work, int64_t task, int thread) {
+    const Work *w = work;
+    const Conv *c = w->conv;
+    int64_t batch = task / w->chunks, start = task % w->chunks * STEPS, past = w->past;
+    int64_t end = start + STEPS < c->length ? start + STEPS : c->length;
+    int64_t ahead = end + past < c->length ? end + past : c->length;
+    Vec *x = w->rows + thread * 2 * (2 * past + STEPS), *d_pre = x + 2 * past + STEPS;
+    for (int64_t e = 0; e < c->channels; e += LANES) {
+        int lanes = lanes_at(c, e);
+        const real *weight = w->weight + e * c->width;
+        Vec bias = c->bias ? load(c->bias + e, lanes) : splat(0);
+        read_rows(x, w, batch, start, ahead, e);
+        for (int64_t t = start; t < end + past; t++) {
+            Vec d = splat(0);
+            if (t < ahead) {
+                d = stream(at(c->dy, batch, t) + e, lanes);
+                if (c->silu) {
+                    Vec pre = convolve(weight, bias, x + t - start, c->width, lanes), gate = sigmoid(pre);
+                    d *= gate * (1 + pre * (1 - gate));
+                }
+            }
+            d_pre[t - start] = d;
+        }
+        real *d_weight = w->sums + (task * c->channels + e) * (c->width + 1), *d_bias = d_weight + c->width * lanes;
+        for (int64_t k = 0; k < c->width; k++) {
+            Vec sum = splat(0);
+            for (int64_t i = 0; i < end - start; i++) sum += d_pre[i] * x[i + k];
+            store(d_weight + k * lanes, sum, lanes);
+        }
+        Vec sum = splat(0);
+        for (int64_t i = 0; i < end - start; i++) sum += d_pre[i];
+        store(d_bias, sum, lanes);
+
+        for (int64_t i = 0; i < end - start; i++) {
+            Vec dx = splat(0);
+            for (int64_t k = 0; k < c->width; k++) dx += load(weight + k * lanes, lanes) * d_pre[i + past - k];
+            store(at(c->dx, batch, start + i) + e, dx, lanes);
+        }
+        for (int64_t i = 0; start == 0 && c->d_initial_state && i < past; i++) {
+            Vec dx = splat(0);
+            for (int64_t k = 0; k <= i; k++) dx += load(weight + k * lanes, lanes) * d_pre[i - k];
+            store(c->d_initial_state + (batch * past + i) * c->channels + e, dx, lanes);
+        }
+    }
+}
+
+// Returns false if there is no memory.
+static bool begin_work(Work *w, const Conv *c, bool backward) {
+    *w = (Work){.conv = c, .chunks = (c->length + STEPS - 1) / STEPS, .past = c->width - 1};
+    int64_t vectors = c->threads * 2 * (2 * w->past + STEPS);
+    int64_t reals = c->channels * c->width + (backward ? c->batch * w->chunks * c->channels * (c->width + 1) : 0);
+    w->rows = aligned_alloc(sizeof(Vec), (vectors + reals / LANES + 1) * sizeof(Vec));
+    if (!w->rows) return false;
+    w->weight = (real *)(w->rows + vectors);
+    w->sums = w->weight + c->channels * c->width;
+    for (int64_t e = 0; e < c->channels; e += LANES)
+        to_tile(w->weight + e * c->width, c->weight + e * c->width, c->width, lanes_at(c, e));
+    return true;
+}
+
+// Both return 0, or -1 if there is no memory.
+
+int conv_forward(const Conv *c) {
+    Work w;
+    if (!begin_work(&w, c, false)) return -1;
+    parallel(c->team, (int)c->threads, c->batch * w.chunks, forward_task, &w);
+    free(w.rows);
+    return 0;
+}
+
+int conv_backward(const Conv *c) {
+    Work w;
+    if (!begin_work(&w, c, true)) return -1;
+    int64_t tasks = c->batch * w.chunks, size = c->channels * (c->width + 1);
+    parallel(c->team, (int)c->threads, tasks, backward_task, &w);
+    sum_rows(w.sums, w.sums, tasks, size, size);
+    for (int64_t e = 0; e < c->channels; e += LANES) {
+        int lanes = lanes_at(c, e);
+        const real *tile = w.sums + e * (c->width + 1);
+        from_tile(c->d_weight + e * c->width, tile, c->width, lanes);
+        if (c->d_bias) memcpy(c->d_bias + e, tile + c->width * lanes, lanes * sizeof(real));
+    }
+    free(w.rows);
+    return 0;
+}

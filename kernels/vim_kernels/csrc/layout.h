@@ -1,0 +1,32 @@
+// Tensors as the kernels see them.
+#pragma once
+
+#include "vector.h"
+
+// (batch, length, [group,] channels or states), the last dimension contiguous. In reverse, `data` is the last step and
+// `step` is negative, so that every loop runs in processing order and needs no flag.
+typedef struct {
+    real *data;                  // NULL if absent
+    int64_t batch, step, group;  // strides, in elements
+} Sequence;
+
+INLINE real *at(Sequence s, int64_t batch, int64_t step) { return s.data + batch * s.batch + step * s.step; }
+
+// A row of (channels, n) numbers is `tiled` when it is, for each vector of channels (a tile), n vectors. The last tile
+// of a group of channels may have fewer lanes; tile and row take the same memory.
+static void to_tile(real *tile, const real *rows, int64_t n, int lanes) {
+    for (int64_t j = 0; j < n; j++)
+        for (int i = 0; i < lanes; i++) tile[j * lanes + i] = rows[i * n + j];
+}
+
+static void from_tile(real *rows, const real *tile, int64_t n, int lanes) {
+    for (int64_t j = 0; j < n; j++)
+        for (int i = 0; i < lanes; i++) rows[i * n + j] = tile[j * lanes + i];
+}
+
+// to[i] = sum over r of from[r * stride + i], in the order of r whatever the number of threads. `to` may be `from`.
+static void sum_rows(real *to, const real *from, int64_t rows, int64_t stride, int64_t size) {
+    memmove(to, from, size * sizeof(real));
+    for (int64_t r = 1; r < rows; r++)
+        for (int64_t i = 0; i < size; i++) to[i] += from[r * stride + i];
+}

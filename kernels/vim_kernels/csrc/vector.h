@@ -1,0 +1,136 @@
+// Vectors of channels: as many neighbouring channels as a register holds, in the precision of the library.
+#pragma once
+
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+#ifdef DOUBLE
+typedef double real;
+typedef int64_t bits;
+#else
+typedef float real;
+typedef int32_t bits;
+#endif
+typedef real Vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef bits Mask __attribute__((vector_size(VECTOR_BYTES)));  // a lane of -1 is true, of 0 false
+typedef real Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+
+enum { LANES = VECTOR_BYTES / sizeof(real) };
+
+#define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+INLINE Vec splat(real x) { return x - (Vec){0}; }
+
+// Channels past the last one of a group are 0 in registers and do not exist in memory.
+INLINE Vec load(const real *p, int lanes) {
+    if (lanes == LANES) return *(const Unaligned *)p;
+    Vec v = {0};
+    memcpy(&v, p, lanes * sizeof(real));
+    return v;
+}
+
+INLINE void store(real *p, Vec v, int lanes) {
+    if (lanes == LANES)
+        *(Unaligned *)p = v;
+    else
+        memcpy(p, &v, lanes * sizeof(real));
+}
+
+// Load, and ask for the tile behind it: its rows lie too far apart for the processor to foresee.
+INLINE Vec stream(const real *p, int lanes) {
+    __builtin_prefetch(p + LANES);
+    return load(p, lanes);
+}
+
+INLINE Vec choose(Mask m, Vec yes, Vec no) { return (Vec)(((Mask)yes & m) | ((Mask)no & ~m)); }
+
+INLINE real sum_lanes(Vec v) {
+    real sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+}
+
+#ifdef DOUBLE
+
+#define EACH_LANE(expression)                   \
+    Vec r;                                      \
+    for (int i = 0; i < LANES; i++) {           \
+        double v = x[i];                        \
+        r[i] = expression;                      \
+    }                                           \
+    return r
+
+INLINE Vec exp2_of(Vec x) { EACH_LANE(exp2(v)); }
+INLINE Vec softplus(Vec x) { EACH_LANE(v > 20 ? v : log1p(exp(v))); }
+INLINE Vec sigmoid(Vec x) { EACH_LANE(1 / (1 + exp(-v))); }
+INLINE Vec softplus_slope(Vec x) { EACH_LANE(v > 20 ? 1 : 1 / (1 + exp(-v))); }
+
+#else
+
+INLINE Vec exp2_of(Vec x) {
+#ifdef __AVX512F__
+    Vec whole = (Vec)_mm512_roundscale_ps((__m512)x, 8);
+#else
+    // Below -127 the result is 0, above 128 it is inf; a NaN passes, because no comparison with it holds.
+    x = choose(x < -127, splat(-127), x);
+    x = choose(x > 128, splat(128), x);
+    const float shift = 0x1.8p23f + 127;  // x + shift has the biased exponent round(x) + 127 in its low bits
+    Vec shifted = x + shift;
+    Vec whole = shifted - shift;
+#endif
+    Vec f = x - whole;
+    Vec p = splat(1.3264727e-3f);
+    p = p * f + 9.671513e-3f;
+    p = p * f + 5.5507336e-2f;
+    p = p * f + 2.4022242e-1f;
+    p = p * f + 6.93147e-1f;
+    p = p * f + 1;
+#ifdef __AVX512F__
+    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+    return p * (Vec)((Mask)shifted << 23);
+#endif
+}
+
+// exp(-|x|): no overflow on the way to sigmoid and softplus.
+INLINE Vec exp_minus_abs(Vec x) {
+    Vec minus_abs = (Vec)((Mask)x | INT32_MIN);
+    return exp2_of(minus_abs * 0x1.715476p0f);
+}
+
+INLINE Vec sigmoid(Vec x) {
+    Vec e = exp_minus_abs(x);
+    return choose(x < 0, e, splat(1)) / (1 + e);
+}
+
+INLINE Vec softplus(Vec x) {
+    // max(x, 0) + log1p(e), with log1p(e) = 2 atanh(s) as an odd polynomial of s = e / (2 + e) <= 1/3.
+    Vec e = exp_minus_abs(x);
+    Vec s = e / (2 + e), q = s * s;
+    Vec p = splat(0.28178358f);
+    p = p * q + 0.27960598f;
+    p = p * q + 0.4002491f;
+    p = p * q + 0.66666317f;
+    p = p * q + 2;
+    return choose(x > 0, x, splat(0)) + s * p;
+}
+
+INLINE Vec softplus_slope(Vec x) { return sigmoid(x); }
+
+#endif

@@ -1,0 +1,81 @@
+"""Sequences seen as (batch, length) rows of channels or states: the form in which the Triton kernels address them."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .directions import CHECKPOINT_INTERVAL, Direction
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """t (B, L, ...), copied unless each row t[b, l] is contiguous and rows are spaced as `row_strides` can say."""
+    batch, length = t.shape[:2]
+    even = batch == 1 or length == 1 or (t.stride(1) > 0 and t.stride(0) % t.stride(1) == 0)
+    return t if even and t[0, 0].is_contiguous() else t.contiguous()
+
+
+def row_strides(t: Tensor) -> tuple[int, int]:
+    """(pitch, stride) of a result of `as_rows`: row l of batch entry b begins at element (b * pitch + l) * stride.
+
+    The stride alone tells how rows are aligned, so kernels need not be specialised on the pitch, which changes with L.
+    """
+    batch, length = t.shape[:2]
+    if length == 1:
+        return 1, t.stride(0)
+    return (0 if batch == 1 else t.stride(0) // t.stride(1)), t.stride(1)
+
+
+def row_arguments(**tensors: Tensor | None) -> dict[str, int]:
+    """Kernel arguments <name>_pitch and <name>_stride of each tensor; 0 for an absent one."""
+    arguments = {}
+    for name, t in tensors.items():
+        arguments[f"{name}_pitch"], arguments[f"{name}_stride"] = (0, 0) if t is None else row_strides(t)
+    return arguments
+
+
+def direction_as_rows(d: Direction) -> Direction:
+    """Sequences as rows, everything else contiguous."""
+    u, dt, B, C = (as_rows(t) for t in (d.u, d.dt, d.B, d.C))
+    D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (d.D, d.dt_bias, d.initial_state))
+    return Direction(u, dt, d.A.contiguous(), B, C, D, dt_bias, initial_state, d.reverse)
+
+
+def columns(directions: Sequence[Direction]) -> list[tuple[Tensor, ...] | None]:
+    """The tensors field by field; None for a field that is absent."""
+    return [None if column[0] is None else column for column in zip(*(d[:-1] for d in directions), strict=True)]
+
+
+def launches(directions: Sequence[Direction]) -> list[slice]:
+    """All directions for one launch if their tensors agree in dtype, shape and strides, as they nearly always do."""
+    kinds = [
+        [
+            *((t.dtype, t.shape, row_strides(t)) for t in (d.u, d.dt, d.B, d.C)),
+            *(None if t is None else t.dtype for t in (d.D, d.dt_bias, d.initial_state)),
+        ]
+        for d in directions
+    ]
+    if all(kind == kinds[0] for kind in kinds):
+        return [slice(0, len(directions))]
+    return [slice(i, i + 1) for i in range(len(directions))]
+
+
+def sizes(d: Direction) -> dict[str, int]:
+    """Kernel arguments that both scan kernels take."""
+    batch, length, d_inner = d.u.shape
+    groups, d_state = d.B.shape[2:]
+    return {
+        "batch": batch,
+        "length": length,
+        "d_inner": d_inner,
+        "group_size": d_inner // groups,
+        "GROUPS": groups,
+        "N": d_state,
+        "K": CHECKPOINT_INTERVAL,
+    }
+
+
+def on_device_of(t: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors' one."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()

@@ -1,0 +1,284 @@
+"""The Triton kernels on a GPU: parity with the fp64 reference, memory, determinism, compilation."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from scan_inputs import pair_inputs, scan_inputs
+from triton_checks import (
+    conv_excess,
+    conv_inputs,
+    error,
+    excess,
+    extreme_inputs,
+    leaves,
+    pair_excess,
+    results,
+    scan_excess,
+    uneven_pair,
+)
+
+from vim_kernels import bidirectional_selective_scan, causal_conv1d, selective_scan
+
+pytestmark = pytest.mark.gpu
+
+# fp32 on a GPU: 1e-4 of the largest value of a tensor, outputs and gradients.
+FP32 = {"dtype": torch.float32, "device": "cuda", "limit": 1e-4}
+FP64 = {"dtype": torch.float64, "device": "cuda", "limit": 1e-11}
+# Without a limit the budget is the error of an eager run in the same dtype.
+LOW = [{"dtype": dtype, "device": "cuda"} for dtype in (torch.bfloat16, torch.float16)]
+PRECISIONS = [FP32, FP64, *LOW]
+
+# Odd lengths, lengths around the checkpoint interval, channels and states off powers of two, each argument absent.
+SHAPES = [
+    {},
+    {"length": 1},
+    {"batch": 1, "length": 32, "d_inner": 5},
+    {"length": 33, "d_inner": 1, "d_state": 1},
+    {"length": 65, "d_inner": 130, "d_state": 3},
+    {"length": 70, "d_state": 17},
+    {"length": 40, "d_state": 64},
+    {"length": 5, "d_inner": 6, "d_state": 256},
+    {"groups": 2, "length": 34},
+    {"groups": 3, "d_inner": 33, "d_state": 5},
+    {"absent": ("z",)},
+    {"absent": ("D", "dt_bias", "initial_state")},
+    {"absent": ("D", "z", "dt_bias", "initial_state"), "length": 64},
+]
+
+
+def assert_within(found: dict[str, float]) -> None:
+    assert found
+    assert not {name: fraction for name, fraction in found.items() if not fraction <= 1}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Outputs and scratch memory begin as NaN, so that an element not written, or read too early, shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan_equals_reference(shape, reverse):
+    assert_within(scan_excess(**shape, reverse=reverse, **FP32))
+
+
+@pytest.mark.parametrize("precision", [FP64, *LOW], ids=lambda p: str(p["dtype"]))
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[5], SHAPES[8]], ids=str)
+def test_scan_in_other_precisions(shape, precision):
+    assert_within(scan_excess(**shape, **precision))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: str(p["dtype"]))
+@pytest.mark.parametrize("shape", [{}, {"absent": ("z",)}, {"groups": 2, "length": 5}, {"length": 1}], ids=str)
+def test_pair_equals_reference(shape, precision):
+    assert_within(pair_excess(**shape, **precision))
+
+
+@pytest.mark.parametrize("precision", [FP32, LOW[0]], ids=lambda p: str(p["dtype"]))
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_vim_tiny_at_224_pixels(batch, precision):
+    """Batch 1 spreads the states over lanes, 8 and 32 take the other tiles."""
+    assert_within(pair_excess(batch=batch, length=197, d_inner=384, **precision))
+
+
+def test_tiles_of_large_inputs(monkeypatch):
+    """Two channels a lane, where channels are many, on an input small enough to compare with fp64."""
+    from vim_kernels import triton_scan, triton_scan_backward
+
+    for module in (triton_scan, triton_scan_backward):
+        monkeypatch.setattr(module, "ENOUGH_PROGRAMS", 1)
+    assert_within(pair_excess(length=45, d_inner=200, **FP32))
+    assert_within(scan_excess(length=45, d_inner=70, d_state=17, **FP32))
+
+
+def test_uneven_pairs_and_strides():
+    assert_within(excess(bidirectional_selective_scan, uneven_pair(device="cuda")))
+    assert_within(excess(bidirectional_selective_scan, uneven_pair(torch.float32, "cuda"), limit=1e-4))
+
+
+def test_extremes():
+    assert_within(excess(selective_scan, extreme_inputs(device="cuda"), limit=1e-4))
+    low = extreme_inputs(torch.bfloat16, "cuda")
+    assert all(t.isfinite().all() for t in results(selective_scan, low, backend="triton").values())
+
+
+CONVOLUTIONS = [
+    {"length": 197, "channels": 384},
+    {"length": 2},
+    {"length": 1, "width": 2},
+    {"width": 1, "absent": ("bias",)},
+    {"width": 3, "channels": 130, "absent": ("initial_state",)},
+    {"width": 9, "length": 20},
+]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_convolution_equals_reference(shape, reverse):
+    for precision in PRECISIONS:
+        assert_within(conv_excess(**shape, reverse=reverse, **precision))
+    assert_within(conv_excess(**shape, reverse=reverse, activation=None, **FP32))
+
+
+def test_golden_scan(golden):
+    t = {name: tensor.cuda() for name, tensor in golden("g4_selective_scan").items()}
+    sequences = ("u", "delta", "B", "C", "z")
+    names = {"u": "u", "dt": "delta", "A": "A", "B": "B", "C": "C", "z": "z", "D": "D", "dt_bias": "delta_bias"}
+    official = {ours: t[name].transpose(1, 2) if name in sequences else t[name] for ours, name in names.items()}
+    inputs = leaves(official)
+    y, state = selective_scan(**inputs, return_last_state=True, backend="triton")
+    assert error(y, t["output_f64"].transpose(1, 2)) < 5e-4
+    assert error(state, t["last_state_f64"]) < 5e-4
+    loss = (y * t["loss_weight"].transpose(1, 2)).sum()
+    with_state = loss + (state * t["last_state_weight"]).sum()
+    for prefix, total in (("grad_f64.", loss), ("grad_with_state_f64.", with_state)):
+        gradients = torch.autograd.grad(total, inputs.values(), retain_graph=True)
+        for (ours, name), got in zip(names.items(), gradients, strict=True):
+            want = t[prefix + name]
+            assert error(got, want.transpose(1, 2) if name in sequences else want) < 5e-4, ours
+
+
+@pytest.mark.parametrize("name", ["real", "groups"])
+def test_golden_forms(name, golden):
+    t = {key: tensor.cuda() for key, tensor in golden(f"ssm_scan_{name}").items()}
+
+    def ours(prefix):
+        found = {}
+        for theirs in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias"):
+            if prefix + theirs in t:
+                value = t[prefix + theirs]
+                value = value.permute(0, 3, 1, 2) if value.dim() == 4 else value
+                value = value.transpose(1, 2) if value.dim() == 3 else value
+                found[{"delta": "dt", "delta_bias": "dt_bias"}.get(theirs, theirs)] = value
+        return found
+
+    inputs = leaves(ours("in."))
+    y, state = selective_scan(**inputs, return_last_state=True, backend="triton")
+    assert error(y, t["out.y"].transpose(1, 2)) < 5e-4
+    assert error(state, t["out.last_state"]) < 5e-4
+    gradients = torch.autograd.grad((y * t["in.cotangent"].transpose(1, 2)).sum(), inputs.values())
+    for (key, want), got in zip(ours("grad.").items(), gradients, strict=True):
+        assert error(got, want) < 5e-4, key
+
+
+def digests() -> dict[str, str]:
+    """Hash of every output and gradient, over shapes that take different tiles and sum many programs' parts."""
+    found = {}
+    for batch, length, d_inner in ((8, 197, 384), (1, 1000, 192), (2, 37, 40)):
+        inputs = pair_inputs(batch=batch, length=length, d_inner=d_inner, dtype=torch.bfloat16, device="cuda")
+        for name, t in results(bidirectional_selective_scan, inputs, backend="triton").items():
+            found[f"{batch} {name}"] = hashlib.sha256(t.cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+        inputs = conv_inputs(batch=batch, length=length, channels=d_inner, dtype=torch.bfloat16, device="cuda")
+        for name, t in results(causal_conv1d, inputs, activation="silu", backend="triton").items():
+            found[f"{batch} conv {name}"] = hashlib.sha256(t.cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+    return found
+
+
+def test_two_processes_give_the_same_bits():
+    runs = [subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=200) for _ in range(2)]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr + runs[1].stderr
+    first, second = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
+    assert first == second == digests()
+
+
+def test_a_new_length_compiles_nothing():
+    from vim_kernels import triton_conv, triton_scan, triton_scan_backward
+
+    kernels = [
+        triton_scan._forward_kernel,
+        triton_scan._gate_kernel,
+        triton_scan_backward._backward_kernel,
+        triton_conv._forward_kernel,
+        triton_conv._backward_kernel,
+    ]
+
+    def compiled() -> list[int]:
+        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+
+    def run(batch, length):
+        """B and C as a slice of a projection's output, 44 wide, whose batch stride has no fixed alignment."""
+        inputs = pair_inputs(batch=batch, length=length, d_inner=384, dtype=torch.bfloat16, device="cuda")
+        projections = [torch.randn(batch, length, 44, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        inputs["B"] = tuple(p[..., 12:28].requires_grad_() for p in projections)
+        inputs["C"] = tuple(p[..., 28:].requires_grad_() for p in projections)
+        results(bidirectional_selective_scan, inputs, backend="triton")
+        inputs = conv_inputs(batch=batch, length=length, channels=384, dtype=torch.bfloat16, device="cuda")
+        results(causal_conv1d, inputs, activation="silu", backend="triton")
+
+    run(4, 197)
+    before = compiled()
+    for batch, length in ((4, 196), (4, 785), (4, 64), (4, 1), (3, 200), (1, 333)):
+        run(batch, length)
+        assert compiled() == before, (batch, length)
+
+
+def test_one_graph_under_compile():
+    inputs = pair_inputs(length=50, dtype=torch.bfloat16, device="cuda")
+    step = torch.compile(lambda **given: bidirectional_selective_scan(**given) * 2.0, fullgraph=True)
+    got = results(step, inputs)
+    want = results(lambda **given: bidirectional_selective_scan(**given) * 2.0, leaves(inputs))
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0)
+
+
+def test_one_graph_under_autocast():
+    """fp32 inputs stay fp32: autocast leaves the operator alone."""
+    inputs = pair_inputs(length=20, dtype=torch.float32, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        y = torch.compile(bidirectional_selective_scan, fullgraph=True)(**inputs).detach()
+    want = bidirectional_selective_scan(**leaves(inputs, dtype=torch.float64), backend="reference").detach()
+    assert error(y, want) < 1e-4
+
+
+def test_offsets_beyond_32_bits_in_strided_inputs():
+    """Rows of u lie 2^25 elements apart: the last ones are 2^31 and more elements from the first (4.4 GB)."""
+    torch.use_deterministic_algorithms(False)  # do not fill what is never read
+    far = torch.empty(2, 33, 2**25, dtype=torch.bfloat16, device="cuda")
+    inputs = scan_inputs(batch=2, length=33, d_inner=24, dtype=torch.bfloat16, device="cuda")
+    near = inputs["u"].detach()
+    far[..., :24] = near
+    far = far[..., :24].requires_grad_()
+    for function, others, name in (
+        (selective_scan, inputs, "u"),
+        (causal_conv1d, conv_inputs(length=33, dtype=torch.bfloat16, device="cuda"), "x"),
+    ):
+        want = results(function, others | {name: near.clone().requires_grad_()}, backend="triton")
+        for key, t in results(function, others | {name: far}, backend="triton").items():
+            assert error(t, want[key].double()) < 1e-2, key
+
+
+def test_offsets_beyond_32_bits_in_outputs():
+    """2^31 and more elements: the last batch entry equals a scan of it alone (some 30 GB)."""
+    torch.use_deterministic_algorithms(False)
+    if torch.cuda.mem_get_info()[0] < 50 * 2**30:
+        pytest.skip("needs 50 GB of free GPU memory")
+    shape = {"length": 2**13, "d_inner": 2**13, "d_state": 1, "absent": ("z", "initial_state")}
+    small = scan_inputs(batch=1, **shape, dtype=torch.bfloat16, device="cuda")
+    large = {k: t.detach().expand(33, -1, -1).contiguous() if t.dim() == 3 else t for k, t in small.items()}
+
+    def run(inputs):
+        u, dt = (inputs[name].requires_grad_() for name in ("u", "dt"))
+        y = selective_scan(**inputs, backend="triton")
+        return y.detach()[-1], *(g[-1] for g in torch.autograd.grad(y, (u, dt), torch.ones_like(y)))
+
+    for got, want in zip(run(large), run(small), strict=True):
+        assert error(got, want.double()) < 1e-2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_tensors_device():
+    inputs = pair_inputs(length=20, dtype=torch.float32, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert_within(excess(bidirectional_selective_scan, inputs, limit=1e-4))
+    assert_within(excess(causal_conv1d, conv_inputs(dtype=torch.float32, device="cuda:1"), limit=1e-4))
+
+
+if __name__ == "__main__":
+    print(json.dumps(digests()))

@@ -1,0 +1,108 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: tiny shapes, every branch.
+
+The interpreter is chosen when a kernel is decorated, so the cases run in a process of their own, which is this file
+started as a program: it prints one line of JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU runs the kernels themselves: test_triton_gpu.py"
+)
+
+NAMES = [
+    "scan_two_chunks",
+    "scan_reverse_groups_fp64",
+    "scan_one_step_one_state",
+    "scan_states_over_lanes",
+    "scan_bare",
+    "pair_two_channels_a_lane",
+    "pair_bf16",
+    "pair_that_needs_two_launches",
+    "scan_extremes",
+    "conv",
+    "conv_reverse_fp64",
+    "conv_short",
+    "conv_width_1",
+    "conv_bf16",
+]
+
+
+def cases() -> dict[str, dict[str, float]]:
+    """Name of a case -> name of an output or gradient -> its error as a fraction of what is allowed."""
+    from triton_checks import (
+        conv_excess,
+        excess,
+        extreme_inputs,
+        pair_excess,
+        scan_excess,
+        uneven_pair,
+    )
+
+    from vim_kernels import bidirectional_selective_scan, selective_scan, triton_scan, triton_scan_backward
+
+    bf16 = 0.02  # the interpreter cuts the lower half of an fp32 off where the hardware rounds
+    # Outputs and scratch memory begin as NaN, so that one not written shows.
+    torch.use_deterministic_algorithms(True)
+    found = {
+        "scan_two_chunks": scan_excess(batch=1, length=34, d_inner=5, d_state=3, dtype=torch.float32, limit=1e-5),
+        "scan_reverse_groups_fp64": scan_excess(
+            length=5, d_inner=6, groups=2, d_state=4, reverse=True, dtype=torch.float64, limit=1e-12
+        ),
+        "scan_one_step_one_state": scan_excess(length=1, d_inner=3, d_state=1, dtype=torch.float32, limit=1e-5),
+        "scan_states_over_lanes": scan_excess(
+            batch=1, length=3, d_inner=5, d_state=17, dtype=torch.float32, limit=1e-5
+        ),
+        "scan_bare": scan_excess(
+            length=5,
+            d_inner=3,
+            d_state=2,
+            absent=("D", "z", "dt_bias", "initial_state"),
+            dtype=torch.float32,
+            limit=1e-5,
+        ),
+        "pair_bf16": pair_excess(batch=1, length=9, d_inner=6, d_state=4, dtype=torch.bfloat16, limit=bf16),
+        "pair_that_needs_two_launches": excess(bidirectional_selective_scan, uneven_pair(), limit=bf16),
+        "scan_extremes": excess(selective_scan, extreme_inputs(), limit=1e-5),
+        "conv": conv_excess(batch=1, length=18, channels=130, dtype=torch.float32, limit=1e-5),
+        "conv_reverse_fp64": conv_excess(length=17, channels=3, width=3, reverse=True, limit=1e-12),
+        "conv_short": conv_excess(length=2, channels=3, activation=None, reverse=True, dtype=torch.float32, limit=1e-5),
+        "conv_width_1": conv_excess(length=3, width=1, absent=("bias",), dtype=torch.float32, limit=1e-5),
+        "conv_bf16": conv_excess(length=5, absent=("initial_state",), dtype=torch.bfloat16, limit=bf16),
+    }
+    # As if there were channels enough for the tiles of large inputs.
+    triton_scan.ENOUGH_PROGRAMS = triton_scan_backward.ENOUGH_PROGRAMS = 1
+    found["pair_two_channels_a_lane"] = pair_excess(
+        batch=1, length=6, d_inner=70, d_state=6, dtype=torch.float32, limit=1e-5
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, float]]:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_reference(name, found):
+    assert found[name]
+    wrong = {output: fraction for output, fraction in found[name].items() if not fraction <= 1}
+    assert not wrong
+
+
+def test_every_case_is_listed(found):
+    assert sorted(found) == sorted(NAMES)
+
+
+if __name__ == "__main__":
+    print(json.dumps(cases()))

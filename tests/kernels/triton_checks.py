@@ -1,0 +1,107 @@
+"""Errors of the Triton backend against the fp64 reference: shared by the tests on a GPU and in Triton's interpreter."""
+
+import torch
+from scan_inputs import pair_inputs, scan_inputs
+
+from vim_kernels import bidirectional_selective_scan, causal_conv1d, selective_scan
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference over the largest value wanted; NaN where there is one."""
+    assert got.shape == want.shape, f"{tuple(got.shape)} is not {tuple(want.shape)}"
+    assert got.is_contiguous()
+    return ((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30)).item() if want.numel() else 0.0
+
+
+def flat(inputs: dict) -> dict[str, torch.Tensor]:
+    """Pairs as name[0] and name[1]."""
+    out = {}
+    for name, t in inputs.items():
+        out |= {name: t} if isinstance(t, torch.Tensor) else {f"{name}[{i}]": item for i, item in enumerate(t)}
+    return out
+
+
+def leaves(inputs: dict, **to) -> dict:
+    """The same values as leaves of their own, at `to` (the arguments of Tensor.to)."""
+
+    def leaf(t):
+        moved = t.detach().to(**to)
+        return (moved.clone() if moved.data_ptr() == t.data_ptr() else moved).requires_grad_()
+
+    return {k: leaf(t) if isinstance(t, torch.Tensor) else tuple(map(leaf, t)) for k, t in inputs.items()}
+
+
+def results(function, inputs: dict, **options) -> dict[str, torch.Tensor]:
+    """Outputs of `function` and the gradient of each input, for a loss that weighs all outputs at random."""
+    outputs = function(**inputs, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(7)
+    # Weights that every dtype holds exactly, so that all precisions differentiate the same loss.
+    weights = (torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs)
+    loss = sum((t * w).sum() for t, w in zip(outputs, weights, strict=True))
+    sources = flat(inputs)
+    gradients = torch.autograd.grad(loss, sources.values(), allow_unused=True, materialize_grads=True)
+    return {f"out{i}": t.detach() for i, t in enumerate(outputs)} | dict(zip(sources, gradients, strict=True))
+
+
+def excess(function, inputs: dict, *, limit: float | None = None, **options) -> dict[str, float]:
+    """For each output and gradient, its error as a fraction of what is allowed: `limit` or, without one, the budget.
+
+    The budget is twice the error of an eager run of the reference in the inputs' own dtypes plus a unit in the last
+    place of the largest value: eager rounds a result once, the backend also the y of each direction and their sum.
+    """
+    want = results(function, leaves(inputs, dtype=torch.float64), **options, backend="reference")
+    got = results(function, inputs, **options, backend="triton")
+    if limit is not None:
+        return {name: error(got[name], want[name]) / limit for name in want}
+    eager = results(function, leaves(inputs), **options, backend="reference")
+    assert all(got[name].dtype == eager[name].dtype for name in want)
+    budgets = {
+        name: 2 * error(t.contiguous(), want[name]) + torch.finfo(t.dtype).eps + 1e-5 for name, t in eager.items()
+    }
+    return {name: error(got[name], want[name]) / budget for name, budget in budgets.items()}
+
+
+def scan_excess(*, limit: float | None = None, reverse: bool = False, **shape) -> dict[str, float]:
+    return excess(selective_scan, scan_inputs(**shape), limit=limit, reverse=reverse, return_last_state=True)
+
+
+def pair_excess(*, limit: float | None = None, **shape) -> dict[str, float]:
+    return excess(bidirectional_selective_scan, pair_inputs(**shape), limit=limit)
+
+
+def conv_inputs(batch=2, length=37, channels=24, width=4, *, absent=(), dtype=torch.float64, device="cpu") -> dict:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "x": (batch, length, channels),
+        "weight": (channels, width),
+        "bias": (channels,),
+        "initial_state": (batch, width - 1, channels),
+    }
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items() if name not in absent}
+    return leaves(tensors, dtype=dtype, device=device)
+
+
+def conv_excess(*, limit: float | None = None, reverse: bool = False, activation="silu", **shape) -> dict[str, float]:
+    return excess(causal_conv1d, conv_inputs(**shape), limit=limit, reverse=reverse, activation=activation)
+
+
+def uneven_pair(dtype=torch.bfloat16, device="cpu") -> dict:
+    """Directions that do not fit into one launch, and strided sequences: slices of channels, of steps, and expanded."""
+    inputs = pair_inputs(batch=2, length=6, d_inner=5, d_state=3, dtype=dtype, device=device)
+    (u0, u1), (B0, B1) = ([t.detach() for t in inputs[name]] for name in "uB")
+    z = inputs["z"].detach()
+    inputs["u"] = (torch.cat([u0, u0], 2)[..., 5:].requires_grad_(), u1.float().requires_grad_())
+    inputs["B"] = (B0.requires_grad_(), B1[:, :1].expand(-1, 6, -1).requires_grad_())
+    inputs["z"] = torch.cat([z, z], 1)[:, :6].requires_grad_()
+    return inputs
+
+
+def extreme_inputs(dtype=torch.float32, device="cpu") -> dict:
+    """Steps, inputs and gates so large or small that a careless softplus, sigmoid or silu overflows."""
+    inputs = scan_inputs(batch=1, length=6, d_inner=4, d_state=2, dtype=dtype, device=device)
+    with torch.no_grad():
+        inputs["dt"] += inputs["dt"].new_tensor([-100.0, 100.0, -30.0, 19.9, 20.1, 0.0])[:, None]
+        inputs["u"] *= inputs["u"].new_tensor([1e4, 1.0, 1e4, 1e-4])
+        inputs["z"] += inputs["z"].new_tensor([-1e4, -100.0, 0.0, 100.0])
+    return inputs

@@ -1,0 +1,106 @@
+"""The scripts in tools/, as a user runs them."""
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from image_tree import write_image_tree
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+ROOT = Path(__file__).parent.parent
+CONFIG = {
+    "model": {"name": "vim_nano", "kwargs": {"img_size": 12, "patch_size": 4, "in_chans": 1, "depth": 1}},
+    "data": {"batch_size": 8, "num_workers": 0, "crop_pct": 1.0, "mean": [0.3], "std": [0.2]},
+    "augment": {"scale": [1, 1], "ratio": [1, 1], "hflip": 0.0, "affine_degrees": 5.0},
+    "optim": {"lr": 0.01, "lr_batch": 8},
+    "schedule": {"epochs": 2, "warmup_epochs": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A folder with config.yaml and images/."""
+    path = tmp_path_factory.mktemp("tools")
+    write_image_tree(path / "images", {"train": 33, "val": 9}, classes=3)
+    (path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"data": {**CONFIG["data"], "root": "images"}}))
+    return path
+
+
+def start(tool, *args, cwd, env=None):
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, args)]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """call(tool, *args): run a tool in this process."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def call(tool, *args):
+        monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, args)])
+        runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+
+    return call
+
+
+def test_train_resume_and_validate(setting, monkeypatch, capsys, call):
+    process = start("train", "--config", "config.yaml", "--run_dir", "runs/one", cwd=setting)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "epoch 1/2  train loss" in out  # plain lines where there is no terminal
+    assert "\x1b" not in out
+    assert f"plots: {Path('runs/one/learning_curve.png')}" in out
+
+    # The rest in this process, which spares the imports.
+    monkeypatch.chdir(setting)
+    with pytest.raises(SystemExit) as exit_:
+        call("train", "--config", "runs/one/config.yaml")
+    assert exit_.value.code == 1
+    message = "error: run folder runs/one exists; go on with it: python tools/train.py --config runs/one/config.yaml"
+    assert capsys.readouterr().err.startswith(message)
+
+    call("train", "--config", "runs/one/config.yaml", "--resume")
+    assert "train loss" not in capsys.readouterr().out  # nothing left to train
+
+    call("validate", "--model", "runs/one", "--data.root", "images", "--data.num_workers", 0, "--output", "out.json")
+    summary, results = (json.loads(Path(name).read_text()) for name in ("runs/one/summary.json", "out.json"))
+    assert (results["top1"], results["images"]) == (summary["top1"], 9)
+    assert f"{summary['top1']:.2f}" in capsys.readouterr().out
+
+
+def test_two_processes_train_like_one_with_the_same_total_batch(setting):
+    """Same images in each update, gradients averaged, one run folder, exact evaluation."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    args = ("--config", "config.yaml", "--run_dir", "runs/two", "--data.batch_size", 4)
+    pair = [start("train", *args, cwd=setting, env=common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    alone = start("train", "--config", "config.yaml", "--run_dir", "runs/alone", cwd=setting)
+    for process in (*pair, alone):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    one, two = (setting / "runs" / name for name in ("alone", "two"))
+    records = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (one, two)]
+    for a, b in zip(*records, strict=True):
+        assert (a["updates"], a["lr"]) == (b["updates"], b["lr"])
+        assert abs(a["train_loss"] - b["train_loss"]) < 1e-4
+    assert json.loads((two / "summary.json").read_text())["val_images"] == 9
+    weights, weights_two = (load_file(run / "model.safetensors") for run in (one, two))
+    for name, weight in weights.items():
+        assert_close(weights_two[name], weight, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("tool", ["train", "validate", "prepare_mnist"])
+def test_help(tool, call, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        call(tool, "--help")
+    assert exit_.value.code == 0
+    assert f"python tools/{tool}.py" in capsys.readouterr().out

@@ -1,0 +1,128 @@
+"""Configurations: nothing is swallowed, lost or unread, and errors name the key."""
+
+import re
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vim.training import ConfigParser, TrainConfig, ValidateConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def parse(*args, config_class=TrainConfig):
+    return ConfigParser(config_class, "").parse_config([str(arg) for arg in args])[0]
+
+
+def error_of(capsys, *args):
+    with pytest.raises(SystemExit) as exit_:
+        parse(*args)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(**content):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def test_defaults_are_those_of_the_dataclasses():
+    assert parse() == TrainConfig()
+    assert parse(config_class=ValidateConfig) == ValidateConfig()
+
+
+def test_a_saved_configuration_reads_back_the_same(file):
+    kwargs = {"img_size": 28, "drop_path_rate": 0.1, "class_token": "middle"}
+    config = parse("--optim.lr", 0.25, "--data.mean", "[0.5]", "--augment.scale", "[0.5, 1]", "--model.kwargs", kwargs)
+    assert config.model.kwargs == kwargs  # numbers stay numbers
+    assert config.augment.scale == (0.5, 1.0)
+    assert parse("--config", file(**asdict(config))) == config
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_an_override_wins_on_either_side_of_the_file(file, order):
+    args = [["--config", file(optim={"lr": 0.1, "weight_decay": 0.2})], ["--optim.lr", 0.3]]
+    config = parse(*args[order], *args[1 - order])
+    assert (config.optim.lr, config.optim.weight_decay) == (0.3, 0.2)
+
+
+def test_a_single_model_keyword_is_added_to_those_of_the_file(file):
+    config = parse("--config", file(model={"kwargs": {"img_size": 28}}), "--model.kwargs.depth", 2)
+    assert config.model.kwargs == {"img_size": 28, "depth": 2}
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        ({"optim": {"weight_decy": 1}}, "unknown key 'optim.weight_decy'; did you mean 'optim.weight_decay'"),
+        ({"optm": {"lr": 1}}, "unknown key 'optm.lr'; did you mean 'optim.lr'"),
+        ({"seeed": 1}, "unknown key 'seeed'; did you mean 'seed'"),
+        ({"zzzzzz": 1}, "unknown key 'zzzzzz'; see --help"),
+    ],
+)
+def test_an_unknown_key_in_a_file_fails_with_a_hint(file, capsys, content, hint):
+    assert hint in error_of(capsys, "--config", file(**content))
+
+
+@pytest.mark.parametrize("argument", ["--optim.weight_decy=1", "--optim.weight=1", "--optim.weight 1"])
+def test_an_unknown_or_shortened_argument_fails_with_a_hint(capsys, argument):
+    assert "did you mean 'optim.weight_decay'" in error_of(capsys, *argument.split())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optim.lr", -1, "optim.lr must be positive, got -1"),
+        ("optim.clip_grad", 0, "optim.clip_grad must be positive, or null"),
+        ("data.batch_size", 0, "data.batch_size must be at least 1, got 0"),
+        ("data.crop_pct", 87.5, "data.crop_pct must be above 0 and at most 1, got 87.5"),
+        ("augment.hflip", 2, "augment.hflip is a probability"),
+        ("augment.scale", "[1.0, 0.5]", "augment.scale must be (low, high)"),
+        ("augment.smoothing", 1, "augment.smoothing must be at least 0 and below 1"),
+        ("schedule.warmup_epochs", 300, "schedule.warmup_epochs must be in 0 .. epochs 300, got 300"),
+        ("ema.decay", 1, "ema.decay must be at least 0 and below 1"),
+        ("accumulate", 0, "accumulate must be at least 1"),
+        ("precision", "fp8", "precision"),
+        ("optim.lr", "fast", "optim.lr"),
+    ],
+)
+def test_a_bad_value_fails_before_anything_runs(capsys, key, value, message):
+    assert message in error_of(capsys, f"--{key}", value)
+
+
+def test_mixing_needs_pairs(capsys):
+    assert "data.batch_size must be even, got 7" in error_of(capsys, "--augment.mixup", 0.8, "--data.batch_size", 7)
+
+
+def leaves(config_class, prefix=""):
+    for f in fields(config_class):
+        if is_dataclass(f.type):
+            yield from leaves(f.type, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, ValidateConfig])
+def test_help_explains_every_field_in_a_line(config_class):
+    lines = ConfigParser(config_class, "").format_help().splitlines()
+    for key in leaves(config_class):
+        line = next(line for line in lines if line.startswith(f"  --{key} "))
+        assert len(line.split()) > 2, f"{key} has no docstring"
+    assert len(lines) < 90
+
+
+def test_every_field_is_read_somewhere():
+    sources = [
+        p for p in (ROOT / "vim").rglob("*.py") if p.name != "config.py" and p.parent.name in ("data", "training")
+    ]
+    code = "\n".join(p.read_text() for p in sources)
+    for key in {*leaves(TrainConfig), *leaves(ValidateConfig)}:
+        name = key.split(".")[-1]
+        assert re.search(rf"\.{name}\b", code), f"{key} is parsed and never read"

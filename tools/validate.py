@@ -1,0 +1,27 @@
+"""Evaluate an image classifier, any of timm's, on a folder of images.
+
+python tools/validate.py --model runs/quickstart --data.root data/mnist5k
+python tools/validate.py --model vim_tiny --data.root data/imagenet
+python tools/validate.py --model vim_tiny --checkpoint vim_t_midclstok_76p1acc.pth --data.root data/imagenet
+"""
+
+from rich.console import Console
+from rich.table import Table
+
+import vim  # noqa: F401  (registers the vim_* models)
+from vim.training import ConfigParser, ValidateConfig, plain_errors, validate
+
+
+def main() -> None:
+    config, _ = ConfigParser(ValidateConfig, __doc__).parse_config()
+    with plain_errors():
+        results = validate(config)
+    table = Table("model", "images", "top-1 %", "top-5 %", "loss", title=results["split"])
+    numbers = (f"{results[key]:.{digits}f}" for key, digits in (("images", 0), ("top1", 2), ("top5", 2), ("loss", 4)))
+    table.add_row(config.model, *numbers)
+    Console().print(table)
+    print(f"written to {config.output}")
+
+
+if __name__ == "__main__":
+    main()

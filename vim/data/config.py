@@ -1,0 +1,107 @@
+"""The `data` and `augment` sections of a training configuration."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class EvalDataConfig:
+    """Images: root/<split>/<class>/<image>."""
+
+    root: str = "data/imagenet"
+    """Folder of the data set."""
+    val_split: str = "val"
+    """Folder below root to evaluate on."""
+    batch_size: int = 128
+    """Images per process and step."""
+    num_workers: int = 4
+    """Processes that load images, for each training process; 0: it loads itself. Results do not depend on it."""
+    img_size: int | None = None
+    """Edge of the images in pixels, for models that take any size; null takes the model's."""
+    mean: tuple[float, ...] | None = None
+    """Subtracted from pixels in 0..1, one value a channel; null takes the model's."""
+    std: tuple[float, ...] | None = None
+    """Pixels are divided by it, one value a channel; null takes the model's."""
+    crop_pct: float | None = None
+    """Evaluation: part of the resized image that the centre crop keeps, 0..1; null takes the model's."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    """For resizing; null takes the model's."""
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"data.batch_size must be at least 1, got {self.batch_size}")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
+        if self.img_size is not None and self.img_size < 1:
+            raise ValueError(f"data.img_size must be at least 1 pixel, got {self.img_size}")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"data.crop_pct must be above 0 and at most 1, got {self.crop_pct}")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"data.std must be positive, got {self.std}")
+
+
+@dataclass
+class DataConfig(EvalDataConfig):
+    """Images: root/<split>/<class>/<image>."""
+
+    train_split: str = "train"
+    """Folder below root to train on."""
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes of the training images and targets."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Random crop: range of its area, as a part of the image's. (1, 1) with ratio (1, 1) keeps a square image whole."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Random crop: range of width / height."""
+    hflip: float = 0.5
+    """Probability of a left-right flip; 0 for digits and text."""
+    vflip: float = 0.0
+    """Probability of a top-bottom flip."""
+    affine_degrees: float = 0.0
+    """Random rotation by up to this many degrees either way."""
+    affine_translate: float = 0.0
+    """Random shift by up to this part of the image's edge, in x and in y."""
+    affine_scale: float = 0.0
+    """Random zoom by a factor of 1 - this .. 1 + this."""
+    affine_shear: float = 0.0
+    """Random shear along x by up to this many degrees either way."""
+    color_jitter: float = 0.0
+    """Random brightness, contrast and saturation by up to this factor; off where auto_augment is on."""
+    auto_augment: str | None = None
+    """timm's policy string, for example rand-m9-mstd0.5-inc1; null for none."""
+    erasing: float = 0.0
+    """Probability of erasing a random rectangle."""
+    erasing_mode: Literal["const", "rand", "pixel"] = "pixel"
+    """Erase with zeros, one random colour, or random pixels."""
+    repeats: int = 1
+    """Repeated augmentation: an epoch takes 1 / repeats of the images, each this many times with other augmentation."""
+    mixup: float = 0.0
+    """Mixup: alpha of its beta distribution; 0 for none."""
+    cutmix: float = 0.0
+    """CutMix: alpha of its beta distribution; 0 for none."""
+    mix_prob: float = 1.0
+    """Probability that a batch is mixed."""
+    mix_switch_prob: float = 0.5
+    """Probability of CutMix where both are on."""
+    smoothing: float = 0.0
+    """Label smoothing: part of the target spread over all classes."""
+
+    def __post_init__(self):
+        for name in ("hflip", "vflip", "erasing", "mix_prob", "mix_switch_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augment.{name} is a probability, from 0 to 1, got {getattr(self, name)}")
+        for name in ("affine_translate", "affine_scale", "smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"augment.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("affine_degrees", "affine_shear", "color_jitter", "mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"augment.{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"augment.{name} must be (low, high) with 0 < low <= high, got {(low, high)}")
+        if self.repeats < 1:
+            raise ValueError(f"augment.repeats must be at least 1, got {self.repeats}")

@@ -1,0 +1,5 @@
+"""What goes wrong with a data set, in words for its owner."""
+
+
+class DataError(ValueError):
+    """A data set folder or file cannot be used as it is; the message names the path and says what to do."""

@@ -1,0 +1,58 @@
+"""The order of the training samples."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Sampler
+
+from .errors import DataError
+from .randomness import derive_seed
+
+
+class SampleKey(NamedTuple):
+    """One augmented sample. The epoch is part of it, so that workers that live on need not be told the new epoch."""
+
+    epoch: int
+    image: int
+    repeat: int
+
+
+class KeyedSampler(Sampler[SampleKey]):
+    """A random order that depends on (seed, epoch) alone, in whole updates.
+
+    It yields the order of all processes together; accelerate deals out the batches. So the images of an update are the
+    same for any number of processes with the same total batch.
+
+    Args:
+        size: images in the data set.
+        seed: of the run.
+        repeats: times that an image follows itself, each with another augmentation; the epoch keeps its length and
+            sees fewer images (repeated augmentation, Hoffer et al. 2020, arXiv 1901.09335).
+        multiple_of: samples in an update, over all processes and accumulated steps. What is left over at the end of
+            the order waits for another epoch.
+
+    Raises: DataError if there is not even one update.
+    """
+
+    def __init__(self, size: int, seed: int, repeats: int = 1, multiple_of: int = 1):
+        if multiple_of > size:
+            raise DataError(
+                f"an update takes {multiple_of} images (batch size x processes x accumulated steps), "
+                f"the training split has {size}; lower data.batch_size"
+            )
+        self.size, self.seed, self.repeats = size, seed, repeats
+        self.length = size // multiple_of * multiple_of
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
+        order = torch.randperm(self.size, generator=generator).tolist()
+        for position in range(self.length):
+            yield SampleKey(self.epoch, order[position // self.repeats], position % self.repeats)

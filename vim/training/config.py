@@ -1,0 +1,142 @@
+"""The configuration of a training run and of an evaluation; every field is read, and explained in `--help`."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vim.data import AugmentConfig, DataConfig, EvalDataConfig
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and from which weights it starts."""
+
+    name: str = "vim_tiny"
+    """Any timm model, a run folder (runs/quickstart), local-dir:<folder> or hf-hub:<repository>."""
+    pretrained: bool = False
+    """Start from the model's released weights."""
+    checkpoint: str | None = None
+    """Start from this file: official weights, a run's checkpoint, safetensors. The head is new where classes differ."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of timm.create_model: img_size, patch_size, in_chans, depth, drop_path_rate ..."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile the model."""
+
+    def __post_init__(self):
+        if self.pretrained and self.checkpoint:
+            raise ValueError("model.pretrained and model.checkpoint both name weights to start from; give one of them")
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer. Weight decay spares one-dimensional parameters and those of the model's no_weight_decay()."""
+
+    name: str = "adamw"
+    """Any timm optimizer."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    lr_batch: int | None = None
+    """Total batch size that lr is meant for; lr is scaled by total batch / lr_batch. null: lr is taken as it is."""
+    weight_decay: float = 0.05
+    """Decay for each update, in units of the learning rate."""
+    clip_grad: float | None = None
+    """Largest norm of the whole gradient; null for no clipping."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Other arguments of the optimizer: betas, eps, momentum ..."""
+
+    def __post_init__(self):
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr must be positive, got {self.lr}")
+        if self.lr_batch is not None and self.lr_batch < 1:
+            raise ValueError(f"optim.lr_batch must be at least 1 image, got {self.lr_batch}")
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay must be 0 or more, got {self.weight_decay}")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ValueError(f"optim.clip_grad must be positive, or null for no clipping, got {self.clip_grad}")
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate for each update: a linear rise to optim.lr, then a cosine down to min_lr."""
+
+    epochs: int = 300
+    """Length of the run."""
+    warmup_epochs: float = 5.0
+    """Length of the rise; part of epochs, fractions allowed."""
+    warmup_lr: float = 1e-6
+    """Learning rate of the first update."""
+    min_lr: float = 1e-5
+    """Learning rate at the end."""
+
+    def __post_init__(self):
+        if self.epochs < 1:
+            raise ValueError(f"schedule.epochs must be at least 1, got {self.epochs}")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f"schedule.warmup_epochs must be in 0 .. epochs {self.epochs}, got {self.warmup_epochs}")
+        for name in ("warmup_lr", "min_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"schedule.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclass
+class EmaConfig:
+    """Exponential moving average of the weights, evaluated and saved beside them."""
+
+    decay: float = 0.0
+    """Part of the average that an update keeps; 0 for no average."""
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay must be at least 0 and below 1, got {self.decay}")
+
+
+@dataclass
+class TrainConfig:
+    """The run."""
+
+    run_dir: str = "runs/train"
+    """Folder to write; must be new, or hold the run to resume."""
+    seed: int = 0
+    """Of initial weights, order, augmentation, mixing and dropout."""
+    precision: Precision = "fp32"
+    """Of the forward pass; weights stay fp32. fp16 needs a GPU."""
+    accumulate: int = 1
+    """Steps whose gradients make one update."""
+    cpu_threads: int | None = None
+    """Threads of tensor operations on the CPU, for each process; null for torch's choice. Small models want 1."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {self.accumulate}")
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise ValueError(f"cpu_threads must be at least 1, got {self.cpu_threads}")
+        if (self.augment.mixup or self.augment.cutmix) and self.data.batch_size % 2:
+            raise ValueError(f"mixup and cutmix mix pairs: data.batch_size must be even, got {self.data.batch_size}")
+
+
+@dataclass
+class ValidateConfig:
+    """The evaluation."""
+
+    model: str = "vim_tiny"
+    """Any timm model, a run folder (runs/quickstart), local-dir:<folder> or hf-hub:<repository>."""
+    checkpoint: str | None = None
+    """File of weights; null for the model's released weights, or those of the folder."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of timm.create_model, for example img_size."""
+    data: EvalDataConfig = field(default_factory=EvalDataConfig)
+    precision: Precision = "fp32"
+    """Of the forward pass."""
+    output: str = "validate.json"
+    """File for the results."""

@@ -1,0 +1,91 @@
+"""Models by timm's factory, from a configuration."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import resolve_data_config
+from timm.models import load_state_dict
+from torch import nn
+
+from vim.data import EvalDataConfig
+
+from .config import ModelConfig
+from .errors import ConfigError, did_you_mean
+
+
+def create_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
+    """A timm model with the weights that the configuration names.
+
+    Args:
+        config: the model; its grad_checkpointing and compile are not applied here.
+        num_classes: of the data set; None keeps the model's own.
+
+    Raises: ConfigError for a name, a keyword or a file that does not exist.
+    """
+    kwargs = dict(config.kwargs)
+    if num_classes is not None and kwargs.setdefault("num_classes", num_classes) != num_classes:
+        raise ConfigError(
+            f"model.kwargs.num_classes is {kwargs['num_classes']}, the data set has {num_classes} classes; leave it out"
+        )
+    if config.checkpoint is not None:
+        kwargs["pretrained_cfg_overlay"] = _weights_from(config.checkpoint, config.name)
+    pretrained = config.pretrained or config.checkpoint is not None
+    try:
+        return timm.create_model(timm_name(config.name), pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"model.kwargs do not fit {config.name}: {error}") from error
+
+
+def timm_name(name: str) -> str:
+    """The name for timm.create_model; a run folder may be given as its path.
+
+    Raises: ConfigError for a model that timm does not have.
+    """
+    if (Path(name) / "config.json").is_file():
+        return f"local-dir:{name}"
+    if ":" in name or timm.is_model(name):
+        return name
+    hint = did_you_mean(name, timm.list_models(), "see timm.list_models()")
+    raise ConfigError(f"no model {name!r} in timm, and no run folder of that name{hint}")
+
+
+def resolve_input(model: nn.Module, model_kwargs: dict[str, Any], data: EvalDataConfig) -> dict[str, Any]:
+    """How images become the model's input: timm's data_config, with input_size (C, H, W), mean, std, interpolation,
+    crop_pct and crop_mode. What `data` leaves open comes from the model."""
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    channels, height, width = cfg["input_size"]
+    channels = model_kwargs.get("in_chans", channels)
+    size = data.img_size or model_kwargs.get("img_size") or (height, width)
+    height, width = (size, size) if isinstance(size, int) else size
+    return resolve_data_config(
+        {
+            "input_size": (channels, height, width),
+            "mean": _per_channel("mean", data.mean, cfg["mean"], channels),
+            "std": _per_channel("std", data.std, cfg["std"], channels),
+            "crop_pct": data.crop_pct,
+            "interpolation": data.interpolation,
+        },
+        pretrained_cfg=cfg,
+    )
+
+
+def _per_channel(name: str, given: tuple[float, ...] | None, default: tuple[float, ...], channels: int) -> tuple:
+    if given is None:
+        # A grey image takes the mean of the colours' statistics.
+        return default if len(default) == channels else (sum(default) / len(default),) * channels
+    if len(given) != channels:
+        raise ConfigError(f"data.{name} needs one value for each of {channels} channels, got {given}")
+    return given
+
+
+def _weights_from(checkpoint: str, name: str) -> dict[str, Any]:
+    """A pretrained_cfg_overlay that makes timm load the file as it loads released weights: through the model's filter,
+    and with a new head where the class counts differ. So timm must know the file's class count."""
+    if not Path(checkpoint).is_file():
+        raise ConfigError(f"no file {checkpoint} to load weights from")
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    classifier = (cfg and cfg.classifier) or "head"
+    classifier = classifier if isinstance(classifier, str) else classifier[0]
+    head = load_state_dict(checkpoint).get(f"{classifier}.weight")
+    return {"source": "", "file": checkpoint, "num_classes": 0 if head is None else head.shape[0]}

@@ -1,0 +1,47 @@
+"""Optimizer and learning rate, by timm."""
+
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from .config import OptimConfig, ScheduleConfig
+from .errors import ConfigError, did_you_mean
+
+
+def create_optimizer(model: nn.Module, config: OptimConfig, total_batch: int) -> Optimizer:
+    """Optimizer with two groups: parameters with weight decay and without.
+
+    Args:
+        model: its no_weight_decay() names what to spare, besides all one-dimensional parameters.
+        total_batch: images in an update, over all processes and accumulated steps; scales the learning rate.
+    """
+    if config.name not in list_optimizers():
+        hint = did_you_mean(config.name, map(str, list_optimizers()), "see timm.optim.list_optimizers()")
+        raise ConfigError(f"no optimizer {config.name!r} in timm{hint}")
+    lr = config.lr * total_batch / config.lr_batch if config.lr_batch else config.lr
+    try:
+        return create_optimizer_v2(model, config.name, lr=lr, weight_decay=config.weight_decay, **config.kwargs)
+    except TypeError as error:
+        raise ConfigError(f"optim.kwargs do not fit {config.name}: {error}") from error
+
+
+def create_schedule(optimizer: Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> CosineLRScheduler:
+    """Linear warm-up and one cosine, by updates: `step_update(n)` sets the rate of update n, counted from 0.
+
+    The cosine starts where the warm-up ends and ends with the run. (The authors' starts with the run, so that the rate
+    falls by 0.07 % as 5 of 300 warm-up epochs end.) Not to be prepared by accelerate, which would step it once for
+    every process.
+    """
+    warmup = round(config.warmup_epochs * updates_per_epoch)
+    schedule = CosineLRScheduler(
+        optimizer,
+        t_initial=config.epochs * updates_per_epoch - warmup,
+        lr_min=config.min_lr,
+        warmup_t=warmup,
+        warmup_lr_init=config.warmup_lr,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+    schedule.step_update(0)
+    return schedule

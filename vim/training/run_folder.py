@@ -1,0 +1,104 @@
+"""The folder of a run: configuration, log, checkpoints, summary, and the trained model as timm loads it."""
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.models import save_for_hf
+from torch import nn
+
+from .config import TrainConfig
+from .errors import RunError
+
+# Where the data lie and how they are loaded does not change results, so that a resumed run may change it.
+FREE_ON_RESUME = {"run_dir", "data.root", "data.num_workers"}
+
+
+class RunFolder:
+    """Paths and files of a run. Only the main process writes."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.log = self.path / "log.jsonl"
+        self.summary = self.path / "summary.json"
+        self.last = self.path / "checkpoints" / "last.pt"
+        self.best = self.path / "checkpoints" / "best.pt"
+
+    @property
+    def resume_command(self) -> str:
+        return f"python tools/train.py --config {self.config} --resume"
+
+    def check(self, config: TrainConfig, resume: bool) -> None:
+        """Raise RunError if the folder holds a run and should not, or the other way round, or another run's."""
+        if not resume:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                hint = f"go on with it: {self.resume_command}; or " if self.config.is_file() else ""
+                raise RunError(f"run folder {self.path} exists; {hint}choose another --run_dir, or remove it")
+            return
+        if not self.config.is_file():
+            raise RunError(f"no run to resume in {self.path}: {self.config} is missing; start it without --resume")
+        saved, given = (_flat(c) for c in (yaml.safe_load(self.config.read_text()), _plain(config)))
+        changed = [key for key in sorted(saved | given) if saved.get(key) != given.get(key)]
+        if changed := [key for key in changed if key not in FREE_ON_RESUME]:
+            was = ", ".join(f"{key} was {saved.get(key)!r}, is {given.get(key)!r}" for key in changed)
+            raise RunError(f"a resumed run keeps its configuration, but {was}; resume with: {self.resume_command}")
+
+    def create(self, config: TrainConfig) -> None:
+        self.last.parent.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+
+    def write_log(self, history: list[dict[str, Any]]) -> None:
+        """Write log.jsonl, one line an epoch. Whole each time: a crash may have come between checkpoint and log."""
+        self._write(self.log, "".join(json.dumps(record) + "\n" for record in history))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        self._write(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def export(
+        self, model: nn.Module, model_kwargs: dict, data_config: dict, classes: list[str], name: str = ""
+    ) -> None:
+        """Write model.safetensors and config.json, for timm.create_model("local-dir:<folder>", pretrained=True).
+
+        Args:
+            model_kwargs: that the model was created with.
+            data_config: input size, mean, std and crop of its evaluation.
+            classes: names in label order.
+            name: of a folder below this one; none for this one.
+        """
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)
+        model.pretrained_cfg.update(data_config)  # type: ignore[operator, union-attr]
+        # Drop rates belong to the training, not to the model.
+        arguments = {key: value for key, value in model_kwargs.items() if not key.endswith(("drop_rate", "path_rate"))}
+        with tempfile.TemporaryDirectory(dir=self.path, prefix=".export-") as unfinished:
+            save_for_hf(
+                model,
+                unfinished,
+                model_config={"label_names": classes},
+                model_args=arguments,
+                safe_serialization=True,
+            )
+            for file in Path(unfinished).iterdir():
+                file.replace(folder / file.name)
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished.write_text(text)
+        unfinished.replace(path)
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """As YAML gives it back: lists for tuples."""
+    return yaml.safe_load(yaml.safe_dump(asdict(config)))
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

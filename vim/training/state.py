@@ -1,0 +1,68 @@
+"""What a run knows at the end of an epoch, and a checkpoint holds."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+
+@dataclass
+class TrainingState:
+    """Everything that the next epoch depends on. Random generators are not in it: all randomness is keyed by the
+    seed, the epoch or the update (see vim.data.randomness).
+
+    model: unwrapped. ema: None without averaging. scaler: None but under fp16. update: updates done.
+    history: a record for each epoch done, the lines of log.jsonl.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: Scheduler
+    ema: ModelEmaV3 | None = None
+    scaler: GradScaler | None = None
+    update: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return len(self.history)
+
+    def best(self) -> dict[str, Any]:
+        """The record of the best epoch, the earliest of equals."""
+        return max(self.history, key=score)
+
+    def end_update(self) -> None:
+        """Count an update; average its weights; set the learning rate of the next."""
+        self.update += 1
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self.schedule.step_update(self.update)
+
+    def state_dict(self) -> dict[str, Any]:
+        # timm's loaders know the names model and model_ema, and prefer the latter.
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.ema is not None:
+            state["model_ema"] = self.ema.module.state_dict()
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        return state | {"update": self.update, "history": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["model_ema"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.update, self.history = state["update"], list(state["history"])
+        self.schedule.step_update(self.update)
+
+
+def score(record: dict[str, Any]) -> float:
+    """What makes an epoch the best one: top-1 in percent, of the averaged weights where there are any."""
+    return record.get("ema_top1", record["top1"])

@@ -1,0 +1,56 @@
+"""Accuracy of a model on one split of a data set."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vim.data import EvalImages, ImageFolder, eval_loader, eval_transform
+
+from .config import ModelConfig, ValidateConfig
+from .errors import ConfigError
+from .evaluation import evaluate
+from .model import create_model, resolve_input
+from .progress import Progress
+from .trainer import create_accelerator
+
+
+def validate(config: ValidateConfig) -> dict[str, Any]:
+    """Evaluate a model on data.val_split and write the results to config.output.
+
+    Returns: the results: model, split, images, loss, top1, top5 (percent) and the preprocessing.
+    Raises: DataError or ConfigError, with a message for the user.
+    """
+    accelerator = create_accelerator(config.precision)
+    progress = Progress(accelerator.is_main_process)
+    folder = ImageFolder(config.data.root, config.data.val_split)
+    wanted = ModelConfig(
+        config.model, pretrained=config.checkpoint is None, checkpoint=config.checkpoint, kwargs=config.kwargs
+    )
+    model = create_model(wanted, num_classes=None).to(accelerator.device)
+    _check_classes(model, folder, config.model)
+    data_config = resolve_input(model, config.kwargs, config.data)
+    images = EvalImages(folder, eval_transform(data_config), data_config["input_size"][0])
+    batches = accelerator.prepare(eval_loader(images, config.data.batch_size, config.data.num_workers))
+    evaluation = evaluate(model, batches, accelerator, progress)
+    results = {
+        "model": config.model,
+        "checkpoint": config.checkpoint,
+        "split": str(folder.path),
+        "images": evaluation.images,
+        **evaluation.metrics(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "precision": config.precision,
+        "preprocessing": data_config,
+    }
+    if accelerator.is_main_process:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.output).write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _check_classes(model, folder: ImageFolder, name: str) -> None:
+    if model.num_classes != len(folder.classes):
+        raise ConfigError(f"{name} has {model.num_classes} classes, {folder.path} has {len(folder.classes)}")
+    names = model.pretrained_cfg.get("label_names")
+    if names and list(names) != folder.classes:
+        raise ConfigError(f"{name} was trained on the classes {names}, {folder.path} has {folder.classes}")
