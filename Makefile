@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+# Threads that spin while they wait starve each other where something else runs on the same few cores.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install quickstart test lint types test-timm test-timm-tiny clean
 
@@ -23,7 +27,7 @@ install: $(INSTALLED)
 
 quickstart: $(INSTALLED)
 	$(BIN)/python tools/prepare_mnist.py data/mnist5k
-	$(BIN)/python tools/train.py --config configs/quickstart.yaml
+	$(BIN)/python tools/train.py --config configs/quickstart.yaml --run_dir $(RUN)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

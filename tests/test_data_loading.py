@@ -136,6 +136,19 @@ def test_affine_options_move_pixels(folder, change):
     assert not torch.equal(plain, moved)
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "v0", "augmix-m10"])
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+def test_policies_survive_their_extremes(policy, mode, channels):
+    """Posterize to 0 bits, among others, which Pillow 13 refuses."""
+    data_config = GREY | {"input_size": (channels, 12, 12), "mean": (0.2,) * channels, "std": (0.5,) * channels}
+    transform = train_transform(AugmentConfig(auto_augment=policy), data_config)
+    image = Image.new(mode, (12, 12), "grey")
+    for seed in range(60):
+        random.seed(seed)
+        np.random.seed(seed)
+        assert transform(image).shape == (channels, 12, 12)
+
+
 def test_affine_translation_stays_within_its_part_of_the_edge():
     transform = train_transform(AugmentConfig(**WHOLE, affine_translate=0.25), GREY)
     dot = Image.new("L", (12, 12))

@@ -247,6 +247,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tree,
     assert all(weight.isfinite().all() for weight in last["model"].values())
 
 
+def test_a_model_without_gradient_checkpointing_says_so(tree, tmp_path, monkeypatch):
+    model = ModelConfig("vit_tiny_patch16_224", kwargs=TINY, grad_checkpointing=True)
+    monkeypatch.delattr(timm.models.VisionTransformer, "set_grad_checkpointing")
+    with pytest.raises(ConfigError, match=r"vit_tiny_patch16_224 has no gradient checkpointing"):
+        train(config(tree, tmp_path / "run", model=model))
+
+
 def test_a_run_that_cannot_start_leaves_no_folder(tree, tmp_path):
     few = DataConfig(str(tree), batch_size=128, num_workers=0)
     with pytest.raises(ValueError, match=r"an update takes 128 images"):

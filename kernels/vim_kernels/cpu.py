@@ -125,6 +125,8 @@ def _load(path: Path, command: list[str]) -> ctypes.CDLL:
         failure, _ = _run_compiler([*command, *sources, "-o", str(built), "-lm"])
         if failure is not None:
             raise RuntimeError(failure)
+        with open(built, "rb") as file:
+            os.fsync(file)  # a crash of the machine must not leave the name without the content
         os.replace(built, path)
     _log.info("compiled the CPU kernels with %s in %.1f s: %s", command[0], time.perf_counter() - start, path)
     return ctypes.CDLL(str(path))

@@ -32,21 +32,19 @@ FP64 = {"dtype": torch.float64, "device": "cuda", "limit": 1e-11}
 LOW = [{"dtype": dtype, "device": "cuda"} for dtype in (torch.bfloat16, torch.float16)]
 PRECISIONS = [FP32, FP64, *LOW]
 
-# Odd lengths, lengths around the checkpoint interval, channels and states off powers of two, each argument absent.
+# Odd lengths, lengths around the checkpoint interval, channels and states off powers of two, each argument absent. Time
+# goes into compilation (some 4 s for each d_state, dtype, direction and set of arguments), not into running.
 SHAPES = [
     {},
     {"length": 1},
     {"batch": 1, "length": 32, "d_inner": 5},
+    {"length": 70, "d_inner": 130, "reverse": True},
     {"length": 33, "d_inner": 1, "d_state": 1},
-    {"length": 65, "d_inner": 130, "d_state": 3},
-    {"length": 70, "d_state": 17},
+    {"length": 65, "d_inner": 130, "d_state": 3, "absent": ("D", "z", "dt_bias", "initial_state")},
+    {"length": 70, "d_state": 17, "absent": ("D", "dt_bias", "initial_state"), "reverse": True},
     {"length": 40, "d_state": 64},
-    {"length": 5, "d_inner": 6, "d_state": 256},
     {"groups": 2, "length": 34},
-    {"groups": 3, "d_inner": 33, "d_state": 5},
-    {"absent": ("z",)},
-    {"absent": ("D", "dt_bias", "initial_state")},
-    {"absent": ("D", "z", "dt_bias", "initial_state"), "length": 64},
+    {"groups": 3, "d_inner": 33, "d_state": 5, "absent": ("z",), "reverse": True},
 ]
 
 
@@ -64,27 +62,31 @@ def poisoned_memory():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("reverse", [False, True])
-def test_scan_equals_reference(shape, reverse):
-    assert_within(scan_excess(**shape, reverse=reverse, **FP32))
+def test_scan_equals_reference(shape):
+    assert_within(scan_excess(**shape, **FP32))
 
 
 @pytest.mark.parametrize("precision", [FP64, *LOW], ids=lambda p: str(p["dtype"]))
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[5], SHAPES[8]], ids=str)
-def test_scan_in_other_precisions(shape, precision):
-    assert_within(scan_excess(**shape, **precision))
+def test_scan_in_other_precisions(precision):
+    for length in (1, 37, 64):
+        assert_within(scan_excess(length=length, **precision))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: str(p["dtype"]))
-@pytest.mark.parametrize("shape", [{}, {"absent": ("z",)}, {"groups": 2, "length": 5}, {"length": 1}], ids=str)
-def test_pair_equals_reference(shape, precision):
-    assert_within(pair_excess(**shape, **precision))
+def test_pair_equals_reference(precision):
+    for length in (1, 37, 64):
+        assert_within(pair_excess(length=length, **precision))
+
+
+@pytest.mark.parametrize("shape", [{"groups": 2, "length": 5}, {"absent": ("z",)}], ids=str)
+def test_pair_in_other_forms(shape):
+    assert_within(pair_excess(**shape, **FP32))
 
 
 @pytest.mark.parametrize("precision", [FP32, LOW[0]], ids=lambda p: str(p["dtype"]))
-@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("batch", [8, 32])
 def test_vim_tiny_at_224_pixels(batch, precision):
-    """Batch 1 spreads the states over lanes, 8 and 32 take the other tiles."""
+    """Batch 8 spreads the states over lanes, 32 takes wider tiles."""
     assert_within(pair_excess(batch=batch, length=197, d_inner=384, **precision))
 
 
@@ -95,12 +97,10 @@ def test_tiles_of_large_inputs(monkeypatch):
     for module in (triton_scan, triton_scan_backward):
         monkeypatch.setattr(module, "ENOUGH_PROGRAMS", 1)
     assert_within(pair_excess(length=45, d_inner=200, **FP32))
-    assert_within(scan_excess(length=45, d_inner=70, d_state=17, **FP32))
 
 
 def test_uneven_pairs_and_strides():
     assert_within(excess(bidirectional_selective_scan, uneven_pair(device="cuda")))
-    assert_within(excess(bidirectional_selective_scan, uneven_pair(torch.float32, "cuda"), limit=1e-4))
 
 
 def test_extremes():
@@ -119,12 +119,16 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
-def test_convolution_equals_reference(shape, reverse):
-    for precision in PRECISIONS:
-        assert_within(conv_excess(**shape, reverse=reverse, **precision))
-    assert_within(conv_excess(**shape, reverse=reverse, activation=None, **FP32))
+def test_convolution_equals_reference(shape):
+    for reverse in (False, True):
+        assert_within(conv_excess(**shape, reverse=reverse, **FP32))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: str(p["dtype"]))
+def test_convolution_in_other_precisions(precision):
+    assert_within(conv_excess(**precision))
+    assert_within(conv_excess(**precision, activation=None))
 
 
 def test_golden_scan(golden):
@@ -171,7 +175,7 @@ def test_golden_forms(name, golden):
 def digests() -> dict[str, str]:
     """Hash of every output and gradient, over shapes that take different tiles and sum many programs' parts."""
     found = {}
-    for batch, length, d_inner in ((8, 197, 384), (1, 1000, 192), (2, 37, 40)):
+    for batch, length, d_inner in ((8, 197, 384), (1, 1000, 192), (2, 37, 48)):
         inputs = pair_inputs(batch=batch, length=length, d_inner=d_inner, dtype=torch.bfloat16, device="cuda")
         for name, t in results(bidirectional_selective_scan, inputs, backend="triton").items():
             found[f"{batch} {name}"] = hashlib.sha256(t.cpu().contiguous().view(torch.uint8).numpy()).hexdigest()

@@ -97,11 +97,12 @@ def uneven_pair(dtype=torch.bfloat16, device="cpu") -> dict:
     return inputs
 
 
-def extreme_inputs(dtype=torch.float32, device="cpu") -> dict:
+def extreme_inputs(dtype=torch.float32, device="cpu", **shape) -> dict:
     """Steps, inputs and gates so large or small that a careless softplus, sigmoid or silu overflows."""
-    inputs = scan_inputs(batch=1, length=6, d_inner=4, d_state=2, dtype=dtype, device=device)
+    inputs = scan_inputs(batch=1, length=6, dtype=dtype, device=device, **shape)
+    channels = inputs["u"].shape[2] // 4
     with torch.no_grad():
         inputs["dt"] += inputs["dt"].new_tensor([-100.0, 100.0, -30.0, 19.9, 20.1, 0.0])[:, None]
-        inputs["u"] *= inputs["u"].new_tensor([1e4, 1.0, 1e4, 1e-4])
-        inputs["z"] += inputs["z"].new_tensor([-1e4, -100.0, 0.0, 100.0])
+        inputs["u"] *= inputs["u"].new_tensor([1e4, 1.0, 1e4, 1e-4] * channels)
+        inputs["z"] += inputs["z"].new_tensor([-1e4, -100.0, 0.0, 100.0] * channels)
     return inputs

@@ -14,7 +14,7 @@ class EvalDataConfig:
     """Folder below root to evaluate on."""
     batch_size: int = 128
     """Images per process and step."""
-    num_workers: int = 4
+    num_workers: int = 2
     """Processes that load images, for each training process; 0: it loads itself. Results do not depend on it."""
     img_size: int | None = None
     """Edge of the images in pixels, for models that take any size; null takes the model's."""

@@ -61,7 +61,8 @@ class ConfigParser(ArgumentParser):
             lines += ["", f"{group.title}:"] if group._group_actions else []
             for action in group._group_actions:
                 # A section can also come from a file or as JSON; its keys are what to look up.
-                if action.option_strings and action.dest not in _sections(self.config_class):
+                hidden = action.help == argparse.SUPPRESS or action.dest in _sections(self.config_class)
+                if action.option_strings and not hidden:
                     default = "" if action.default in (None, argparse.SUPPRESS) else f"[{action.default}]"
                     lines.append(f"  {action.option_strings[-1]:<26} {action.help} {default}")
         return "\n".join(lines) + "\n"
@@ -84,7 +85,9 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (ConfigError, DataError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # An error in a loader's worker arrives with the traceback of that process before its message.
+        message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(130 if isinstance(error, InterruptedRunError) else 1)  # 130: what shells give to Ctrl-C
 
 

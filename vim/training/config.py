@@ -102,7 +102,7 @@ class TrainConfig:
     seed: int = 0
     """Of initial weights, order, augmentation, mixing and dropout."""
     precision: Precision = "fp32"
-    """Of the forward pass; weights stay fp32. fp16 needs a GPU."""
+    """Of the forward pass, by autocast; weights stay fp32. fp16 needs a GPU, and may overflow where bf16 does not."""
     accumulate: int = 1
     """Steps whose gradients make one update."""
     cpu_threads: int | None = None

@@ -1,5 +1,6 @@
 """Plots of a run, as PNG files. matplotlib is optional, and imported only here."""
 
+from itertools import product
 from pathlib import Path
 
 from torch import Tensor
@@ -24,6 +25,7 @@ def plot_learning_curve(history: list[dict], path: Path) -> None:
     accuracies.set(xlabel="epoch", ylabel="validation accuracy (%)")
     for axes in (losses, accuracies):
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -42,11 +44,7 @@ def plot_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)
     if len(classes) <= MAX_PRINTED_COUNTS:
-        for (row, column), count in _cells(confusion):
+        for row, column in product(range(len(classes)), repeat=2):
             colour = "white" if parts[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=colour)
+            axes.text(column, row, str(confusion[row, column].item()), ha="center", va="center", color=colour)
     figure.savefig(path, dpi=120)
-
-
-def _cells(counts: Tensor):
-    return (((row, column), count) for row, line in enumerate(counts.tolist()) for column, count in enumerate(line))

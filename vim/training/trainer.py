@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
+from torch import nn
 
 from vim.data import (
     AugmentConfig,
@@ -26,7 +27,7 @@ from vim.data import (
 )
 
 from .config import Precision, TrainConfig
-from .errors import RunError
+from .errors import ConfigError, RunError
 from .evaluation import Evaluation, evaluate
 from .model import create_model, resolve_input
 from .optim import create_optimizer, create_schedule
@@ -37,11 +38,14 @@ STEPS_BETWEEN_CHECKS = 20  # reading the loss waits for the GPU
 
 
 def create_accelerator(precision: Precision, accumulate: int = 1) -> Accelerator:
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=accumulate,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
     )
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("precision fp16 needs a GPU; on a CPU accelerate would run fp32 without a word; choose bf16")
+    return accelerator
 
 
 class Trainer:
@@ -77,7 +81,7 @@ class Trainer:
         optimizer = create_optimizer(model, config.optim, total_batch)
         ema = ModelEmaV3(model, decay=config.ema.decay) if config.ema.decay else None
         if config.model.grad_checkpointing:
-            model.set_grad_checkpointing()  # type: ignore[operator]
+            enable_grad_checkpointing(model, config.model.name)
         if config.model.compile:
             model.compile()  # in place: the names of the state dict stay
         self.mixup = create_mixup(config.augment, len(self.classes))
@@ -156,6 +160,13 @@ class Trainer:
             averaged = evaluate(self.state.ema.module, self.val_batches, self.accelerator, self.progress)
             metrics |= averaged.metrics("ema_")
         return evaluation, metrics
+
+
+def enable_grad_checkpointing(model: nn.Module, name: str) -> None:
+    try:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:  # timm has models of both kinds
+        raise ConfigError(f"{name} has no gradient checkpointing; set model.grad_checkpointing to false") from error
 
 
 def create_mixup(augment: AugmentConfig, num_classes: int) -> Mixup | None:

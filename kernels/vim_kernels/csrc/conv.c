@@ -8,7 +8,8 @@
 #include "layout.h"
 #include "parallel.h"
 
-enum { STEPS = 128 };  // of a task: the backward recomputes `past` more
+// STEPS: of a task; the backward recomputes `past` more. GRAIN: outputs, for `threads_for`.
+enum { STEPS = 128, GRAIN = 1 << 16 };
 
 typedef struct {
     Team team;
@@ -22,6 +23,7 @@ typedef struct {
 
 typedef struct {
     const Conv *conv;
+    int threads;
     int64_t chunks, past;
     real *weight;  // (channels * width tiled)
     real *sums;    // (batch, chunks, channels * (width + 1) tiled) d_weight and d_bias of each task
@@ -119,8 +121,9 @@ static void backward_task(const void *work, int64_t task, int thread) {
 
 // Returns false if there is no memory.
 static bool begin_work(Work *w, const Conv *c, bool backward) {
-    *w = (Work){.conv = c, .chunks = (c->length + STEPS - 1) / STEPS, .past = c->width - 1};
-    int64_t vectors = c->threads * 2 * (2 * w->past + STEPS);
+    int threads = threads_for(c->threads, c->batch * c->length * c->channels, GRAIN);
+    *w = (Work){.conv = c, .threads = threads, .chunks = (c->length + STEPS - 1) / STEPS, .past = c->width - 1};
+    int64_t vectors = threads * 2 * (2 * w->past + STEPS);
     int64_t reals = c->channels * c->width + (backward ? c->batch * w->chunks * c->channels * (c->width + 1) : 0);
     w->rows = aligned_alloc(sizeof(Vec), (vectors + reals / LANES + 1) * sizeof(Vec));
     if (!w->rows) return false;
@@ -136,7 +139,7 @@ static bool begin_work(Work *w, const Conv *c, bool backward) {
 int conv_forward(const Conv *c) {
     Work w;
     if (!begin_work(&w, c, false)) return -1;
-    parallel(c->team, (int)c->threads, c->batch * w.chunks, forward_task, &w);
+    parallel(c->team, w.threads, c->batch * w.chunks, forward_task, &w);
     free(w.rows);
     return 0;
 }
@@ -145,7 +148,7 @@ int conv_backward(const Conv *c) {
     Work w;
     if (!begin_work(&w, c, true)) return -1;
     int64_t tasks = c->batch * w.chunks, size = c->channels * (c->width + 1);
-    parallel(c->team, (int)c->threads, tasks, backward_task, &w);
+    parallel(c->team, w.threads, tasks, backward_task, &w);
     sum_rows(w.sums, w.sums, tasks, size, size);
     for (int64_t e = 0; e < c->channels; e += LANES) {
         int lanes = lanes_at(c, e);

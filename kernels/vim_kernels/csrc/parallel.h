@@ -22,6 +22,11 @@ static void take_tasks(void *job) {
     for (int64_t task; (task = atomic_fetch_add(&j->next_task, 1)) < j->tasks;) j->run(j->work, task, thread);
 }
 
+// Threads worth using for `work` operations if waking one takes as long as `grain` of them.
+static int threads_for(int64_t threads, int64_t work, int64_t grain) {
+    return (int)(threads <= work / grain ? threads : 1 + work / grain);
+}
+
 static void *take_tasks_and_end(void *job) {
     take_tasks(job);
     return NULL;

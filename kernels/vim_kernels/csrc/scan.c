@@ -29,7 +29,7 @@ typedef struct {
     real *dA, *dD, *d_bias, *d_initial_state;
 } Direction;
 
-enum { MAX_DIRECTIONS = 2 };
+enum { MAX_DIRECTIONS = 2, GRAIN = 1 << 18 };  // GRAIN: states of all steps, for `threads_for`
 
 typedef struct {
     Team team;
@@ -41,15 +41,16 @@ typedef struct {
 // How the channels of a group are cut, and the memory that a call allocates.
 typedef struct {
     const Scan *scan;
+    int threads;
     int64_t task_channels, tasks;  // tasks: of a group
-    int64_t part_channels, parts;  // dB and dC are sums of a fixed order in parts, whoever runs them
+    int64_t part_channels, parts;  // dB and dC are sums over parts in a fixed order, however many there are to a task
     real *state;                   // (B, E * N tiled) the state, in the backward its gradient, between two chunks
     struct {
-        real *A;         // (E * N tiled) log2(e) * A
-        real *sums;      // (B, E * (N + 2) tiled) dA, dD, d_bias of each batch element
-        real *dB, *dC;   // (parts, B, L, G, N); unused if a task has all parts
+        real *A;        // (E * N tiled) log2(e) * A
+        real *sums;     // (B, E * (N + 2) tiled) dA, dD, d_bias of each batch element
+        real *dB, *dC;  // (parts, B, L, G, N); unused if a task has all parts
     } of[MAX_DIRECTIONS];
-    Vec *dB_dC;          // (threads, 2, CHUNK, N) sums over the tiles of a part
+    Vec *dB_dC;  // (threads, 2, CHUNK, N) sums over the tiles of a part
 } Work;
 
 typedef struct {
@@ -185,8 +186,9 @@ static void forward_task(const void *work, int64_t index, int thread) {
 
 // What the states of a tile send back to each step of the chunk.
 typedef struct {
-    Vec *dB, *dC;                  // (CHUNK, N) gradients of B and C in lanes yet to be summed
-    Vec along_A[CHUNK], along_B[CHUNK];  // sum over n of g decay h[t-1] log2(e) A, sum over n of g B
+    Vec *dB, *dC;         // (CHUNK, N) gradients of B and C, yet to be summed over lanes
+    Vec along_A[CHUNK];  // sum over n of g decay h[t-1] log2(e) A
+    Vec along_B[CHUNK];  // sum over n of g B
 } Sums;
 
 // Recompute states [first, first + states) of the chunk, then run the adjoint backwards:
@@ -273,7 +275,8 @@ static void backward_tile(const Work *w, int direction, Task t, int64_t start, i
 
 // Write what a part of the channels adds to a gradient of B or C in one chunk. The sum over the parts is in their order
 // whoever runs them: a task that has them all adds to `whole`, others write to `shares` for `sum_shares` to add.
-static void write_share(const Work *w, Task t, int64_t start, int64_t part, const Vec *sums, Sequence whole, real *shares) {
+static void write_share(const Work *w, Task t, int64_t start, int64_t part, const Vec *sums, Sequence whole,
+                        real *shares) {
     const Scan *s = w->scan;
     int64_t N = s->d_state, size = s->batch * s->length * s->groups * N;
     if (w->tasks > 1) whole.data = shares + part * size + (whole.step < 0 ? (1 - s->length) * whole.step : 0);
@@ -295,7 +298,8 @@ static void backward_task(const void *work, int64_t index, int thread) {
     for (int i = 0; i < s->directions; i++) {
         const Direction *d = &s->direction[i];
         begin_states(s, t, w->state, d->d_last_state);
-        memset(w->of[i].sums + (t.batch * s->d_inner + t.begin) * (N + 2), 0, (t.end - t.begin) * (N + 2) * sizeof(real));
+        real *task_sums = w->of[i].sums + (t.batch * s->d_inner + t.begin) * (N + 2);
+        memset(task_sums, 0, (t.end - t.begin) * (N + 2) * sizeof(real));
         for (int64_t start = (s->length - 1) / CHUNK * CHUNK; start >= 0; start -= CHUNK)
             for (int64_t begin = t.begin; begin < t.end; begin += w->part_channels) {
                 int64_t end = begin + w->part_channels < t.end ? begin + w->part_channels : t.end;
@@ -349,16 +353,18 @@ static bool begin_work(Work *w, const Scan *s, bool backward) {
     int64_t part_tiles = 8;
     while (part_tiles > 1 && rows * ceil_div(tiles, part_tiles) < 8) part_tiles /= 2;
     int64_t parts = ceil_div(tiles, part_tiles), task_parts = parts;
-    while (task_parts > 1 && s->threads > 1 && rows * ceil_div(parts, task_parts) < 4 * s->threads)
+    int threads = threads_for(s->threads, s->directions * s->batch * s->length * E * N, GRAIN);
+    while (task_parts > 1 && threads > 1 && rows * ceil_div(parts, task_parts) < 4 * threads)
         task_parts = (task_parts + 1) / 2;
     *w = (Work){
         .scan = s,
+        .threads = threads,
         .task_channels = task_parts * part_tiles * LANES,
         .tasks = ceil_div(parts, task_parts),
         .part_channels = part_tiles * LANES,
         .parts = parts,
     };
-    int64_t vectors = backward ? s->threads * 2 * CHUNK * N : 0, states = s->batch * E * N;
+    int64_t vectors = backward ? threads * 2 * CHUNK * N : 0, states = s->batch * E * N;
     int64_t sums = backward ? s->batch * E * (N + 2) : 0;
     int64_t shares = backward && w->tasks > 1 ? parts * rows * s->length * N : 0;
     int64_t reals = states + s->directions * (E * N + sums + 2 * shares);
@@ -386,7 +392,7 @@ static bool begin_work(Work *w, const Scan *s, bool backward) {
 int scan_forward(const Scan *s) {
     Work w;
     if (!begin_work(&w, s, false)) return -1;
-    parallel(s->team, (int)s->threads, s->batch * s->groups * w.tasks, forward_task, &w);
+    parallel(s->team, w.threads, s->batch * s->groups * w.tasks, forward_task, &w);
     free(w.dB_dC);
     return 0;
 }
@@ -394,8 +400,8 @@ int scan_forward(const Scan *s) {
 int scan_backward(const Scan *s) {
     Work w;
     if (!begin_work(&w, s, true)) return -1;
-    parallel(s->team, (int)s->threads, s->batch * s->groups * w.tasks, backward_task, &w);
-    if (w.tasks > 1) parallel(s->team, (int)s->threads, s->batch, sum_shares, &w);
+    parallel(s->team, w.threads, s->batch * s->groups * w.tasks, backward_task, &w);
+    if (w.tasks > 1) parallel(s->team, w.threads, s->batch, sum_shares, &w);
     sum_batch(&w);
     free(w.dB_dC);
     return 0;
