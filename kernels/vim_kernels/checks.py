@@ -18,17 +18,15 @@ def check(holds: bool, name: str, t: Tensor, rule: str, got: object = None) -> N
 
 def check_tensors(tensors: dict[str, Tensor | None], like: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """Each tensor present is one, of an allowed dtype, on the device of the argument named `like`."""
-    for name, t in tensors.items():
-        if t is None:
-            continue
+    present = {name: t for name, t in tensors.items() if t is not None}
+    for name, t in present.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    device = tensors[like].device
-    for name, t in tensors.items():
-        if t is not None:
-            check(t.device == device, name, t, f"be on the device of {like}, {device}", got=t.device)
-            if t.dtype not in dtypes:
-                raise TypeError(f"{name} must have a dtype of {[str(d) for d in dtypes]}, got {t.dtype}")
+    device = present[like].device
+    for name, t in present.items():
+        check(t.device == device, name, t, f"be on the device of {like}, {device}", got=t.device)
+        if t.dtype not in dtypes:
+            raise TypeError(f"{name} must have a dtype of {[str(d) for d in dtypes]}, got {t.dtype}")
 
 
 def check_shape(name: str, t: Tensor | None, dims: str, want: tuple[int, ...]) -> None:

@@ -17,7 +17,9 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -149,7 +151,7 @@ class Sequence(ctypes.Structure):
 class Call(ctypes.Structure):
     """The fields that every kernel's argument begins with."""
 
-    _fields_ = (("team", ctypes.c_void_p), ("threads", ctypes.c_int64))
+    _fields_: ClassVar[tuple] = (("team", ctypes.c_void_p), ("threads", ctypes.c_int64))
 
 
 def readable(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -180,7 +182,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def fill(
-    struct: ctypes.Structure, sequences: dict[str, Tensor | None], arrays: dict[str, Tensor | None], reverse: bool
+    struct: ctypes.Structure, sequences: Mapping[str, Tensor | None], arrays: Mapping[str, Tensor | None], reverse: bool
 ) -> None:
     """Point the fields of `struct` at tensors, which the caller keeps alive; fields of None stay NULL.
 

@@ -1,6 +1,8 @@
 """Backend `cpu` of the causal convolution: hands tensors to csrc/conv.c."""
 
 import ctypes
+from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,7 +13,7 @@ _ARRAYS = ("weight", "bias", "initial_state")
 
 
 class _Conv(cpu.Call):
-    _fields_ = (
+    _fields_: ClassVar[tuple] = (
         *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "width", "silu")),
         *((name, cpu.Sequence) for name in ("x", "y")),
         *((name, ctypes.c_void_p) for name in _ARRAYS),
@@ -28,7 +30,7 @@ def forward(
     y = cpu.empty(x.shape, dtype)
     sequences = {"x": cpu.readable(x, dtype), "y": y}
     arrays = {name: cpu.dense(t, dtype) for name, t in zip(_ARRAYS, (weight, bias, initial_state), strict=True)}
-    _run("conv_forward", sequences, arrays, silu, reverse)
+    _run("conv_forward", x, weight, sequences, arrays, silu, reverse)
     return y.to(x.dtype)
 
 
@@ -41,7 +43,7 @@ def backward(
     *,
     silu: bool,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> list[Tensor | None]:
     """Gradients of x, weight, bias and initial_state, each in its tensor's dtype."""
     dtype = state_dtype(x, weight)
     inputs = (x, weight, bias, initial_state)
@@ -49,15 +51,20 @@ def backward(
     sequences = {"x": cpu.readable(x, dtype), "dy": cpu.readable(dy, dtype), "dx": dx}
     arrays = {name: cpu.dense(t, dtype) for name, t in zip(_ARRAYS, inputs[1:], strict=True)}
     arrays |= {f"d_{name}": grad for name, grad in zip(_ARRAYS, d_arrays, strict=True)}
-    _run("conv_backward", sequences, arrays, silu, reverse)
-    return tuple(None if t is None else grad.to(t.dtype) for grad, t in zip(grads, inputs, strict=True))
+    _run("conv_backward", x, weight, sequences, arrays, silu, reverse)
+    return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)]
 
 
 def _run(
-    kernel: str, sequences: dict[str, Tensor], arrays: dict[str, Tensor | None], silu: bool, reverse: bool
+    kernel: str,
+    x: Tensor,
+    weight: Tensor,
+    sequences: Mapping[str, Tensor | None],
+    arrays: Mapping[str, Tensor | None],
+    silu: bool,
+    reverse: bool,
 ) -> None:
-    x, weight = sequences["x"], arrays["weight"]
     batch, length, channels = x.shape
     conv = _Conv(batch=batch, length=length, channels=channels, width=weight.shape[1], silu=silu)
     cpu.fill(conv, sequences, arrays, reverse)
-    cpu.run(kernel, x.dtype, conv)
+    cpu.run(kernel, state_dtype(x, weight), conv)

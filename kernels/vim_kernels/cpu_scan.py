@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ class _Direction(ctypes.Structure):
 
 
 class _Scan(cpu.Call):
-    _fields_ = (
+    _fields_: ClassVar[tuple] = (
         *_fields(ctypes.c_int64, "batch length d_inner d_state groups directions softplus"),
         ("scale", ctypes.c_double),
         ("direction", _Direction * 2),
@@ -75,7 +76,7 @@ def backward(
         shared |= {"z": cpu.readable(z, dtype), "y_sum": cpu.readable(y_sum, dtype), "dz": dz}
     grads, arguments = [], []
     for i, d in enumerate(directions):
-        grad = DirectionGrads(*(None if t is None else cpu.empty(t.shape, dtype) for t in d[:-1]))
+        grad = DirectionGrads._make(None if t is None else cpu.empty(t.shape, dtype) for t in d[:-1])
         sequences, arrays = _inputs(d)
         sequences |= {"du": grad.u, "ddt": grad.dt, "dB": grad.B, "dC": grad.C}
         arrays |= {"dA": grad.A, "dD": grad.D, "d_bias": grad.dt_bias, "d_initial_state": grad.initial_state}
@@ -86,7 +87,9 @@ def backward(
         arguments.append((sequences | shared, arrays))
     _run("scan_backward", directions, arguments, dt_softplus, scale)
     return [
-        DirectionGrads(*(None if t is None else g.to(t.dtype) for g, t in zip(grad, d[:-1], strict=True)))
+        DirectionGrads._make(
+            None if g is None or t is None else g.to(t.dtype) for g, t in zip(grad, d[:-1], strict=True)
+        )
         for grad, d in zip(grads, directions, strict=True)
     ], None if z is None else dz.to(z.dtype)
 
