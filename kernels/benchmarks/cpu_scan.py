@@ -3,7 +3,9 @@
     python kernels/benchmarks/cpu_scan.py --output kernels/benchmarks/results/cpu_scan.md
 
 Every contender is checked against the fp64 reference first; nothing is reported if one is wrong. Contenders take turns,
-so that a busy machine slows all of them, and a figure is the median over the rounds.
+so that a slow spell of the machine hits all of them, and a figure is the median over the rounds. The machine should be
+idle: torch's threads spin while they wait, so one busy process beside them multiplies the time of the small operators
+that `reference` and `torch` are made of.
 """
 
 import argparse
@@ -126,7 +128,8 @@ def machine() -> str:
     date = datetime.datetime.now(datetime.timezone.utc).date()
     return (
         f"{model}, {torch.get_num_threads()} threads; torch {torch.__version__}, {compiler.splitlines()[0]}, "
-        f"Python {platform.python_version()}; {date}; fp32, d_state {D_STATE}"
+        f"Python {platform.python_version()}; OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}, "
+        f"load average at the start {os.getloadavg()[0]:.1f}; {date}; fp32, d_state {D_STATE}"
     )
 
 

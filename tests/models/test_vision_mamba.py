@@ -14,6 +14,8 @@ from timm.models import load_checkpoint
 import vim  # noqa: F401  (registers the models)
 from vim.models import official
 from vim.models.vision_mamba import VARIANTS, VisionMamba, checkpoint_filter_fn
+from vim.training.config import ModelConfig
+from vim.training.model import create_model
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 GOLDEN = {
@@ -175,6 +177,9 @@ def test_every_route_takes_the_same_official_weights(variant, shift, official_fi
     later = timm.create_model(variant, **kwargs)
     load_checkpoint(later, str(path))
     assert difference(later, model) == 0
+
+    by_tool = create_model(ModelConfig(variant, checkpoint=str(path), kwargs=kwargs), num_classes=1000)
+    assert difference(by_tool, model) == 0
 
 
 def fake_download(path):
