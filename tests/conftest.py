@@ -1,12 +1,19 @@
 """Shared by all tests: golden fixtures, errors relative to a tensor's largest value, and the `gpu` marker."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+import vim.layers.bimamba
+import vim.layers.mamba
+import vim.layers.selective_ssm
+from vim_kernels import available_backends
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -19,11 +26,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def golden() -> Callable[[str, str], dict[str, Tensor]]:
+def golden() -> Callable[..., dict[str, Tensor]]:
     """golden(name, prefix): tensors of tests/fixtures/<name>.safetensors whose names begin with prefix, without it."""
 
-    def load(name: str, prefix: str = "") -> dict[str, Tensor]:
-        tensors = load_file(FIXTURES / f"{name}.safetensors")
+    def load(name: str, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
+        tensors = load_file(FIXTURES / f"{name}.safetensors", device=device)
         return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
     return load
@@ -41,3 +48,26 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
         return ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
 
     return error
+
+
+class MixerBackend(NamedTuple):
+    device: str
+    limit: float  # the golden limits are for the CPU; CUDA in fp32 gets five times as much
+
+
+@pytest.fixture(
+    params=[
+        *(name for name in ("reference", "torch", "cpu") if name in available_backends()),
+        pytest.param("triton", marks=pytest.mark.gpu),
+    ]
+)
+def mixer_backend(request, monkeypatch) -> Iterator[MixerBackend]:
+    """Each backend in turn, as the one that all layers call; yields where the tensors must be."""
+    for module, name in (
+        (vim.layers.selective_ssm, "causal_conv1d"),
+        (vim.layers.mamba, "selective_scan"),
+        (vim.layers.bimamba, "bidirectional_selective_scan"),
+    ):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), backend=request.param))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the patch embedding is a convolution
+        yield MixerBackend("cuda", 5) if request.param == "triton" else MixerBackend("cpu", 1)

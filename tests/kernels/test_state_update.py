@@ -7,8 +7,9 @@ from scan_inputs import scan_inputs
 from vim_kernels import selective_scan, selective_state_update
 
 
-def test_golden_step(golden, relative_error):
-    t = golden("ssm_state_update")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_golden_step(golden, relative_error, device):
+    t = golden("ssm_state_update", device=device)
     names = ("D", "z", "dt_bias")
     y, state = selective_state_update(
         *(t[f"in.{name}"] for name in ("state", "x", "dt", "A", "B", "C")), **{name: t[f"in.{name}"] for name in names}
