@@ -52,7 +52,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     """
     command, macros = _compiler(["-DDOUBLE"] if dtype == torch.float64 else [])
     key = hashlib.sha256()
-    for part in (*(path.read_bytes() for path in sorted(_SOURCES.iterdir())), shlex.join(command).encode(), macros):
+    sources = [path.read_bytes() for path in sorted(_SOURCES.glob("*.[ch]"))]
+    for part in (*sources, shlex.join(command).encode(), macros):
         key.update(hashlib.sha256(part).digest())
     name = f"{sysconfig.get_platform()}-{key.hexdigest()[:24]}.so"
     try:

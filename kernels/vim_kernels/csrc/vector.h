@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 #define VECTOR_BYTES 64
 #elif defined(__AVX__)
@@ -83,25 +83,25 @@ INLINE Vec softplus_slope(Vec x) { EACH_LANE(v > 20 ? 1 : 1 / (1 + exp(-v))); }
 
 #else
 
+// 2^x = 2^whole * 2^f with f in [-1/2, 1/2], where a polynomial has a relative error of 2e-7 and is exactly 1 at 0, so
+// that decays close to 1 do not drift over a long sequence. 2^-inf is 0, 2^inf is inf, NaN stays NaN.
 INLINE Vec exp2_of(Vec x) {
-#ifdef __AVX512F__
-    Vec whole = (Vec)_mm512_roundscale_ps((__m512)x, 8);
+#if VECTOR_BYTES == 64
+    Vec f = (Vec)_mm512_reduce_ps((__m512)x, 8), whole = x - f;
 #else
-    // Below -127 the result is 0, above 128 it is inf; a NaN passes, because no comparison with it holds.
+    // The result is 0 below -127 and inf above 128; no comparison with a NaN holds.
     x = choose(x < -127, splat(-127), x);
     x = choose(x > 128, splat(128), x);
     const float shift = 0x1.8p23f + 127;  // x + shift has the biased exponent round(x) + 127 in its low bits
-    Vec shifted = x + shift;
-    Vec whole = shifted - shift;
+    Vec shifted = x + shift, f = x - (shifted - shift);
 #endif
-    Vec f = x - whole;
     Vec p = splat(1.3264727e-3f);
     p = p * f + 9.671513e-3f;
     p = p * f + 5.5507336e-2f;
     p = p * f + 2.4022242e-1f;
     p = p * f + 6.93147e-1f;
     p = p * f + 1;
-#ifdef __AVX512F__
+#if VECTOR_BYTES == 64
     return (Vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
 #else
     return p * (Vec)((Mask)shifted << 23);
