@@ -33,6 +33,7 @@ class ScanOutput(NamedTuple):
     y: Tensor  # (B, L, E), u's dtype
     last_state: Tensor  # (directions, B, E, N), the state's dtype
     checkpoints: Tensor  # (directions, B, ceil(L / K), E, N), the state's dtype; empty if nothing is saved
+    # (only the backend that wrote the checkpoints may read them: the order within a row of E N is its own)
     y_sum: Tensor  # (B, L, E), u's dtype: sum(y_d) ungated; empty if nothing is saved or there is no z
 
 
