@@ -39,7 +39,11 @@ def test_golden_model(name, golden, relative_error, mixer_backend):
     logits = model.forward_head(features)
     assert (logits - t["logits_f64"]).abs().max() < 2e-5 * limit
     assert (model.forward_head(features, pre_logits=True) - t["pooled"]).abs().max() < 2e-5 * limit
-    in_sequence = lambda patches, cls: torch.cat([patches[:, : (n := patches.shape[1] // 2)], cls, patches[:, n:]], 1)  # noqa: E731
+
+    def in_sequence(patches, cls):
+        middle = patches.shape[1] // 2
+        return torch.cat([patches[:, :middle], cls, patches[:, middle:]], 1)
+
     assert (in_sequence(features[:, 1:], features[:, :1]) - t["features_f64"]).abs().max() < 5e-5 * limit
     # The official residual after block i holds the mixer outputs of the blocks before it.
     for i, block in enumerate(blocks[:-1]):
