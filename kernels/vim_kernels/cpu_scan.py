@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from . import cpu
-from .directions import CHECKPOINT_INTERVAL, Direction, DirectionGrads, ScanOutput
+from .directions import Direction, DirectionGrads, ScanOutput, checkpoint_rows
 
 
 def _fields(kind: type, names: str) -> tuple[tuple[str, type], ...]:
@@ -44,8 +44,8 @@ def forward(
     y = cpu.empty(u.shape, A.dtype)
     y_sum = cpu.empty(u.shape if save and z is not None else (0,), A.dtype)
     last_state = cpu.empty((len(directions), *states), A.dtype)
-    chunks = -(-length // CHECKPOINT_INTERVAL)
-    checkpoints = cpu.empty((len(directions), batch, chunks, *states[1:]) if save else (0,), A.dtype)
+    rows = checkpoint_rows(length, len(directions))
+    checkpoints = cpu.empty((len(directions), batch, rows, *states[1:]) if save else (0,), A.dtype)
 
     shared = {"z": cpu.readable(z, A.dtype), "y": y, "y_sum": y_sum if y_sum.numel() else None}
     arguments = []

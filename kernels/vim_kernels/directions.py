@@ -8,9 +8,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# A forward pass that will be differentiated keeps the state in front of steps 0, K, 2K, ... (in processing order) and
-# the backward recomputes what lies between. Every backend shares K, so that the fake kernel knows the shape.
+# A forward pass that will be differentiated keeps the state in front of every K-th step (in processing order) and the
+# backward recomputes what lies between. This is K on the CPU; a chunk's states fit in its cache.
 CHECKPOINT_INTERVAL = 32
+
+
+def checkpoint_rows(length: int, directions: int) -> int:
+    """States that the CPU backends keep of a direction."""
+    return -(-length // CHECKPOINT_INTERVAL)
 
 
 class Direction(NamedTuple):
@@ -32,8 +37,8 @@ class ScanOutput(NamedTuple):
 
     y: Tensor  # (B, L, E), u's dtype
     last_state: Tensor  # (directions, B, E, N), the state's dtype
-    checkpoints: Tensor  # (directions, B, ceil(L / K), E, N), the state's dtype; empty if nothing is saved
-    # (only the backend that wrote the checkpoints may read them: the order within a row of E N is its own)
+    checkpoints: Tensor  # (directions, B, rows, E, N), the state's dtype; empty if nothing is saved (only the
+    # backend that wrote them may read them: which rows it fills, and their order within, are its own)
     y_sum: Tensor  # (B, L, E), u's dtype: sum(y_d) ungated; empty if nothing is saved or there is no z
 
 

@@ -1,12 +1,13 @@
 """Sequences seen as (batch, length) rows of channels or states: the form in which the Triton kernels address them."""
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from .directions import CHECKPOINT_INTERVAL, Direction
+from .directions import Direction
 
 
 def as_rows(t: Tensor) -> Tensor:
@@ -47,18 +48,17 @@ def columns(directions: Sequence[Direction]) -> list[tuple[Tensor, ...] | None]:
     return [None if column[0] is None else column for column in zip(*(d[:-1] for d in directions), strict=True)]
 
 
-def launches(directions: Sequence[Direction]) -> list[slice]:
-    """All directions for one launch if their tensors agree in dtype, shape and strides, as they nearly always do."""
-    kinds = [
-        [
-            *((t.dtype, t.shape, row_strides(t)) for t in (d.u, d.dt, d.B, d.C)),
-            *(None if t is None else t.dtype for t in (d.D, d.dt_bias, d.initial_state)),
-        ]
-        for d in directions
-    ]
-    if all(kind == kinds[0] for kind in kinds):
-        return [slice(0, len(directions))]
-    return [slice(i, i + 1) for i in range(len(directions))]
+def agreeing(directions: Sequence[Direction]) -> list[Direction]:
+    """The directions as rows, with one dtype, and strides in common, for each field: one launch takes them all."""
+    rows = [direction_as_rows(d) for d in directions]
+    fields = []
+    for tensors in zip(*(d[:-1] for d in rows), strict=True):
+        present = [t for t in tensors if t is not None]
+        if any(t.dtype != present[0].dtype or t.stride() != present[0].stride() for t in present):
+            dtype = functools.reduce(torch.promote_types, (t.dtype for t in present))
+            tensors = tuple(None if t is None else t.to(dtype).contiguous() for t in tensors)
+        fields.append(tensors)
+    return [Direction(*tensors, d.reverse) for tensors, d in zip(zip(*fields, strict=True), rows, strict=True)]
 
 
 def sizes(d: Direction) -> dict[str, int]:
@@ -72,7 +72,6 @@ def sizes(d: Direction) -> dict[str, int]:
         "group_size": d_inner // groups,
         "GROUPS": groups,
         "N": d_state,
-        "K": CHECKPOINT_INTERVAL,
     }
 
 

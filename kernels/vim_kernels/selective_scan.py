@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import backends, cpu_scan, reference, torch_scan
 from .checks import FLOATS, check, check_shape, check_tensors, shape_of
-from .directions import CHECKPOINT_INTERVAL, Direction, ScanOutput
+from .directions import Direction, ScanOutput
 from .reference import state_dtype
 
 
@@ -199,9 +199,12 @@ def _directions(columns: Sequence[Sequence[Tensor]], reverse: Sequence[bool]) ->
 
 
 def _implementation(backend: str, u: Tensor):
+    module = _module(backend, u)
+    return module if u.numel() > 0 else torch_scan  # a grid cannot be empty, a loop can
+
+
+def _module(backend: str, u: Tensor):
     backend = backends.resolve(backend, u.device)
-    if u.numel() == 0:
-        return torch_scan  # a grid cannot be empty, a loop can
     if backend == "triton":
         from . import triton_scan  # imports triton, which not every platform has
 
@@ -223,14 +226,14 @@ def _forward_op(*args):
 
 @_forward_op.register_fake
 def _(u, dt, A, *args):
-    *_, z, _reverse, _dt_softplus, _scale, save, _backend = args
+    *_, z, _reverse, _dt_softplus, _scale, save, backend = args
     batch, length, d_inner = u[0].shape
-    chunks = -(-length // CHECKPOINT_INTERVAL)
+    rows = _module(backend, u[0]).checkpoint_rows(length, len(u))
     d_state = A[0].shape[1]
     return ScanOutput(
         u[0].new_empty(u[0].shape),
         A[0].new_empty(len(u), batch, d_inner, d_state),
-        A[0].new_empty((len(u), batch, chunks, d_inner, d_state) if save else (0,)),
+        A[0].new_empty((len(u), batch, rows, d_inner, d_state) if save else (0,)),
         u[0].new_empty(u[0].shape if save and z is not None else (0,)),
     )
 

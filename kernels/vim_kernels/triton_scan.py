@@ -3,7 +3,14 @@
 # mypy: disable-error-code="assignment"
 """Backend `triton` of the scan: channel-last, both directions in one launch, no atomics, bit-identical from run to run.
 
-Here the forward pass; `triton_tiles` says how a program holds its states.
+Here the forward pass; `triton_tiles` says how a warp holds its states. A program runs both directions of its channels,
+one in each of its two warps. They meet in the middle of the sequence: up to there each writes its y as a partial sum,
+from there on each finds the other's and finishes: sum, gate, store. One barrier at the middle orders the two, and no
+second kernel has to read the parts back from memory.
+
+The main loop is pipelined by hand. While it runs the recurrence over a block of T steps, the inputs of the next blocks
+are on their way to registers, and delta of the next block is computed beside the recurrence, whose chain of dependent
+steps leaves room for it.
 """
 
 from collections.abc import Sequence
@@ -13,12 +20,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .directions import CHECKPOINT_INTERVAL, Direction, ScanOutput
-from .rows import as_rows, columns, direction_as_rows, launches, on_device_of, row_arguments, sizes
+from .directions import Direction, ScanOutput
+from .rows import agreeing, as_rows, columns, on_device_of, row_arguments, sizes
 from .triton_scan_backward import backward
-from .triton_tiles import LOG2E, Tile, load_states, pick, sigmoid, step_size, store_states, zeros
+from .triton_tiles import (
+    INTERVAL,
+    LOG2E,
+    Tile,
+    along,
+    checkpoint_rows,
+    fold,
+    from_lane,
+    heading,
+    load_rows,
+    load_states,
+    load_steps,
+    pack,
+    row_from_lane,
+    scaled,
+    sigmoid,
+    step_sizes,
+    store_states,
+    unpack_all,
+    zeros,
+)
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "checkpoint_rows", "forward"]
 
 
 @triton.jit(do_not_specialize=["batch", "length", "u_pitch", "dt_pitch", "B_pitch", "C_pitch", "z_pitch"])
@@ -31,11 +58,11 @@ def _forward_kernel(
     D,  # (E,) or None
     dt_bias,  # (E,) or None
     h0,  # (B, E, N) or None
-    z,  # (B, L, E) or None: the gate, here only if there is one direction
-    y,  # (directions, B, L, E)
+    z,  # (B, L, E) or None: the gate
+    y,  # (B, L, E)
     y_sum,  # (B, L, E) or None
     last_state,  # (directions, B, E, N)
-    checkpoints,  # (directions, B, ceil(L / K), E, N) or None
+    checkpoints,  # (directions, B, rows, E, N) or None
     batch,
     length,
     d_inner,
@@ -51,7 +78,7 @@ def _forward_kernel(
     C_stride,
     z_pitch,
     z_stride,
-    REVERSE: tl.constexpr,  # for each direction
+    REVERSE: tl.constexpr,  # for each direction; of two the second is the reverse one
     SCALE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -59,179 +86,217 @@ def _forward_kernel(
     K: tl.constexpr,
     REPEAT: tl.constexpr,
     SPREAD: tl.constexpr,
+    T: tl.constexpr,
     LANES: tl.constexpr,
+    STAGES: tl.constexpr,
+    U_PACK: tl.constexpr,
+    DT_PACK: tl.constexpr,
+    B_PACK: tl.constexpr,
+    C_PACK: tl.constexpr,
+    Z_PACK: tl.constexpr,
+    Y_PACK: tl.constexpr,
 ):
+    DIRECTIONS: tl.constexpr = len(REVERSE)
     TILES: tl.constexpr = (N + SPREAD - 1) // SPREAD
+    EACH: tl.constexpr = SPREAD if SPREAD < T else T  # steps to a tile of steps
     S: tl.constexpr = last_state.dtype.element_ty
+    U: tl.constexpr = u[0].dtype.element_ty
+    DT: tl.constexpr = dt[0].dtype.element_ty
+    BT: tl.constexpr = B[0].dtype.element_ty
+    CT: tl.constexpr = C[0].dtype.element_ty
     pid = tl.program_id(0)
     blocks = tl.cdiv(group_size, REPEAT * LANES)
     group = pid // blocks % GROUPS
-    b = (pid // (blocks * GROUPS) % batch).to(tl.int64)
-    direction = (pid // (blocks * GROUPS) // batch).to(tl.int64)
-    db = direction * batch + b
+    b = (pid // (blocks * GROUPS)).to(tl.int64)
 
-    c = pid % blocks * (REPEAT * LANES) + tl.arange(0, LANES)[None, :] * REPEAT + tl.arange(0, REPEAT)[:, None]
-    inside = c < group_size
+    t = tl.arange(0, SPREAD * LANES)[:, None]
+    p = t % SPREAD
+    lane = t // SPREAD
+    dirs = tl.arange(0, DIRECTIONS)[None, :]
+    c = pid % blocks * (REPEAT * LANES) + lane * REPEAT
     channel = group * group_size + c
-    states_inside = inside[:, None, :]
-    state = channel[:, None, :] * N
-
-    u = pick(u, direction) + channel
-    dt = pick(dt, direction) + channel
-    B = pick(B, direction) + group * N
-    C = pick(C, direction) + group * N
-    A = load_states(pick(A, direction) + state, states_inside, N, SPREAD, S)
-    bias = None
-    if dt_bias is not None:
-        bias = tl.load(pick(dt_bias, direction) + channel, inside, 0.0).to(S)
-    if D is not None:
-        skip = tl.load(pick(D, direction) + channel, inside, 0.0).to(S)
+    inside = ()
+    bias = ()
+    skip = ()
+    for r in tl.static_range(REPEAT):
+        inside = inside + (c + r < group_size,)
+        if dt_bias is not None:
+            bias = bias + (tl.load(along(dt_bias, dirs) + channel + r, inside[r], 0.0).to(S),)
+        else:
+            bias = bias + (tl.zeros([1, 1], S),)
+        if D is not None:
+            skip = skip + (tl.load(along(D, dirs) + channel + r, inside[r], 0.0).to(S),)
+    A_tiles = scaled(load_states(along(A, dirs) + channel * N, N, inside, N, REPEAT, SPREAD, S), LOG2E)
+    state = (b * d_inner + channel) * N
     if h0 is not None:
-        h = load_states(pick(h0, direction) + b * d_inner * N + state, states_inside, N, SPREAD, S)
+        h = load_states(along(h0, dirs) + state, N, inside, N, REPEAT, SPREAD, S)
     else:
-        h = zeros(TILES, REPEAT, SPREAD, LANES, S)
-    reverse = pick(REVERSE, direction)
-    first = length - 1 if reverse else 0
-    sign = -1 if reverse else 1
+        h = zeros(REPEAT * TILES, dirs + t, S)
 
-    for start in range(0, length, K):
-        if checkpoints is not None:
-            chunk = db * tl.cdiv(length, K) + start // K
-            store_states(checkpoints + chunk * d_inner * N + state, h, states_inside, N, SPREAD)
-        # Unrolled, so that the loads of four steps are under way together.
-        for step in tl.range(start, min(start + K, length), loop_unroll_factor=4):
-            t = first + sign * step
-            u_t = tl.load(u + (b * u_pitch + t) * u_stride, inside, 0.0).to(S)
-            delta, _ = step_size(dt + (b * dt_pitch + t) * dt_stride, inside, bias, SOFTPLUS, S)
-            B_t = load_states(B + (b * B_pitch + t) * B_stride, True, N, SPREAD, S)
-            C_t = load_states(C + (b * C_pitch + t) * C_stride, True, N, SPREAD, S)
-            x = (delta * u_t)[:, None, :]
-            delta2 = (delta * LOG2E)[:, None, :]
-            y_t = tl.zeros([REPEAT, SPREAD, LANES], S)
-            h_t = ()
-            for i in tl.static_range(TILES):
-                h_i = tl.exp2(delta2 * A[i]) * h[i] + x * B_t[i]
-                y_t += h_i * C_t[i]
-                h_t = h_t + (h_i,)
-            h = h_t
-            y_t = tl.sum(y_t, 1)
-            if D is not None:
-                y_t += skip * u_t
-            at = (db * length + t) * d_inner + channel
-            if y_sum is not None:
-                tl.store(y_sum + at, y_t, inside)
-            if len(REVERSE) == 1:
-                y_t *= SCALE
-            if z is not None:
-                z_t = tl.load(z + (b * z_pitch + t) * z_stride + channel, inside, 0.0).to(S)
-                y_t *= z_t * sigmoid(z_t)
-            tl.store(y + at, y_t, inside)
-    store_states(last_state + db * d_inner * N + state, h, states_inside, N, SPREAD)
-
-
-@triton.jit(do_not_specialize=["batch", "length", "z_pitch"])
-def _gate_kernel(
-    parts,  # (2, B, L, E): the ungated y of each direction
-    z,  # (B, L, E) or None
-    y,  # (B, L, E)
-    y_sum,  # (B, L, E) or None
-    batch,
-    length,
-    d_inner,
-    z_pitch,
-    z_stride,
-    SCALE: tl.constexpr,
-    S: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    b = (tl.program_id(0) // tl.cdiv(length, ROWS)).to(tl.int64)
-    t = tl.program_id(0) % tl.cdiv(length, ROWS) * ROWS + tl.arange(0, ROWS)[:, None]
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = (t < length) & (channel < d_inner)
-    at = (b * length + t) * d_inner + channel
-    other = ((batch + b) * length + t) * d_inner + channel
-    total = tl.load(parts + at, inside, 0.0).to(S) + tl.load(parts + other, inside, 0.0).to(S)
-    if y_sum is not None:
-        tl.store(y_sum + at, total, inside)
-    total *= SCALE
+    first, sign = heading(dirs, length, REVERSE)
+    u_step = (sign * u_stride).to(tl.int64)
+    dt_step = (sign * dt_stride).to(tl.int64)
+    B_step = (sign * B_stride).to(tl.int64)
+    C_step = (sign * C_stride).to(tl.int64)
+    y_step = (sign * d_inner).to(tl.int64)
+    u_0 = along(u, dirs) + ((b * u_pitch + first) * u_stride + channel) + p * u_step
+    dt_0 = along(dt, dirs) + ((b * dt_pitch + first) * dt_stride + channel) + p * dt_step
+    B_0 = along(B, dirs) + ((b * B_pitch + first) * B_stride + group * N + p * TILES) + lane * B_step
+    C_0 = along(C, dirs) + ((b * C_pitch + first) * C_stride + group * N + p * TILES) + lane * C_step
+    at_0 = (b * length + first) * d_inner + channel + p * y_step
     if z is not None:
-        z_t = tl.load(z + (b * z_pitch + t) * z_stride + channel, inside, 0.0).to(S)
-        total *= z_t * sigmoid(z_t)
-    tl.store(y + at, total, inside)
+        z_step = (sign * z_stride).to(tl.int64)
+        z_0 = z + ((b * z_pitch + first) * z_stride + channel) + p * z_step
+    half = tl.cdiv(length, DIRECTIONS)
 
+    for segment in tl.static_range(DIRECTIONS):
+        # Of an odd length the forward direction takes the middle step first, and the other finishes it.
+        middle = (length + 1 - dirs) // 2
+        step = dirs * 0
+        end = dirs * 0 + length
+        if segment < DIRECTIONS - 1:
+            end = middle
+        if segment > 0:
+            step = middle
+        u_p, dt_p, B_p, C_p = u_0 + step * u_step, dt_0 + step * dt_step, B_0 + step * B_step, C_0 + step * C_step
+        at = at_0 + step * y_step
 
-# The choices depend on shapes and dtypes only, never on a measurement at run time: the same call gives the same bits in
-# every process. Below some 1000 warps an H100 (132 multiprocessors of 4 schedulers) is short of work.
-ENOUGH_PROGRAMS = 1024
+        us = load_steps(u_p, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK)
+        dts = load_steps(dt_p, dt_step, step, end, p, inside, T, REPEAT, SPREAD, DT_PACK)
+        us_now, deltas = step_sizes(us, dts, bias, step, end, p, SOFTPLUS, T, REPEAT, SPREAD, U_PACK, DT_PACK, U, DT, S)
+        if z is not None:
+            z_p = z_0 + step * z_step
+
+        for start in tl.range(0, half, T, num_stages=STAGES):
+            if checkpoints is not None:  # noqa: SIM102 (Triton compiles only what follows a `None` test of its own)
+                if start % K == 0:
+                    rows = DIRECTIONS * tl.cdiv(half, K)
+                    row = (dirs.to(tl.int64) * batch + b) * rows + segment * tl.cdiv(half, K) + start // K
+                    store_states(checkpoints + (row * d_inner + channel) * N, N, h, inside, N, REPEAT, SPREAD)
+            u_p += T * u_step
+            dt_p += T * dt_step
+            us = load_steps(u_p, u_step, step + T, end, p, inside, T, REPEAT, SPREAD, U_PACK)
+            dts = load_steps(dt_p, dt_step, step + T, end, p, inside, T, REPEAT, SPREAD, DT_PACK)
+            Bs = load_rows(B_p, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK)
+            Cs = load_rows(C_p, C_step, step, end, lane, p, N, T, SPREAD, LANES, C_PACK)
+            B_rows = unpack_all(Bs, TILES, B_PACK, BT, S)
+            C_rows = unpack_all(Cs, TILES, C_PACK, CT, S)
+            if segment == DIRECTIONS - 1:
+                if z is not None:
+                    zs = load_steps(z_p, z_step, step, end, p, inside, T, REPEAT, SPREAD, Z_PACK)
+                    z_values = unpack_all(zs, REPEAT, Z_PACK, z.dtype.element_ty, S)
+                    z_p += T * z_step
+                if segment > 0:
+                    parts = load_steps(y + at, y_step, step, end, p, inside, T, REPEAT, SPREAD, Y_PACK)
+                    part_values = unpack_all(parts, REPEAT, Y_PACK, y.dtype.element_ty, S)
+            us_next, deltas_next = step_sizes(
+                us, dts, bias, step + T, end, p, SOFTPLUS, T, REPEAT, SPREAD, U_PACK, DT_PACK, U, DT, S
+            )
+
+            for j in tl.static_range(T // EACH):
+                sums = ()
+                for q in tl.static_range(EACH):
+                    B_q = row_from_lane(B_rows, j * EACH + q, p, TILES, SPREAD, LANES)
+                    C_q = row_from_lane(C_rows, j * EACH + q, p, TILES, SPREAD, LANES)
+                    h_q = ()
+                    for r in tl.static_range(REPEAT):
+                        delta = deltas[j * REPEAT + r]
+                        delta_q = from_lane(delta, t - p + q)
+                        x_q = from_lane(delta * us_now[j * REPEAT + r], t - p + q)
+                        for i in tl.static_range(TILES):
+                            h_i = tl.exp2(delta_q * A_tiles[r * TILES + i]) * h[r * TILES + i] + x_q * B_q[i]
+                            if i == 0:
+                                y_q = h_i * C_q[i]
+                            else:
+                                y_q += h_i * C_q[i]
+                            h_q = h_q + (h_i,)
+                        sums = sums + (y_q,)
+                    h = h_q
+                valid = (p < EACH) & (step + j * EACH + p < end)
+                for r in tl.static_range(REPEAT):
+                    steps = ()
+                    for q in tl.static_range(EACH):
+                        steps = steps + (sums[q * REPEAT + r],)
+                    y_t = fold(steps, t, SPREAD, 1)[0]
+                    if D is not None:
+                        y_t += skip[r] * us_now[j * REPEAT + r]
+                    if segment == DIRECTIONS - 1:
+                        if segment > 0:
+                            y_t += part_values[j * REPEAT + r]
+                        if y_sum is not None:
+                            tl.store(y_sum + at + j * EACH * y_step + r, y_t, inside[r] & valid)
+                        y_t *= SCALE
+                        if z is not None:
+                            z_t = z_values[j * REPEAT + r]
+                            y_t *= z_t * sigmoid(z_t)
+                    tl.store(y + at + j * EACH * y_step + r, y_t, inside[r] & valid)
+            us_now, deltas = us_next, deltas_next
+            B_p += T * B_step
+            C_p += T * C_step
+            at += T * y_step
+            step += T
+        if segment < DIRECTIONS - 1:
+            tl.debug_barrier()  # the other warp's partial sums
+    store_states(last_state + dirs.to(tl.int64) * batch * d_inner * N + state, N, h, inside, N, REPEAT, SPREAD)
 
 
 def _tile(d: Direction, directions: int) -> Tile:
-    """Two channels a lane, then one, then the states spread over lanes: the fewer programs, the smaller."""
+    """From shapes and dtypes only, never from a measurement at run time: the same call gives the same bits anywhere.
+
+    Four channels a lane where that leaves every multiprocessor of a large GPU work, and ever thinner warps where rows
+    are few: they execute more instructions in all but hide each other's latencies. Thresholds measured on an H100.
+    """
     d_state = d.A.shape[1]
-    wide, narrow = (Tile.spread_over(triton.cdiv(d_state, 16), repeat) for repeat in (2, 1))
-    if d.A.dtype == torch.float32 and wide.programs(d, directions) >= ENOUGH_PROGRAMS:
-        return wide
-    # Spreading halves the instructions of a warp but doubles those of all: what a step loads is loaded by more warps.
-    enough = narrow.programs(d, directions) >= ENOUGH_PROGRAMS // 2
-    return narrow if enough else Tile.spread_over(triton.cdiv(d_state, 4))
+    spread = min(32, triton.next_power_of_2(triton.cdiv(d_state, 4)))
+    wide, narrow = Tile(4, spread, max(4, min(8, spread))), Tile(2, spread, 8)
+    if d.A.dtype == torch.float32 and spread <= 4:
+        if directions * wide.programs(d) >= 2048:
+            return wide
+        if directions * narrow.programs(d) >= 1024:
+            return narrow
+    return Tile(2 if d.A.dtype == torch.float32 and spread <= 8 else 1, min(32, 2 * spread), 8)
 
 
 def forward(
     directions: Sequence[Direction], z: Tensor | None, *, dt_softplus: bool, scale: float, save: bool
 ) -> ScanOutput:
-    """See `directions`.
-
-    One direction is gated inside the scan. Two write their own y in u's dtype and a second kernel adds and gates them:
-    at 16 bits 4 bytes more written and 4 more read for an element, where the scan reads 8 (u and dt of both).
-    """
-    directions = [direction_as_rows(d) for d in directions]
+    """See `directions`."""
+    directions = agreeing(directions)
     d, count = directions[0], len(directions)
-    batch, length, d_inner = d.u.shape
-    chunks = triton.cdiv(length, CHECKPOINT_INTERVAL)
+    batch, length, _ = d.u.shape
     z = None if z is None else as_rows(z)
     y = d.u.new_empty(d.u.shape)
     y_sum = d.u.new_empty(d.u.shape) if save and z is not None else None
-    parts = y.unsqueeze(0) if count == 1 else d.u.new_empty(count, *d.u.shape)
     last_state = d.A.new_empty(count, batch, *d.A.shape)
-    checkpoints = d.A.new_empty(count, batch, chunks, *d.A.shape) if save else None
-    fused = count == 1
+    checkpoints = d.A.new_empty(count, batch, checkpoint_rows(length, count), *d.A.shape) if save else None
+    tile = _tile(d, count)
+    states = triton.cdiv(d.A.shape[1], tile.SPREAD)
     with on_device_of(d.u):
-        for part in launches(directions):
-            d = directions[part.start]
-            tile = _tile(d, part.stop - part.start)
-            _forward_kernel[(tile.programs(d, part.stop - part.start),)](
-                *columns(directions[part]),
-                z if fused else None,
-                parts[part],
-                y_sum if fused else None,
-                last_state[part],
-                None if checkpoints is None else checkpoints[part],
-                **sizes(d),
-                **row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z if fused else None),
-                REVERSE=tuple(d.reverse for d in directions[part]),
-                SCALE=scale if fused else 1.0,
-                SOFTPLUS=dt_softplus,
-                **tile._asdict(),
-                num_warps=1,
-                num_stages=1,
-            )
-        if not fused:
-            rows, block = 8, 128
-            _gate_kernel[(batch * triton.cdiv(length, rows), triton.cdiv(d_inner, block))](
-                parts,
-                z,
-                y,
-                y_sum,
-                batch,
-                length,
-                d_inner,
-                **row_arguments(z=z),
-                SCALE=scale,
-                S=tl.float64 if d.A.dtype == torch.float64 else tl.float32,
-                ROWS=rows,
-                BLOCK=block,
-            )
+        _forward_kernel[(tile.programs(d),)](
+            *columns(directions),
+            z,
+            y,
+            y_sum,
+            last_state,
+            checkpoints,
+            **sizes(d),
+            **row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z),
+            REVERSE=tuple(d.reverse for d in directions),
+            SCALE=scale,
+            SOFTPLUS=dt_softplus,
+            K=INTERVAL,
+            STAGES=3,
+            **tile.constants(),
+            U_PACK=pack(tile.REPEAT, *(d.u for d in directions)),
+            DT_PACK=pack(tile.REPEAT, *(d.dt for d in directions)),
+            B_PACK=pack(states, *(d.B for d in directions)),
+            C_PACK=pack(states, *(d.C for d in directions)),
+            Z_PACK=1 if z is None else pack(tile.REPEAT, z),
+            Y_PACK=pack(tile.REPEAT, y),
+            num_warps=count,
+            num_stages=1,
+            maxnreg=168 if tile.REPEAT == 4 else None,
+        )
     none = d.A.new_empty(0)
     return ScanOutput(
         y,

@@ -3,38 +3,39 @@
 # mypy: disable-error-code="assignment"
 """What the Triton scan kernels share: how states lie over the lanes of a warp, and the functions of one step.
 
-A program is one warp. It owns a block of channels of one batch entry and one direction, with the states in registers
-as a tuple of tiles. The shape of a tile says which lane holds what:
+A warp owns a block of REPEAT * LANES channels of one batch entry and one direction; a program is a warp for each
+direction. SPREAD * LANES = 32. Every value is a tile [32, directions], and lane t = l * SPREAD + p stands for
 
-    tile i [REPEAT, SPREAD, LANES] holds state n = p * tiles + i of channel c = l * REPEAT + r of the block
+    in the recurrence: channel l * REPEAT + r, state p * TILES + i, where the tuples of tiles run over r and i;
+    for what a step knows of a channel (u, dt, delta, y, z, their gradients): channel l * REPEAT + r at step p;
+    for B and C: states p * TILES + i at step l.
 
-SPREAD * LANES = 32: a lane holds REPEAT channels and d_state / SPREAD states of each. With SPREAD 1 all states of a
-channel are in one thread, and the sum over states in y needs no shuffle. With SPREAD 4 a warp holds fewer channels,
-which gives few rows to more warps, and in the backward it balances the sums over channels (dB, dC) against those over
-states (du, d_delta): for 16 channels of 16 states a step takes 32 to 40 shuffles, where SPREAD 1 takes 160 for 32.
+So each of these is loaded and computed once, and the recurrence takes a step's value from the lane that has it by one
+shuffle (`from_lane`). Sums over states or channels go the other way (`fold`): a tree that halves what a lane holds at
+every level, so that SPREAD sums over SPREAD lanes take SPREAD - 1 shuffles, and lane p ends with the sum of step p.
 
-Triton lays a load out by what is contiguous in memory and drags that layout into the arithmetic. So neighbours in a
-tile are neighbours in memory along REPEAT only: states in a row of memory stand in different tiles.
+Both dimensions in one and no layout to choose is also what keeps Triton from inserting conversions through shared
+memory: it derives layouts from what is contiguous in memory, and here nothing is along the lanes for all it can tell.
 """
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .directions import Direction
+from .rows import row_strides
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# Steps between the states that the forward pass keeps: at 64 they take an eighth of the memory of xz (a Vim-Ti block).
+INTERVAL = 64
 
-@triton.jit
-def pick(pair, direction):
-    """The item of this program's direction."""
-    if len(pair) == 1:
-        one = pair[0]
-    else:
-        one = pair[0] if direction == 0 else pair[1]
-    return one
+
+def checkpoint_rows(length: int, directions: int) -> int:
+    """States kept of a direction. Where two directions meet in the middle, the count begins anew there."""
+    return directions * triton.cdiv(triton.cdiv(length, directions), INTERVAL)
 
 
 @triton.jit
@@ -64,60 +65,242 @@ def softplus(x):
 
 
 @triton.jit
-def step_size(dt, mask, bias, SOFTPLUS: tl.constexpr, S: tl.constexpr):
-    """(delta, dt + bias)"""
-    raw = tl.load(dt, mask, 0.0).to(S)
-    if bias is not None:
-        raw += bias
-    delta = raw
-    if SOFTPLUS:
-        delta = softplus(raw)
-    return delta, raw
+def along(pair, dirs):
+    """The item of each direction."""
+    if len(pair) == 1:
+        one = pair[0]
+    else:
+        one = tl.where(dirs == 0, pair[0], pair[1])
+    return one
 
 
 @triton.jit
-def zeros(TILES: tl.constexpr, REPEAT: tl.constexpr, SPREAD: tl.constexpr, LANES: tl.constexpr, S: tl.constexpr):
+def heading(dirs, length, REVERSE: tl.constexpr):
+    """(first row, sign of a step) of each direction; of two the second runs in reverse."""
+    if len(REVERSE) == 2:
+        first = dirs * (length - 1)
+        sign = 1 - 2 * dirs
+    elif REVERSE[0]:
+        first = dirs + (length - 1)
+        sign = dirs - 1
+    else:
+        first = dirs
+        sign = dirs + 1
+    return first, sign
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, like, S: tl.constexpr):
     tiles = ()
-    for _ in tl.static_range(TILES):
-        tiles = tiles + (tl.zeros([REPEAT, SPREAD, LANES], S),)
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros(like.shape, S),)
     return tiles
 
 
 @triton.jit
-def load_states(ptr, mask, N: tl.constexpr, SPREAD: tl.constexpr, S: tl.constexpr):
-    """The tiles of a tensor (..., N) where `ptr` points at state 0 of each channel (or of the row, for B and C)."""
+def scaled(tiles, factor):
+    product = ()
+    for i in tl.static_range(len(tiles)):
+        product = product + (tiles[i] * factor,)
+    return product
+
+
+@triton.jit
+def load_words(ptr, mask, COUNT: tl.constexpr, PACK: tl.constexpr):
+    """COUNT neighbours in memory, PACK 16-bit values to a word: one load for what `unpack` takes apart."""
+    words = ()
+    if PACK == 1:
+        for i in tl.static_range(COUNT):
+            words = words + (tl.load(ptr + i, mask, 0.0),)
+    else:
+        wide = ptr.to(tl.pointer_type(tl.int64 if PACK == 4 else tl.int32), bitcast=True)
+        for i in tl.static_range(COUNT // PACK):
+            words = words + (tl.load(wide + i, mask, 0),)
+    return words
+
+
+@triton.jit
+def unpack(words, i: tl.constexpr, PACK: tl.constexpr, DTYPE: tl.constexpr, S: tl.constexpr):
+    """Value i of what `load_words` loaded."""
+    if PACK == 1:
+        value = words[i].to(S)
+    else:
+        word = words[i // PACK]
+        if PACK == 4:
+            word = (word >> (32 * (i % PACK // 2))).to(tl.int32)
+        if tl.bfloat16 == DTYPE and tl.float32 == S:
+            value = ((word << 16) if i % 2 == 0 else (word & -65536)).to(tl.float32, bitcast=True)
+        else:
+            value = (word >> (16 * (i % 2))).to(tl.int16).to(DTYPE, bitcast=True).to(S)
+    return value
+
+
+@triton.jit
+def unpack_all(rows, COUNT: tl.constexpr, PACK: tl.constexpr, DTYPE: tl.constexpr, S: tl.constexpr):
+    """COUNT values of each of the `rows`, as one tuple."""
+    values = ()
+    for j in tl.static_range(len(rows)):
+        for i in tl.static_range(COUNT):
+            values = values + (unpack(rows[j], i, PACK, DTYPE, S),)
+    return values
+
+
+@triton.jit
+def load_states(ptr, stride, mask, N: tl.constexpr, REPEAT: tl.constexpr, SPREAD: tl.constexpr, S: tl.constexpr):
+    """State i of channel r is tile r * TILES + i; `ptr` points at state 0 of channel 0, a channel is `stride` on."""
     TILES: tl.constexpr = (N + SPREAD - 1) // SPREAD
-    n = tl.arange(0, SPREAD)[None, :, None] * TILES
+    n = tl.arange(0, ptr.shape[0])[:, None] % SPREAD * TILES
     tiles = ()
-    for i in tl.static_range(TILES):
-        tiles = tiles + (tl.load(ptr + n + i, mask & (n + i < N), 0.0).to(S),)
+    for r in tl.static_range(REPEAT):
+        for i in tl.static_range(TILES):
+            inside = mask[r] & (n + i < N)
+            tiles = tiles + (tl.load(ptr + r * stride + n + i, inside, 0.0).to(S),)
     return tiles
 
 
 @triton.jit
-def store_states(ptr, tiles, mask, N: tl.constexpr, SPREAD: tl.constexpr):
+def store_states(ptr, stride, tiles, mask, N: tl.constexpr, REPEAT: tl.constexpr, SPREAD: tl.constexpr):
     TILES: tl.constexpr = (N + SPREAD - 1) // SPREAD
-    n = tl.arange(0, SPREAD)[None, :, None] * TILES
+    n = tl.arange(0, ptr.shape[0])[:, None] % SPREAD * TILES
+    for r in tl.static_range(REPEAT):
+        for i in tl.static_range(TILES):
+            tl.store(ptr + r * stride + n + i, tiles[r * TILES + i], mask[r] & (n + i < N))
+
+
+@triton.jit
+def load_steps(
+    ptr, row_step, step, end, p, mask, T: tl.constexpr, REPEAT: tl.constexpr, SPREAD: tl.constexpr, PACK: tl.constexpr
+):
+    """Words of T steps from `step` on, a tile of min(SPREAD, T) steps after the other; `ptr` points at lane's step."""
+    EACH: tl.constexpr = SPREAD if SPREAD < T else T
+    tiles = ()
+    for j in tl.static_range(T // EACH):
+        at = j * EACH + p
+        valid = (p < EACH) & (step + at < end)
+        if PACK == 1:
+            words = ()
+            for r in tl.static_range(REPEAT):
+                words = words + (tl.load(ptr + j * EACH * row_step + r, mask[r] & valid, 0.0),)
+        else:
+            words = load_words(ptr + j * EACH * row_step, mask[0] & valid, REPEAT, PACK)
+        tiles = tiles + (words,)
+    return tiles
+
+
+@triton.jit
+def load_rows(
+    ptr, row_step, step, end, lane, p,
+    N: tl.constexpr, T: tl.constexpr, SPREAD: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """Words of B or C of T steps from `step` on, LANES steps to a tile; `ptr` points at the lane's step and states."""
+    TILES: tl.constexpr = (N + SPREAD - 1) // SPREAD
+    tiles = ()
+    for j in tl.static_range((T + LANES - 1) // LANES):
+        at = j * LANES + lane
+        valid = (at < T) & (step + at < end)
+        if N % SPREAD == 0:
+            words = load_words(ptr + j * LANES * row_step, valid, TILES, PACK)
+        else:
+            words = ()
+            for i in tl.static_range(TILES):
+                inside = valid & (p * TILES + i < N)
+                words = words + (tl.load(ptr + j * LANES * row_step + i, inside, 0.0),)
+        tiles = tiles + (words,)
+    return tiles
+
+
+@triton.jit
+def step_sizes(
+    us, dts, bias, step, end, p,
+    SOFTPLUS: tl.constexpr, T: tl.constexpr, REPEAT: tl.constexpr, SPREAD: tl.constexpr,
+    U_PACK: tl.constexpr, DT_PACK: tl.constexpr, U: tl.constexpr, DT: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """(u, delta) of each tile of steps and channel; delta = 0, an identity step, from `end` on."""
+    EACH: tl.constexpr = SPREAD if SPREAD < T else T
+    values = ()
+    deltas = ()
+    for j in tl.static_range(T // EACH):
+        valid = step + j * EACH + p < end
+        for r in tl.static_range(REPEAT):
+            delta = unpack(dts[j], r, DT_PACK, DT, S) + bias[r]
+            if SOFTPLUS:
+                delta = softplus(delta)
+            deltas = deltas + (tl.where(valid, delta, 0.0),)
+            values = values + (unpack(us[j], r, U_PACK, U, S),)
+    return values, deltas
+
+
+@triton.jit
+def from_lane(tile, lane):
+    """The value that `lane` has, each lane naming its own source."""
+    return tl.gather(tile, tl.broadcast_to(lane, tile.shape), 0)
+
+
+@triton.jit
+def row_from_lane(rows, k: tl.constexpr, p, TILES: tl.constexpr, SPREAD: tl.constexpr, LANES: tl.constexpr):
+    """The lane's states of B or C at step k of the block, from the values of `load_rows`."""
+    states = ()
     for i in tl.static_range(TILES):
-        tl.store(ptr + n + i, tiles[i], mask & (n + i < N))
+        states = states + (from_lane(rows[k // LANES * TILES + i], k % LANES * SPREAD + p),)
+    return states
+
+
+@triton.jit
+def fold(values, t, W: tl.constexpr, LEAST: tl.constexpr):
+    """Sums over the lanes t that differ in the bits LEAST, 2 LEAST, ... W / 2 only; all numbers powers of two.
+
+    Returns a tuple. With l = t // LEAST % (W / LEAST), K values and M = K LEAST / W: if M >= 1, the j-th of M results
+    is the sum of values[l M + j]; else the one result is the sum of values[l % K].
+    """
+    if W == LEAST:
+        out = values
+    else:
+        half = ()
+        if len(values) < W // LEAST:
+            for q in tl.static_range(len(values)):
+                half = half + (values[q] + from_lane(values[q], t ^ (W // 2)),)
+        else:
+            upper = (t & (W // 2)) != 0
+            for q in tl.static_range(len(values) // 2):
+                keep = tl.where(upper, values[q + len(values) // 2], values[q])
+                send = tl.where(upper, values[q], values[q + len(values) // 2])
+                half = half + (keep + from_lane(send, t ^ (W // 2)),)
+        out = fold(half, t, W // 2, LEAST)
+    return out
 
 
 class Tile(NamedTuple):
-    """Channels a lane, lanes a channel's states are spread over, and lanes for channels."""
+    """Channels a lane, lanes a channel's states are spread over, and steps a block of the main loop takes."""
 
     REPEAT: int
     SPREAD: int
-    LANES: int
+    T: int
 
-    @classmethod
-    def spread_over(cls, spread: int, repeat: int = 1) -> "Tile":
-        """The states of a channel over `spread` lanes, rounded up to a power of two."""
-        spread = min(32, triton.next_power_of_2(spread))
-        return cls(repeat, spread, 32 // spread)
+    @property
+    def lanes(self) -> int:
+        return 32 // self.SPREAD
+
+    @property
+    def channels(self) -> int:
+        return self.REPEAT * self.lanes
 
     def blocks(self, d: Direction) -> int:
         """Blocks of channels in a group of channels that share B and C."""
-        return triton.cdiv(d.u.shape[2] // d.B.shape[2], self.REPEAT * self.LANES)
+        return triton.cdiv(d.u.shape[2] // d.B.shape[2], self.channels)
 
-    def programs(self, d: Direction, directions: int) -> int:
-        return self.blocks(d) * d.B.shape[2] * d.u.shape[0] * directions
+    def programs(self, d: Direction) -> int:
+        return self.blocks(d) * d.B.shape[2] * d.u.shape[0]
+
+    def constants(self) -> dict[str, int]:
+        return {**self._asdict(), "LANES": self.lanes}
+
+
+def pack(count: int, *tensors: Tensor) -> int:
+    """How many of `count` neighbours one load can take, from the start of any row of any of the tensors."""
+    if any(t.element_size() != 2 for t in tensors):
+        return 1
+    places = [(t.data_ptr() // 2, *row_strides(t)) for t in tensors]
+    for size in (4, 2):
+        if count % size == 0 and all(start % size == 0 and stride % size == 0 for start, _, stride in places):
+            return size
+    return 1

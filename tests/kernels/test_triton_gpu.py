@@ -90,13 +90,15 @@ def test_vim_tiny_at_224_pixels(batch, precision):
     assert_within(pair_excess(batch=batch, length=197, d_inner=384, **precision))
 
 
-def test_tiles_of_large_inputs(monkeypatch):
-    """Two channels a lane, where channels are many, on an input small enough to compare with fp64."""
+@pytest.mark.parametrize("tile", [(4, 4, 4), (2, 4, 8), (2, 8, 8), (1, 16, 8)], ids=str)
+def test_every_tile(monkeypatch, tile):
+    """What shapes choose between, on an input small enough to compare with fp64."""
     from vim_kernels import triton_scan, triton_scan_backward
+    from vim_kernels.triton_tiles import Tile
 
-    for module in (triton_scan, triton_scan_backward):
-        monkeypatch.setattr(module, "ENOUGH_PROGRAMS", 1)
-    assert_within(pair_excess(length=45, d_inner=200, **FP32))
+    monkeypatch.setattr(triton_scan, "_tile", lambda d, directions: Tile(*tile))
+    monkeypatch.setattr(triton_scan_backward, "_tile", lambda d: Tile(min(2, tile[0]), tile[1], 4))
+    assert_within(pair_excess(length=145, d_inner=200, **FP32))
 
 
 def test_uneven_pairs_and_strides():
@@ -197,8 +199,9 @@ def test_a_new_length_compiles_nothing():
 
     kernels = [
         triton_scan._forward_kernel,
-        triton_scan._gate_kernel,
         triton_scan_backward._backward_kernel,
+        triton_scan_backward._row_sums_kernel,
+        triton_scan_backward._channel_sums_kernel,
         triton_conv._forward_kernel,
         triton_conv._backward_kernel,
     ]
