@@ -1,4 +1,4 @@
-"""Every configuration in configs/ parses, says what a reader needs, and holds the recipe it claims."""
+"""Every configuration of a training in configs/ parses, says what a reader needs, and holds the recipe it claims."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ import timm
 import vim  # noqa: F401  (registers the models)
 from vim.training import ConfigParser, TrainConfig
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - set(FOLDER.glob("benchmark*.yaml")))
 
 
 def load(path):

@@ -58,7 +58,8 @@ def agreeing(directions: Sequence[Direction]) -> list[Direction]:
             dtype = functools.reduce(torch.promote_types, (t.dtype for t in present))
             tensors = tuple(None if t is None else t.to(dtype).contiguous() for t in tensors)
         fields.append(tensors)
-    return [Direction(*tensors, d.reverse) for tensors, d in zip(zip(*fields, strict=True), rows, strict=True)]
+    pairs = zip(zip(*fields, strict=True), directions, strict=True)
+    return [Direction._make((*tensors, d.reverse)) for tensors, d in pairs]
 
 
 def sizes(d: Direction) -> dict[str, int]:

@@ -261,12 +261,13 @@ def forward(
     directions: Sequence[Direction], z: Tensor | None, *, dt_softplus: bool, scale: float, save: bool
 ) -> ScanOutput:
     """See `directions`."""
+    dtype = directions[0].u.dtype
     directions = agreeing(directions)
     d, count = directions[0], len(directions)
     batch, length, _ = d.u.shape
     z = None if z is None else as_rows(z)
-    y = d.u.new_empty(d.u.shape)
-    y_sum = d.u.new_empty(d.u.shape) if save and z is not None else None
+    y = d.u.new_empty(d.u.shape, dtype=dtype)
+    y_sum = d.u.new_empty(d.u.shape, dtype=dtype) if save and z is not None else None
     last_state = d.A.new_empty(count, batch, *d.A.shape)
     checkpoints = d.A.new_empty(count, batch, checkpoint_rows(length, count), *d.A.shape) if save else None
     tile = _tile(d, count)

@@ -1,6 +1,6 @@
 # Triton grows a tuple by `tiles + (tile,)` and by nothing else.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, var-annotated"
 """Backend `triton` of the scan: the backward pass; `triton_tiles` says how a warp holds its states.
 
 A program goes through the sequence in the chunks whose first states the forward pass kept, the last chunk first:
@@ -199,17 +199,26 @@ def _backward_kernel(
             # 1. Keep the states in front of each block.
             row = db * (DIRECTIONS * chunks) + chunk
             h = load_states(checkpoints + (row * d_inner + channel) * N, N, inside, N, REPEAT, SPREAD, S)
-            u_p = u_0 + begin.to(tl.int64) * u_step
-            dt_p = dt_0 + begin.to(tl.int64) * dt_step
-            B_p = B_0 + begin.to(tl.int64) * B_step
             for sub in tl.range(0, subs - 1, num_stages=STAGES):
                 step = begin + sub * T
-                us = load_steps(u_p + u_lane, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK)
-                dts = load_steps(dt_p + dt_lane, dt_step, step, end, p, inside, T, REPEAT, SPREAD, DT_PACK)
-                Bs = load_rows(B_p + B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK)
-                u_p += T * u_step
-                dt_p += T * dt_step
-                B_p += T * B_step
+                us = load_steps(
+                    u_0 + step.to(tl.int64) * u_step + u_lane, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK
+                )
+                dts = load_steps(
+                    dt_0 + step.to(tl.int64) * dt_step + dt_lane,
+                    dt_step,
+                    step,
+                    end,
+                    p,
+                    inside,
+                    T,
+                    REPEAT,
+                    SPREAD,
+                    DT_PACK,
+                )
+                Bs = load_rows(
+                    B_0 + step.to(tl.int64) * B_step + B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK
+                )
                 for i in tl.static_range(STATES):
                     tl.store(slot + (sub * STATES + i) * 32, h[i])
                 us_now, deltas = step_sizes(
@@ -232,27 +241,67 @@ def _backward_kernel(
             tl.debug_barrier()
 
             # 2. The adjoint, block after block.
-            last = begin + (subs - 1) * T
-            u_p = u_0 + last.to(tl.int64) * u_step
-            dt_p = dt_0 + last.to(tl.int64) * dt_step
-            B_p = B_0 + last.to(tl.int64) * B_step
-            C_p = C_0 + last.to(tl.int64) * C_step
-            dy_p = dy_0 + last.to(tl.int64) * dy_step
-            out_p = last.to(tl.int64) * out_step
-            BC_p = BC_0 + last.to(tl.int64) * BC_step
-            if z is not None:
-                z_p = z_0 + last.to(tl.int64) * z_step
             for sub_back in tl.range(0, subs, num_stages=STAGES):
                 sub = subs - 1 - sub_back
                 step = begin + sub * T
-                us = load_steps(u_p + u_lane, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK)
-                dts = load_steps(dt_p + dt_lane, dt_step, step, end, p, inside, T, REPEAT, SPREAD, DT_PACK)
-                dys = load_steps(dy_p + dy_lane, dy_step, step, end, p, inside, T, REPEAT, SPREAD, DY_PACK)
-                Bs = load_rows(B_p + B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK)
-                Cs = load_rows(C_p + C_lane, C_step, step, end, lane, p, N, T, SPREAD, LANES, C_PACK)
+                us = load_steps(
+                    u_0 + step.to(tl.int64) * u_step + u_lane, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK
+                )
+                dts = load_steps(
+                    dt_0 + step.to(tl.int64) * dt_step + dt_lane,
+                    dt_step,
+                    step,
+                    end,
+                    p,
+                    inside,
+                    T,
+                    REPEAT,
+                    SPREAD,
+                    DT_PACK,
+                )
+                dys = load_steps(
+                    dy_0 + step.to(tl.int64) * dy_step + dy_lane,
+                    dy_step,
+                    step,
+                    end,
+                    p,
+                    inside,
+                    T,
+                    REPEAT,
+                    SPREAD,
+                    DY_PACK,
+                )
+                Bs = load_rows(
+                    B_0 + step.to(tl.int64) * B_step + B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK
+                )
+                Cs = load_rows(
+                    C_0 + step.to(tl.int64) * C_step + C_lane, C_step, step, end, lane, p, N, T, SPREAD, LANES, C_PACK
+                )
                 if z is not None:
-                    zs = load_steps(z_p + z_lane, z_step, step, end, p, inside, T, REPEAT, SPREAD, Z_PACK)
-                    ys = load_steps(y_0 + out_p + out_lane, out_step, step, end, p, inside, T, REPEAT, SPREAD, Y_PACK)
+                    zs = load_steps(
+                        z_0 + step.to(tl.int64) * z_step + z_lane,
+                        z_step,
+                        step,
+                        end,
+                        p,
+                        inside,
+                        T,
+                        REPEAT,
+                        SPREAD,
+                        Z_PACK,
+                    )
+                    ys = load_steps(
+                        y_0 + step.to(tl.int64) * out_step + out_lane,
+                        out_step,
+                        step,
+                        end,
+                        p,
+                        inside,
+                        T,
+                        REPEAT,
+                        SPREAD,
+                        Y_PACK,
+                    )
                 states = ()
                 for i in tl.static_range(STATES):
                     states = states + (tl.load(slot + (sub * STATES + i) * 32),)
@@ -274,7 +323,7 @@ def _backward_kernel(
                             y_t = unpack(ys[j], r, Y_PACK, y_sum.dtype.element_ty, S)
                             dz_t = dy_t * y_t * gate * (1 + z_t * (1 - gate))
                             mine = inside[r] & valid & ((step + j * EACH + p < middle) | (DIRECTIONS == 1))
-                            tl.store(dz_0 + out_p + j * EACH * out_step + out_lane + r, dz_t, mine)
+                            tl.store(dz_0 + (step + j * EACH).to(tl.int64) * out_step + out_lane + r, dz_t, mine)
                             dy_t *= z_t * gate
                         dys_now = dys_now + (dy_t,)
                 B_rows = unpack_all(Bs, TILES, B_PACK, BT, S)
@@ -351,11 +400,11 @@ def _backward_kernel(
                         i_v = v % ROOM
                         n = p * TILES + i_v
                         valid = (lane < 2 * ROOM // EACH_LANE) & (i_v < TILES) & (n < N) & (step_k < end)
-                        tl.store(BC_p + (T - 1 - back) * BC_step + (v // ROOM) * N + n, totals[m], valid)
+                        tl.store(BC_0 + step_k.to(tl.int64) * BC_step + (v // ROOM) * N + n, totals[m], valid)
 
                 for j in tl.static_range(T // EACH):
                     valid = (p < EACH) & (step + j * EACH + p < end)
-                    out = out_p + j * EACH * out_step
+                    out = (step + j * EACH).to(tl.int64) * out_step
                     sum_D_j = ()
                     sum_bias_j = ()
                     for r in tl.static_range(REPEAT):
@@ -380,15 +429,6 @@ def _backward_kernel(
                     if D is not None:
                         sum_D = sum_D_j
                     sum_bias = sum_bias_j
-                u_p -= T * u_step
-                dt_p -= T * dt_step
-                B_p -= T * B_step
-                C_p -= T * C_step
-                dy_p -= T * dy_step
-                out_p -= T * out_step
-                BC_p -= T * BC_step
-                if z is not None:
-                    z_p -= T * z_step
 
         totals_0 = d_channels + db * d_inner * (N + 2)
         store_states(totals_0 + channel * N, N, sum_A, inside, N, REPEAT, SPREAD)
@@ -494,8 +534,9 @@ def backward(
     states = triton.cdiv(d_state, tile.SPREAD)
     scratch = d.A.new_empty(programs, INTERVAL // tile.T, tile.REPEAT * states, 32)
 
-    du, ddt, dA, dB, dC = (tuple(t.new_empty(t.shape) for t in column) for column in columns(directions)[:5])
-    dD, d_bias = (None if c is None else tuple(t.new_empty(t.shape) for t in c) for c in columns(directions)[5:7])
+    du, ddt, dA, dB, dC, dD, d_bias = (
+        None if column is None else tuple(t.new_empty(t.shape) for t in column) for column in columns(directions)[:7]
+    )
     dz = None if z is None else z.new_empty(z.shape)
     d_channels = d.A.new_empty(count, batch, d_inner * (d_state + 2))
     # In bf16 rounding the parts costs no more than rounding their sum, and halves a tenth of all bytes moved.
@@ -553,14 +594,10 @@ def backward(
             ROWS=tall,
             S=tl.float64 if d.A.dtype == torch.float64 else tl.float32,
         )
-    absent = [None] * count
+    found = [[None] * count if t is None else t for t in (du, ddt, dA, dB, dC, dD, d_bias, d_h0)]
     grads = [
-        DirectionGrads(*(_like(t, of) for t, of in zip(found, to[:-1], strict=True)))
-        for found, to in zip(
-            zip(du, ddt, dA, dB, dC, *(absent if t is None else t for t in (dD, d_bias, d_h0)), strict=True),
-            given,
-            strict=True,
-        )
+        DirectionGrads._make(_like(t, of) for t, of in zip(own, to[:-1], strict=True))
+        for own, to in zip(zip(*found, strict=True), given, strict=True)
     ]
     return grads, dz
 

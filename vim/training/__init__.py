@@ -1,18 +1,22 @@
-"""Training and evaluation of any timm model: timm's parts, accelerate's loop."""
+"""Training, evaluation and benchmark of any timm model: timm's parts, accelerate's loop."""
 
+from .benchmark import benchmark, benchmark_table
 from .cli import ConfigParser, plain_errors
-from .config import TrainConfig, ValidateConfig
+from .config import BenchmarkConfig, TrainConfig, ValidateConfig
 from .errors import ConfigError, InterruptedRunError, RunError
 from .train import train
 from .validate import validate
 
 __all__ = [
+    "BenchmarkConfig",
     "ConfigError",
     "ConfigParser",
     "InterruptedRunError",
     "RunError",
     "TrainConfig",
     "ValidateConfig",
+    "benchmark",
+    "benchmark_table",
     "plain_errors",
     "train",
     "validate",

@@ -1,0 +1,22 @@
+"""Speed and memory of image classifiers, any of timm's, beside each other.
+
+python tools/benchmark.py --config configs/benchmark.yaml
+python tools/benchmark.py --config configs/benchmark_cpu.yaml --models '[vim_tiny, resnet18]'
+"""
+
+from rich.console import Console
+
+import vim  # noqa: F401  (registers the vim_* models)
+from vim.training import BenchmarkConfig, ConfigParser, benchmark, benchmark_table, plain_errors
+
+
+def main() -> None:
+    config, _ = ConfigParser(BenchmarkConfig, __doc__).parse_config()
+    with plain_errors():
+        results = benchmark(config)
+    terminal = Console().is_terminal
+    Console(width=None if terminal else 120).print(benchmark_table(results))
+
+
+if __name__ == "__main__":
+    main()
