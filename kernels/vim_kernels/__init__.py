@@ -1,12 +1,13 @@
 """State-space kernels: the selective scan, its single step and the causal convolution in front of it."""
 
 from .backends import available_backends
-from .causal_conv import causal_conv1d
+from .causal_conv import bidirectional_causal_conv1d, causal_conv1d
 from .selective_scan import bidirectional_selective_scan, selective_scan
 from .state_update import selective_state_update
 
 __all__ = [
     "available_backends",
+    "bidirectional_causal_conv1d",
     "bidirectional_selective_scan",
     "causal_conv1d",
     "selective_scan",

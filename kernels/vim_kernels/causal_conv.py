@@ -1,4 +1,6 @@
-"""The depthwise causal convolution in front of the scan: public function, validation and operator."""
+"""The depthwise causal convolution in front of the scan: public functions, validation and operator."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +39,41 @@ def causal_conv1d(
     Raises: ValueError, TypeError: a wrong shape, device, dtype or option. RuntimeError: a named backend that cannot
         run here.
     """
+    _check(x, weight, bias, initial_state, activation, backend)
+    y = _convolve(x, [weight], None if bias is None else [bias], initial_state, activation, [reverse], backend)[0]
+    past = weight.shape[1] - 1
+    return (y, _final_state(x, past, reverse, initial_state)) if return_final_state else y
+
+
+def bidirectional_causal_conv1d(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None = None,
+    *,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv1d` of x with a first filter and, in reverse, with a second: each reads x once for both.
+
+    Args: weight, bias: pairs (forward, reverse) of what `causal_conv1d` takes; all else as there.
+
+    Returns: the pair of outputs, (batch, length, channels) in x's dtype.
+
+    Raises: as `causal_conv1d`.
+    """
+    for name, pair in {"weight": weight, "bias": bias}.items():
+        if pair is not None and (isinstance(pair, Tensor) or len(pair) != 2):
+            raise ValueError(f"{name} must be a pair of tensors (forward, reverse), got {type(pair).__name__}")
+    for i in range(2):
+        _check(x, weight[i], None if bias is None else bias[i], None, activation, backend)
+    check_shape("weight[1]", weight[1], "the shape of weight[0]", tuple(weight[0].shape))
+    forward, reverse = _convolve(x, weight, bias, None, activation, [False, True], backend)
+    return forward, reverse
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None, backend: str
+) -> None:
     backends.check_name(backend)
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', got {activation!r}")
@@ -49,16 +86,27 @@ def causal_conv1d(
         weight,
         f"be (channels, width) with channels = {channels} and width >= 1",
     )
-    past = weight.shape[1] - 1
     check_shape("bias", bias, "(channels,)", (channels,))
-    check_shape("initial_state", initial_state, "(batch, width - 1, channels)", (batch, past, channels))
+    check_shape("initial_state", initial_state, "(batch, width - 1, channels)", (batch, weight.shape[1] - 1, channels))
 
+
+def _convolve(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    initial_state: Tensor | None,
+    activation: str | None,
+    reverse: list[bool],
+    backend: str,
+) -> list[Tensor]:
     silu = activation == "silu"
     if backend == "reference":
-        y = reference.causal_conv1d(x, weight, bias, initial_state, silu=silu, reverse=reverse).to(x.dtype)
-    else:
-        y = torch.ops.vim_kernels.causal_conv1d(x, weight, bias, initial_state, silu, reverse, backend)
-    return (y, _final_state(x, past, reverse, initial_state)) if return_final_state else y
+        biases = [None] * len(weight) if bias is None else bias
+        return [
+            reference.causal_conv1d(x, w, b, initial_state, silu=silu, reverse=r).to(x.dtype)
+            for w, b, r in zip(weight, biases, reverse, strict=True)
+        ]
+    return torch.ops.vim_kernels.causal_conv1d(x, list(weight), list(bias or []), initial_state, silu, reverse, backend)
 
 
 def _final_state(x: Tensor, past: int, reverse: bool, initial_state: Tensor | None) -> Tensor:
@@ -68,7 +116,9 @@ def _final_state(x: Tensor, past: int, reverse: bool, initial_state: Tensor | No
     return torch.cat([older[:, recent.shape[1] :], recent], 1)
 
 
-_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, bool silu, bool reverse, str backend"
+# The operator: one direction, or two over the same x, whose gradient is the sum of theirs.
+
+_INPUTS = "Tensor x, Tensor[] weight, Tensor[] bias, Tensor? initial_state, bool silu, bool[] reverse, str backend"
 
 
 def _implementation(backend: str, x: Tensor):
@@ -82,41 +132,48 @@ def _implementation(backend: str, x: Tensor):
     return cpu_conv if backend == "cpu" else torch_conv
 
 
-@torch.library.custom_op("vim_kernels::causal_conv1d", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
+@torch.library.custom_op("vim_kernels::causal_conv1d", mutates_args=(), schema=f"({_INPUTS}) -> Tensor[]")
 def _forward_op(x, weight, bias, initial_state, silu, reverse, backend):
-    return _implementation(backend, x).forward(x, weight, bias, initial_state, silu=silu, reverse=reverse)
+    run = _implementation(backend, x).forward
+    return run(x, weight, bias or None, initial_state, silu=silu, reverse=reverse)
 
 
 @_forward_op.register_fake
 def _(x, weight, bias, initial_state, silu, reverse, backend):
-    return x.new_empty(x.shape)
+    return [x.new_empty(x.shape) for _ in weight]
 
 
 @torch.library.custom_op(
-    "vim_kernels::causal_conv1d_backward", mutates_args=(), schema=f"(Tensor dy, {_INPUTS}) -> Tensor[]"
+    "vim_kernels::causal_conv1d_backward", mutates_args=(), schema=f"(Tensor[] dy, {_INPUTS}) -> Tensor[]"
 )
 def _backward_op(dy, x, weight, bias, initial_state, silu, reverse, backend):
-    """Gradients of x, weight, and of bias and initial_state where they are given; contiguous, in their dtypes."""
+    """Gradients of x, the weights, and of biases and initial_state if they are given; contiguous, in their dtypes."""
     run = _implementation(backend, x).backward
-    grads = run(dy, x, weight, bias, initial_state, silu=silu, reverse=reverse)
-    return [g for g in grads if g is not None]
+    dx, d_weight, d_bias, d_initial = run(dy, x, weight, bias or None, initial_state, silu=silu, reverse=reverse)
+    return [dx, *d_weight, *(d_bias or []), *([] if d_initial is None else [d_initial])]
 
 
 @_backward_op.register_fake
 def _(dy, x, weight, bias, initial_state, silu, reverse, backend):
-    return [t.new_empty(t.shape) for t in (x, weight, bias, initial_state) if t is not None]
+    return [t.new_empty(t.shape) for t in (x, *weight, *bias, *([] if initial_state is None else [initial_state]))]
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, silu, reverse, backend = inputs
-    ctx.save_for_backward(*tensors)
+    x, weight, bias, initial_state, silu, reverse, backend = inputs
+    ctx.save_for_backward(x, *weight, *bias, initial_state)
+    ctx.counts = len(weight), len(bias)
     ctx.options = silu, reverse, backend
 
 
 def _backward(ctx, dy):
-    tensors = ctx.saved_tensors
-    grads = iter(torch.ops.vim_kernels.causal_conv1d_backward(dy, *tensors, *ctx.options))
-    return *(None if t is None else next(grads) for t in tensors), None, None, None
+    x, *arrays, initial_state = ctx.saved_tensors
+    weights, biases = ctx.counts
+    weight, bias = arrays[:weights], arrays[weights:]
+    dy = [torch.zeros_like(x) if g is None else g for g in dy]
+    grads = torch.ops.vim_kernels.causal_conv1d_backward(dy, x, weight, bias, initial_state, *ctx.options)
+    dx, *rest = grads
+    d_initial = None if initial_state is None else rest[-1]
+    return dx, rest[:weights], rest[weights : weights + biases], d_initial, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

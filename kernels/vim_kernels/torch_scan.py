@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .directions import CHECKPOINT_INTERVAL, Direction, DirectionGrads, ScanOutput
+from .directions import CHECKPOINT_INTERVAL, Direction, DirectionGrads, ScanOutput, checkpoint_rows
+
+__all__ = ["backward", "checkpoint_rows", "forward"]
 
 
 def forward(

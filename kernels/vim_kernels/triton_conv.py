@@ -1,8 +1,18 @@
-"""Backend `triton` of the causal convolution: a program takes a tile of steps and channels, no atomics, deterministic.
+# Triton grows a tuple by `tiles + (tile,)` and by nothing else.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated"
+"""Backend `triton` of the causal convolution, in one direction or in both over the same x. No atomics, deterministic.
 
-Steps count in processing order: step s is row s, or row L - 1 - s in reverse, and steps -(width - 1) to -1 are the
-initial state. A tap is a load of the same tile shifted by a step; all but the first of them hit the L1 cache.
+A program walks along a chunk of rows with the last W = width rows of x in registers, so that an element is read once.
+At row i the window is x[i .. i + W - 1]: the forward direction's output there belongs to row i + W - 1, that of the
+reverse direction to row i. The backward walks the same way and needs no more than W rows of either gradient:
+
+    dx[i] = sum_j w_forward[W - 1 - j] d_forward[i + j] + w_reverse[W - 1 - j] d_reverse[i - j]
+
+with d the gradients in front of the activation. W - 1 rows in front of each chunk are walked through for the windows.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,97 +25,138 @@ from .triton_tiles import sigmoid
 
 
 @triton.jit
-def _row(step, length, REVERSE: tl.constexpr):
-    row = length - 1 - step if REVERSE else step
-    return row.to(tl.int64)
-
-
-@triton.jit
-def _input(
-    x, x_stride, past, d_inner, step, inside, length, REVERSE: tl.constexpr, WIDTH: tl.constexpr, S: tl.constexpr
-):
-    """x at `step` [STEPS, 1]; before step 0 the initial state or zero, beyond the last step zero."""
-    x_s = tl.load(x + _row(step, length, REVERSE) * x_stride, inside & (step >= 0) & (step < length), 0.0).to(S)
+def _load_x(x, x_stride, past, row, length, d_inner, inside, REVERSE: tl.constexpr, W: tl.constexpr, S: tl.constexpr):
+    """Row of x; beyond the end at which the direction begins its initial state, and zero anywhere else."""
+    value = tl.load(x + row * x_stride, inside & (row >= 0) & (row < length), 0.0).to(S)
     if past is not None:
-        x_s += tl.load(past + (step + WIDTH - 1) * d_inner, inside & (step < 0) & (step > -WIDTH), 0.0).to(S)
-    return x_s
+        step = length - 1 - row if REVERSE else row
+        value += tl.load(past + (step + W - 1) * d_inner, inside & (step < 0) & (step > -W), 0.0).to(S)
+    return value
 
 
 @triton.jit
-def _pre_activation(
-    x, x_stride, past, d_inner, weight, bias, step, inside, length,
-    REVERSE: tl.constexpr, WIDTH: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    pre = tl.zeros([step.shape[0], inside.shape[1]], S)
+def _taps(weight, bias, inside, W: tl.constexpr, S: tl.constexpr):
+    """A filter's taps, oldest first, and behind them the bias."""
+    taps = ()
+    for k in tl.static_range(W):
+        taps = taps + (tl.load(weight + k, inside, 0.0).to(S),)
     if bias is not None:
-        pre += tl.load(bias, inside, 0.0).to(S)
-    for tap in tl.static_range(WIDTH):
-        x_s = _input(x, x_stride, past, d_inner, step + tap - (WIDTH - 1), inside, length, REVERSE, WIDTH, S)
-        pre += x_s * tl.load(weight + tap, inside, 0.0).to(S)
+        taps = taps + (tl.load(bias, inside, 0.0).to(S),)
+    else:
+        taps = taps + (tl.zeros(inside.shape, S),)
+    return taps
+
+
+@triton.jit
+def _pre_activation(window, taps, AHEAD: tl.constexpr, W: tl.constexpr):
+    """Of the window's last row, or AHEAD, in reverse, of its first."""
+    pre = taps[W]
+    for k in tl.static_range(W):
+        pre += taps[k] * window[W - 1 - k if AHEAD else k]
     return pre
 
 
 @triton.jit
-def _d_pre_activation(
-    dy, dy_stride, x, x_stride, past, d_inner, weight, bias, step, inside, length,
-    SILU: tl.constexpr, REVERSE: tl.constexpr, WIDTH: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    """Zero outside the sequence."""
-    valid = inside & (step >= 0) & (step < length)
-    d_pre = tl.load(dy + _row(step, length, REVERSE) * dy_stride, valid, 0.0).to(S)
+def _d_pre_activation(dy, window, taps, SILU: tl.constexpr, AHEAD: tl.constexpr, W: tl.constexpr):
     if SILU:
-        pre = _pre_activation(x, x_stride, past, d_inner, weight, bias, step, inside, length, REVERSE, WIDTH, S)
+        pre = _pre_activation(window, taps, AHEAD, W)
         gate = sigmoid(pre)
-        d_pre *= gate * (1 + pre * (1 - gate))
-    return d_pre
+        dy *= gate * (1 + pre * (1 - gate))
+    return dy
+
+
+@triton.jit
+def _shifted(window, new):
+    out = ()
+    for j in tl.static_range(1, len(window)):
+        out = out + (window[j],)
+    return out + (new,)
+
+
+@triton.jit
+def _summed(sums, factor, window, AHEAD: tl.constexpr, W: tl.constexpr):
+    """Gradients of the taps and, behind them, of the bias."""
+    out = ()
+    for k in tl.static_range(W):
+        out = out + (sums[k] + factor * window[W - 1 - k if AHEAD else k],)
+    return out + (sums[W] + factor,)
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, like, S: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros(like.shape, S),)
+    return tiles
 
 
 @triton.jit(do_not_specialize=["length", "x_pitch"])
 def _forward_kernel(
     x,  # (B, L, E)
-    weight,  # (E, WIDTH)
+    weight,  # (E, W), one for each direction, as bias and y
     bias,  # (E,) or None
-    past,  # (B, WIDTH - 1, E) or None: the initial state
+    past,  # (B, W - 1, E) or None: the initial state, if there is one direction
     y,  # (B, L, E)
     length,
     d_inner,
     x_pitch,  # see rows.row_strides
     x_stride,
     SILU: tl.constexpr,
+    FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    W: tl.constexpr,
     S: tl.constexpr,
-    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    blocks = tl.cdiv(length, STEPS)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    step = tl.program_id(0) % blocks * STEPS + tl.arange(0, STEPS)[:, None]
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    LAST: tl.constexpr = len(weight) - 1  # of two directions the reverse one
+    chunks = tl.cdiv(length, ROWS)
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    begin = (tl.program_id(0) % chunks * ROWS).to(tl.int64)
+    origin = begin - (W - 1)
+    end = tl.minimum(begin + ROWS, length)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < d_inner
     x += b * x_pitch * x_stride + channel
-    weight += channel * WIDTH
-    if bias is not None:
-        bias += channel
+    out = b * length * d_inner + channel
     if past is not None:
-        past += b * (WIDTH - 1) * d_inner + channel
-    out = _pre_activation(x, x_stride, past, d_inner, weight, bias, step, inside, length, REVERSE, WIDTH, S)
-    if SILU:
-        out *= sigmoid(out)
-    tl.store(y + (b * length + _row(step, length, REVERSE)) * d_inner + channel, out, inside & (step < length))
+        past += b * (W - 1) * d_inner + channel
+    if FORWARD:
+        taps_f = _taps(weight[0] + channel * W, None if bias is None else bias[0] + channel, inside, W, S)
+    if REVERSE:
+        taps_r = _taps(weight[LAST] + channel * W, None if bias is None else bias[LAST] + channel, inside, W, S)
+    window = _zeros(1, channel, S)
+    for j in tl.static_range(W - 1):
+        window = window + (_load_x(x, x_stride, past, origin + j, length, d_inner, inside, REVERSE, W, S),)
+    for block in tl.range(0, tl.cdiv(end - origin, BLOCK), num_stages=STAGES):
+        for j in tl.static_range(BLOCK):
+            row = origin + block * BLOCK + j
+            new = _load_x(x, x_stride, past, row + W - 1, length, d_inner, inside, REVERSE, W, S)
+            window = _shifted(window, new)
+            if FORWARD:
+                value = _pre_activation(window, taps_f, False, W)
+                if SILU:
+                    value *= sigmoid(value)
+                tl.store(y[0] + out + (row + W - 1) * d_inner, value, inside & (row + W - 1 < end))
+            if REVERSE:
+                value = _pre_activation(window, taps_r, True, W)
+                if SILU:
+                    value *= sigmoid(value)
+                tl.store(y[LAST] + out + row * d_inner, value, inside & (row >= begin) & (row < end))
 
 
 @triton.jit(do_not_specialize=["length", "x_pitch", "dy_pitch"])
 def _backward_kernel(
-    dy,  # (B, L, E)
+    dy,  # (B, L, E), one for each direction, as weight and bias
     x,  # (B, L, E)
-    weight,  # (E, WIDTH)
+    weight,  # (E, W)
     bias,  # (E,) or None
-    past,  # (B, WIDTH - 1, E) or None
+    past,  # (B, W - 1, E) or None
     dx,  # (B, L, E)
-    d_weight,  # (B * blocks of steps, E, WIDTH)
-    d_bias,  # (B * blocks of steps, E) or None
-    d_past,  # (B, WIDTH - 1, E) or None
+    d_taps,  # (B * chunks, directions, W + 1, E): of the taps, then of the bias
+    d_past,  # (B, W - 1, E) or None
     length,
     d_inner,
     x_pitch,
@@ -113,68 +164,131 @@ def _backward_kernel(
     dy_pitch,
     dy_stride,
     SILU: tl.constexpr,
+    FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    W: tl.constexpr,
     S: tl.constexpr,
-    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    PAST: tl.constexpr = 0 if past is None else WIDTH - 1
-    blocks = tl.cdiv(PAST + length, STEPS)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    step = tl.program_id(0) % blocks * STEPS - PAST + tl.arange(0, STEPS)[:, None]
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    DIRECTIONS: tl.constexpr = len(weight)
+    LAST: tl.constexpr = DIRECTIONS - 1
+    # The initial state takes part as rows in front of the first, or in reverse behind the last.
+    before = 0 if past is None or REVERSE else W - 1
+    behind = W - 1 if past is not None and REVERSE else 0
+    chunks = tl.cdiv(before + length + behind, ROWS)
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    begin = (tl.program_id(0) % chunks * ROWS).to(tl.int64) - before
+    origin = begin - (W - 1)
+    end = tl.minimum(begin + ROWS, length + behind)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < d_inner
     x += b * x_pitch * x_stride + channel
-    dy += b * dy_pitch * dy_stride + channel
-    weight += channel * WIDTH
-    if bias is not None:
-        bias += channel
+    d_out = b * dy_pitch * dy_stride + channel
+    dx += b * length * d_inner + channel
     if past is not None:
-        past += b * (WIDTH - 1) * d_inner + channel
-        d_past += b * (WIDTH - 1) * d_inner + channel
+        past += b * (W - 1) * d_inner + channel
+        d_past += b * (W - 1) * d_inner + channel
+    if FORWARD:
+        taps_f = _taps(weight[0] + channel * W, None if bias is None else bias[0] + channel, inside, W, S)
+        recent_f = _zeros(W, channel, S)  # d_forward of rows i .. i + W - 1
+        sums_f = _zeros(W + 1, channel, S)
+    if REVERSE:
+        taps_r = _taps(weight[LAST] + channel * W, None if bias is None else bias[LAST] + channel, inside, W, S)
+        recent_r = _zeros(W, channel, S)  # d_reverse of rows i - W + 1 .. i
+        sums_r = _zeros(W + 1, channel, S)
+    window = _zeros(1, channel, S)
+    for j in tl.static_range(W - 1):
+        window = window + (_load_x(x, x_stride, past, origin + j, length, d_inner, inside, REVERSE, W, S),)
+    for block in tl.range(0, tl.cdiv(end - origin, BLOCK), num_stages=STAGES):
+        for j in tl.static_range(BLOCK):
+            row = origin + block * BLOCK + j
+            ahead = row + W - 1
+            window = _shifted(window, _load_x(x, x_stride, past, ahead, length, d_inner, inside, REVERSE, W, S))
+            mine = inside & (row >= begin) & (row < end)
+            d_x = tl.zeros(channel.shape, S)
+            if FORWARD:
+                valid = inside & (ahead >= 0) & (ahead < length)
+                d_y = tl.load(dy[0] + d_out + ahead * dy_stride, valid, 0.0).to(S)
+                d_f = _d_pre_activation(d_y, window, taps_f, SILU, False, W)
+                recent_f = _shifted(recent_f, d_f)
+                # The rows from `end` on count in the next chunk.
+                sums_f = _summed(sums_f, tl.where(ahead < end, d_f, 0.0), window, False, W)
+                for k in tl.static_range(W):
+                    d_x += taps_f[W - 1 - k] * recent_f[k]
+            if REVERSE:
+                valid = inside & (row >= 0) & (row < length)
+                d_y = tl.load(dy[LAST] + d_out + row * dy_stride, valid, 0.0).to(S)
+                d_r = _d_pre_activation(d_y, window, taps_r, SILU, True, W)
+                recent_r = _shifted(recent_r, d_r)
+                sums_r = _summed(sums_r, tl.where(mine, d_r, 0.0), window, True, W)
+                for k in tl.static_range(W):
+                    d_x += taps_r[W - 1 - k] * recent_r[W - 1 - k]
+            tl.store(dx + row * d_inner, d_x, mine & (row >= 0) & (row < length))
+            if past is not None:
+                step = length - 1 - row if REVERSE else row
+                tl.store(d_past + (step + W - 1) * d_inner, d_x, mine & (step < 0))
+    d_taps += tl.program_id(0).to(tl.int64) * DIRECTIONS * (W + 1) * d_inner + channel
+    for k in tl.static_range(W + 1):
+        if FORWARD:
+            tl.store(d_taps + k * d_inner, sums_f[k], inside)
+        if REVERSE:
+            tl.store(d_taps + (LAST * (W + 1) + k) * d_inner, sums_r[k], inside)
 
-    d_pre = _d_pre_activation(
-        dy, dy_stride, x, x_stride, past, d_inner, weight, bias, step, inside, length, SILU, REVERSE, WIDTH, S
-    )
-    partial = tl.program_id(0).to(tl.int64) * d_inner + channel
-    if bias is not None:
-        tl.store(d_bias + partial, tl.sum(d_pre, 0)[None, :], inside)
-    for tap in tl.static_range(WIDTH):
-        x_s = _input(x, x_stride, past, d_inner, step + tap - (WIDTH - 1), inside, length, REVERSE, WIDTH, S)
-        tl.store(d_weight + partial * WIDTH + tap, tl.sum(d_pre * x_s, 0)[None, :], inside)
 
-    # dx[s] = sum_j weight[-1 - j] d_pre[s + j]. The shifted d_pre belong to other programs and are computed again:
-    # arithmetic instead of another pass through memory, so that an element costs 6 bytes at 16 bits (x, dy, dx).
-    d_x = d_pre * tl.load(weight + WIDTH - 1, inside, 0.0).to(S)
-    for j in range(1, WIDTH):  # not unrolled: the code would grow with the square of the width
-        d_pre = _d_pre_activation(
-            dy, dy_stride, x, x_stride, past, d_inner, weight, bias, step + j, inside, length, SILU, REVERSE, WIDTH, S
-        )
-        d_x += d_pre * tl.load(weight + (WIDTH - 1 - j), inside, 0.0).to(S)
-    row = b * length + _row(step, length, REVERSE)
-    tl.store(dx + row * d_inner + channel, d_x, inside & (step >= 0) & (step < length))
-    if past is not None:
-        tl.store(d_past + (step + WIDTH - 1) * d_inner, d_x, inside & (step < 0))
+@triton.jit(do_not_specialize=["parts"])
+def _tap_sums_kernel(
+    d_taps,  # (parts, directions, W + 1, E)
+    d_weight,  # (E, W), one for each direction, as d_bias
+    d_bias,  # (E,) or None
+    parts,
+    d_inner,
+    W: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    k = tl.program_id(1)
+    direction = tl.program_id(2)
+    pitch = tl.num_programs(2) * (W + 1) * d_inner
+    part = tl.arange(0, ROWS)[:, None]
+    d_taps += (direction * (W + 1) + k) * d_inner + channel
+    total = tl.zeros([ROWS, CHANNELS], d_taps.dtype.element_ty)
+    for start in range(0, parts, ROWS):
+        inside = (start + part < parts) & (channel < d_inner)
+        total += tl.load(d_taps + (start + part).to(tl.int64) * pitch, inside, 0.0)
+    total = tl.sum(total, 0)[None, :]
+    for i in tl.static_range(len(d_weight)):
+        tl.store(d_weight[i] + channel * W + k, total, (channel < d_inner) & (k < W) & (direction == i))
+        if d_bias is not None:
+            tl.store(d_bias[i] + channel, total, (channel < d_inner) & (k == W) & (direction == i))
 
 
-# The tile of a program: 16 values a thread. Fixed, so that the sums of d_weight and d_bias always are the same.
-STEPS = 16
-CHANNELS = 128
+# Rows of a chunk, rows loaded together, channels of a program, and blocks under way. Fixed, so that the sums of the
+# gradients always are the same.
+ROWS, BLOCK, CHANNELS, STAGES = 64, 8, 128, 3
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, *, silu: bool, reverse: bool
-) -> Tensor:
-    """y (B, L, E) in x's dtype; shapes as in `causal_conv1d`."""
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    initial_state: Tensor | None,
+    *,
+    silu: bool,
+    reverse: Sequence[bool],
+) -> list[Tensor]:
+    """y (B, L, E) of each direction in x's dtype; shapes as in `causal_conv1d`. Of two, the second is in reverse."""
     x = as_rows(x)
     batch, length, d_inner = x.shape
-    y = x.new_empty(x.shape)
+    y = tuple(x.new_empty(x.shape) for _ in reverse)
     with on_device_of(x):
-        _forward_kernel[(batch * triton.cdiv(length, STEPS), triton.cdiv(d_inner, CHANNELS))](
+        _forward_kernel[(batch * triton.cdiv(length, ROWS), triton.cdiv(d_inner, CHANNELS))](
             x,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
+            tuple(w.contiguous() for w in weight),
+            None if bias is None else tuple(t.contiguous() for t in bias),
             _past(initial_state),
             y,
             length,
@@ -182,51 +296,52 @@ def forward(
             **row_arguments(x=x),
             **_constants(x, weight, silu, reverse),
         )
-    return y
+    return list(y)
 
 
 def backward(
-    dy: Tensor,
+    dy: Sequence[Tensor],
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
     initial_state: Tensor | None,
     *,
     silu: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    reverse: Sequence[bool],
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None, Tensor | None]:
     """Gradients of x, weight, bias and initial_state, each in its tensor's dtype."""
-    dy, x, past = as_rows(dy), as_rows(x), _past(initial_state)
+    x, past = as_rows(x), _past(initial_state)
+    dy = tuple(as_rows(t) for t in dy)
+    if any(t.dtype != dy[0].dtype or t.stride() != dy[0].stride() for t in dy):
+        dy = tuple(t.to(x.dtype).contiguous() for t in dy)
     batch, length, d_inner = x.shape
-    width = weight.shape[1]
-    programs = batch * triton.cdiv(length + (0 if past is None else width - 1), STEPS)
-    dtype = state_dtype(x, weight)
+    width = weight[0].shape[1]
+    parts = batch * triton.cdiv(length + (0 if past is None else width - 1), ROWS)
     dx = x.new_empty(x.shape)
-    d_weight = x.new_empty(programs, d_inner, width, dtype=dtype)
-    d_bias = None if bias is None else x.new_empty(programs, d_inner, dtype=dtype)
+    d_weight = tuple(t.new_empty(t.shape) for t in weight)
+    d_bias = None if bias is None else tuple(t.new_empty(t.shape) for t in bias)
     d_past = None if initial_state is None else initial_state.new_empty(initial_state.shape)
+    d_taps = x.new_empty(parts, len(weight), width + 1, d_inner, dtype=state_dtype(x, *weight))
     with on_device_of(x):
-        _backward_kernel[(programs, triton.cdiv(d_inner, CHANNELS))](
+        _backward_kernel[(parts, triton.cdiv(d_inner, CHANNELS))](
             dy,
             x,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
+            tuple(w.contiguous() for w in weight),
+            None if bias is None else tuple(t.contiguous() for t in bias),
             past,
             dx,
-            d_weight,
-            d_bias,
+            d_taps,
             None if past is None else d_past,
             length,
             d_inner,
-            **row_arguments(x=x, dy=dy),
+            **row_arguments(x=x, dy=dy[0]),
             **_constants(x, weight, silu, reverse),
         )
-    return (
-        dx,
-        d_weight.sum(0).to(weight.dtype),
-        None if d_bias is None or bias is None else d_bias.sum(0).to(bias.dtype),
-        d_past,
-    )
+        channels = 32
+        _tap_sums_kernel[(triton.cdiv(d_inner, channels), width + 1, len(weight))](
+            d_taps, d_weight, d_bias, parts, d_inner, W=width, ROWS=64, CHANNELS=channels
+        )
+    return dx, d_weight, d_bias, d_past
 
 
 def _past(initial_state: Tensor | None) -> Tensor | None:
@@ -234,13 +349,16 @@ def _past(initial_state: Tensor | None) -> Tensor | None:
     return None if initial_state is None or initial_state.numel() == 0 else initial_state.contiguous()
 
 
-def _constants(x: Tensor, weight: Tensor, silu: bool, reverse: bool) -> dict[str, object]:
+def _constants(x: Tensor, weight: Sequence[Tensor], silu: bool, reverse: Sequence[bool]) -> dict[str, object]:
     return {
         "SILU": silu,
-        "REVERSE": reverse,
-        "WIDTH": weight.shape[1],
-        "S": tl.float64 if state_dtype(x, weight) == torch.float64 else tl.float32,
-        "STEPS": STEPS,
+        "FORWARD": not all(reverse),
+        "REVERSE": any(reverse),
+        "W": weight[0].shape[1],
+        "S": tl.float64 if state_dtype(x, *weight) == torch.float64 else tl.float32,
+        "ROWS": ROWS,
+        "BLOCK": BLOCK,
         "CHANNELS": CHANNELS,
-        "num_warps": 4,
+        "STAGES": STAGES,
+        "num_warps": 2,
     }

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vim_kernels import available_backends, causal_conv1d
+from vim_kernels import available_backends, bidirectional_causal_conv1d, causal_conv1d
 
 ALL = [name for name in available_backends() if name != "triton"]
 
@@ -113,10 +113,42 @@ def test_whole_equals_split(backend, reverse, relative_error):
 
 @pytest.mark.parametrize("backend", [name for name in ALL if name != "reference"])
 def test_gradcheck_and_opcheck(backend):
-    inputs = conv_inputs(1, 6, 3)
-    args = (*inputs.values(), True, True, backend)
-    assert torch.autograd.gradcheck(torch.ops.vim_kernels.causal_conv1d, args)
-    torch.library.opcheck(torch.ops.vim_kernels.causal_conv1d, args)
+    """One direction with an initial state, and two; lists of tensors are flattened for gradcheck."""
+    x, weight, bias, state = conv_inputs(1, 6, 3).values()
+    _, other_weight, other_bias, _ = conv_inputs(1, 6, 3, seed=1).values()
+    op = torch.ops.vim_kernels.causal_conv1d
+    assert torch.autograd.gradcheck(
+        lambda *t: op(t[0], [t[1]], [t[2]], t[3], True, [True], backend)[0], (x, weight, bias, state)
+    )
+    assert torch.autograd.gradcheck(
+        lambda *t: tuple(op(t[0], [*t[1:3]], [*t[3:]], None, True, [False, True], backend)),
+        (x, weight, other_weight, bias, other_bias),
+    )
+    torch.library.opcheck(op, (x, [weight], [bias], state, True, [True], backend))
+    torch.library.opcheck(op, (x, [weight, other_weight], [], None, False, [False, True], backend))
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_both_directions_at_once(backend, relative_error):
+    """Equal to one call for each; a gradient of x is the sum of theirs, also where one output goes unused."""
+    x, *first = conv_inputs(length=9, absent=("initial_state",)).values()
+    _, *second = conv_inputs(length=9, absent=("initial_state",), seed=1).values()
+    pairs = list(zip(first, second, strict=True))
+    got = bidirectional_causal_conv1d(x, *pairs, activation="silu", backend=backend)
+    want = [
+        causal_conv1d(x, *f, activation="silu", reverse=i == 1, backend=backend) for i, f in enumerate((first, second))
+    ]
+    leaves = [x, *first, *second]
+    for g, w in zip(got, want, strict=True):
+        assert relative_error(g, w) < 1e-14
+    for used in ((0, 1), (0,), (1,)):
+        losses = [sum((outputs[i] ** 2).sum() for i in used) for outputs in (got, want)]
+        found, expected = (
+            torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for loss in losses
+        )
+        for g, w in zip(found, expected, strict=True):
+            assert relative_error(g, w) < 1e-13 if w.any() else not g.any()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from scan_inputs import pair_inputs, scan_inputs
 from triton_checks import (
     conv_excess,
     conv_inputs,
+    conv_pair_excess,
     error,
     excess,
     extreme_inputs,
@@ -125,6 +126,7 @@ CONVOLUTIONS = [
 def test_convolution_equals_reference(shape):
     for reverse in (False, True):
         assert_within(conv_excess(**shape, reverse=reverse, **FP32))
+    assert_within(conv_pair_excess(**shape, **FP32))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: str(p["dtype"]))
@@ -204,6 +206,7 @@ def test_a_new_length_compiles_nothing():
         triton_scan_backward._channel_sums_kernel,
         triton_conv._forward_kernel,
         triton_conv._backward_kernel,
+        triton_conv._tap_sums_kernel,
     ]
 
     def compiled() -> list[int]:

@@ -32,6 +32,7 @@ NAMES = [
     "conv_short",
     "conv_width_1",
     "conv_bf16",
+    "conv_pair",
 ]
 
 
@@ -39,6 +40,7 @@ def cases() -> dict[str, dict[str, float]]:
     """Name of a case -> name of an output or gradient -> its error as a fraction of what is allowed."""
     from triton_checks import (
         conv_excess,
+        conv_pair_excess,
         excess,
         extreme_inputs,
         pair_excess,
@@ -74,6 +76,7 @@ def cases() -> dict[str, dict[str, float]]:
         "conv": conv_excess(batch=1, length=18, channels=130, dtype=torch.float32, limit=1e-5),
         "conv_reverse_fp64": conv_excess(length=17, channels=3, width=3, reverse=True, limit=1e-12),
         "conv_short": conv_excess(length=2, channels=3, activation=None, reverse=True, dtype=torch.float32, limit=1e-5),
+        "conv_pair": conv_pair_excess(batch=2, length=70, channels=5, width=3, dtype=torch.float32, limit=1e-5),
         "conv_width_1": conv_excess(length=3, width=1, absent=("bias",), dtype=torch.float32, limit=1e-5),
         "conv_bf16": conv_excess(length=5, absent=("initial_state",), dtype=torch.bfloat16, limit=bf16),
     }

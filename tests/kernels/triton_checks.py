@@ -3,7 +3,7 @@
 import torch
 from scan_inputs import pair_inputs, scan_inputs
 
-from vim_kernels import bidirectional_selective_scan, causal_conv1d, selective_scan
+from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan, causal_conv1d, selective_scan
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -70,8 +70,10 @@ def pair_excess(*, limit: float | None = None, **shape) -> dict[str, float]:
     return excess(bidirectional_selective_scan, pair_inputs(**shape), limit=limit)
 
 
-def conv_inputs(batch=2, length=37, channels=24, width=4, *, absent=(), dtype=torch.float64, device="cpu") -> dict:
-    generator = torch.Generator().manual_seed(0)
+def conv_inputs(
+    batch=2, length=37, channels=24, width=4, *, absent=(), dtype=torch.float64, device="cpu", seed=0
+) -> dict:
+    generator = torch.Generator().manual_seed(seed)
     shapes = {
         "x": (batch, length, channels),
         "weight": (channels, width),
@@ -84,6 +86,14 @@ def conv_inputs(batch=2, length=37, channels=24, width=4, *, absent=(), dtype=to
 
 def conv_excess(*, limit: float | None = None, reverse: bool = False, activation="silu", **shape) -> dict[str, float]:
     return excess(causal_conv1d, conv_inputs(**shape), limit=limit, reverse=reverse, activation=activation)
+
+
+def conv_pair_excess(*, limit: float | None = None, activation="silu", **shape) -> dict[str, float]:
+    shape["absent"] = (*shape.get("absent", ()), "initial_state")
+    inputs, second = conv_inputs(**shape), conv_inputs(**shape, seed=1)
+    pairs = {name: (t, second[name]) for name, t in inputs.items() if name != "x"}
+    function = bidirectional_causal_conv1d
+    return excess(function, {"x": inputs["x"]} | pairs, limit=limit, activation=activation)
 
 
 def uneven_pair(dtype=torch.bfloat16, device="cpu") -> dict:

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vim_kernels import bidirectional_selective_scan
+from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan
 
 from .selective_ssm import SelectiveSSM
 
+torch.fx.wrap("bidirectional_causal_conv1d")
 torch.fx.wrap("bidirectional_selective_scan")
 
 
@@ -49,8 +50,15 @@ class BiMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u_f, dt_f, A_f, B_f, C_f = self.forward_ssm.project(x)
-        u_b, dt_b, A_b, B_b, C_b = self.backward_ssm.project(x, reverse=True)
+        convolutions = self.forward_ssm.conv1d, self.backward_ssm.conv1d
+        u_f, u_b = bidirectional_causal_conv1d(
+            x,
+            [conv.weight.squeeze(1) for conv in convolutions],
+            [conv.bias for conv in convolutions if conv.bias is not None],
+            activation="silu",
+        )
+        dt_f, A_f, B_f, C_f = self.forward_ssm.project(u_f)
+        dt_b, A_b, B_b, C_b = self.backward_ssm.project(u_b)
         y = bidirectional_selective_scan(
             (u_f, u_b),
             (dt_f, dt_b),

@@ -68,7 +68,8 @@ class Mamba(nn.Module):
         """x: (batch, length, d_model). A cache is read, and updated in place."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         ssm = self.ssm
-        u, dt, A, B, C = ssm.project(x, conv_state=None if cache is None else cache.conv_state)
+        u = ssm.convolve(x, conv_state=None if cache is None else cache.conv_state)
+        dt, A, B, C = ssm.project(u)
         y = selective_scan(
             u,
             dt,
@@ -89,7 +90,8 @@ class Mamba(nn.Module):
     def step(self, x: Tensor, cache: MambaCache) -> Tensor:
         """One step, x: (batch, d_model) -> (batch, d_model). The cache is updated in place."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u, dt, A, B, C = self.ssm.project(x.unsqueeze(1), conv_state=cache.conv_state)
+        u = self.ssm.convolve(x.unsqueeze(1), conv_state=cache.conv_state)
+        dt, A, B, C = self.ssm.project(u)
         y, state = selective_state_update(
             cache.ssm_state,
             u.squeeze(1),

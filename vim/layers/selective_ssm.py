@@ -65,12 +65,9 @@ class SelectiveSSM(nn.Module):
         self.A_log.copy_(n.log().expand_as(self.A_log))
         self.D.fill_(1)
 
-    def project(
-        self, x: Tensor, *, reverse: bool = False, conv_state: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the scan takes: (u, dt, A, B, C), from x (B, L, E).
+    def convolve(self, x: Tensor, *, conv_state: Tensor | None = None) -> Tensor:
+        """The scan's input u (B, L, E) from x (B, L, E), in the forward direction.
 
-        u, dt: (B, L, E), dt without its bias. A: (E, N). B, C: (B, L, N).
         conv_state: (B, d_conv - 1, E), the steps in front of x; updated in place to the last steps of x.
         """
         u = causal_conv1d(
@@ -78,17 +75,23 @@ class SelectiveSSM(nn.Module):
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             activation="silu",
-            reverse=reverse,
             initial_state=conv_state,
             return_final_state=conv_state is not None,
         )
         if conv_state is not None:
             u, final_state = u
             conv_state.copy_(final_state.detach())
+        return u
+
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the scan takes besides u (B, L, E).
+
+        Returns: dt (B, L, E) without its bias, A (E, N), B and C (B, L, N).
+        """
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         # The bias joins in the scan, in fp32: bf16 would round away differences between small steps.
         dt = F.linear(dt, self.dt_proj.weight)
-        return u, dt, negative_exp(self.A_log), B, C
+        return dt, negative_exp(self.A_log), B, C
 
 
 def negative_exp(A_log: Tensor) -> Tensor:
