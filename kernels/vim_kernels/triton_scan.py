@@ -24,7 +24,6 @@ from .directions import Direction, ScanOutput
 from .rows import agreeing, as_rows, columns, on_device_of, row_arguments, sizes
 from .triton_scan_backward import backward
 from .triton_tiles import (
-    INTERVAL,
     LOG2E,
     Tile,
     along,
@@ -32,6 +31,7 @@ from .triton_tiles import (
     fold,
     from_lane,
     heading,
+    load_channels,
     load_rows,
     load_states,
     load_steps,
@@ -39,6 +39,7 @@ from .triton_tiles import (
     row_from_lane,
     scaled,
     sigmoid,
+    spread_of_fours,
     step_sizes,
     store_states,
     unpack_all,
@@ -115,17 +116,7 @@ def _forward_kernel(
     dirs = tl.arange(0, DIRECTIONS)[None, :]
     c = pid % blocks * (REPEAT * LANES) + lane * REPEAT
     channel = group * group_size + c
-    inside = ()
-    bias = ()
-    skip = ()
-    for r in tl.static_range(REPEAT):
-        inside = inside + (c + r < group_size,)
-        if dt_bias is not None:
-            bias = bias + (tl.load(along(dt_bias, dirs) + channel + r, inside[r], 0.0).to(S),)
-        else:
-            bias = bias + (tl.zeros([1, 1], S),)
-        if D is not None:
-            skip = skip + (tl.load(along(D, dirs) + channel + r, inside[r], 0.0).to(S),)
+    inside, bias, skip = load_channels(c, channel, group_size, dt_bias, D, dirs, REPEAT, S)
     A_tiles = scaled(load_states(along(A, dirs) + channel * N, N, inside, N, REPEAT, SPREAD, S), LOG2E)
     state = (b * d_inner + channel) * N
     if h0 is not None:
@@ -246,8 +237,7 @@ def _tile(d: Direction, directions: int) -> Tile:
     Four channels a lane where that leaves every multiprocessor of a large GPU work, and ever thinner warps where rows
     are few: they execute more instructions in all but hide each other's latencies. Thresholds measured on an H100.
     """
-    d_state = d.A.shape[1]
-    spread = min(32, triton.next_power_of_2(triton.cdiv(d_state, 4)))
+    spread = spread_of_fours(d.A.shape[1])
     wide, narrow = Tile(4, spread, max(4, min(8, spread))), Tile(2, spread, 8)
     if d.A.dtype == torch.float32 and spread <= 4:
         if directions * wide.programs(d) >= 2048:
@@ -271,7 +261,6 @@ def forward(
     last_state = d.A.new_empty(count, batch, *d.A.shape)
     checkpoints = d.A.new_empty(count, batch, checkpoint_rows(length, count), *d.A.shape) if save else None
     tile = _tile(d, count)
-    states = triton.cdiv(d.A.shape[1], tile.SPREAD)
     with on_device_of(d.u):
         _forward_kernel[(tile.programs(d),)](
             *columns(directions),
@@ -282,17 +271,10 @@ def forward(
             checkpoints,
             **sizes(d),
             **row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z),
-            REVERSE=tuple(d.reverse for d in directions),
             SCALE=scale,
             SOFTPLUS=dt_softplus,
-            K=INTERVAL,
             STAGES=3,
-            **tile.constants(),
-            U_PACK=pack(tile.REPEAT, *(d.u for d in directions)),
-            DT_PACK=pack(tile.REPEAT, *(d.dt for d in directions)),
-            B_PACK=pack(states, *(d.B for d in directions)),
-            C_PACK=pack(states, *(d.C for d in directions)),
-            Z_PACK=1 if z is None else pack(tile.REPEAT, z),
+            **tile.constants(directions, z),
             Y_PACK=pack(tile.REPEAT, y),
             num_warps=count,
             num_stages=1,

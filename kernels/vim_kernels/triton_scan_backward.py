@@ -34,18 +34,39 @@ from .triton_tiles import (
     fold,
     from_lane,
     heading,
+    load_channels,
     load_rows,
     load_states,
     load_steps,
     pack,
     row_from_lane,
     sigmoid,
+    spread_of_fours,
     step_sizes,
     store_states,
     unpack,
     unpack_all,
     zeros,
 )
+
+
+@triton.jit
+def _steps_at(
+    base, offset, row_step, step, end, p, mask,
+    T: tl.constexpr, REPEAT: tl.constexpr, SPREAD: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """`load_steps` from a uniform address and the 32-bit offset of a lane."""
+    ptr = base + step.to(tl.int64) * row_step + offset
+    return load_steps(ptr, row_step, step, end, p, mask, T, REPEAT, SPREAD, PACK)
+
+
+@triton.jit
+def _rows_at(
+    base, offset, row_step, step, end, lane, p,
+    N: tl.constexpr, T: tl.constexpr, SPREAD: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    ptr = base + step.to(tl.int64) * row_step + offset
+    return load_rows(ptr, row_step, step, end, lane, p, N, T, SPREAD, LANES, PACK)
 
 
 @triton.jit(
@@ -145,17 +166,7 @@ def _backward_kernel(
         BC_step = sign * (2 * N * GROUPS)
         c = item % blocks * (REPEAT * LANES) + lane * REPEAT
         channel = group * group_size + c
-        inside = ()
-        bias = ()
-        skip = ()
-        for r in tl.static_range(REPEAT):
-            inside = inside + (c + r < group_size,)
-            if dt_bias is not None:
-                bias = bias + (tl.load(along(dt_bias, dirs) + channel + r, inside[r], 0.0).to(S),)
-            else:
-                bias = bias + (tl.zeros([1, 1], S),)
-            if D is not None:
-                skip = skip + (tl.load(along(D, dirs) + channel + r, inside[r], 0.0).to(S),)
+        inside, bias, skip = load_channels(c, channel, group_size, dt_bias, D, dirs, REPEAT, S)
         A_tiles = load_states(along(A, dirs) + channel * N, N, inside, N, REPEAT, SPREAD, S)
         sum_A = zeros(STATES, t, S)
         sum_D = zeros(REPEAT, t, S)
@@ -201,24 +212,9 @@ def _backward_kernel(
             h = load_states(checkpoints + (row * d_inner + channel) * N, N, inside, N, REPEAT, SPREAD, S)
             for sub in tl.range(0, subs - 1, num_stages=STAGES):
                 step = begin + sub * T
-                us = load_steps(
-                    u_0 + step.to(tl.int64) * u_step + u_lane, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK
-                )
-                dts = load_steps(
-                    dt_0 + step.to(tl.int64) * dt_step + dt_lane,
-                    dt_step,
-                    step,
-                    end,
-                    p,
-                    inside,
-                    T,
-                    REPEAT,
-                    SPREAD,
-                    DT_PACK,
-                )
-                Bs = load_rows(
-                    B_0 + step.to(tl.int64) * B_step + B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK
-                )
+                us = _steps_at(u_0, u_lane, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK)
+                dts = _steps_at(dt_0, dt_lane, dt_step, step, end, p, inside, T, REPEAT, SPREAD, DT_PACK)
+                Bs = _rows_at(B_0, B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK)
                 for i in tl.static_range(STATES):
                     tl.store(slot + (sub * STATES + i) * 32, h[i])
                 us_now, deltas = step_sizes(
@@ -244,64 +240,14 @@ def _backward_kernel(
             for sub_back in tl.range(0, subs, num_stages=STAGES):
                 sub = subs - 1 - sub_back
                 step = begin + sub * T
-                us = load_steps(
-                    u_0 + step.to(tl.int64) * u_step + u_lane, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK
-                )
-                dts = load_steps(
-                    dt_0 + step.to(tl.int64) * dt_step + dt_lane,
-                    dt_step,
-                    step,
-                    end,
-                    p,
-                    inside,
-                    T,
-                    REPEAT,
-                    SPREAD,
-                    DT_PACK,
-                )
-                dys = load_steps(
-                    dy_0 + step.to(tl.int64) * dy_step + dy_lane,
-                    dy_step,
-                    step,
-                    end,
-                    p,
-                    inside,
-                    T,
-                    REPEAT,
-                    SPREAD,
-                    DY_PACK,
-                )
-                Bs = load_rows(
-                    B_0 + step.to(tl.int64) * B_step + B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK
-                )
-                Cs = load_rows(
-                    C_0 + step.to(tl.int64) * C_step + C_lane, C_step, step, end, lane, p, N, T, SPREAD, LANES, C_PACK
-                )
+                us = _steps_at(u_0, u_lane, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK)
+                dts = _steps_at(dt_0, dt_lane, dt_step, step, end, p, inside, T, REPEAT, SPREAD, DT_PACK)
+                dys = _steps_at(dy_0, dy_lane, dy_step, step, end, p, inside, T, REPEAT, SPREAD, DY_PACK)
+                Bs = _rows_at(B_0, B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK)
+                Cs = _rows_at(C_0, C_lane, C_step, step, end, lane, p, N, T, SPREAD, LANES, C_PACK)
                 if z is not None:
-                    zs = load_steps(
-                        z_0 + step.to(tl.int64) * z_step + z_lane,
-                        z_step,
-                        step,
-                        end,
-                        p,
-                        inside,
-                        T,
-                        REPEAT,
-                        SPREAD,
-                        Z_PACK,
-                    )
-                    ys = load_steps(
-                        y_0 + step.to(tl.int64) * out_step + out_lane,
-                        out_step,
-                        step,
-                        end,
-                        p,
-                        inside,
-                        T,
-                        REPEAT,
-                        SPREAD,
-                        Y_PACK,
-                    )
+                    zs = _steps_at(z_0, z_lane, z_step, step, end, p, inside, T, REPEAT, SPREAD, Z_PACK)
+                    ys = _steps_at(y_0, out_lane, out_step, step, end, p, inside, T, REPEAT, SPREAD, Y_PACK)
                 states = ()
                 for i in tl.static_range(STATES):
                     states = states + (tl.load(slot + (sub * STATES + i) * 32),)
@@ -506,7 +452,7 @@ PROGRAMS = 16
 
 def _tile(d: Direction) -> Tile:
     """Two channels a lane, if registers allow. Like the forward's, a function of shapes and dtypes only."""
-    spread = min(32, triton.next_power_of_2(triton.cdiv(d.A.shape[1], 4)))
+    spread = spread_of_fours(d.A.shape[1])
     channels = 2 if d.A.dtype == torch.float32 and spread <= 4 else 1
     return Tile(channels, spread, STEPS)
 
@@ -531,8 +477,8 @@ def backward(
     tile = _tile(d)
     items = tile.programs(d) * count
     programs = min(items, _multiprocessors(dy.device) * PROGRAMS)
-    states = triton.cdiv(d_state, tile.SPREAD)
-    scratch = d.A.new_empty(programs, INTERVAL // tile.T, tile.REPEAT * states, 32)
+    states = tile.REPEAT * triton.cdiv(d_state, tile.SPREAD)
+    scratch = d.A.new_empty(programs, INTERVAL // tile.T, states, 32)
 
     du, ddt, dA, dB, dC, dD, d_bias = (
         None if column is None else tuple(t.new_empty(t.shape) for t in column) for column in columns(directions)[:7]
@@ -562,17 +508,10 @@ def backward(
             items,
             **sizes(d),
             **row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z, dy=dy),
-            REVERSE=tuple(d.reverse for d in directions),
             SCALE=scale,
             SOFTPLUS=dt_softplus,
-            K=INTERVAL,
             STAGES=STAGES,
-            **tile.constants(),
-            U_PACK=pack(tile.REPEAT, *(d.u for d in directions)),
-            DT_PACK=pack(tile.REPEAT, *(d.dt for d in directions)),
-            B_PACK=pack(states, *(d.B for d in directions)),
-            C_PACK=pack(states, *(d.C for d in directions)),
-            Z_PACK=1 if z is None else pack(tile.REPEAT, z),
+            **tile.constants(directions, z),
             DY_PACK=pack(tile.REPEAT, dy),
             Y_PACK=1 if z is None else pack(tile.REPEAT, y_sum),
             num_warps=1,

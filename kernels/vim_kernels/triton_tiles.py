@@ -18,6 +18,7 @@ Both dimensions in one and no layout to choose is also what keeps Triton from in
 memory: it derives layouts from what is contiguous in memory, and here nothing is along the lanes for all it can tell.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -103,6 +104,23 @@ def scaled(tiles, factor):
     for i in tl.static_range(len(tiles)):
         product = product + (tiles[i] * factor,)
     return product
+
+
+@triton.jit
+def load_channels(c, channel, group_size, dt_bias, D, dirs, REPEAT: tl.constexpr, S: tl.constexpr):
+    """(whether it exists, its bias of dt or zero, its D) of each of a lane's channels; no D gives none."""
+    inside = ()
+    bias = ()
+    skip = ()
+    for r in tl.static_range(REPEAT):
+        inside = inside + (c + r < group_size,)
+        if dt_bias is not None:
+            bias = bias + (tl.load(along(dt_bias, dirs) + channel + r, inside[r], 0.0).to(S),)
+        else:
+            bias = bias + (tl.zeros([1, 1], S),)
+        if D is not None:
+            skip = skip + (tl.load(along(D, dirs) + channel + r, inside[r], 0.0).to(S),)
+    return inside, bias, skip
 
 
 @triton.jit
@@ -291,8 +309,25 @@ class Tile(NamedTuple):
     def programs(self, d: Direction) -> int:
         return self.blocks(d) * d.B.shape[2] * d.u.shape[0]
 
-    def constants(self) -> dict[str, int]:
-        return {**self._asdict(), "LANES": self.lanes}
+    def constants(self, directions: Sequence[Direction], z: Tensor | None) -> dict[str, object]:
+        """Compile-time arguments that both scan kernels take."""
+        states = triton.cdiv(directions[0].A.shape[1], self.SPREAD)
+        return {
+            **self._asdict(),
+            "LANES": self.lanes,
+            "K": INTERVAL,
+            "REVERSE": tuple(d.reverse for d in directions),
+            "U_PACK": pack(self.REPEAT, *(d.u for d in directions)),
+            "DT_PACK": pack(self.REPEAT, *(d.dt for d in directions)),
+            "B_PACK": pack(states, *(d.B for d in directions)),
+            "C_PACK": pack(states, *(d.C for d in directions)),
+            "Z_PACK": 1 if z is None else pack(self.REPEAT, z),
+        }
+
+
+def spread_of_fours(d_state: int) -> int:
+    """Lanes that hold four states of a channel each: a power of two, a warp at most."""
+    return min(32, triton.next_power_of_2(triton.cdiv(d_state, 4)))
 
 
 def pack(count: int, *tensors: Tensor) -> int:
