@@ -121,21 +121,26 @@ def _final_state(x: Tensor, past: int, reverse: bool, initial_state: Tensor | No
 _INPUTS = "Tensor x, Tensor[] weight, Tensor[] bias, Tensor? initial_state, bool silu, bool[] reverse, str backend"
 
 
-def _implementation(backend: str, x: Tensor):
-    backend = backends.resolve(backend, x.device)
-    if x.numel() == 0:
-        return torch_conv  # a grid cannot be empty
-    if backend == "triton":
-        from . import triton_conv  # imports triton, which not every platform has
+def _triton(backend: str, x: Tensor):
+    """The module that takes all directions at once; None where `_one_direction` runs each by itself."""
+    if x.numel() == 0 or backends.resolve(backend, x.device) != "triton":  # a grid cannot be empty
+        return None
+    from . import triton_conv  # imports triton, which not every platform has
 
-        return triton_conv
-    return cpu_conv if backend == "cpu" else torch_conv
+    return triton_conv
+
+
+def _one_direction(backend: str, x: Tensor):
+    return cpu_conv if x.numel() > 0 and backends.resolve(backend, x.device) == "cpu" else torch_conv
 
 
 @torch.library.custom_op("vim_kernels::causal_conv1d", mutates_args=(), schema=f"({_INPUTS}) -> Tensor[]")
 def _forward_op(x, weight, bias, initial_state, silu, reverse, backend):
-    run = _implementation(backend, x).forward
-    return run(x, weight, bias or None, initial_state, silu=silu, reverse=reverse)
+    if (triton := _triton(backend, x)) is not None:
+        return triton.forward(x, weight, bias or None, initial_state, silu=silu, reverse=reverse)
+    run = _one_direction(backend, x).forward
+    directions = zip(weight, bias or [None] * len(weight), reverse, strict=True)
+    return [run(x, w, b, initial_state, silu=silu, reverse=r) for w, b, r in directions]
 
 
 @_forward_op.register_fake
@@ -148,9 +153,18 @@ def _(x, weight, bias, initial_state, silu, reverse, backend):
 )
 def _backward_op(dy, x, weight, bias, initial_state, silu, reverse, backend):
     """Gradients of x, the weights, and of biases and initial_state if they are given; contiguous, in their dtypes."""
-    run = _implementation(backend, x).backward
-    dx, d_weight, d_bias, d_initial = run(dy, x, weight, bias or None, initial_state, silu=silu, reverse=reverse)
-    return [dx, *d_weight, *(d_bias or []), *([] if d_initial is None else [d_initial])]
+    if (triton := _triton(backend, x)) is not None:
+        run = triton.backward
+        dx, d_weight, d_bias, d_initial = run(dy, x, weight, bias or None, initial_state, silu=silu, reverse=reverse)
+        return [dx, *d_weight, *(d_bias or []), *([] if d_initial is None else [d_initial])]
+    run = _one_direction(backend, x).backward
+    directions = zip(dy, weight, bias or [None] * len(weight), reverse, strict=True)
+    found = [run(d, x, w, b, initial_state, silu=silu, reverse=r) for d, w, b, r in directions]
+    dxs, d_weight, d_bias, d_initial = zip(*found, strict=True)
+    # Two directions have no initial state.
+    grads = [sum(dxs[1:], dxs[0]), *d_weight, *(d_bias if bias else []), *([] if initial_state is None else d_initial)]
+    inputs = [x, *weight, *bias, *([] if initial_state is None else [initial_state])]
+    return [g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)]
 
 
 @_backward_op.register_fake
