@@ -23,10 +23,12 @@ from torch import Tensor
 from .directions import Direction, ScanOutput
 from .rows import agreeing, as_rows, columns, on_device_of, row_arguments, sizes
 from .triton_scan_backward import backward
+from .triton_scan_windows import window_length, window_starts
 from .triton_tiles import (
     LOG2E,
     Tile,
     along,
+    both,
     checkpoint_rows,
     fold,
     from_lane,
@@ -43,22 +45,23 @@ from .triton_tiles import (
     step_sizes,
     store_states,
     unpack_all,
-    zeros,
 )
 
 __all__ = ["backward", "checkpoint_rows", "forward"]
 
 
-@triton.jit(do_not_specialize=["batch", "length", "u_pitch", "dt_pitch", "B_pitch", "C_pitch", "z_pitch"])
+@triton.jit(
+    do_not_specialize=["batch", "length", "window", "started", "u_pitch", "dt_pitch", "B_pitch", "C_pitch", "z_pitch"]
+)
 def _forward_kernel(
-    u,  # (B, L, E), one for each direction, as all up to h0
+    u,  # (B, L, E), one for each direction, as all up to dt_bias
     dt,  # (B, L, E)
     A,  # (E, N)
     B,  # (B, L, G, N)
     C,  # (B, L, G, N)
     D,  # (E,) or None
     dt_bias,  # (E,) or None
-    h0,  # (B, E, N) or None
+    starts,  # (windows, directions, B, E, N), if started: the state in front of each window, else zero
     z,  # (B, L, E) or None: the gate
     y,  # (B, L, E)
     y_sum,  # (B, L, E) or None
@@ -66,6 +69,8 @@ def _forward_kernel(
     checkpoints,  # (directions, B, rows, E, N) or None
     batch,
     length,
+    window,  # steps of a window: see triton_scan_windows
+    started,
     d_inner,
     group_size,  # E / G
     # The rows (b, t) of a tensor are `stride` elements apart, its batch entries `pitch` rows.
@@ -108,7 +113,10 @@ def _forward_kernel(
     pid = tl.program_id(0)
     blocks = tl.cdiv(group_size, REPEAT * LANES)
     group = pid // blocks % GROUPS
-    b = (pid // (blocks * GROUPS)).to(tl.int64)
+    b = (pid // (blocks * GROUPS) % batch).to(tl.int64)
+    at_window = pid // (blocks * GROUPS) // batch
+    base = at_window * window
+    here = tl.minimum(window, length - base)
 
     t = tl.arange(0, SPREAD * LANES)[:, None]
     p = t % SPREAD
@@ -119,12 +127,11 @@ def _forward_kernel(
     inside, bias, skip = load_channels(c, channel, group_size, dt_bias, D, dirs, REPEAT, S)
     A_tiles = scaled(load_states(along(A, dirs) + channel * N, N, inside, N, REPEAT, SPREAD, S), LOG2E)
     state = (b * d_inner + channel) * N
-    if h0 is not None:
-        h = load_states(along(h0, dirs) + state, N, inside, N, REPEAT, SPREAD, S)
-    else:
-        h = zeros(REPEAT * TILES, dirs + t, S)
+    row = (at_window.to(tl.int64) * DIRECTIONS + dirs) * batch * d_inner * N
+    h = load_states(starts + row + state, N, both(inside, started > 0), N, REPEAT, SPREAD, S)
 
-    first, sign = heading(dirs, length, REVERSE)
+    first, sign = heading(dirs, here, REVERSE)
+    first += base
     u_step = (sign * u_stride).to(tl.int64)
     dt_step = (sign * dt_stride).to(tl.int64)
     B_step = (sign * B_stride).to(tl.int64)
@@ -138,17 +145,14 @@ def _forward_kernel(
     if z is not None:
         z_step = (sign * z_stride).to(tl.int64)
         z_0 = z + ((b * z_pitch + first) * z_stride + channel) + p * z_step
-    half = tl.cdiv(length, DIRECTIONS)
+    half = tl.cdiv(here, DIRECTIONS)
 
-    for segment in tl.static_range(DIRECTIONS):
+    for segment in range(DIRECTIONS):
+        final = segment == DIRECTIONS - 1
         # Of an odd length the forward direction takes the middle step first, and the other finishes it.
-        middle = (length + 1 - dirs) // 2
-        step = dirs * 0
-        end = dirs * 0 + length
-        if segment < DIRECTIONS - 1:
-            end = middle
-        if segment > 0:
-            step = middle
+        middle = (here + 1 - dirs) // 2
+        step = segment * middle
+        end = tl.where(final, here, middle)
         u_p, dt_p, B_p, C_p = u_0 + step * u_step, dt_0 + step * dt_step, B_0 + step * B_step, C_0 + step * C_step
         at = at_0 + step * y_step
 
@@ -161,8 +165,8 @@ def _forward_kernel(
         for start in tl.range(0, half, T, num_stages=STAGES):
             if checkpoints is not None:  # noqa: SIM102 (Triton compiles only what follows a `None` test of its own)
                 if start % K == 0:
-                    rows = DIRECTIONS * tl.cdiv(half, K)
-                    row = (dirs.to(tl.int64) * batch + b) * rows + segment * tl.cdiv(half, K) + start // K
+                    rows = DIRECTIONS * tl.cdiv(tl.cdiv(length, DIRECTIONS), K)
+                    row = (dirs.to(tl.int64) * batch + b) * rows + base // K + segment * tl.cdiv(half, K) + start // K
                     store_states(checkpoints + (row * d_inner + channel) * N, N, h, inside, N, REPEAT, SPREAD)
             u_p += T * u_step
             dt_p += T * dt_step
@@ -172,14 +176,16 @@ def _forward_kernel(
             Cs = load_rows(C_p, C_step, step, end, lane, p, N, T, SPREAD, LANES, C_PACK)
             B_rows = unpack_all(Bs, TILES, B_PACK, BT, S)
             C_rows = unpack_all(Cs, TILES, C_PACK, CT, S)
-            if segment == DIRECTIONS - 1:
-                if z is not None:
-                    zs = load_steps(z_p, z_step, step, end, p, inside, T, REPEAT, SPREAD, Z_PACK)
-                    z_values = unpack_all(zs, REPEAT, Z_PACK, z.dtype.element_ty, S)
-                    z_p += T * z_step
-                if segment > 0:
-                    parts = load_steps(y + at, y_step, step, end, p, inside, T, REPEAT, SPREAD, Y_PACK)
-                    part_values = unpack_all(parts, REPEAT, Y_PACK, y.dtype.element_ty, S)
+            end_of_y = tl.where(
+                final, end, step
+            )  # before, the other direction's part is not there, nor the gate needed
+            if z is not None:
+                zs = load_steps(z_p, z_step, step, end_of_y, p, inside, T, REPEAT, SPREAD, Z_PACK)
+                z_values = unpack_all(zs, REPEAT, Z_PACK, z.dtype.element_ty, S)
+                z_p += T * z_step
+            if DIRECTIONS == 2:
+                parts = load_steps(y + at, y_step, step, end_of_y, p, inside, T, REPEAT, SPREAD, Y_PACK)
+                part_values = unpack_all(parts, REPEAT, Y_PACK, y.dtype.element_ty, S)
             us_next, deltas_next = step_sizes(
                 us, dts, bias, step + T, end, p, SOFTPLUS, T, REPEAT, SPREAD, U_PACK, DT_PACK, U, DT, S
             )
@@ -204,6 +210,7 @@ def _forward_kernel(
                         sums = sums + (y_q,)
                     h = h_q
                 valid = (p < EACH) & (step + j * EACH + p < end)
+                ys = ()
                 for r in tl.static_range(REPEAT):
                     steps = ()
                     for q in tl.static_range(EACH):
@@ -211,40 +218,44 @@ def _forward_kernel(
                     y_t = fold(steps, t, SPREAD, 1)[0]
                     if D is not None:
                         y_t += skip[r] * us_now[j * REPEAT + r]
-                    if segment == DIRECTIONS - 1:
-                        if segment > 0:
-                            y_t += part_values[j * REPEAT + r]
-                        if y_sum is not None:
-                            tl.store(y_sum + at + j * EACH * y_step + r, y_t, inside[r] & valid)
-                        y_t *= SCALE
+                    if DIRECTIONS == 2:
+                        y_t += part_values[j * REPEAT + r]
+                    ys = ys + (y_t,)
+                if final:
+                    gated = ()
+                    for r in tl.static_range(REPEAT):
+                        y_t = ys[r] * SCALE
                         if z is not None:
                             z_t = z_values[j * REPEAT + r]
                             y_t *= z_t * sigmoid(z_t)
-                    tl.store(y + at + j * EACH * y_step + r, y_t, inside[r] & valid)
+                        if y_sum is not None:
+                            tl.store(y_sum + at + j * EACH * y_step + r, ys[r], inside[r] & valid)
+                        gated = gated + (y_t,)
+                    ys = gated
+                for r in tl.static_range(REPEAT):
+                    tl.store(y + at + j * EACH * y_step + r, ys[r], inside[r] & valid)
             us_now, deltas = us_next, deltas_next
             B_p += T * B_step
             C_p += T * C_step
             at += T * y_step
             step += T
-        if segment < DIRECTIONS - 1:
-            tl.debug_barrier()  # the other warp's partial sums
-    store_states(last_state + dirs.to(tl.int64) * batch * d_inner * N + state, N, h, inside, N, REPEAT, SPREAD)
+        tl.debug_barrier()  # the other warp's partial sums
+    last = tl.where(sign > 0, base + here, length - base) == length
+    last_state += dirs.to(tl.int64) * batch * d_inner * N
+    store_states(last_state + state, N, h, both(inside, last), N, REPEAT, SPREAD)
 
 
 def _tile(d: Direction, directions: int) -> Tile:
     """From shapes and dtypes only, never from a measurement at run time: the same call gives the same bits anywhere.
 
-    Four channels a lane where that leaves every multiprocessor of a large GPU work, and ever thinner warps where rows
-    are few: they execute more instructions in all but hide each other's latencies. Thresholds measured on an H100.
+    Not from the length: a new image size compiles nothing. Four channels a lane where that leaves every multiprocessor
+    of a large GPU work: fewer instructions in all, but warps that hide less of each other's latencies.
     """
     spread = spread_of_fours(d.A.shape[1])
-    wide, narrow = Tile(4, spread, max(4, min(8, spread))), Tile(2, spread, 8)
-    if d.A.dtype == torch.float32 and spread <= 4:
-        if directions * wide.programs(d) >= 2048:
-            return wide
-        if directions * narrow.programs(d) >= 1024:
-            return narrow
-    return Tile(2 if d.A.dtype == torch.float32 and spread <= 8 else 1, min(32, 2 * spread), 8)
+    if d.A.dtype != torch.float32 or spread > 4:
+        return Tile(2 if d.A.dtype == torch.float32 and spread <= 8 else 1, min(32, 2 * spread), 8)
+    wide = Tile(4, spread, max(4, min(8, spread)))
+    return wide if directions * wide.programs(d) >= 1536 else Tile(2, spread, 8)
 
 
 def forward(
@@ -260,21 +271,30 @@ def forward(
     y_sum = d.u.new_empty(d.u.shape, dtype=dtype) if save and z is not None else None
     last_state = d.A.new_empty(count, batch, *d.A.shape)
     checkpoints = d.A.new_empty(count, batch, checkpoint_rows(length, count), *d.A.shape) if save else None
+    window = window_length(d, count)
+    windows = triton.cdiv(length, window)
     tile = _tile(d, count)
+    # With an initial state there is one direction.
+    initial = None if d.initial_state is None else d.initial_state.unsqueeze(0)
     with on_device_of(d.u):
-        _forward_kernel[(tile.programs(d),)](
-            *columns(directions),
+        starts = window_starts(directions, window, dt_softplus=dt_softplus, start=initial)
+        _forward_kernel[(tile.programs(d) * windows,)](
+            *columns(directions)[:-1],
+            last_state if starts is None else starts,
             z,
             y,
             y_sum,
             last_state,
             checkpoints,
             **sizes(d),
+            window=window,
+            started=int(starts is not None),
             **row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z),
             SCALE=scale,
             SOFTPLUS=dt_softplus,
             STAGES=3,
-            **tile.constants(directions, z),
+            **tile.constants(directions),
+            Z_PACK=1 if z is None else pack(tile.REPEAT, z),
             Y_PACK=pack(tile.REPEAT, y),
             num_warps=count,
             num_stages=1,

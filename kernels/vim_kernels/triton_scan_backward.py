@@ -3,7 +3,8 @@
 # mypy: disable-error-code="assignment, var-annotated"
 """Backend `triton` of the scan: the backward pass; `triton_tiles` says how a warp holds its states.
 
-A program goes through the sequence in the chunks whose first states the forward pass kept, the last chunk first:
+A program goes through a window of the sequence (all of it, where rows are many) in the chunks whose first states the
+forward pass kept, the last chunk first:
 
 1. Run forward from the chunk's checkpoint and keep the states in front of every T-th step in scratch memory.
 2. Take the blocks of T steps from last to first: recompute states and decays into registers, then run the adjoint
@@ -26,11 +27,14 @@ from torch import Tensor
 
 from .directions import Direction, DirectionGrads
 from .rows import agreeing, as_rows, columns, on_device_of, row_arguments, sizes
+from .triton_scan_windows import window_length, window_starts
 from .triton_tiles import (
     INTERVAL,
+    LN2,
     LOG2E,
     Tile,
     along,
+    both,
     fold,
     from_lane,
     heading,
@@ -40,6 +44,7 @@ from .triton_tiles import (
     load_steps,
     pack,
     row_from_lane,
+    scaled,
     sigmoid,
     spread_of_fours,
     step_sizes,
@@ -69,8 +74,53 @@ def _rows_at(
     return load_rows(ptr, row_step, step, end, lane, p, N, T, SPREAD, LANES, PACK)
 
 
+@triton.jit(do_not_specialize=["rows", "length", "z_pitch", "dy_pitch"])
+def _gate_kernel(
+    dy,  # (B, L, E)
+    z,  # (B, L, E)
+    y_sum,  # (B, L, E)
+    d_sum,  # (B, L, E): the gradient of y_sum
+    dz,  # (B, L, E)
+    rows,  # B L
+    length,
+    d_inner,
+    z_pitch,
+    z_stride,
+    dy_pitch,
+    dy_stride,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    S: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (channel < d_inner)
+    b = (row // length).to(tl.int64)
+    step = row % length
+    at = row.to(tl.int64) * d_inner + channel
+    dy_t = SCALE * tl.load(dy + (b * dy_pitch + step) * dy_stride + channel, inside, 0.0).to(S)
+    z_t = tl.load(z + (b * z_pitch + step) * z_stride + channel, inside, 0.0).to(S)
+    y_t = tl.load(y_sum + at, inside, 0.0).to(S)
+    gate = sigmoid(z_t)
+    tl.store(d_sum + at, dy_t * z_t * gate, inside)
+    tl.store(dz + at, dy_t * y_t * gate * (1 + z_t * (1 - gate)), inside)
+
+
 @triton.jit(
-    do_not_specialize=["items", "batch", "length", "u_pitch", "dt_pitch", "B_pitch", "C_pitch", "z_pitch", "dy_pitch"]
+    do_not_specialize=[
+        "items",
+        "batch",
+        "length",
+        "window",
+        "windows",
+        "started",
+        "u_pitch",
+        "dt_pitch",
+        "B_pitch",
+        "C_pitch",
+        "dy_pitch",
+    ]
 )
 def _backward_kernel(
     u,  # (B, L, E), one for each direction, as all up to dt_bias
@@ -80,21 +130,21 @@ def _backward_kernel(
     C,  # (B, L, G, N)
     D,  # (E,) or None
     dt_bias,  # (E,) or None
-    z,  # (B, L, E) or None
-    dy,  # (B, L, E)
-    y_sum,  # (B, L, E) or None: with z
+    dy,  # (B, L, E): SCALE times it is the gradient of the ungated sum
     checkpoints,  # (directions, B, rows, E, N)
-    d_last_state,  # (directions, B, E, N) or None
+    starts,  # (windows, directions, B, E, N), if started: the adjoint behind each window, else zero
     du,  # (B, L, E), one for each direction
     ddt,  # (B, L, E), one for each direction
-    dz,  # (B, L, E) or None
-    d_channels,  # (directions, B, E (N + 2)): dA, then dD, then d(dt_bias)
+    d_channels,  # (directions, windows B, E (N + 2)): dA, then dD, then d(dt_bias)
     dBC,  # (blocks, directions, B, L, G, 2, N)
     d_h0,  # (directions, B, E, N) or None
     scratch,  # (programs, K / T, REPEAT * states a lane, 32)
-    items,  # blocks of channels of all batch entries and directions
+    items,  # blocks of channels of all batch entries, directions and windows
     batch,
     length,
+    window,  # steps of a window: see triton_scan_windows
+    windows,
+    started,
     d_inner,
     group_size,
     u_pitch,
@@ -105,8 +155,6 @@ def _backward_kernel(
     B_stride,
     C_pitch,
     C_stride,
-    z_pitch,
-    z_stride,
     dy_pitch,
     dy_stride,
     REVERSE: tl.constexpr,
@@ -124,9 +172,7 @@ def _backward_kernel(
     DT_PACK: tl.constexpr,
     B_PACK: tl.constexpr,
     C_PACK: tl.constexpr,
-    Z_PACK: tl.constexpr,
     DY_PACK: tl.constexpr,
-    Y_PACK: tl.constexpr,
 ):
     DIRECTIONS: tl.constexpr = len(REVERSE)
     TILES: tl.constexpr = (N + SPREAD - 1) // SPREAD
@@ -141,8 +187,7 @@ def _backward_kernel(
     ROOM: tl.constexpr = triton.next_power_of_2(TILES)
     EACH_LANE: tl.constexpr = 2 * ROOM // LANES if 2 * ROOM > LANES else 1
     blocks = tl.cdiv(group_size, REPEAT * LANES)
-    half = tl.cdiv(length, DIRECTIONS)
-    chunks = tl.cdiv(half, K)  # in a segment; see the forward kernel
+    rows = DIRECTIONS * tl.cdiv(tl.cdiv(length, DIRECTIONS), K)
 
     t = tl.arange(0, SPREAD * LANES)[:, None]
     p = t % SPREAD
@@ -152,29 +197,33 @@ def _backward_kernel(
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         group = item // blocks % GROUPS
         b = (item // (blocks * GROUPS) % batch).to(tl.int64)
-        dirs = item // (blocks * GROUPS) // batch
+        dirs = item // (blocks * GROUPS) // batch % DIRECTIONS
         db = dirs * batch + b
-        first, sign = heading(dirs, length, REVERSE)
-        middle = (length + 1 - dirs) // 2
+        at_window = item // (blocks * GROUPS) // batch // DIRECTIONS
+        base = at_window * window
+        here = tl.minimum(window, length - base)
+        half = tl.cdiv(here, DIRECTIONS)
+        chunks = tl.cdiv(half, K)  # in a segment; see the forward kernel
+        first, sign = heading(dirs, here, REVERSE)
+        first += base
+        middle = (here + 1 - dirs) // 2
         u_step = sign * u_stride
         dt_step = sign * dt_stride
         B_step = sign * B_stride
         C_step = sign * C_stride
         dy_step = sign * dy_stride
-        z_step = sign * z_stride
         out_step = sign * d_inner
         BC_step = sign * (2 * N * GROUPS)
         c = item % blocks * (REPEAT * LANES) + lane * REPEAT
         channel = group * group_size + c
         inside, bias, skip = load_channels(c, channel, group_size, dt_bias, D, dirs, REPEAT, S)
-        A_tiles = load_states(along(A, dirs) + channel * N, N, inside, N, REPEAT, SPREAD, S)
+        A_tiles = scaled(load_states(along(A, dirs) + channel * N, N, inside, N, REPEAT, SPREAD, S), LOG2E)
         sum_A = zeros(STATES, t, S)
         sum_D = zeros(REPEAT, t, S)
         sum_bias = zeros(REPEAT, t, S)
-        if d_last_state is not None:
-            g = load_states(d_last_state + (db * d_inner + channel) * N, N, inside, N, REPEAT, SPREAD, S)
-        else:
-            g = zeros(STATES, t, S)
+        row = at_window.to(tl.int64) * (DIRECTIONS * batch) + db
+        present = both(inside, started > 0)
+        g = load_states(starts + (row * d_inner + channel) * N, N, present, N, REPEAT, SPREAD, S)
 
         # Uniform parts of the addresses here, those of a lane below: 32 bits for each.
         u_0 = along(u, dirs) + (b * u_pitch + first) * u_stride
@@ -186,29 +235,24 @@ def _backward_kernel(
         du_0 = along(du, dirs) + out_0
         ddt_0 = along(ddt, dirs) + out_0
         BC_0 = dBC + ((((item % blocks) * DIRECTIONS * batch + db) * length + first) * GROUPS + group) * (2 * N)
-        if z is not None:
-            z_0 = z + (b * z_pitch + first) * z_stride
-            y_0 = y_sum + out_0
-            dz_0 = dz + out_0
         u_lane = channel + p * u_step
         dt_lane = channel + p * dt_step
         B_lane = p * TILES + lane * B_step
         C_lane = p * TILES + lane * C_step
         dy_lane = channel + p * dy_step
-        z_lane = channel + p * z_step
         out_lane = channel + p * out_step
 
         for chunk_back in range(DIRECTIONS * chunks):
             chunk = DIRECTIONS * chunks - 1 - chunk_back
             segment = chunk // chunks
             begin = segment * middle + chunk % chunks * K
-            end = tl.minimum(begin + K, segment * length + (DIRECTIONS - 1 - segment) * middle)
+            end = tl.minimum(begin + K, segment * here + (DIRECTIONS - 1 - segment) * middle)
             if DIRECTIONS == 1:
-                end = tl.minimum(begin + K, length)
+                end = tl.minimum(begin + K, here)
             subs = tl.cdiv(tl.minimum(K, half - chunk % chunks * K), T)
 
             # 1. Keep the states in front of each block.
-            row = db * (DIRECTIONS * chunks) + chunk
+            row = db * rows + base // K + chunk
             h = load_states(checkpoints + (row * d_inner + channel) * N, N, inside, N, REPEAT, SPREAD, S)
             for sub in tl.range(0, subs - 1, num_stages=STAGES):
                 step = begin + sub * T
@@ -226,7 +270,7 @@ def _backward_kernel(
                     h_k = ()
                     for r in tl.static_range(REPEAT):
                         delta = deltas[k // EACH * REPEAT + r]
-                        delta_k = from_lane(delta * LOG2E, t - p + k % EACH)
+                        delta_k = from_lane(delta, t - p + k % EACH)
                         x_k = from_lane(delta * us_now[k // EACH * REPEAT + r], t - p + k % EACH)
                         for i in tl.static_range(TILES):
                             h_k = h_k + (tl.exp2(delta_k * A_tiles[r * TILES + i]) * h[r * TILES + i] + x_k * B_k[i],)
@@ -245,9 +289,6 @@ def _backward_kernel(
                 dys = _steps_at(dy_0, dy_lane, dy_step, step, end, p, inside, T, REPEAT, SPREAD, DY_PACK)
                 Bs = _rows_at(B_0, B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK)
                 Cs = _rows_at(C_0, C_lane, C_step, step, end, lane, p, N, T, SPREAD, LANES, C_PACK)
-                if z is not None:
-                    zs = _steps_at(z_0, z_lane, z_step, step, end, p, inside, T, REPEAT, SPREAD, Z_PACK)
-                    ys = _steps_at(y_0, out_lane, out_step, step, end, p, inside, T, REPEAT, SPREAD, Y_PACK)
                 states = ()
                 for i in tl.static_range(STATES):
                     states = states + (tl.load(slot + (sub * STATES + i) * 32),)
@@ -257,21 +298,10 @@ def _backward_kernel(
                 slopes = ()  # d(delta) / d(dt)
                 dys_now = ()
                 for j in tl.static_range(T // EACH):
-                    valid = (p < EACH) & (step + j * EACH + p < end)
                     for r in tl.static_range(REPEAT):
                         if SOFTPLUS:
                             slopes = slopes + (sigmoid(unpack(dts[j], r, DT_PACK, DT, S) + bias[r]),)
-                        dy_t = SCALE * unpack(dys[j], r, DY_PACK, dy.dtype.element_ty, S)
-                        if z is not None:
-                            z_t = unpack(zs[j], r, Z_PACK, z.dtype.element_ty, S)
-                            gate = sigmoid(z_t)
-                            # Each direction takes the half of the sequence that it processes first.
-                            y_t = unpack(ys[j], r, Y_PACK, y_sum.dtype.element_ty, S)
-                            dz_t = dy_t * y_t * gate * (1 + z_t * (1 - gate))
-                            mine = inside[r] & valid & ((step + j * EACH + p < middle) | (DIRECTIONS == 1))
-                            tl.store(dz_0 + (step + j * EACH).to(tl.int64) * out_step + out_lane + r, dz_t, mine)
-                            dy_t *= z_t * gate
-                        dys_now = dys_now + (dy_t,)
+                        dys_now = dys_now + (SCALE * unpack(dys[j], r, DY_PACK, dy.dtype.element_ty, S),)
                 B_rows = unpack_all(Bs, TILES, B_PACK, BT, S)
                 C_rows = unpack_all(Cs, TILES, C_PACK, CT, S)
 
@@ -282,7 +312,7 @@ def _backward_kernel(
                     B_all = B_all + (row_from_lane(B_rows, k, p, TILES, SPREAD, LANES),)
                     for r in tl.static_range(REPEAT):
                         delta = deltas[k // EACH * REPEAT + r]
-                        delta_k = from_lane(delta * LOG2E, t - p + k % EACH)
+                        delta_k = from_lane(delta, t - p + k % EACH)
                         xs = xs + (from_lane(delta * us_now[k // EACH * REPEAT + r], t - p + k % EACH),)
                         for i in tl.static_range(TILES):
                             decay = tl.exp2(delta_k * A_tiles[r * TILES + i])
@@ -363,7 +393,7 @@ def _backward_kernel(
                         u_t = us_now[j * REPEAT + r]
                         dy_t = dys_now[j * REPEAT + r]
                         du_t = deltas[j * REPEAT + r] * gB_t
-                        ddt_t = fold(qA_steps, t, SPREAD, 1)[0] + u_t * gB_t
+                        ddt_t = LN2 * fold(qA_steps, t, SPREAD, 1)[0] + u_t * gB_t
                         if SOFTPLUS:
                             ddt_t *= slopes[j * REPEAT + r]
                         if D is not None:
@@ -376,10 +406,12 @@ def _backward_kernel(
                         sum_D = sum_D_j
                     sum_bias = sum_bias_j
 
-        totals_0 = d_channels + db * d_inner * (N + 2)
+        totals_0 = d_channels + ((dirs * windows + at_window).to(tl.int64) * batch + b) * d_inner * (N + 2)
         store_states(totals_0 + channel * N, N, sum_A, inside, N, REPEAT, SPREAD)
         if d_h0 is not None:
-            store_states(d_h0 + (db * d_inner + channel) * N, N, g, inside, N, REPEAT, SPREAD)
+            foremost = tl.where(sign > 0, length - base, base + here) == length
+            d_h0_0 = d_h0 + (db * d_inner + channel) * N
+            store_states(d_h0_0, N, g, both(inside, foremost), N, REPEAT, SPREAD)
         for r in tl.static_range(REPEAT):
             mine = inside[r] & (p == 0)
             tl.store(totals_0 + N * d_inner + channel + r, fold((sum_D[r],), t, SPREAD, 1)[0], mine)
@@ -475,7 +507,9 @@ def backward(
     groups, d_state = d.B.shape[2:]
     dy, z = as_rows(dy), None if z is None else as_rows(z)
     tile = _tile(d)
-    items = tile.programs(d) * count
+    window = window_length(d, count)
+    windows = triton.cdiv(length, window)
+    items = tile.programs(d) * count * windows
     programs = min(items, _multiprocessors(dy.device) * PROGRAMS)
     states = tile.REPEAT * triton.cdiv(d_state, tile.SPREAD)
     scratch = d.A.new_empty(programs, INTERVAL // tile.T, states, 32)
@@ -483,43 +517,64 @@ def backward(
     du, ddt, dA, dB, dC, dD, d_bias = (
         None if column is None else tuple(t.new_empty(t.shape) for t in column) for column in columns(directions)[:7]
     )
-    dz = None if z is None else z.new_empty(z.shape)
-    d_channels = d.A.new_empty(count, batch, d_inner * (d_state + 2))
+    dz = None
+    d_channels = d.A.new_empty(count, windows * batch, d_inner * (d_state + 2))
     # In bf16 rounding the parts costs no more than rounding their sum, and halves a tenth of all bytes moved.
     rounded = d.B.dtype == d.C.dtype == torch.bfloat16
     dBC = (d.B if rounded else d.A).new_empty(tile.blocks(d), count, batch, length, groups, 2, d_state)
     # With an initial state there is one direction.
     d_h0 = None if d.initial_state is None else d.A.new_empty(count, batch, *d.A.shape)
+    d_last_state = None if d_last_state is None else d_last_state.contiguous()
     with on_device_of(dy):
+        if z is not None:
+            # Gradients of parameters would show a rounded one.
+            dz, d_sum = z.new_empty(z.shape), d.A.new_empty(y_sum.shape)
+            tall, wide = 16, 128
+            _gate_kernel[(triton.cdiv(batch * length, tall), triton.cdiv(d_inner, wide))](
+                dy,
+                z,
+                y_sum,
+                d_sum,
+                dz,
+                batch * length,
+                length,
+                d_inner,
+                **row_arguments(z=z, dy=dy),
+                SCALE=scale,
+                ROWS=tall,
+                COLUMNS=wide,
+                S=tl.float64 if d.A.dtype == torch.float64 else tl.float32,
+            )
+            dy, scale = d_sum, 1.0
+        starts = window_starts(directions, window, dt_softplus=dt_softplus, start=d_last_state, dy=dy, scale=scale)
         _backward_kernel[(programs,)](
             *columns(directions)[:-1],
-            z,
             dy,
-            None if z is None else y_sum,
             checkpoints,
-            None if d_last_state is None else d_last_state.contiguous(),
+            scratch if starts is None else starts,
             du,
             ddt,
-            dz,
             d_channels,
             dBC,
             d_h0,
             scratch,
             items,
             **sizes(d),
-            **row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z, dy=dy),
+            window=window,
+            windows=windows,
+            started=int(starts is not None),
+            **row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, dy=dy),
             SCALE=scale,
             SOFTPLUS=dt_softplus,
             STAGES=STAGES,
-            **tile.constants(directions, z),
+            **tile.constants(directions),
             DY_PACK=pack(tile.REPEAT, dy),
-            Y_PACK=1 if z is None else pack(tile.REPEAT, y_sum),
             num_warps=1,
             num_stages=1,
         )
         wide, tall = 64, 64
         _channel_sums_kernel[(triton.cdiv(d_channels.shape[2], wide), count)](
-            d_channels, dA, dD, d_bias, batch, d_inner, N=d_state, ROWS=32, COLUMNS=wide
+            d_channels, dA, dD, d_bias, windows * batch, d_inner, N=d_state, ROWS=32, COLUMNS=wide
         )
         rows = batch * length * groups
         _row_sums_kernel[(triton.cdiv(rows, tall), count)](

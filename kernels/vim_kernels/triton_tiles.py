@@ -29,6 +29,7 @@ from .directions import Direction
 from .rows import row_strides
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 # Steps between the states that the forward pass keeps: at 64 they take an eighth of the memory of xz (a Vim-Ti block).
 INTERVAL = 64
@@ -104,6 +105,14 @@ def scaled(tiles, factor):
     for i in tl.static_range(len(tiles)):
         product = product + (tiles[i] * factor,)
     return product
+
+
+@triton.jit
+def both(masks, condition):
+    met = ()
+    for r in tl.static_range(len(masks)):
+        met = met + (masks[r] & condition,)
+    return met
 
 
 @triton.jit
@@ -309,7 +318,7 @@ class Tile(NamedTuple):
     def programs(self, d: Direction) -> int:
         return self.blocks(d) * d.B.shape[2] * d.u.shape[0]
 
-    def constants(self, directions: Sequence[Direction], z: Tensor | None) -> dict[str, object]:
+    def constants(self, directions: Sequence[Direction]) -> dict[str, object]:
         """Compile-time arguments that both scan kernels take."""
         states = triton.cdiv(directions[0].A.shape[1], self.SPREAD)
         return {
@@ -321,7 +330,6 @@ class Tile(NamedTuple):
             "DT_PACK": pack(self.REPEAT, *(d.dt for d in directions)),
             "B_PACK": pack(states, *(d.B for d in directions)),
             "C_PACK": pack(states, *(d.C for d in directions)),
-            "Z_PACK": 1 if z is None else pack(self.REPEAT, z),
         }
 
 

@@ -23,6 +23,8 @@ NAMES = [
     "scan_one_step_one_state",
     "scan_states_over_lanes",
     "scan_bare",
+    "scan_windows",
+    "pair_windows",
     "pair_two_channels_a_lane",
     "pair_bf16",
     "pair_that_needs_two_launches",
@@ -48,7 +50,13 @@ def cases() -> dict[str, dict[str, float]]:
         uneven_pair,
     )
 
-    from vim_kernels import bidirectional_selective_scan, selective_scan, triton_scan, triton_scan_backward
+    from vim_kernels import (
+        bidirectional_selective_scan,
+        selective_scan,
+        triton_scan_backward,
+        triton_scan_windows,
+        triton_tiles,
+    )
 
     bf16 = 0.02  # the interpreter cuts the lower half of an fp32 off where the hardware rounds
     # Outputs and scratch memory begin as NaN, so that one not written shows.
@@ -72,6 +80,9 @@ def cases() -> dict[str, dict[str, float]]:
         ),
         "pair_bf16": pair_excess(batch=1, length=9, d_inner=6, d_state=4, dtype=torch.bfloat16, limit=bf16),
         "pair_that_needs_two_launches": excess(bidirectional_selective_scan, uneven_pair(), limit=bf16),
+        "pair_two_channels_a_lane": pair_excess(
+            batch=1, length=6, d_inner=70, d_state=6, dtype=torch.float32, limit=1e-5
+        ),
         "scan_extremes": excess(selective_scan, extreme_inputs(d_inner=4, d_state=2), limit=1e-5),
         "conv": conv_excess(batch=1, length=18, channels=130, dtype=torch.float32, limit=1e-5),
         "conv_reverse_fp64": conv_excess(length=17, channels=3, width=3, reverse=True, limit=1e-12),
@@ -80,11 +91,11 @@ def cases() -> dict[str, dict[str, float]]:
         "conv_width_1": conv_excess(length=3, width=1, absent=("bias",), dtype=torch.float32, limit=1e-5),
         "conv_bf16": conv_excess(length=5, absent=("initial_state",), dtype=torch.bfloat16, limit=bf16),
     }
-    # As if there were channels enough for the tiles of large inputs.
-    triton_scan.ENOUGH_PROGRAMS = triton_scan_backward.ENOUGH_PROGRAMS = 1
-    found["pair_two_channels_a_lane"] = pair_excess(
-        batch=1, length=6, d_inner=70, d_state=6, dtype=torch.float32, limit=1e-5
-    )
+    # Windows of 16 steps and states kept every 8, for a long sequence in few of them.
+    triton_tiles.INTERVAL = triton_scan_backward.INTERVAL = triton_scan_windows.INTERVAL = 8
+    triton_scan_windows.LONGEST = 16
+    found["scan_windows"] = scan_excess(batch=1, length=37, d_inner=2, d_state=3, dtype=torch.float32, limit=1e-5)
+    found["pair_windows"] = pair_excess(batch=1, length=21, d_inner=2, d_state=2, dtype=torch.float32, limit=1e-5)
     return found
 
 

@@ -1,0 +1,276 @@
+# Triton grows a tuple by `tiles + (tile,)` and by nothing else.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+"""Long sequences of few rows, for the Triton scan: cut into windows that run at the same time.
+
+To the scan kernels a window is a sequence of its own. What they need besides is the state in front of every window, or
+for the backward the adjoint behind it, and these kernels find it: `_ends_kernel` runs the recurrence alone over each
+window from zero, and `_starts_kernel` goes from window to window with `start' = exp(A sum(delta)) start + end`. Finding
+them costs one more exponential for each state and step; it pays where whole sequences would leave the GPU idle.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .directions import Direction
+from .rows import columns, row_arguments, sizes
+from .triton_tiles import (
+    INTERVAL,
+    LOG2E,
+    Tile,
+    along,
+    fold,
+    from_lane,
+    heading,
+    load_channels,
+    load_rows,
+    load_states,
+    load_steps,
+    pack,
+    row_from_lane,
+    scaled,
+    spread_of_fours,
+    step_sizes,
+    store_states,
+    unpack_all,
+    zeros,
+)
+
+
+@triton.jit(
+    do_not_specialize=["batch", "length", "window", "windows", "x_pitch", "dt_pitch", "B_pitch"],
+)
+def _ends_kernel(
+    x,  # (B, L, E), one for each direction: u, or for the adjoint dy
+    dt,  # (B, L, E), likewise
+    A,  # (E, N)
+    B,  # (B, L, G, N): B, or C
+    dt_bias,  # (E,) or None
+    ends,  # (windows, directions, B, E, N)
+    totals,  # (windows, directions, B, E): sums of delta
+    batch,
+    length,
+    window,
+    windows,
+    d_inner,
+    group_size,
+    x_pitch,
+    x_stride,
+    dt_pitch,
+    dt_stride,
+    B_pitch,
+    B_stride,
+    REVERSE: tl.constexpr,  # for each direction, of the scan
+    ADJOINT: tl.constexpr,
+    SCALE: tl.constexpr,  # of dy
+    SOFTPLUS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    N: tl.constexpr,
+    REPEAT: tl.constexpr,
+    SPREAD: tl.constexpr,
+    T: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
+    X_PACK: tl.constexpr,
+    DT_PACK: tl.constexpr,
+    B_PACK: tl.constexpr,
+):
+    DIRECTIONS: tl.constexpr = len(REVERSE)
+    TILES: tl.constexpr = (N + SPREAD - 1) // SPREAD
+    EACH: tl.constexpr = SPREAD if SPREAD < T else T
+    S: tl.constexpr = ends.dtype.element_ty
+    X: tl.constexpr = x[0].dtype.element_ty
+    DT: tl.constexpr = dt[0].dtype.element_ty
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(group_size, REPEAT * LANES)
+    group = pid // blocks % GROUPS
+    b = (pid // (blocks * GROUPS) % batch).to(tl.int64)
+    dirs = pid // (blocks * GROUPS) // batch % DIRECTIONS
+    order = pid // (blocks * GROUPS) // batch // DIRECTIONS  # among the windows, as this recurrence comes to them
+
+    t = tl.arange(0, SPREAD * LANES)[:, None]
+    p = t % SPREAD
+    lane = t // SPREAD
+    c = pid % blocks * (REPEAT * LANES) + lane * REPEAT
+    channel = group * group_size + c
+    inside, bias, _ = load_channels(c, channel, group_size, dt_bias, None, dirs, REPEAT, S)
+    A_tiles = scaled(load_states(along(A, dirs) + channel * N, N, inside, N, REPEAT, SPREAD, S), LOG2E)
+    h = zeros(REPEAT * TILES, t, S)
+    sums = zeros(REPEAT, t, S)
+
+    _, sign = heading(dirs, length, REVERSE)
+    if ADJOINT:
+        sign = -sign
+    at = tl.where(sign > 0, order, windows - 1 - order)
+    end = tl.minimum(window, length - at * window)
+    first = at * window + tl.where(sign > 0, 0, end - 1)
+    x_step = (sign * x_stride).to(tl.int64)
+    dt_step = (sign * dt_stride).to(tl.int64)
+    B_step = (sign * B_stride).to(tl.int64)
+    x_p = along(x, dirs) + ((b * x_pitch + first) * x_stride + channel) + p * x_step
+    dt_p = along(dt, dirs) + ((b * dt_pitch + first) * dt_stride + channel) + p * dt_step
+    B_p = along(B, dirs) + ((b * B_pitch + first) * B_stride + group * N + p * TILES) + lane * B_step
+
+    for step in tl.range(0, end, T, num_stages=STAGES):
+        xs = load_steps(x_p, x_step, step, end, p, inside, T, REPEAT, SPREAD, X_PACK)
+        dts = load_steps(dt_p, dt_step, step, end, p, inside, T, REPEAT, SPREAD, DT_PACK)
+        Bs = load_rows(B_p, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK)
+        x_p += T * x_step
+        dt_p += T * dt_step
+        B_p += T * B_step
+        values, deltas = step_sizes(xs, dts, bias, step, end, p, SOFTPLUS, T, REPEAT, SPREAD, X_PACK, DT_PACK, X, DT, S)
+        inputs = ()
+        for j in tl.static_range(T // EACH):
+            sums_j = ()
+            for r in tl.static_range(REPEAT):
+                sums_j = sums_j + (sums[r] + tl.where(p < EACH, deltas[j * REPEAT + r], 0.0),)
+                inputs = inputs + (values[j * REPEAT + r] * (SCALE if ADJOINT else deltas[j * REPEAT + r]),)
+            sums = sums_j
+        B_rows = unpack_all(Bs, TILES, B_PACK, B[0].dtype.element_ty, S)
+        for k in tl.static_range(T):
+            B_k = row_from_lane(B_rows, k, p, TILES, SPREAD, LANES)
+            h_k = ()
+            for r in tl.static_range(REPEAT):
+                delta_k = from_lane(deltas[k // EACH * REPEAT + r], t - p + k % EACH)
+                x_k = from_lane(inputs[k // EACH * REPEAT + r], t - p + k % EACH)
+                for i in tl.static_range(TILES):
+                    decay = tl.exp2(delta_k * A_tiles[r * TILES + i])
+                    if ADJOINT:
+                        h_k = h_k + (decay * (h[r * TILES + i] + x_k * B_k[i]),)
+                    else:
+                        h_k = h_k + (decay * h[r * TILES + i] + x_k * B_k[i],)
+            h = h_k
+
+    row = (at.to(tl.int64) * DIRECTIONS + dirs) * batch + b
+    store_states(ends + (row * d_inner + channel) * N, N, h, inside, N, REPEAT, SPREAD)
+    for r in tl.static_range(REPEAT):
+        total = fold((sums[r],), t, SPREAD, 1)[0]
+        tl.store(totals + row * d_inner + channel + r, total, inside[r] & (p == 0))
+
+
+@triton.jit(do_not_specialize=["batch", "windows"])
+def _starts_kernel(
+    ends,  # (windows, directions, B, E, N): the end of each window from zero, replaced by its start
+    totals,  # (windows, directions, B, E)
+    A,  # (E, N), one for each direction
+    start,  # (directions, B, E, N) or None: of the first window
+    batch,
+    windows,
+    d_inner,
+    REVERSE: tl.constexpr,  # for each direction, whether the last window is the first
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    DIRECTIONS: tl.constexpr = len(REVERSE)
+    db = tl.program_id(1)
+    dirs = db // batch
+    channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    n = tl.arange(0, COLUMNS)[None, :]
+    inside = (channel < d_inner) & (n < N)
+    A_dn = tl.load(along(A, dirs) + channel * N + n, inside, 0.0) * LOG2E
+    if start is not None:
+        h = tl.load(start + (db.to(tl.int64) * d_inner + channel) * N + n, inside, 0.0)
+    else:
+        h = tl.zeros([ROWS, COLUMNS], ends.dtype.element_ty)
+    backwards = dirs == 1 if DIRECTIONS == 2 else dirs == 0
+    backwards = backwards == REVERSE[DIRECTIONS - 1]
+    for order in range(windows):
+        at = tl.where(backwards, windows - 1 - order, order)
+        row = (at.to(tl.int64) * (DIRECTIONS * batch) + db) * d_inner + channel
+        end = tl.load(ends + row * N + n, inside & (order < windows - 1), 0.0)
+        total = tl.load(totals + row, (channel < d_inner) & (order < windows - 1), 0.0)
+        tl.store(ends + row * N + n, h, inside)
+        h = tl.exp2(A_dn * total) * h + end
+
+
+# Warps of the forward kernel that keep an H100 busy, and what has been found to pay there: no windows where sequences
+# alone give a quarter of them, and windows of no more than so many steps.
+WARPS, LONGEST = 1584, 768
+
+
+def window_length(d: Direction, directions: int) -> int:
+    """Steps of a window; the whole length where there are rows enough. The same for the forward and the backward.
+
+    A function of shapes only. A multiple of twice the interval of checkpoints, so that windows keep as many as whole
+    sequences do: `checkpoint_rows` need not know.
+    """
+    batch, length, d_inner = d.u.shape
+    wanted = WARPS // max(1, directions * batch * triton.cdiv(d_inner, 32))
+    if wanted < 4:
+        return length
+    unit = 2 * INTERVAL
+    return triton.cdiv(min(triton.cdiv(length, wanted), LONGEST), unit) * unit
+
+
+def window_starts(
+    directions: Sequence[Direction],
+    window: int,
+    *,
+    dt_softplus: bool,
+    start: Tensor | None,
+    dy: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor | None:
+    """State in front of each window, (windows, directions, B, E, N): `start` for a single one.
+
+    With dy the adjoint behind each window, of a loss whose gradient by the ungated sum is scale * dy.
+    `start`: (directions, B, E, N), the state before, or the adjoint behind, the sequence.
+    """
+    d, count = directions[0], len(directions)
+    batch, length, d_inner = d.u.shape
+    windows = triton.cdiv(length, window)
+    if windows == 1:
+        return start
+    adjoint = dy is not None
+    ends = d.A.new_empty(windows, count, batch, *d.A.shape)
+    totals = d.A.new_empty(windows, count, batch, d_inner)
+    _, dt, A, _, _, _, dt_bias, _ = columns(directions)
+    x = tuple(each.u if dy is None else dy for each in directions)
+    rows = tuple(each.C if adjoint else each.B for each in directions)
+    spread = spread_of_fours(d.A.shape[1])
+    tile = Tile(4 if d.A.dtype == torch.float32 and spread <= 4 else 1, spread, 4)
+    constants = tile.constants(directions)
+    reverse = tuple(each.reverse for each in directions)
+    _ends_kernel[(tile.programs(d) * count * (windows - 1),)](
+        x,
+        dt,
+        A,
+        rows,
+        dt_bias,
+        ends,
+        totals,
+        **sizes(d),
+        window=window,
+        windows=windows,
+        **row_arguments(x=x[0], dt=d.dt, B=rows[0]),
+        REVERSE=reverse,
+        ADJOINT=adjoint,
+        SCALE=scale,
+        SOFTPLUS=dt_softplus,
+        STAGES=3,
+        **{name: constants[name] for name in ("REPEAT", "SPREAD", "T", "LANES", "DT_PACK")},
+        X_PACK=pack(tile.REPEAT, *x),
+        B_PACK=constants["C_PACK" if adjoint else "B_PACK"],
+        num_warps=1,
+        num_stages=1,
+    )
+    _starts_kernel[(triton.cdiv(d_inner, 16), count * batch)](
+        ends,
+        totals,
+        A,
+        start,
+        batch,
+        windows,
+        d_inner,
+        REVERSE=tuple(flag != adjoint for flag in reverse),
+        N=d.A.shape[1],
+        ROWS=16,
+        COLUMNS=triton.next_power_of_2(d.A.shape[1]),
+        num_warps=1,
+    )
+    return ends
