@@ -1,7 +1,8 @@
-"""State-space kernels: the selective scan, its single step and the causal convolution in front of it."""
+"""State-space kernels: the selective scan, its single step, and the convolution and norm in front of it."""
 
 from .backends import available_backends
 from .causal_conv import bidirectional_causal_conv1d, causal_conv1d
+from .rms_norm import rms_norm
 from .selective_scan import bidirectional_selective_scan, selective_scan
 from .state_update import selective_state_update
 
@@ -10,6 +11,7 @@ __all__ = [
     "bidirectional_causal_conv1d",
     "bidirectional_selective_scan",
     "causal_conv1d",
+    "rms_norm",
     "selective_scan",
     "selective_state_update",
 ]

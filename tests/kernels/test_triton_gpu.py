@@ -16,13 +16,14 @@ from triton_checks import (
     excess,
     extreme_inputs,
     leaves,
+    norm_excess,
     pair_excess,
     results,
     scan_excess,
     uneven_pair,
 )
 
-from vim_kernels import bidirectional_selective_scan, causal_conv1d, selective_scan
+from vim_kernels import bidirectional_selective_scan, causal_conv1d, rms_norm, selective_scan
 
 pytestmark = pytest.mark.gpu
 
@@ -146,6 +147,16 @@ def test_convolution_equals_reference(shape):
 def test_convolution_in_other_precisions(precision):
     assert_within(conv_excess(**precision))
     assert_within(conv_excess(**precision, activation=None))
+
+
+def test_norm():
+    assert_within(norm_excess(device="cuda"))
+    assert_within(norm_excess((12_345, 96), device="cuda"))
+    assert_within(norm_excess((2, 5000), out=torch.bfloat16, device="cuda", limit=8e-3))
+    assert_within(norm_excess((77, 384), dtype=torch.bfloat16, device="cuda", limit=8e-3))
+    x, weight = (torch.randn(*shape, 20, device="cuda", dtype=torch.float64) for shape in ((2, 3), ()))
+    assert torch.autograd.gradcheck(rms_norm, [x.requires_grad_(), weight.requires_grad_()])
+    assert rms_norm(x[:0], weight).shape == (0, 3, 20)
 
 
 def test_golden_scan(golden):

@@ -35,6 +35,8 @@ NAMES = [
     "conv_width_1",
     "conv_bf16",
     "conv_pair",
+    "norm",
+    "norm_in_bf16",
 ]
 
 
@@ -45,6 +47,7 @@ def cases() -> dict[str, dict[str, float]]:
         conv_pair_excess,
         excess,
         extreme_inputs,
+        norm_excess,
         pair_excess,
         scan_excess,
         uneven_pair,
@@ -89,6 +92,8 @@ def cases() -> dict[str, dict[str, float]]:
         "conv_short": conv_excess(length=2, channels=3, activation=None, reverse=True, dtype=torch.float32, limit=1e-5),
         "conv_pair": conv_pair_excess(batch=2, length=70, channels=5, width=3, dtype=torch.float32, limit=1e-5),
         "conv_width_1": conv_excess(length=3, width=1, absent=("bias",), dtype=torch.float32, limit=1e-5),
+        "norm": norm_excess(),
+        "norm_in_bf16": norm_excess((5, 20), out=torch.bfloat16, limit=bf16),
         "conv_bf16": conv_excess(length=5, absent=("initial_state",), dtype=torch.bfloat16, limit=bf16),
     }
     # Windows of 16 steps and states kept every 8, for a long sequence in few of them.

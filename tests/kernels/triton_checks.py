@@ -116,3 +116,19 @@ def extreme_inputs(dtype=torch.float32, device="cpu", **shape) -> dict:
         inputs["u"] *= inputs["u"].new_tensor([1e4, 1.0, 1e4, 1e-4] * channels)
         inputs["z"] += inputs["z"].new_tensor([-1e4, -100.0, 0.0, 100.0] * channels)
     return inputs
+
+
+def norm_excess(shape=(3, 7, 192), *, dtype=torch.float32, out=None, device="cpu", limit=1e-5) -> dict[str, float]:
+    """`rms_norm` by its kernels, and its gradients, against torch's in fp64, as fractions of what is allowed."""
+    from vim_kernels import triton_norm
+
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(*shape, generator=generator)).to(device, dtype)
+    weight = torch.randn(shape[-1], generator=generator).to(device)
+    dy = torch.randn(*shape, generator=generator).to(device, out or dtype)
+    got = [triton_norm.forward(x, weight, 1e-5, out or dtype), *triton_norm.backward(dy, x, weight, 1e-5)]
+    assert [t.dtype for t in got] == [out or dtype, dtype, weight.dtype]
+    leaves = [t.double().requires_grad_() for t in (x, weight)]
+    y = torch.nn.functional.rms_norm(leaves[0], shape[-1:], leaves[1], 1e-5)
+    want = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
+    return {name: error(g, w) / limit for name, g, w in zip(("y", "x", "weight"), got, want, strict=True)}

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from vim.layers import BiMamba, Mamba, MambaCache
+from vim.layers import BiMamba, Mamba, MambaCache, RMSNorm
 from vim.models.official import native_name
+from vim_kernels import rms_norm
 
 
 def official_mixer(tensors: dict) -> dict:
@@ -126,3 +127,16 @@ def test_autocast_error_and_bf16_weights(mixer_class, relative_error):
     got = mixer.bfloat16()(x.bfloat16())
     assert got.dtype == torch.bfloat16
     assert (got - want).norm() / want.norm() < 4e-2
+
+
+def test_norm_hands_on_low_precision_under_autocast():
+    """Rounded once, from the exact result; torch's where there is no autocast, and without one to ask for on meta."""
+    norm = RMSNorm(20, eps=1e-5)
+    x = torch.randn(3, 5, 20)
+    want = torch.nn.functional.rms_norm(x, (20,), norm.weight, 1e-5)
+    assert torch.equal(norm(x), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(x), want.bfloat16())
+    assert norm.to("meta")(x.to("meta")).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"weight must be \(channels,\) = \(20,\), got \(19,\)"):
+        rms_norm(x, torch.ones(19))

@@ -2,6 +2,7 @@
 
 from .bimamba import BiMamba
 from .mamba import Mamba, MambaCache
+from .norm import RMSNorm
 from .selective_ssm import SelectiveSSM
 
-__all__ = ["BiMamba", "Mamba", "MambaCache", "SelectiveSSM"]
+__all__ = ["BiMamba", "Mamba", "MambaCache", "RMSNorm", "SelectiveSSM"]

@@ -8,6 +8,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
@@ -30,7 +31,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vim.layers import BiMamba
+from vim.layers import BiMamba, RMSNorm
 
 from . import official
 
@@ -118,7 +119,14 @@ class PatchEmbed(nn.Module):
             h, w = self.img_size
             _assert(x.shape[-2] == h, f"input height must be img_size's {h}, got {x.shape[-2]}; see set_input_size")
             _assert(x.shape[-1] == w, f"input width must be img_size's {w}, got {x.shape[-1]}; see set_input_size")
-        return self.proj(x).flatten(2).transpose(1, 2)
+        if self.patch_stride != self.patch_size:
+            return self.proj(x).flatten(2).transpose(1, 2)
+        # Patches that do not overlap are a matrix product; as a convolution in low precision cuDNN takes ten times as
+        # long, without tensor cores.
+        (p_h, p_w), (rows, columns) = self.patch_size, self.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        x = x[..., : rows * p_h, : columns * p_w].unflatten(3, (columns, p_w)).unflatten(2, (rows, p_h))
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Block(nn.Module):
@@ -130,7 +138,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, d_state: int, d_conv: int, expand: int, drop_path: float, *, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm = nn.RMSNorm(dim, eps=1e-5, **dd)
+        self.norm = RMSNorm(dim, eps=1e-5, **dd)
         self.mixer = BiMamba(dim, d_state=d_state, d_conv=d_conv, expand=expand, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

@@ -1,0 +1,24 @@
+"""Normalisation in front of a mixer."""
+
+import torch
+from torch import Tensor, nn
+
+from vim_kernels import rms_norm
+
+# FX keeps the call as a leaf; inside, it asks for the device.
+torch.fx.wrap("norm_for_autocast")
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` over the last dimension that hands on low precision under autocast, where torch's returns fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_for_autocast(x, self.weight, self.eps)
+
+
+def norm_for_autocast(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    """`rms_norm` in the dtype that a Linear behind it would cast to."""
+    device = x.device.type
+    low = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    assert eps is not None
+    return rms_norm(x, weight, eps, dtype=torch.get_autocast_dtype(device) if low else None)
