@@ -4,16 +4,19 @@ import json
 import os
 import pickle
 import re
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from image_tree import write_image_tree
 
 from vim.data import AugmentConfig, DataConfig, EvalDataConfig
 from vim.training import ConfigError, InterruptedRunError, RunError, ValidateConfig, train, trainer, validate
 from vim.training.checkpoint import load_checkpoint, save_checkpoint
 from vim.training.config import EmaConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from vim.training.graphs import wants_cuda_graph
 from vim.training.run_folder import RunFolder
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # on a CPU, equal means equal to the last bit
@@ -308,3 +311,43 @@ def test_a_damaged_checkpoint_says_which(tmp_path):
     path.write_bytes(b"garbage")
     with pytest.raises(RunError, match=f"cannot load checkpoint {path}"):
         load_checkpoint(path)
+
+
+# CUDA graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_graph_trains_as_the_eager_step(tree, tmp_path, monkeypatch, precision):
+    """The same run, drop path and dropout included, and buffers that the capture's warm-up must not have moved."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    logs = []
+    for name, kwargs in {"vit_tiny_patch16_224": TINY, "resnet10t": {"in_chans": 1}}.items():
+        for cuda_graph in (False, True):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            model = ModelConfig(name, kwargs={"drop_rate": 0.1, **kwargs}, cuda_graph=cuda_graph)
+            train(config(tree, tmp_path / f"{name}{cuda_graph}", model=model, precision=precision))
+            logs.append(log(tmp_path / f"{name}{cuda_graph}"))
+        eager, graph = logs[-2:]
+        for a, b in zip(eager, graph, strict=True):
+            assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-3)
+            assert b["loss"] == pytest.approx(a["val_loss"], rel=1e-2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": ModelConfig(cuda_graph=False)},
+        {"model": ModelConfig(compile=True)},
+        {"model": ModelConfig(grad_checkpointing=True)},
+        {"accumulate": 2},
+    ],
+    ids=str,
+)
+def test_what_a_graph_is_not_for(tree, tmp_path, changes):
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    assert wants_cuda_graph(config(tree, tmp_path), gpu)
+    assert not wants_cuda_graph(config(tree, tmp_path, **changes), gpu)
+    assert not wants_cuda_graph(config(tree, tmp_path), SimpleNamespace(device=gpu.device, num_processes=2))
+    assert not wants_cuda_graph(config(tree, tmp_path), SimpleNamespace(device=torch.device("cpu"), num_processes=1))

@@ -28,6 +28,9 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
     """torch.compile the model."""
+    cuda_graph: bool = True
+    """Replay the forward and backward of a training step as CUDA graphs: launching small kernels one by one can take
+    longer than running them. On one GPU, without accumulate, grad_checkpointing and compile; else without effect."""
 
     def __post_init__(self):
         if self.pretrained and self.checkpoint:

@@ -29,11 +29,13 @@ from vim.data import (
 from .config import Precision, TrainConfig
 from .errors import ConfigError, RunError
 from .evaluation import Evaluation, evaluate
+from .graphs import capture_training, wants_cuda_graph
 from .model import create_model, resolve_input
 from .optim import create_optimizer, create_schedule
 from .progress import Progress
 from .state import TrainingState
 
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS_BETWEEN_CHECKS = 20  # reading the loss waits for the GPU
 
 
@@ -84,6 +86,9 @@ class Trainer:
             enable_grad_checkpointing(model, config.model.name)
         if config.model.compile:
             model.compile()  # in place: the names of the state dict stay
+        if wants_cuda_graph(config, accelerator):
+            sample = torch.zeros(data.batch_size, *self.data_config["input_size"], device=accelerator.device)
+            capture_training(model, sample, AUTOCAST[config.precision])
         self.mixup = create_mixup(config.augment, len(self.classes))
         self.loss = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(config.augment.smoothing)
 
