@@ -59,7 +59,10 @@ def test_options_stand_behind_the_model():
     ("args", "message"),
     [
         (["--models", "[vim_tiny+grap]"], "unknown option 'grap' in 'vim_tiny+grap'; did you mean 'graph'?"),
-        (["--models", "[vim_tiny+x]"], "unknown option 'x' in 'vim_tiny+x'; there are compile, graph, materialised"),
+        (
+            ["--models", "[vim_tiny+x]"],
+            "unknown option 'x' in 'vim_tiny+x'; there are checkpoint, compile, graph, mater",
+        ),
         (["--models", "[vim_tiny+graph+graph]"], "an option stands twice in 'vim_tiny+graph+graph'"),
         (["--models", "[vim_tiny, vim_tiny]"], "'vim_tiny' stands there twice"),
         (["--models", "[]"], "models and workloads must name at least one each"),
@@ -184,9 +187,10 @@ def test_materialised_attention_runs_without_flash_and_gives_the_same(model_of, 
     assert_close(materialised, fused, rtol=1e-4, atol=1e-5)
 
 
-def test_materialised_needs_attention_and_a_free_size_is_not_forced_on_models():
+def test_options_of_a_contender_and_a_free_size_is_not_forced_on_models():
     with pytest.raises(ConfigError, match="test_convnext has no attention with a fused form; leave out"):
         module.create_contender(Contender("test_convnext", ("materialised",)), 32)
+    assert module.create_contender(Contender("vim_nano", ("checkpoint",)), 32).grad_checkpointing
     assert module.create_contender(Contender("test_vit"), 48).patch_embed.img_size == (48, 48)
 
 

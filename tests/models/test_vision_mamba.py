@@ -385,6 +385,26 @@ def test_trains_in_bf16_autocast_with_drop_path_and_gradient_checkpointing():
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context")  # it says that it does not see the kept scans
+def test_checkpointing_keeps_no_more_than_the_inputs_and_the_scans_of_the_blocks():
+    model = timm.create_model("vim_nano", img_size=64, patch_size=8, num_classes=5).train()
+    x = torch.randn(4, 3, 64, 64)
+    kept = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        kept.append(0)
+
+        def note(t):
+            kept[-1] += t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            model(x).sum()
+    tokens = 4 * 65 * model.embed_dim
+    assert kept[1] < 3 * len(model.blocks) * tokens
+    assert kept[0] > 10 * kept[1]
+
+
 def test_compiles_in_one_graph():
     torch.manual_seed(0)
     model = timm.create_model("vim_nano", img_size=32, depth=2).eval()

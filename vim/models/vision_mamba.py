@@ -23,15 +23,13 @@ from timm.layers import (
 )
 from timm.models import (
     build_model_with_cfg,
-    checkpoint,
-    checkpoint_seq,
     generate_default_cfgs,
     register_model,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vim.layers import BiMamba, RMSNorm
+from vim.layers import BiMamba, RMSNorm, recompute_all_but_scans
 
 from . import official
 
@@ -141,9 +139,14 @@ class Block(nn.Module):
         self.norm = RMSNorm(dim, eps=1e-5, **dd)
         self.mixer = BiMamba(dim, d_state=d_state, d_conv=d_conv, expand=expand, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.grad_checkpointing = False
+
+    def _mix(self, x: Tensor) -> Tensor:
+        return self.mixer(self.norm(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.mixer(self.norm(x)))
+        recompute = self.grad_checkpointing and self.training
+        return x + self.drop_path(recompute_all_but_scans(self._mix, x) if recompute else self._mix(x))
 
 
 class VisionMamba(nn.Module):
@@ -162,6 +165,9 @@ class VisionMamba(nn.Module):
         drop_rate: dropout before the head. drop_path_rate: stochastic depth of the last block, rising linearly from 0.
         weight_init: "skip" leaves the tables and the head uninitialised, for a model that will load its weights.
     """
+
+    # A CUDA graph can hold its checkpointing, which draws no random numbers.
+    graph_safe_checkpointing = True
 
     def __init__(
         self,
@@ -252,7 +258,10 @@ class VisionMamba(nn.Module):
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep of each block its input and its scans' outputs in training, and recompute the rest in the backward."""
         self.grad_checkpointing = enable
+        for block in self.blocks:
+            block.grad_checkpointing = enable  # type: ignore[assignment]
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -345,7 +354,7 @@ class VisionMamba(nn.Module):
         x = self._embed(x)
         intermediates = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
+            x = block(x)
             if i in taken:
                 tokens = self._prefix_first(self.norm(x) if norm else x)
                 prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
@@ -382,9 +391,7 @@ class VisionMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) -> normalised tokens (B, T + P, D), class tokens first."""
-        x = self._embed(x)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
-        return self._prefix_first(self.norm(x))
+        return self._prefix_first(self.norm(self.blocks(self._embed(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, T + P, D) -> logits (B, num_classes), or with pre_logits the pooled features (B, D)."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .config import BenchmarkConfig, Contender, Precision, Workload
 from .errors import ConfigError, InterruptedRunError, RunError
-from .model import timm_name
+from .model import enable_grad_checkpointing, timm_name
 from .plots import contender_name, plot_benchmark, workload_name
 from .progress import Progress
 
@@ -195,7 +195,7 @@ def build_step(contender: Contender, workload: Workload, precision: Precision, d
 def create_contender(contender: Contender, img_size: int) -> nn.Module:
     """The timm model with random weights, at this image size if it has one to choose.
 
-    Raises: ConfigError for `materialised` where no attention has a fused form.
+    Raises: ConfigError for `checkpoint` and `materialised` where the model has no such thing.
     """
     name = timm_name(contender.model)
     try:
@@ -204,6 +204,8 @@ def create_contender(contender: Contender, img_size: int) -> nn.Module:
         if "img_size" not in str(error):
             raise
         model = timm.create_model(name, num_classes=CLASSES)  # convolutions take any size
+    if "checkpoint" in contender.options:
+        enable_grad_checkpointing(model, contender.model)
     if "materialised" in contender.options:
         attentions = [module for module in model.modules() if hasattr(module, "fused_attn")]
         if not attentions:

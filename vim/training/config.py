@@ -30,7 +30,8 @@ class ModelConfig:
     """torch.compile the model."""
     cuda_graph: bool = True
     """Replay the forward and backward of a training step as CUDA graphs: launching small kernels one by one can take
-    longer than running them. On one GPU, without accumulate, grad_checkpointing and compile; else without effect."""
+    longer than running them. On one GPU, without accumulate, compile and, but for Vim, grad_checkpointing; else without
+    effect."""
 
     def __post_init__(self):
         if self.pretrained and self.checkpoint:
@@ -153,12 +154,13 @@ class ValidateConfig:
 class Contender:
     """A model of a benchmark and how it runs, written `name+option+option`."""
 
-    OPTIONS = ("compile", "graph", "materialised")
+    OPTIONS = ("checkpoint", "compile", "graph", "materialised")
 
     model: str
     """Any timm model."""
     options: tuple[str, ...] = ()
-    """compile: torch.compile. graph: the whole step is one CUDA graph. materialised: attention without flash."""
+    """checkpoint: activations are recomputed in the backward pass. compile: torch.compile. graph: the whole step is one
+    CUDA graph. materialised: attention without flash."""
 
     @classmethod
     def parse(cls, text: str) -> "Contender":
@@ -218,7 +220,8 @@ class BenchmarkConfig:
     """The benchmark."""
 
     models: list[str] = field(default_factory=lambda: ["vim_tiny", "deit_tiny_patch16_224"])
-    """Timm models, each with options: name, name+compile, +graph (a CUDA graph), +materialised (no flash attention)."""
+    """Timm models, each with options: name, name+compile, +graph (a CUDA graph), +checkpoint (activations recomputed),
+    +materialised (no flash attention)."""
     workloads: list[Workload] = field(default_factory=lambda: [Workload("inference"), Workload("train")])
     """What they do: list of mode (inference or train), img_size (pixels), batch_size (images), models (null: all)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

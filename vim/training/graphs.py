@@ -8,11 +8,13 @@ from .config import TrainConfig
 from .errors import ConfigError
 
 
-def wants_cuda_graph(config: TrainConfig, accelerator: Accelerator) -> bool:
+def wants_cuda_graph(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> bool:
     """Whether the run is one that `capture_training` is for: see ModelConfig.cuda_graph."""
-    model = config.model
-    plain = not (model.grad_checkpointing or model.compile) and config.accumulate == 1
-    return model.cuda_graph and plain and accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    # Most models' checkpointing saves and restores the state of random numbers, which no capture can hold.
+    capturable = not config.model.grad_checkpointing or getattr(model, "graph_safe_checkpointing", False)
+    plain = not config.model.compile and config.accumulate == 1
+    one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    return config.model.cuda_graph and capturable and plain and one_gpu
 
 
 def capture_training(model: nn.Module, images: Tensor, dtype: torch.dtype | None) -> None:

@@ -37,6 +37,13 @@ def create_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
         raise ConfigError(f"model.kwargs do not fit {config.name}: {error}") from error
 
 
+def enable_grad_checkpointing(model: nn.Module, name: str) -> None:
+    try:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:  # timm has models of both kinds
+        raise ConfigError(f"{name} has no gradient checkpointing; leave it out") from error
+
+
 def timm_name(name: str) -> str:
     """The name for timm.create_model; a run folder may be given as its path.
 

@@ -10,7 +10,6 @@ from accelerate.utils import set_seed
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
-from torch import nn
 
 from vim.data import (
     AugmentConfig,
@@ -30,7 +29,7 @@ from .config import Precision, TrainConfig
 from .errors import ConfigError, RunError
 from .evaluation import Evaluation, evaluate
 from .graphs import capture_training, wants_cuda_graph
-from .model import create_model, resolve_input
+from .model import create_model, enable_grad_checkpointing, resolve_input
 from .optim import create_optimizer, create_schedule
 from .progress import Progress
 from .state import TrainingState
@@ -86,7 +85,7 @@ class Trainer:
             enable_grad_checkpointing(model, config.model.name)
         if config.model.compile:
             model.compile()  # in place: the names of the state dict stay
-        if wants_cuda_graph(config, accelerator):
+        if wants_cuda_graph(model, config, accelerator):
             sample = torch.zeros(data.batch_size, *self.data_config["input_size"], device=accelerator.device)
             capture_training(model, sample, AUTOCAST[config.precision])
         self.mixup = create_mixup(config.augment, len(self.classes))
@@ -165,13 +164,6 @@ class Trainer:
             averaged = evaluate(self.state.ema.module, self.val_batches, self.accelerator, self.progress)
             metrics |= averaged.metrics("ema_")
         return evaluation, metrics
-
-
-def enable_grad_checkpointing(model: nn.Module, name: str) -> None:
-    try:
-        model.set_grad_checkpointing()  # type: ignore[operator]
-    except (AttributeError, AssertionError) as error:  # timm has models of both kinds
-        raise ConfigError(f"{name} has no gradient checkpointing; set model.grad_checkpointing to false") from error
 
 
 def create_mixup(augment: AugmentConfig, num_classes: int) -> Mixup | None:
