@@ -37,13 +37,12 @@ from .triton_tiles import (
     load_rows,
     load_states,
     load_steps,
-    pack,
     row_from_lane,
     scaled,
-    sigmoid,
     spread_of_fours,
     step_sizes,
     store_states,
+    store_words,
     unpack_all,
 )
 
@@ -227,13 +226,12 @@ def _forward_kernel(
                         y_t = ys[r] * SCALE
                         if z is not None:
                             z_t = z_values[j * REPEAT + r]
-                            y_t *= z_t * sigmoid(z_t)
-                        if y_sum is not None:
-                            tl.store(y_sum + at + j * EACH * y_step + r, ys[r], inside[r] & valid)
+                            y_t = y_t * z_t / (1 + tl.exp2(-z_t * LOG2E))
                         gated = gated + (y_t,)
+                    if y_sum is not None:
+                        store_words(y_sum + at + j * EACH * y_step, ys, both(inside, valid), Y_PACK)
                     ys = gated
-                for r in tl.static_range(REPEAT):
-                    tl.store(y + at + j * EACH * y_step + r, ys[r], inside[r] & valid)
+                store_words(y + at + j * EACH * y_step, ys, both(inside, valid), Y_PACK)
             us_now, deltas = us_next, deltas_next
             B_p += T * B_step
             C_p += T * C_step
@@ -245,17 +243,15 @@ def _forward_kernel(
     store_states(last_state + state, N, h, both(inside, last), N, REPEAT, SPREAD)
 
 
-def _tile(d: Direction, directions: int) -> Tile:
+def _tile(d: Direction) -> Tile:
     """From shapes and dtypes only, never from a measurement at run time: the same call gives the same bits anywhere.
 
-    Not from the length: a new image size compiles nothing. Four channels a lane where that leaves every multiprocessor
-    of a large GPU work: fewer instructions in all, but warps that hide less of each other's latencies.
+    Not from the length: a new image size compiles nothing.
     """
     spread = spread_of_fours(d.A.shape[1])
     if d.A.dtype != torch.float32 or spread > 4:
         return Tile(2 if d.A.dtype == torch.float32 and spread <= 8 else 1, min(32, 2 * spread), 8)
-    wide = Tile(4, spread, max(4, min(8, spread)))
-    return wide if directions * wide.programs(d) >= 1536 else Tile(2, spread, 8)
+    return Tile(4, spread, 4)
 
 
 def forward(
@@ -273,7 +269,7 @@ def forward(
     checkpoints = d.A.new_empty(count, batch, checkpoint_rows(length, count), *d.A.shape) if save else None
     window = window_length(d, count)
     windows = triton.cdiv(length, window)
-    tile = _tile(d, count)
+    tile = _tile(d)
     # With an initial state there is one direction.
     initial = None if d.initial_state is None else d.initial_state.unsqueeze(0)
     with on_device_of(d.u):
@@ -294,8 +290,8 @@ def forward(
             SOFTPLUS=dt_softplus,
             STAGES=3,
             **tile.constants(directions),
-            Z_PACK=1 if z is None else pack(tile.REPEAT, z),
-            Y_PACK=pack(tile.REPEAT, y),
+            Z_PACK=1 if z is None else tile.pack(d, z),
+            Y_PACK=tile.pack(d, y),
             num_warps=count,
             num_stages=1,
             maxnreg=168 if tile.REPEAT == 4 else None,

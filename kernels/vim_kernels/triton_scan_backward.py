@@ -42,13 +42,13 @@ from .triton_tiles import (
     load_rows,
     load_states,
     load_steps,
-    pack,
     row_from_lane,
     scaled,
     sigmoid,
     spread_of_fours,
     step_sizes,
     store_states,
+    store_words,
     unpack,
     unpack_all,
     zeros,
@@ -173,6 +173,8 @@ def _backward_kernel(
     B_PACK: tl.constexpr,
     C_PACK: tl.constexpr,
     DY_PACK: tl.constexpr,
+    DU_PACK: tl.constexpr,
+    DDT_PACK: tl.constexpr,
 ):
     DIRECTIONS: tl.constexpr = len(REVERSE)
     TILES: tl.constexpr = (N + SPREAD - 1) // SPREAD
@@ -383,6 +385,8 @@ def _backward_kernel(
                     out = (step + j * EACH).to(tl.int64) * out_step
                     sum_D_j = ()
                     sum_bias_j = ()
+                    dus = ()
+                    ddts = ()
                     for r in tl.static_range(REPEAT):
                         gB_steps = ()
                         qA_steps = ()
@@ -400,8 +404,10 @@ def _backward_kernel(
                             du_t += skip[r] * dy_t
                             sum_D_j = sum_D_j + (sum_D[r] + tl.where(valid, dy_t * u_t, 0.0),)
                         sum_bias_j = sum_bias_j + (sum_bias[r] + tl.where(valid, ddt_t, 0.0),)
-                        tl.store(du_0 + out + out_lane + r, du_t, inside[r] & valid)
-                        tl.store(ddt_0 + out + out_lane + r, ddt_t, inside[r] & valid)
+                        dus = dus + (du_t,)
+                        ddts = ddts + (ddt_t,)
+                    store_words(du_0 + out + out_lane, dus, both(inside, valid), DU_PACK)
+                    store_words(ddt_0 + out + out_lane, ddts, both(inside, valid), DDT_PACK)
                     if D is not None:
                         sum_D = sum_D_j
                     sum_bias = sum_bias_j
@@ -514,8 +520,10 @@ def backward(
     states = tile.REPEAT * triton.cdiv(d_state, tile.SPREAD)
     scratch = d.A.new_empty(programs, INTERVAL // tile.T, states, 32)
 
-    du, ddt, dA, dB, dC, dD, d_bias = (
-        None if column is None else tuple(t.new_empty(t.shape) for t in column) for column in columns(directions)[:7]
+    du = tuple(each.u.new_empty(each.u.shape) for each in directions)
+    ddt = tuple(each.dt.new_empty(each.dt.shape) for each in directions)
+    dA, dB, dC, dD, d_bias = (
+        None if column is None else tuple(t.new_empty(t.shape) for t in column) for column in columns(directions)[2:7]
     )
     dz = None
     d_channels = d.A.new_empty(count, windows * batch, d_inner * (d_state + 2))
@@ -568,7 +576,9 @@ def backward(
             SOFTPLUS=dt_softplus,
             STAGES=STAGES,
             **tile.constants(directions),
-            DY_PACK=pack(tile.REPEAT, dy),
+            DY_PACK=tile.pack(d, dy),
+            DU_PACK=tile.pack(d, *du),
+            DDT_PACK=tile.pack(d, *ddt),
             num_warps=1,
             num_stages=1,
         )

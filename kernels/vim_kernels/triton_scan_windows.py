@@ -9,6 +9,7 @@ window from zero, and `_starts_kernel` goes from window to window with `start' =
 them costs one more exponential for each state and step; it pays where whole sequences would leave the GPU idle.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,6 @@ from .triton_tiles import (
     load_rows,
     load_states,
     load_steps,
-    pack,
     row_from_lane,
     scaled,
     spread_of_fours,
@@ -179,18 +179,26 @@ def _starts_kernel(
         h = tl.zeros([ROWS, COLUMNS], ends.dtype.element_ty)
     backwards = dirs == 1 if DIRECTIONS == 2 else dirs == 0
     backwards = backwards == REVERSE[DIRECTIONS - 1]
-    for order in range(windows):
-        at = tl.where(backwards, windows - 1 - order, order)
-        row = (at.to(tl.int64) * (DIRECTIONS * batch) + db) * d_inner + channel
-        end = tl.load(ends + row * N + n, inside & (order < windows - 1), 0.0)
-        total = tl.load(totals + row, (channel < d_inner) & (order < windows - 1), 0.0)
+    at = tl.where(backwards, windows - 1, 0)
+    row = (at.to(tl.int64) * (DIRECTIONS * batch) + db) * d_inner + channel
+    step = tl.where(backwards, -1, 1).to(tl.int64) * (DIRECTIONS * batch) * d_inner
+    end = tl.load(ends + row * N + n, inside, 0.0)
+    total = tl.load(totals + row, channel < d_inner, 0.0)
+    for order in range(1, windows):
+        # The next window's are under way while this one's wait to be replaced.
+        more = order < windows - 1
+        next_end = tl.load(ends + (row + step) * N + n, inside & more, 0.0)
+        next_total = tl.load(totals + row + step, (channel < d_inner) & more, 0.0)
         tl.store(ends + row * N + n, h, inside)
         h = tl.exp2(A_dn * total) * h + end
+        row += step
+        end, total = next_end, next_total
+    tl.store(ends + row * N + n, h, inside)
 
 
-# Warps of the forward kernel that keep an H100 busy, and what has been found to pay there: no windows where sequences
-# alone give a quarter of them, and windows of no more than so many steps.
-WARPS, LONGEST = 1584, 768
+# Programs of the forward kernel that an H100 runs at a time, each of 32 channels, and what has been found to pay there:
+# no windows where sequences alone are over a quarter of them, and windows of no more than so many steps.
+PROGRAMS, LONGEST = 792, 768
 
 
 def window_length(d: Direction, directions: int) -> int:
@@ -200,11 +208,12 @@ def window_length(d: Direction, directions: int) -> int:
     sequences do: `checkpoint_rows` need not know.
     """
     batch, length, d_inner = d.u.shape
-    wanted = WARPS // max(1, directions * batch * triton.cdiv(d_inner, 32))
-    if wanted < 4:
+    rows = directions * batch * triton.cdiv(d_inner, 32) / 2
+    if rows > PROGRAMS / 4:
         return length
     unit = 2 * INTERVAL
-    return triton.cdiv(min(triton.cdiv(length, wanted), LONGEST), unit) * unit
+    # As few steps one after the other as can be; of equal choices the longest.
+    return min(range(LONGEST, 0, -unit), key=lambda w: math.ceil(rows * length / w / PROGRAMS) * w)
 
 
 def window_starts(
@@ -233,7 +242,7 @@ def window_starts(
     x = tuple(each.u if dy is None else dy for each in directions)
     rows = tuple(each.C if adjoint else each.B for each in directions)
     spread = spread_of_fours(d.A.shape[1])
-    tile = Tile(4 if d.A.dtype == torch.float32 and spread <= 4 else 1, spread, 4)
+    tile = Tile(4 if d.A.dtype == torch.float32 and spread <= 4 else 1, spread, 8)
     constants = tile.constants(directions)
     reverse = tuple(each.reverse for each in directions)
     _ends_kernel[(tile.programs(d) * count * (windows - 1),)](
@@ -254,7 +263,7 @@ def window_starts(
         SOFTPLUS=dt_softplus,
         STAGES=3,
         **{name: constants[name] for name in ("REPEAT", "SPREAD", "T", "LANES", "DT_PACK")},
-        X_PACK=pack(tile.REPEAT, *x),
+        X_PACK=tile.pack(d, *x),
         B_PACK=constants["C_PACK" if adjoint else "B_PACK"],
         num_warps=1,
         num_stages=1,

@@ -18,6 +18,7 @@ Both dimensions in one and no layout to choose is also what keeps Triton from in
 memory: it derives layouts from what is contiguous in memory, and here nothing is along the lanes for all it can tell.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -47,10 +48,11 @@ def sigmoid(x):
 
 @triton.jit
 def softplus(x):
+    """max(x, 0) + log1p(exp(-|x|)), which in fp32 is x where PyTorch's is, above 20."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     if x.dtype == tl.float64:
         w = 1 + e
-        log1p = tl.log(w) + (e - (w - 1)) / w
+        log1p = tl.where(x > 20, 0.0, tl.log(w) + (e - (w - 1)) / w)
     else:
         # Minimax polynomial of log1p(e) / e on [0, 1], relative error 1.7e-7 in fp32: log(1 + e) would lose the digits
         # of a small step, and the hardware logarithm would queue for the unit that computes the exponentials.
@@ -63,7 +65,7 @@ def softplus(x):
         p = p * e - 0.4999949336051941
         p = p * e + 0.9999999403953552
         log1p = e * p
-    return tl.where(x > 20, x, tl.maximum(x, 0.0) + log1p)
+    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit
@@ -133,16 +135,19 @@ def load_channels(c, channel, group_size, dt_bias, D, dirs, REPEAT: tl.constexpr
 
 
 @triton.jit
-def load_words(ptr, mask, COUNT: tl.constexpr, PACK: tl.constexpr):
-    """COUNT neighbours in memory, PACK 16-bit values to a word: one load for what `unpack` takes apart."""
+def load_words(ptr, masks, PACK: tl.constexpr):
+    """Neighbours in memory, PACK 16-bit values to a word: one load for what `unpack` takes apart.
+
+    masks: one for each value; those of a word are alike.
+    """
     words = ()
     if PACK == 1:
-        for i in tl.static_range(COUNT):
-            words = words + (tl.load(ptr + i, mask, 0.0),)
+        for i in tl.static_range(len(masks)):
+            words = words + (tl.load(ptr + i, masks[i], 0.0),)
     else:
         wide = ptr.to(tl.pointer_type(tl.int64 if PACK == 4 else tl.int32), bitcast=True)
-        for i in tl.static_range(COUNT // PACK):
-            words = words + (tl.load(wide + i, mask, 0),)
+        for i in tl.static_range(len(masks) // PACK):
+            words = words + (tl.load(wide + i, masks[i * PACK], 0),)
     return words
 
 
@@ -170,6 +175,29 @@ def unpack_all(rows, COUNT: tl.constexpr, PACK: tl.constexpr, DTYPE: tl.constexp
         for i in tl.static_range(COUNT):
             values = values + (unpack(rows[j], i, PACK, DTYPE, S),)
     return values
+
+
+@triton.jit
+def store_words(ptr, values, masks, PACK: tl.constexpr):
+    """Values of a lane's channels to neighbours in memory, PACK 16-bit values with one store: see `load_words`."""
+    if PACK == 1:
+        for i in tl.static_range(len(values)):
+            tl.store(ptr + i, values[i], masks[i])
+    else:
+        wide = ptr.to(tl.pointer_type(tl.int64 if PACK == 4 else tl.int32), bitcast=True)
+        for i in tl.static_range(len(values) // PACK):
+            word = _bits(values[i * PACK : (i + 1) * PACK], ptr.dtype.element_ty)
+            tl.store(wide + i, word, masks[i * PACK])
+
+
+@triton.jit
+def _bits(values, DTYPE: tl.constexpr):
+    """Two or four values of 16 bits as one integer."""
+    low = values[0].to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 65535
+    word = (values[1].to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16) | low
+    if len(values) == 4:
+        word = (_bits(values[2:], DTYPE).to(tl.int64) << 32) | (word.to(tl.int64) & 4294967295)
+    return word
 
 
 @triton.jit
@@ -204,13 +232,7 @@ def load_steps(
     for j in tl.static_range(T // EACH):
         at = j * EACH + p
         valid = (p < EACH) & (step + at < end)
-        if PACK == 1:
-            words = ()
-            for r in tl.static_range(REPEAT):
-                words = words + (tl.load(ptr + j * EACH * row_step + r, mask[r] & valid, 0.0),)
-        else:
-            words = load_words(ptr + j * EACH * row_step, mask[0] & valid, REPEAT, PACK)
-        tiles = tiles + (words,)
+        tiles = tiles + (load_words(ptr + j * EACH * row_step, both(mask, valid), PACK),)
     return tiles
 
 
@@ -225,14 +247,10 @@ def load_rows(
     for j in tl.static_range((T + LANES - 1) // LANES):
         at = j * LANES + lane
         valid = (at < T) & (step + at < end)
-        if N % SPREAD == 0:
-            words = load_words(ptr + j * LANES * row_step, valid, TILES, PACK)
-        else:
-            words = ()
-            for i in tl.static_range(TILES):
-                inside = valid & (p * TILES + i < N)
-                words = words + (tl.load(ptr + j * LANES * row_step + i, inside, 0.0),)
-        tiles = tiles + (words,)
+        masks = ()
+        for i in tl.static_range(TILES):
+            masks = masks + ((valid & (p * TILES + i < N)) if N % SPREAD else valid,)
+        tiles = tiles + (load_words(ptr + j * LANES * row_step, masks, PACK),)
     return tiles
 
 
@@ -318,16 +336,21 @@ class Tile(NamedTuple):
     def programs(self, d: Direction) -> int:
         return self.blocks(d) * d.B.shape[2] * d.u.shape[0]
 
+    def pack(self, d: Direction, *tensors: Tensor) -> int:
+        """How many of a lane's channels, which belong to one group, a load or store of these sequences takes."""
+        return pack(math.gcd(self.REPEAT, d.u.shape[2] // d.B.shape[2]), *tensors)
+
     def constants(self, directions: Sequence[Direction]) -> dict[str, object]:
         """Compile-time arguments that both scan kernels take."""
-        states = triton.cdiv(directions[0].A.shape[1], self.SPREAD)
+        d, d_state = directions[0], directions[0].A.shape[1]
+        states = triton.cdiv(d_state, self.SPREAD) if d_state % self.SPREAD == 0 else 1
         return {
             **self._asdict(),
             "LANES": self.lanes,
             "K": INTERVAL,
             "REVERSE": tuple(d.reverse for d in directions),
-            "U_PACK": pack(self.REPEAT, *(d.u for d in directions)),
-            "DT_PACK": pack(self.REPEAT, *(d.dt for d in directions)),
+            "U_PACK": self.pack(d, *(d.u for d in directions)),
+            "DT_PACK": self.pack(d, *(d.dt for d in directions)),
             "B_PACK": pack(states, *(d.B for d in directions)),
             "C_PACK": pack(states, *(d.C for d in directions)),
         }

@@ -88,17 +88,17 @@ def test_pair_in_other_forms(shape):
 @pytest.mark.parametrize("precision", [FP32, LOW[0]], ids=lambda p: str(p["dtype"]))
 @pytest.mark.parametrize("batch", [8, 32])
 def test_vim_tiny_at_224_pixels(batch, precision):
-    """Batch 8 runs in windows and narrow tiles, 32 in whole sequences."""
+    """Batch 8 runs in windows, 32 in whole sequences."""
     assert_within(pair_excess(batch=batch, length=197, d_inner=384, **precision))
 
 
-@pytest.mark.parametrize("tile", [(4, 4, 4), (2, 4, 8), (1, 16, 8)], ids=str)
+@pytest.mark.parametrize("tile", [(4, 4, 4), (2, 16, 8), (1, 16, 8)], ids=str)
 def test_every_tile(monkeypatch, tile):
     """What shapes choose between, on an input small enough to compare with fp64."""
     from vim_kernels import triton_scan, triton_scan_backward
     from vim_kernels.triton_tiles import Tile
 
-    monkeypatch.setattr(triton_scan, "_tile", lambda d, directions: Tile(*tile))
+    monkeypatch.setattr(triton_scan, "_tile", lambda d: Tile(*tile))
     monkeypatch.setattr(triton_scan_backward, "_tile", lambda d: Tile(min(2, tile[0]), tile[1], 4))
     assert_within(pair_excess(length=145, d_inner=200, **FP32))
 

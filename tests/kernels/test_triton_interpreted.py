@@ -23,6 +23,7 @@ NAMES = [
     "scan_one_step_one_state",
     "scan_states_over_lanes",
     "scan_bare",
+    "scan_bf16_in_odd_words",
     "scan_windows",
     "pair_windows",
     "pair_two_channels_a_lane",
@@ -80,6 +81,9 @@ def cases() -> dict[str, dict[str, float]]:
             absent=("D", "z", "dt_bias", "initial_state"),
             dtype=torch.float32,
             limit=1e-5,
+        ),
+        "scan_bf16_in_odd_words": scan_excess(
+            batch=1, length=3, d_inner=12, groups=2, d_state=14, dtype=torch.bfloat16, limit=bf16
         ),
         "pair_bf16": pair_excess(batch=1, length=9, d_inner=6, d_state=4, dtype=torch.bfloat16, limit=bf16),
         "pair_that_needs_two_launches": excess(bidirectional_selective_scan, uneven_pair(), limit=bf16),

@@ -11,6 +11,7 @@ from vim_kernels import causal_conv1d
 # FX keeps these calls as leaves; inside, they branch on shapes.
 torch.fx.wrap("causal_conv1d")
 torch.fx.wrap("negative_exp")
+torch.fx.wrap("project_by")
 
 
 class SelectiveSSM(nn.Module):
@@ -43,7 +44,7 @@ class SelectiveSSM(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.d_state, self.dt_rank = d_state, dt_rank
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
-        # A Conv1d and a Linear hold the weights, for their names; the kernels read them channel-last.
+        # A Conv1d and Linears hold the weights, for their names; the kernels read them channel-last.
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, **dd)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False, **dd)
         self.dt_proj = nn.Linear(dt_rank, d_inner, **dd)
@@ -88,10 +89,23 @@ class SelectiveSSM(nn.Module):
 
         Returns: dt (B, L, E) without its bias, A (E, N), B and C (B, L, N).
         """
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        # The bias joins in the scan, in fp32: bf16 would round away differences between small steps.
-        dt = F.linear(dt, self.dt_proj.weight)
+        # The bias of dt joins in the scan, in fp32: bf16 would round away differences between small steps.
+        dt, B, C = project_by(self.x_proj.weight, self.dt_proj.weight, u)
         return dt, negative_exp(self.A_log), B, C
+
+
+def project_by(x_proj: Tensor, dt_proj: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dt (B, L, E), B and C (B, L, N) of u (B, L, E), by weights (R + 2 N, E) and (E, R)."""
+    rank = dt_proj.shape[1]
+    d_state = (x_proj.shape[0] - rank) // 2
+    if u.is_cuda and u.element_size() == 2 and rank % 8:
+        # Tensor cores read rows of 16 bytes. Of others, as with Vim-Ti's rank of 12, a product takes twice as long.
+        extra = -rank % 8
+        dt_rows, BC_rows = x_proj.split([rank, 2 * d_state])
+        x_proj = torch.cat((dt_rows, x_proj.new_zeros(extra, x_proj.shape[1]), BC_rows))
+        dt_proj = F.pad(dt_proj, (0, extra))
+    dt, B, C = F.linear(u, x_proj).split([dt_proj.shape[1], d_state, d_state], dim=-1)
+    return F.linear(dt, dt_proj), B, C
 
 
 def negative_exp(A_log: Tensor) -> Tensor:

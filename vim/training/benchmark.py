@@ -233,6 +233,8 @@ def capture(step: Step) -> Step:
         graph.replay()
         return output
 
+    # The graph works in the memory of the images, labels and weights that the step holds.
+    replay.step = step  # type: ignore[attr-defined]
     return replay
 
 
