@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .directions import Direction, DirectionGrads
-from .rows import agreeing, as_rows, columns, on_device_of, row_arguments, sizes
+from .rows import agreeing, as_rows, columns, on_device_of, row_arguments, row_strides, sizes
 from .triton_scan_windows import window_length, window_starts
 from .triton_tiles import (
     INTERVAL,
@@ -58,10 +58,10 @@ from .triton_tiles import (
 @triton.jit
 def _steps_at(
     base, offset, row_step, step, end, p, mask,
-    T: tl.constexpr, REPEAT: tl.constexpr, SPREAD: tl.constexpr, PACK: tl.constexpr,
+    T: tl.constexpr, REPEAT: tl.constexpr, SPREAD: tl.constexpr, PACK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """`load_steps` from a uniform address and the 32-bit offset of a lane."""
-    ptr = base + step.to(tl.int64) * row_step + offset
+    """`load_steps` from a uniform address and an offset of type INDEX."""
+    ptr = base + (step.to(INDEX) * row_step + offset)
     return load_steps(ptr, row_step, step, end, p, mask, T, REPEAT, SPREAD, PACK)
 
 
@@ -69,8 +69,9 @@ def _steps_at(
 def _rows_at(
     base, offset, row_step, step, end, lane, p,
     N: tl.constexpr, T: tl.constexpr, SPREAD: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
-    ptr = base + step.to(tl.int64) * row_step + offset
+    ptr = base + (step.to(INDEX) * row_step + offset)
     return load_rows(ptr, row_step, step, end, lane, p, N, T, SPREAD, LANES, PACK)
 
 
@@ -175,6 +176,7 @@ def _backward_kernel(
     DY_PACK: tl.constexpr,
     DU_PACK: tl.constexpr,
     DDT_PACK: tl.constexpr,
+    INDEX: tl.constexpr,  # holds an offset within a window: products of 64 bits would be a tenth of all instructions
 ):
     DIRECTIONS: tl.constexpr = len(REVERSE)
     TILES: tl.constexpr = (N + SPREAD - 1) // SPREAD
@@ -258,9 +260,9 @@ def _backward_kernel(
             h = load_states(checkpoints + (row * d_inner + channel) * N, N, inside, N, REPEAT, SPREAD, S)
             for sub in tl.range(0, subs - 1, num_stages=STAGES):
                 step = begin + sub * T
-                us = _steps_at(u_0, u_lane, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK)
-                dts = _steps_at(dt_0, dt_lane, dt_step, step, end, p, inside, T, REPEAT, SPREAD, DT_PACK)
-                Bs = _rows_at(B_0, B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK)
+                us = _steps_at(u_0, u_lane, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK, INDEX)
+                dts = _steps_at(dt_0, dt_lane, dt_step, step, end, p, inside, T, REPEAT, SPREAD, DT_PACK, INDEX)
+                Bs = _rows_at(B_0, B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK, INDEX)
                 for i in tl.static_range(STATES):
                     tl.store(slot + (sub * STATES + i) * 32, h[i])
                 us_now, deltas = step_sizes(
@@ -286,11 +288,11 @@ def _backward_kernel(
             for sub_back in tl.range(0, subs, num_stages=STAGES):
                 sub = subs - 1 - sub_back
                 step = begin + sub * T
-                us = _steps_at(u_0, u_lane, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK)
-                dts = _steps_at(dt_0, dt_lane, dt_step, step, end, p, inside, T, REPEAT, SPREAD, DT_PACK)
-                dys = _steps_at(dy_0, dy_lane, dy_step, step, end, p, inside, T, REPEAT, SPREAD, DY_PACK)
-                Bs = _rows_at(B_0, B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK)
-                Cs = _rows_at(C_0, C_lane, C_step, step, end, lane, p, N, T, SPREAD, LANES, C_PACK)
+                us = _steps_at(u_0, u_lane, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK, INDEX)
+                dts = _steps_at(dt_0, dt_lane, dt_step, step, end, p, inside, T, REPEAT, SPREAD, DT_PACK, INDEX)
+                dys = _steps_at(dy_0, dy_lane, dy_step, step, end, p, inside, T, REPEAT, SPREAD, DY_PACK, INDEX)
+                Bs = _rows_at(B_0, B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK, INDEX)
+                Cs = _rows_at(C_0, C_lane, C_step, step, end, lane, p, N, T, SPREAD, LANES, C_PACK, INDEX)
                 states = ()
                 for i in tl.static_range(STATES):
                     states = states + (tl.load(slot + (sub * STATES + i) * 32),)
@@ -378,11 +380,11 @@ def _backward_kernel(
                         i_v = v % ROOM
                         n = p * TILES + i_v
                         valid = (lane < 2 * ROOM // EACH_LANE) & (i_v < TILES) & (n < N) & (step_k < end)
-                        tl.store(BC_0 + step_k.to(tl.int64) * BC_step + (v // ROOM) * N + n, totals[m], valid)
+                        tl.store(BC_0 + (step_k.to(INDEX) * BC_step + (v // ROOM) * N + n), totals[m], valid)
 
                 for j in tl.static_range(T // EACH):
                     valid = (p < EACH) & (step + j * EACH + p < end)
-                    out = (step + j * EACH).to(tl.int64) * out_step
+                    out = (step + j * EACH).to(INDEX) * out_step + out_lane
                     sum_D_j = ()
                     sum_bias_j = ()
                     dus = ()
@@ -406,8 +408,8 @@ def _backward_kernel(
                         sum_bias_j = sum_bias_j + (sum_bias[r] + tl.where(valid, ddt_t, 0.0),)
                         dus = dus + (du_t,)
                         ddts = ddts + (ddt_t,)
-                    store_words(du_0 + out + out_lane, dus, both(inside, valid), DU_PACK)
-                    store_words(ddt_0 + out + out_lane, ddts, both(inside, valid), DDT_PACK)
+                    store_words(du_0 + out, dus, both(inside, valid), DU_PACK)
+                    store_words(ddt_0 + out, ddts, both(inside, valid), DDT_PACK)
                     if D is not None:
                         sum_D = sum_D_j
                     sum_bias = sum_bias_j
@@ -554,6 +556,8 @@ def backward(
                 S=tl.float64 if d.A.dtype == torch.float64 else tl.float32,
             )
             dy, scale = d_sum, 1.0
+        # Elements from row to row, of the widest tensor.
+        widest = max(2 * d_state * groups, *(row_strides(t)[1] for t in (d.u, d.dt, d.B, d.C, dy, *du)))
         starts = window_starts(directions, window, dt_softplus=dt_softplus, start=d_last_state, dy=dy, scale=scale)
         _backward_kernel[(programs,)](
             *columns(directions)[:-1],
@@ -579,6 +583,7 @@ def backward(
             DY_PACK=tile.pack(d, dy),
             DU_PACK=tile.pack(d, *du),
             DDT_PACK=tile.pack(d, *ddt),
+            INDEX=tl.int32 if window * widest < 2**31 else tl.int64,
             num_warps=1,
             num_stages=1,
         )
