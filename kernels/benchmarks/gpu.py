@@ -259,7 +259,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = [
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"{datetime.date.today()}, `python {' '.join(sys.argv)}`. Milliseconds; bf16; both directions in one call.",
+        f"{datetime.date.today()}, `python kernels/benchmarks/gpu.py`. Milliseconds, bf16, both directions in a call.",
         "",
         "| batch, d_inner, length | pass | ms | spread | bytes floor | exponential floor | of the higher | authors' |",
         "|---|---|---|---|---|---|---|---|",

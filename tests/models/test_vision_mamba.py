@@ -413,6 +413,20 @@ def test_compiles_in_one_graph():
     assert torch.allclose(compiled(x), model(x), atol=1e-5)
 
 
+def test_trains_compiled_in_one_graph_with_checkpointing():
+    torch.manual_seed(0)
+    model = timm.create_model("vim_nano", img_size=32, depth=2, num_classes=5).train()
+    x = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for checkpointing, step in (False, model), (True, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.set_grad_checkpointing(checkpointing)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = step(x).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 0.05 * a.norm()
+
+
 def test_exports_with_a_dynamic_batch():
     model = timm.create_model("vim_nano", img_size=32, depth=2).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
