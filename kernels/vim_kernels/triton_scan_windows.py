@@ -208,12 +208,12 @@ def window_length(d: Direction, directions: int) -> int:
     sequences do: `checkpoint_rows` need not know.
     """
     batch, length, d_inner = d.u.shape
-    rows = directions * batch * triton.cdiv(d_inner, 32) / 2
-    if rows > PROGRAMS / 4:
+    programs = directions * batch * triton.cdiv(d_inner, 32) / 2
+    if programs > PROGRAMS / 4:
         return length
     unit = 2 * INTERVAL
     # As few steps one after the other as can be; of equal choices the longest.
-    return min(range(LONGEST, 0, -unit), key=lambda w: math.ceil(rows * length / w / PROGRAMS) * w)
+    return min(range(LONGEST, 0, -unit), key=lambda w: math.ceil(programs * length / w / PROGRAMS) * w)
 
 
 def window_starts(

@@ -7,6 +7,7 @@ import torch
 from torch.func import functional_call
 
 from vim.layers import BiMamba, Mamba, MambaCache, RMSNorm
+from vim.layers.selective_ssm import pad_rank, project_by
 from vim.models.official import native_name
 from vim_kernels import rms_norm
 
@@ -140,3 +141,20 @@ def test_norm_hands_on_low_precision_under_autocast():
     assert norm.to("meta")(x.to("meta")).dtype == torch.float32
     with pytest.raises(ValueError, match=r"weight must be \(channels,\) = \(20,\), got \(19,\)"):
         rms_norm(x, torch.ones(19))
+
+
+def test_a_padded_rank_gives_the_same_projections_and_gradients():
+    torch.manual_seed(0)
+    weights = [torch.randn(5 + 2 * 3, 7, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)]
+    u = torch.randn(2, 4, 7, dtype=torch.float64)
+    found = []
+    for pad in (lambda *weights: weights, lambda *weights: pad_rank(*weights, 8)):
+        leaves = [w.clone().requires_grad_() for w in weights]
+        padded = pad(*leaves)
+        dt, B, C = project_by(*padded, u)
+        loss = (dt.sin() * B.sum(-1, keepdim=True) * C[..., :1]).sum()
+        found.append([dt, B, C, *torch.autograd.grad(loss, leaves)])
+    assert padded[0].shape == (8 + 2 * 3, 7)
+    assert padded[1].shape == (7, 8)
+    for got, want in zip(found[1], found[0], strict=True):
+        assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)

@@ -96,16 +96,20 @@ class SelectiveSSM(nn.Module):
 
 def project_by(x_proj: Tensor, dt_proj: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dt (B, L, E), B and C (B, L, N) of u (B, L, E), by weights (R + 2 N, E) and (E, R)."""
-    rank = dt_proj.shape[1]
-    d_state = (x_proj.shape[0] - rank) // 2
-    if u.is_cuda and u.element_size() == 2 and rank % 8:
+    d_state = (x_proj.shape[0] - dt_proj.shape[1]) // 2
+    if u.is_cuda and u.element_size() == 2 and dt_proj.shape[1] % 8:
         # Tensor cores read rows of 16 bytes. Of others, as with Vim-Ti's rank of 12, a product takes twice as long.
-        extra = -rank % 8
-        dt_rows, BC_rows = x_proj.split([rank, 2 * d_state])
-        x_proj = torch.cat((dt_rows, x_proj.new_zeros(extra, x_proj.shape[1]), BC_rows))
-        dt_proj = F.pad(dt_proj, (0, extra))
+        x_proj, dt_proj = pad_rank(x_proj, dt_proj, 8)
     dt, B, C = F.linear(u, x_proj).split([dt_proj.shape[1], d_state, d_state], dim=-1)
     return F.linear(dt, dt_proj), B, C
+
+
+def pad_rank(x_proj: Tensor, dt_proj: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """The weights with their common rank padded by zeros to a multiple, which changes no product."""
+    rank = dt_proj.shape[1]
+    dt_rows, BC_rows = x_proj.split([rank, x_proj.shape[0] - rank])
+    zeros = x_proj.new_zeros(-rank % multiple, x_proj.shape[1])
+    return torch.cat((dt_rows, zeros, BC_rows)), F.pad(dt_proj, (0, -rank % multiple))
 
 
 def negative_exp(A_log: Tensor) -> Tensor:
