@@ -28,6 +28,15 @@ ALLOWED = {
         "yaml",
         *NUMERIC,
     },
+    "vim.features": {
+        "vim.data",
+        "vim.training",
+        "timm",
+        "accelerate",
+        "pyarrow",
+        "safetensors",
+        *NUMERIC,
+    },
 }
 
 

@@ -7,7 +7,8 @@ from .loaders import EvalImages, TrainImages, eval_loader, train_loader
 from .mnist import write_mnist5k
 from .randomness import derive_seed
 from .sampler import KeyedSampler, SampleKey
-from .transforms import eval_transform, train_transform
+from .sources import ImageEntry, ImageSource
+from .transforms import Transform, eval_transform, train_transform
 
 __all__ = [
     "AugmentConfig",
@@ -15,10 +16,13 @@ __all__ = [
     "DataError",
     "EvalDataConfig",
     "EvalImages",
+    "ImageEntry",
     "ImageFolder",
+    "ImageSource",
     "KeyedSampler",
     "SampleKey",
     "TrainImages",
+    "Transform",
     "check_same_classes",
     "derive_seed",
     "eval_loader",

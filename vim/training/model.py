@@ -35,6 +35,10 @@ def create_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
         return timm.create_model(timm_name(config.name), pretrained=pretrained, **kwargs)
     except TypeError as error:
         raise ConfigError(f"model.kwargs do not fit {config.name}: {error}") from error
+    except RuntimeError as error:
+        if not str(error).startswith("No pretrained weights exist"):
+            raise
+        raise ConfigError(f"{config.name} has no released weights; name a checkpoint or a run folder") from error
 
 
 def enable_grad_checkpointing(model: nn.Module, name: str) -> None:

@@ -1,0 +1,226 @@
+"""Exported features: what they hold, in which order, for any number of processes and after any kill."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from image_tree import write_image_tree
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import vim
+import vim.features
+from vim.data import DataError, ImageSource, eval_transform
+from vim.features import FeaturesConfig, export_features
+from vim.features.extract import FeatureExtractor
+from vim.training import ConfigError, RunError
+
+pytest.importorskip("pyarrow")
+ROOT = Path(__file__).parent.parent
+KWARGS = {"img_size": 12, "patch_size": 4, "in_chans": 1, "depth": 3, "num_classes": 3}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A folder with weights of a tiny Vim, and 23 images of three classes."""
+    path = tmp_path_factory.mktemp("features")
+    write_image_tree(path / "images", {"val": 23}, classes=3, size=14)
+    torch.manual_seed(0)
+    save_file(timm.create_model("vim_nano", **KWARGS).state_dict(), path / "weights.safetensors")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+def config(setting, output, **changes) -> FeaturesConfig:
+    given = {
+        "model": "vim_nano",
+        "checkpoint": str(setting / "weights.safetensors"),
+        "kwargs": KWARGS,
+        "images": str(setting / "images" / "val"),
+        "output": str(output),
+        "rows_per_shard": 5,
+        "batch_size": 3,
+        "num_workers": 0,
+    }
+    return FeaturesConfig(**given | changes)
+
+
+def model_and_images(setting):
+    model = timm.create_model("vim_nano", **KWARGS).eval()
+    model.load_state_dict(load_file(setting / "weights.safetensors"))
+    cfg = timm.data.resolve_data_config({"input_size": (1, 12, 12)}, pretrained_cfg=model.pretrained_cfg)
+    mean, std = (sum(cfg[key]) / 3 for key in ("mean", "std"))
+    transform = eval_transform({**cfg, "mean": (mean,), "std": (std,)})
+    source = ImageSource(setting / "images" / "val")
+    return model, torch.stack([transform(source.load(i, 1)) for i in range(len(source))]), source
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@torch.no_grad()
+def test_features_are_those_of_the_model_row_by_row(setting, tmp_path):
+    done = export_features(config(setting, tmp_path / "out", pools=["token", "avg", "map"]))
+    assert (done["rows"], done["shards"], done["made_now"]) == (23, 5, 5)
+    features = vim.features.load(tmp_path / "out")
+    model, images, source = model_and_images(setting)
+    tokens = model.forward_features(images)
+    for name, want in {"token": tokens[:, 0], "avg": tokens[:, 1:].mean(1), "map": tokens[:, 1:]}.items():
+        assert features[name].dtype == np.float32
+        assert_close(torch.from_numpy(features[name].copy()), want, rtol=1e-5, atol=1e-5)
+    assert features.paths == [entry.path for entry in source.entries]
+    assert features.labels.tolist() == [entry.label for entry in source.entries]
+    assert features.index.tolist() == list(range(23))
+    # The classifier on them gives the model's logits.
+    logits = model.head(torch.from_numpy(features["token"].copy()))
+    assert_close(logits, model(images), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_blocks_half_precision_and_unit_length(setting, tmp_path):
+    given = config(setting, tmp_path / "out", pools=["avg", "token"], blocks=[-1, 0], dtype="fp16", l2=True)
+    export_features(given)
+    features = vim.features.load(tmp_path / "out")
+    assert list(features.columns) == ["block0.avg", "block0.token", "block2.avg", "block2.token"]
+    model, images, _ = model_and_images(setting)
+    tokens = model.forward_features(images)  # after the last block and the norm
+    want = torch.nn.functional.normalize(tokens[:, 0], dim=-1)
+    assert features["block2.token"].dtype == np.float16
+    assert_close(torch.from_numpy(features["block2.token"].astype(np.float32)), want, rtol=0, atol=1e-3)
+    assert np.allclose(np.linalg.norm(features["block0.avg"].astype(np.float32), axis=1), 1, atol=2e-3)
+
+
+@torch.no_grad()
+def test_a_convolutional_model_has_averages_and_maps_but_no_class_token():
+    model = timm.create_model("resnet10t", num_classes=3)
+    images = torch.randn(2, 3, 64, 64)
+    found = FeatureExtractor(model, ["avg", "map"])(images)
+    maps = model.forward_features(images)
+    assert_close(found["avg"], maps.mean((2, 3)))
+    assert_close(found["map"][:, 1], maps[:, :, 0, 1])
+    assert FeatureExtractor(model, ["avg"], blocks=[1, -1])(images)["block4.avg"].shape == (2, 512)
+    swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=8, num_heads=(1, 1), img_size=56)
+    images = torch.randn(1, 3, 56, 56)
+    assert_close(FeatureExtractor(swin.eval(), ["map"])(images)["map"], swin.forward_features(images).flatten(1, 2))
+    with pytest.raises(ConfigError, match="ResNet has no class token; take pools avg or map"):
+        FeatureExtractor(model, ["token"])
+    with pytest.raises(ConfigError, match="ResNet has blocks 0 to 4, got 5"):
+        FeatureExtractor(model, ["avg"], blocks=[5])
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "npz", "safetensors"])
+def test_formats_hold_the_same_and_are_the_same_bytes_twice(setting, tmp_path, file_format):
+    changes = {"format": file_format, "pools": ["token", "map"], "dtype": "fp16"}
+    export_features(config(setting, tmp_path / "one", **changes))
+    time.sleep(2.1)  # a file that keeps the time keeps it in steps of two seconds
+    export_features(config(setting, tmp_path / "two", **changes))
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    export_features(config(setting, tmp_path / "parquet", **changes | {"format": "parquet"}))
+    got, want = (vim.features.load(tmp_path / name) for name in ("one", "parquet"))
+    assert got.columns["map"].shape == (23, 9, 64)
+    for name in want.columns:
+        assert np.array_equal(got[name], want[name])
+    assert (got.paths, got.labels.tolist(), got.index.tolist()) == (
+        want.paths,
+        want.labels.tolist(),
+        want.index.tolist(),
+    )
+
+
+def test_images_without_labels(setting, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text(f"{setting}/images/val/c/2.png\n{setting}/images/val/a/0.png\t1\n")
+    for file_format in ("parquet", "npz"):
+        export_features(config(setting, tmp_path / file_format, images=str(names), format=file_format))
+        assert vim.features.load(tmp_path / file_format).labels.tolist() == [-1, 1]
+
+
+def start(setting, output, *args, env=None):
+    tool = str(ROOT / "tools" / "export_features.py")
+    given = config(setting, output)
+    command = [sys.executable, tool, "--kwargs", json.dumps(given.kwargs), *map(str, args)]
+    for name in ("model", "checkpoint", "images", "output", "rows_per_shard", "batch_size", "num_workers"):
+        command += [f"--{name}", str(getattr(given, name))]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finished(*processes):
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+
+
+def test_any_number_of_processes_writes_the_same_bytes(setting, tmp_path):
+    for world in (1, 2, 3):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {} for r in range(world)]
+        output = tmp_path / str(world)
+        finished(*(start(setting, output, env=(common | rank) if world > 1 else None) for rank in ranks))
+    assert bytes_of(tmp_path / "1") == bytes_of(tmp_path / "2") == bytes_of(tmp_path / "3")
+    assert len(vim.features.load(tmp_path / "3")) == 23
+
+
+def test_a_killed_export_goes_on_to_the_same_bytes(setting, tmp_path):
+    finished(start(setting, tmp_path / "whole"))
+    process = start(setting, tmp_path / "killed")
+    first = tmp_path / "killed" / "features-00000.parquet"
+    while not first.exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (tmp_path / "killed" / "features-00003.parquet").unlink(missing_ok=True)  # however far it came
+    with pytest.raises(DataError, match=r"is not finished: \d of 5 shards are missing, .*; run it again to go on"):
+        vim.features.load(tmp_path / "killed")
+    finished(start(setting, tmp_path / "killed"))
+    whole, killed = bytes_of(tmp_path / "whole"), bytes_of(tmp_path / "killed")
+    assert {name: killed[name] for name in whole} == whole
+
+
+def test_what_an_export_refuses(setting, tmp_path):
+    export_features(config(setting, tmp_path / "out"))
+    assert export_features(config(setting, tmp_path / "out"))["made_now"] == 0
+    with pytest.raises(RunError, match=r"holds another export: l2 was False, is True; choose another --output"):
+        export_features(config(setting, tmp_path / "out", l2=True))
+    with pytest.raises(RunError, match="exists and holds no export; choose another --output, or remove it"):
+        export_features(config(setting, setting))
+    with pytest.raises(ConfigError, match="vim_nano has no released weights; name a checkpoint or a run folder"):
+        export_features(config(setting, tmp_path / "none", checkpoint=None))
+    with pytest.raises(DataError, match="no features in"):
+        vim.features.load(tmp_path / "nowhere")
+    for wrong, message in [
+        ({"pools": []}, "at least one"),
+        ({"pools": ["mean"]}, "must be of token, avg, map, got 'mean'"),
+        ({"blocks": [1, 1]}, "none twice"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"num_workers": -1}, "0 or more"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            FeaturesConfig(**wrong)
+
+
+def test_features_that_are_not_finite_name_their_image(setting, tmp_path):
+    weights = load_file(setting / "weights.safetensors")
+    weights["norm.weight"].fill_(1e6)
+    save_file(weights, tmp_path / "large.safetensors")
+    large = {"checkpoint": str(tmp_path / "large.safetensors")}
+    with pytest.raises(RunError, match=r"token of a/0.png is not finite; fp16 ends at 65504: choose dtype fp32"):
+        export_features(config(setting, tmp_path / "fp16", dtype="fp16", **large))
+    export_features(config(setting, tmp_path / "fp32", **large))
+    assert not [file for file in (tmp_path / "fp16").iterdir() if file.name != "manifest.json"]

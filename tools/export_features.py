@@ -1,0 +1,27 @@
+"""Export features of images, by any timm model: rows of path, label, index and features, in shards.
+
+python tools/export_features.py --model runs/quickstart --images data/mnist5k/val --output runs/features
+python tools/export_features.py --model vim_small --images data/imagenet/val --pools [token,avg] --dtype fp16
+python tools/export_features.py --model vim_small --images shards/ --blocks [-4,-3,-2,-1] --precision bf16
+accelerate launch tools/export_features.py --model vim_small --images data/imagenet/train
+
+Read them back: vim.features.load("runs/features").
+"""
+
+import vim  # noqa: F401  (registers the vim_* models)
+from vim.features import FeaturesConfig, export_features
+from vim.training import ConfigParser, plain_errors
+
+
+def main() -> None:
+    config, _ = ConfigParser(FeaturesConfig, __doc__).parse_config()
+    with plain_errors():
+        done = export_features(config)
+    print(
+        f"{done['rows']} images in {done['shards']} shards in {config.output}; "
+        f"{done['made_now']} shards made now in {done['seconds']:.0f} s, {done['images_per_second']:.0f} images/s"
+    )
+
+
+if __name__ == "__main__":
+    main()

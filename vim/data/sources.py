@@ -1,0 +1,122 @@
+"""Images from wherever they lie: a folder tree, a list of paths, or tar shards; each with a name and maybe a label."""
+
+import io
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from timm.data import get_img_extensions
+from timm.data.readers.reader_image_folder import find_images_and_targets
+
+from .errors import DataError
+from .folder import IMAGE_MODES
+
+LIST_SUFFIXES = (".txt", ".tsv")
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """An image of a source.
+
+    path: as it is reported: relative to a folder or list, or <shard>/<member> of a tar file.
+    label: position of its class in the sorted names, or the number given for it; None if there is none.
+    file, offset, size: bytes of the image; the whole file if size is None.
+    """
+
+    path: str
+    label: int | None
+    file: str
+    offset: int = 0
+    size: int | None = None
+
+
+class ImageSource:
+    """Images in a fixed order.
+
+    Args:
+        where: a folder of images at any depth, in natural order of their paths; if all of them are
+            <where>/<class>/<image>, classes are labels. Or a list (.txt, .tsv): a path a line, relative to the list's
+            folder, and after a tab its label. Or tar shards: a .tar file or a folder of them, in order of their names;
+            a member <name>.cls beside <name>.jpg holds its label, as WebDataset has it.
+
+    Raises: DataError for a source that is missing, empty or of another kind.
+    """
+
+    def __init__(self, where: str | Path):
+        where = Path(where)
+        shards = sorted(where.glob("*.tar")) if where.is_dir() else [where] if where.suffix == ".tar" else []
+        if not where.exists():
+            raise DataError(f"no images at {where}: it does not exist; give a folder, a list (.txt, .tsv) or a .tar")
+        self.entries: Sequence[ImageEntry]
+        if shards:
+            self.entries = [entry for shard in shards for entry in _tar_entries(shard)]
+        elif where.is_dir():
+            self.entries = _tree_entries(where)
+        elif where.suffix in LIST_SUFFIXES:
+            self.entries = _list_entries(where)
+        else:
+            raise DataError(f"{where} is neither a folder, a list ({', '.join(LIST_SUFFIXES)}) nor a .tar file")
+        if not self.entries:
+            raise DataError(f"no images in {where}: want files as {' '.join(get_img_extensions())}")
+        self.where = where
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def load(self, index: int, in_chans: int = 3) -> Image.Image:
+        """Image with so many channels, 1 (grey) or 3.
+
+        Raises: DataError with the path of an image that cannot be read.
+        """
+        entry = self.entries[index]
+        try:
+            with open(entry.file, "rb") as file:
+                if entry.size is None:
+                    return Image.open(file).convert(IMAGE_MODES[in_chans])
+                file.seek(entry.offset)
+                return Image.open(io.BytesIO(file.read(entry.size))).convert(IMAGE_MODES[in_chans])
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"cannot read image {entry.path}: {error}; repair or remove it") from error
+
+
+def _tree_entries(folder: Path) -> list[ImageEntry]:
+    found, _ = find_images_and_targets(str(folder))  # in natural order
+    paths = [Path(path).relative_to(folder) for path, _ in found]
+    in_classes = all(len(path.parts) == 2 for path in paths)
+    classes = {name: i for i, name in enumerate(sorted({path.parts[0] for path in paths}))} if in_classes else {}
+    return [ImageEntry(path.as_posix(), classes.get(path.parts[0]), str(folder / path)) for path in paths]
+
+
+def _list_entries(file: Path) -> list[ImageEntry]:
+    entries = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        path, tab, label = line.partition("\t")
+        if tab and not label.strip().isdecimal():
+            raise DataError(f"{file}, line {number}: a label is a number from 0 up, got {label!r}")
+        entries.append(ImageEntry(path, int(label) if tab else None, str(file.parent / path)))
+    return entries
+
+
+def _tar_entries(shard: Path) -> list[ImageEntry]:
+    images, labels = [], {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                stem, dot, kind = member.name.rpartition(".")
+                if member.isfile() and dot + kind.lower() in get_img_extensions():
+                    images.append((stem, member))
+                elif member.isfile() and kind == "cls":
+                    text = tar.extractfile(member).read().decode()  # type: ignore[union-attr]
+                    if not text.strip().isdecimal():
+                        raise DataError(f"{shard}/{member.name}: a label is a number from 0 up, got {text!r}")
+                    labels[stem] = int(text)
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"cannot read {shard}: {error}; shards are plain tar files, not compressed ones") from error
+    return [
+        ImageEntry(f"{shard.name}/{member.name}", labels.get(stem), str(shard), member.offset_data, member.size)
+        for stem, member in images
+    ]

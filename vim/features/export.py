@@ -1,0 +1,237 @@
+"""Features of every image of a source, in shards that do not depend on how many processes made them."""
+
+import hashlib
+import importlib.metadata
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vim.data import EvalDataConfig, ImageSource, Transform, eval_transform
+from vim.training.config import ModelConfig
+from vim.training.errors import InterruptedRunError, RunError
+from vim.training.model import create_model, resolve_input
+from vim.training.progress import Progress
+from vim.training.trainer import create_accelerator
+
+from .config import FeaturesConfig
+from .extract import FeatureExtractor, weights_hash
+from .store import MANIFEST, NO_LABEL, Features, read_manifest, shard_file, write_manifest, write_shard
+
+NUMPY = {"fp16": np.float16, "fp32": np.float32}
+
+
+class SourceImages(Dataset[tuple[Tensor, int]]):
+    """(in_chans, H, W) and its position."""
+
+    def __init__(self, source: ImageSource, transform: Transform, in_chans: int):
+        self.source, self.transform, self.in_chans = source, transform, in_chans
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.source.load(index, self.in_chans)), index
+
+
+def export_features(config: FeaturesConfig) -> dict[str, Any]:
+    """Write config.output: manifest.json, and shards of rows_per_shard images each in the source's order.
+
+    A shard is the work of one process, cut into batches of its own, and written whole. So its bytes are the same for
+    any number of processes, and a killed export goes on with the shards that are missing. Every process calls this.
+
+    Returns: rows, shards, of these made_now, seconds, images_per_second over all processes.
+    Raises: DataError, ConfigError or RunError, with a message for the user.
+    """
+    accelerator = create_accelerator(config.precision)
+    progress = Progress(accelerator.is_main_process)
+    source = ImageSource(config.images)
+    wanted = ModelConfig(
+        config.model, pretrained=config.checkpoint is None, checkpoint=config.checkpoint, kwargs=config.kwargs
+    )
+    model = create_model(wanted, num_classes=None).to(accelerator.device)
+    extractor = FeatureExtractor(model, config.pools, config.blocks, config.l2)
+    data_config = resolve_input(model, config.kwargs, EvalDataConfig())
+    folder = Path(config.output)
+    manifest = _manifest(config, extractor, data_config, source, accelerator)
+    _check_folder(folder, manifest)
+    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_manifest(folder, manifest)
+    missing = [i for i in range(manifest["shards"]) if not shard_file(folder, i, config.format).is_file()]
+    accelerator.wait_for_everyone()
+
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    images = SourceImages(source, eval_transform(data_config), data_config["input_size"][0])
+    start = time.perf_counter()
+    try:
+        _export_shards(mine, images, extractor, config, manifest, accelerator, progress)
+    except KeyboardInterrupt:
+        done = sum(shard_file(folder, i, config.format).is_file() for i in range(manifest["shards"]))
+        text = f"interrupted with {done} of {manifest['shards']} shards in {folder}; run it again to go on"
+        raise InterruptedRunError(text) from None
+    accelerator.wait_for_everyone()
+    seconds = time.perf_counter() - start
+    rows = sum(len(_rows_of(shard, manifest)) for shard in missing)
+    return {
+        "rows": len(source),
+        "shards": manifest["shards"],
+        "made_now": len(missing),
+        "seconds": seconds,
+        "images_per_second": rows / seconds,
+    }
+
+
+def _export_shards(
+    shards: list[int],
+    images: SourceImages,
+    extractor: FeatureExtractor,
+    config: FeaturesConfig,
+    manifest: dict[str, Any],
+    accelerator: Accelerator,
+    progress: Progress,
+) -> None:
+    ranges = [_rows_of(shard, manifest) for shard in shards]
+    batches = [list(rows[i : i + config.batch_size]) for rows in ranges for i in range(0, len(rows), config.batch_size)]
+    loader = DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=config.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    parts: list[dict[str, np.ndarray]] = []
+    held, todo = 0, iter(zip(shards, ranges, strict=True))
+    writing: Future | None = None
+    with ThreadPoolExecutor(1) as writer, progress.bar("features", len(batches)) as advance:
+        shard, rows = next(todo, (0, range(0)))
+        for index, found in _features(loader, extractor, config, accelerator):
+            _check_finite(found, index, images.source, config)
+            parts.append(found)
+            held += len(index)
+            if held == len(rows):
+                if writing is not None:
+                    writing.result()  # a full disk shows here; and no more than one shard waits in memory
+                file = shard_file(Path(config.output), shard, config.format)
+                writing = writer.submit(write_shard, file, _joined(parts, rows, images.source), config.format)
+                parts, held = [], 0
+                shard, rows = next(todo, (0, range(0)))
+            advance("")
+        if writing is not None:
+            writing.result()
+
+
+@torch.no_grad()
+def _features(
+    loader: DataLoader, extractor: FeatureExtractor, config: FeaturesConfig, accelerator: Accelerator
+) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+    """(positions, columns) of each batch. One batch behind the GPU, so that neither waits for the other."""
+    cuda = accelerator.device.type == "cuda"
+    dtype = torch.float16 if config.dtype == "fp16" else torch.float32
+    waiting: tuple[list[int], dict[str, Tensor], Any] | None = None
+
+    def fetched() -> tuple[list[int], dict[str, np.ndarray]]:
+        assert waiting is not None
+        index, columns, ready = waiting
+        if ready is not None:
+            ready.synchronize()
+        return index, {name: t.numpy() for name, t in columns.items()}
+
+    for batch, index in loader:
+        with accelerator.autocast():
+            columns = extractor(batch.to(accelerator.device, non_blocking=True))
+        columns = {name: t.to(dtype).to("cpu", non_blocking=True) for name, t in columns.items()}
+        ready = None
+        if cuda:
+            ready = torch.cuda.Event()
+            ready.record()
+        if waiting is not None:
+            yield fetched()
+        waiting = index.tolist(), columns, ready
+    if waiting is not None:
+        yield fetched()
+
+
+def _check_finite(found: dict[str, np.ndarray], index: list[int], source: ImageSource, config: FeaturesConfig) -> None:
+    for name, values in found.items():
+        finite = np.isfinite(values.reshape(len(values), -1)).all(1)
+        if not finite.all():
+            path = source.entries[index[int(np.argmin(finite))]].path
+            hint = "; fp16 ends at 65504: choose dtype fp32" if config.dtype == "fp16" else ""
+            raise RunError(f"{name} of {path} is not finite{hint}")
+
+
+def _joined(parts: list[dict[str, np.ndarray]], rows: range, source: ImageSource) -> Features:
+    entries = source.entries[rows.start : rows.stop]
+    return Features(
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]},
+        np.arange(rows.start, rows.stop, dtype=np.int64),
+        np.array([NO_LABEL if entry.label is None else entry.label for entry in entries], np.int64),
+        [entry.path for entry in entries],
+        {},
+    )
+
+
+def _rows_of(shard: int, manifest: dict[str, Any]) -> range:
+    first = shard * manifest["rows_per_shard"]
+    return range(first, min(first + manifest["rows_per_shard"], manifest["rows"]))
+
+
+@torch.no_grad()
+def _manifest(
+    config: FeaturesConfig,
+    extractor: FeatureExtractor,
+    data_config: dict[str, Any],
+    source: ImageSource,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    with accelerator.autocast():
+        sample = extractor(torch.zeros(1, *data_config["input_size"], device=accelerator.device))
+    names = hashlib.sha256("\n".join(f"{entry.path}\t{entry.label}" for entry in source.entries).encode())
+    return {
+        "model": config.model,
+        "checkpoint": config.checkpoint,
+        "kwargs": config.kwargs,
+        "weights_sha256": weights_hash(extractor.model),
+        "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in data_config.items()},
+        "pools": config.pools,
+        "blocks": extractor.blocks,
+        "l2": config.l2,
+        "columns": {name: list(t.shape[1:]) for name, t in sample.items()},
+        "dtype": config.dtype,
+        "precision": config.precision,
+        "batch_size": config.batch_size,  # another one may round differently
+        "images": config.images,
+        "images_sha256": names.hexdigest(),  # of their paths and labels
+        "rows": len(source),
+        "rows_per_shard": config.rows_per_shard,
+        "shards": -(-len(source) // config.rows_per_shard),
+        "format": config.format,
+        "device": accelerator.device.type,
+        "versions": {"torch": torch.__version__, "timm": timm.__version__, "vim": _version("vim-mamba")},
+    }
+
+
+def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
+    if (folder / MANIFEST).is_file():
+        saved = read_manifest(folder)
+        if changed := [key for key in manifest if saved.get(key) != manifest[key]]:
+            was = ", ".join(f"{key} was {saved.get(key)!r}, is {manifest[key]!r}" for key in changed)
+            raise RunError(f"{folder} holds another export: {was}; choose another --output, or remove it")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists and holds no export; choose another --output, or remove it")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
