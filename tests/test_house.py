@@ -35,6 +35,8 @@ ALLOWED = {
         "accelerate",
         "pyarrow",
         "safetensors",
+        "matplotlib",
+        "sklearn",
         *NUMERIC,
     },
 }

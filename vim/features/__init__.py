@@ -1,7 +1,8 @@
-"""Features of any timm model for images: exported to a folder of shards, and read back with one call."""
+"""Features of any timm model for images: exported to shards, read back with one call, judged by simple classifiers."""
 
-from .config import FeaturesConfig
+from .config import FeaturesConfig, KnnConfig, LinearProbeConfig
 from .export import export_features
+from .report import knn, probe
 from .store import Features, load
 
-__all__ = ["Features", "FeaturesConfig", "export_features", "load"]
+__all__ = ["Features", "FeaturesConfig", "KnnConfig", "LinearProbeConfig", "export_features", "knn", "load", "probe"]

@@ -1,0 +1,28 @@
+"""Classify exported features by their nearest neighbours, weighted as DINO has it.
+
+python tools/knn.py --train runs/features_train --val runs/features_val
+python tools/knn.py --train runs/features_train --val runs/features_val --column block23.token --shots [1,10]
+"""
+
+from rich.console import Console
+from rich.table import Table
+
+import vim  # noqa: F401  (registers the vim_* models)
+from vim.features import KnnConfig, knn
+from vim.training import ConfigParser, plain_errors
+
+
+def main() -> None:
+    config, _ = ConfigParser(KnnConfig, __doc__).parse_config()
+    with plain_errors():
+        report = knn(config)
+    table = Table("images a class", "draw", "k", "top-1 %", "top-5 %", title=f"{config.val}: {report['column']}")
+    for row in report["results"]:
+        shots = "all" if row["shots"] is None else str(row["shots"])
+        table.add_row(shots, str(row["draw"]), str(row["k"]), f"{row['top1']:.2f}", f"{row['top5']:.2f}")
+    Console().print(table)
+    print(f"results and plots: {config.output}")
+
+
+if __name__ == "__main__":
+    main()

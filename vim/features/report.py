@@ -1,0 +1,181 @@
+"""Runs of the classifiers in `judge` over exports: results as JSON, and plots."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vim.data import DataError, ImageSource
+from vim.training.errors import ConfigError, did_you_mean
+from vim.training.progress import Progress
+
+from .config import KnnConfig, LinearProbeConfig
+from .judge import Probe, accuracy, few_shot, knn_scores, linear_probe, nearest
+from .plots import plot_knn, plot_linear_probe, plot_neighbours, plot_projection
+from .store import NO_LABEL, Features, load, whole_file
+
+
+def knn(config: KnnConfig) -> dict[str, Any]:
+    """Classify the images of one export by those of another.
+
+    Returns: content of knn.json: column, and for each number of shots (null: all images), draw and k top1 and top5 in
+        percent.
+    Raises: DataError, ConfigError, with a message for the user.
+    """
+    train, val, classes = _exports(config.train, config.val)
+    column = config.column or next(iter(train.columns))
+    bank, queries = (_features(features, [column]) for features in (train, val))
+    labels, val_labels = torch.from_numpy(train.labels.copy()), torch.from_numpy(val.labels.copy())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bank, queries, labels = bank.to(device), queries.to(device), labels.to(device)
+    results = []
+    for shots, draw, rows in _draws(train.labels, config.shots, config.draws, 0):
+        subset = torch.from_numpy(rows).to(device)
+        similarities, found = nearest(bank[subset], queries, min(max(config.k), len(rows)))
+        neighbour_labels = labels[subset][found]
+        for k in config.k:
+            if k > len(rows):
+                continue
+            scores = knn_scores(similarities, neighbour_labels, classes, k, config.temperature).cpu()
+            results.append({"shots": shots, "draw": draw, "k": k, **accuracy(scores, val_labels)})
+    if not results:
+        raise ConfigError(f"k {config.k} are more than the {len(train)} images of {config.train}")
+    report = {"config": asdict(config), "column": column, "classes": classes, "results": results}
+    folder = _write(config.output, "knn.json", report)
+    progress = Progress()
+    with whole_file(folder / "knn.png") as path:
+        plot_knn(results, path)
+    if config.sheet:
+        chosen = np.linspace(0, len(val) - 1, min(config.sheet, len(val))).round().astype(int)
+        similarities, found = nearest(bank, queries[torch.from_numpy(chosen).to(device)], min(8, len(train)))
+        try:
+            with whole_file(folder / "neighbours.png") as path:
+                sources = ImageSource(train.manifest["images"]), ImageSource(val.manifest["images"])
+                plot_neighbours(train, val, sources, chosen, found.cpu(), similarities.cpu(), path)
+        except DataError as error:
+            progress.line(f"no sheet of neighbours: {error}")
+    if config.projection:
+        chosen = np.linspace(0, len(val) - 1, min(config.projection, len(val))).round().astype(int)
+        with whole_file(folder / "projection.png") as path:
+            plot_projection(queries.cpu().numpy()[chosen], val.labels[chosen], path)
+    return report
+
+
+def probe(config: LinearProbeConfig) -> dict[str, Any]:
+    """Train linear classifiers on one export and report on another.
+
+    Inputs and learning rate are chosen on a part of the training images; the choice is trained on all of them.
+
+    Returns: content of linear_probe.json: for each number of shots and draw the choice, its top1 and top5 on val in
+        percent, and the grid's top1 on the part that chose.
+    Raises: DataError, ConfigError, with a message for the user.
+    """
+    train, val, classes = _exports(config.train, config.val)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = _inputs(train, config)
+    x, y = ({name: _features(f, columns).to(device) for name, columns in inputs.items()} for f in (train, val))
+    labels = torch.from_numpy(train.labels.copy()).to(device)
+    common = {"epochs": config.epochs, "batch_size": config.batch_size, "seed": config.seed}
+    plan = list(_draws(train.labels, config.shots, config.draws, config.seed))
+    results = []
+    with Progress().bar("linear probe", 2 * config.epochs * len(plan)) as advance:
+        for shots, draw, rows in plan:
+            order = torch.from_numpy(np.random.RandomState(config.seed).permutation(rows)).to(device)
+            held = order[: max(1, round(config.select * len(rows)))]
+            fit = order[len(held) :] if len(rows) > len(held) else order
+            grid = linear_probe(
+                {name: f[fit] for name, f in x.items()}, labels[fit], {name: f[held] for name, f in x.items()},
+                classes, learning_rates=config.learning_rates, advance=advance, **common,
+            )  # fmt: skip
+            scores = {p: accuracy(logits.cpu(), labels[held].cpu())["top1"] for p, logits in grid.items()}
+            # Of equal ones the smallest learning rate, and the first of the inputs.
+            best: Probe = max(scores, key=lambda p: (scores[p], -p.lr))
+            every = torch.from_numpy(rows).to(device)
+            (logits,) = linear_probe(
+                {best.inputs: x[best.inputs][every]}, labels[every], {best.inputs: y[best.inputs]},
+                classes, learning_rates=[best.lr], advance=advance, **common,
+            ).values()  # fmt: skip
+            found = accuracy(logits.cpu(), torch.from_numpy(val.labels.copy()))
+            results.append(
+                {
+                    "shots": shots,
+                    "draw": draw,
+                    **asdict(best),
+                    **found,
+                    "grid": [{**asdict(p), "top1": top1} for p, top1 in scores.items()],
+                }
+            )
+    report = {"config": asdict(config), "inputs": inputs, "classes": classes, "results": results}
+    folder = _write(config.output, "linear_probe.json", report)
+    with whole_file(folder / "linear_probe.png") as path:
+        plot_linear_probe(results[0], path)
+    return report
+
+
+def _exports(train: str, val: str) -> tuple[Features, Features, int]:
+    """Both exports and the number of classes.
+
+    Raises: DataError for images without labels, or exports that differ in more than their images.
+    """
+    both = load(train), load(val)
+    for name, features in zip((train, val), both, strict=True):
+        if (features.labels == NO_LABEL).any():
+            path = features.paths[int(np.argmax(features.labels == NO_LABEL))]
+            raise DataError(f"{name} has images without a label, {path} first; export folders <class>/<image>")
+    for key in ("weights_sha256", "preprocessing", "columns", "l2"):
+        a, b = (features.manifest[key] for features in both)
+        if a != b:
+            raise DataError(f"{train} and {val} cannot be compared: {key} is {a} in one, {b} in the other")
+    return *both, int(max(features.labels.max() for features in both)) + 1
+
+
+def _features(features: Features, columns: list[str]) -> Tensor:
+    """(images, D) in fp32, columns side by side; maps flattened."""
+    for name in columns:
+        if name not in features.columns:
+            hint = did_you_mean(name, features.columns, f"there are {', '.join(features.columns)}")
+            raise ConfigError(f"the export has no column {name!r}{hint}")
+    parts = [features[name].reshape(len(features), -1).astype(np.float32) for name in columns]
+    return torch.from_numpy(np.concatenate(parts, 1))
+
+
+def _draws(labels: np.ndarray, shots: list[int], draws: int, seed: int) -> Iterator[tuple[int | None, int, np.ndarray]]:
+    """(shots, draw, rows to train on), all images first."""
+    yield None, 0, np.arange(len(labels))
+    for count in shots:
+        for draw in range(draws):
+            yield count, draw, few_shot(labels, count, seed + draw)
+
+
+def _inputs(features: Features, config: LinearProbeConfig) -> dict[str, list[str]]:
+    """Name of an input -> its columns."""
+    blocks = features.manifest["blocks"]
+    inputs = {}
+    for pools in config.pools:
+        wanted = pools.split("+")
+        if missing := [pool for pool in wanted if pool not in features.manifest["pools"]]:
+            known = ", ".join(features.manifest["pools"])
+            raise ConfigError(
+                f"pools: {missing[0]!r} was not exported, only {known}; export it, or leave {pools!r} out"
+            )
+        if blocks is None:
+            inputs[f"last, {pools}"] = wanted
+            continue
+        for count in config.last_blocks:
+            taken = blocks[-min(count, len(blocks)) :]
+            inputs[f"{len(taken)} block{'s' * (len(taken) > 1)}, {pools}"] = [
+                f"block{b}.{pool}" for b in taken for pool in wanted
+            ]
+    return inputs
+
+
+def _write(folder: str, name: str, report: dict[str, Any]) -> Path:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with whole_file(Path(folder) / name) as path:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    return Path(folder)
