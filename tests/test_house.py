@@ -39,6 +39,7 @@ ALLOWED = {
         "sklearn",
         *NUMERIC,
     },
+    "vim.visualize": {"vim.data", "vim.training", "timm", "matplotlib", *NUMERIC},
 }
 
 

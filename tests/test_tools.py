@@ -98,7 +98,9 @@ def test_two_processes_train_like_one_with_the_same_total_batch(setting):
         assert_close(weights_two[name], weight, atol=1e-3, rtol=1e-2)
 
 
-@pytest.mark.parametrize("tool", ["train", "validate", "prepare_mnist", "export_features", "knn", "linear_probe"])
+@pytest.mark.parametrize(
+    "tool", ["train", "validate", "prepare_mnist", "export_features", "knn", "linear_probe", "visualize"]
+)
 def test_help(tool, call, capsys):
     with pytest.raises(SystemExit) as exit_:
         call(tool, "--help")

@@ -1,6 +1,7 @@
 """BiMamba: Vision Mamba's mixer, two selective scans over one sequence, in opposite directions."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,10 @@ class BiMamba(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(bidirectional_selective_scan(**self.scan_inputs(x)))
+
+    def scan_inputs(self, x: Tensor) -> dict[str, Any]:
+        """Arguments of `bidirectional_selective_scan` for a sequence (B, L, d_model)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         convolutions = self.forward_ssm.conv1d, self.backward_ssm.conv1d
         u_f, u_b = bidirectional_causal_conv1d(
@@ -59,14 +64,13 @@ class BiMamba(nn.Module):
         )
         dt_f, A_f, B_f, C_f = self.forward_ssm.project(u_f)
         dt_b, A_b, B_b, C_b = self.backward_ssm.project(u_b)
-        y = bidirectional_selective_scan(
-            (u_f, u_b),
-            (dt_f, dt_b),
-            (A_f, A_b),
-            (B_f, B_b),
-            (C_f, C_b),
-            D=(self.forward_ssm.D, self.backward_ssm.D),
-            z=z,
-            dt_bias=(self.forward_ssm.dt_proj.bias, self.backward_ssm.dt_proj.bias),
-        )
-        return self.out_proj(y)
+        return {
+            "u": (u_f, u_b),
+            "dt": (dt_f, dt_b),
+            "A": (A_f, A_b),
+            "B": (B_f, B_b),
+            "C": (C_f, C_b),
+            "D": (self.forward_ssm.D, self.backward_ssm.D),
+            "z": z,
+            "dt_bias": (self.forward_ssm.dt_proj.bias, self.backward_ssm.dt_proj.bias),
+        }

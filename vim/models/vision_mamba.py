@@ -316,7 +316,7 @@ class VisionMamba(nn.Module):
         """Where the single class token stands among `num_patches` patches."""
         return num_patches // 2 if self.class_token == "middle" else 0
 
-    def _prefix_first(self, x: Tensor) -> Tensor:
+    def prefix_first(self, x: Tensor) -> Tensor:
         """Tokens in sequence order -> class tokens in front, as timm's models return them."""
         if self.class_token == "both":
             return torch.cat([x[:, :1], x[:, -1:], x[:, 1:-1]], 1)
@@ -356,12 +356,12 @@ class VisionMamba(nn.Module):
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x = block(x)
             if i in taken:
-                tokens = self._prefix_first(self.norm(x) if norm else x)
+                tokens = self.prefix_first(self.norm(x) if norm else x)
                 prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
                 intermediates.append((patches, prefix) if return_prefix_tokens else patches)
-        return intermediates if intermediates_only else (self._prefix_first(self.norm(x)), intermediates)
+        return intermediates if intermediates_only else (self.prefix_first(self.norm(x)), intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -391,7 +391,7 @@ class VisionMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) -> normalised tokens (B, T + P, D), class tokens first."""
-        return self._prefix_first(self.norm(self.blocks(self._embed(x))))
+        return self.prefix_first(self.norm(self.blocks(self._embed(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, T + P, D) -> logits (B, num_classes), or with pre_logits the pooled features (B, D)."""

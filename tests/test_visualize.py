@@ -1,0 +1,119 @@
+"""The maps against the scan itself and against gradients taken by hand; the sheets end to end."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from image_tree import write_image_tree
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+import vim  # noqa: F401
+from vim.training import ConfigError
+from vim.visualize import (
+    VisualizeConfig,
+    class_map,
+    image_maps,
+    implicit_attention,
+    receptive_field,
+    scan_of_block,
+    step_sizes,
+    visualize,
+)
+from vim.visualize.maps import class_tokens
+from vim_kernels import bidirectional_selective_scan
+
+KWARGS = {"img_size": (16, 12), "patch_size": 4, "in_chans": 1, "depth": 3, "num_classes": 3}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("vim_nano", **KWARGS).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(2, 1, 16, 12, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_implicit_attention_is_the_scan(model, images):
+    scan = scan_of_block(model, images, 1)
+    length = scan["u"][0].shape[1]
+    attention = implicit_attention(scan, torch.arange(length))
+    sums = 0
+    for matrix, u, D in zip(attention, scan["u"], scan["D"], strict=True):
+        sums = sums + torch.einsum("btse,bse->bte", matrix, u) + D * u
+    y = bidirectional_selective_scan(**scan)
+    assert y.abs().max() > 0.01
+    assert (0.5 * sums * F.silu(scan["z"]) - y).abs().max() < 1e-5 * y.abs().max()
+    assert attention[0][:, 0, 1:].abs().max() == 0  # causal
+    assert attention[1][:, -1, :-1].abs().max() == 0
+    some = implicit_attention(scan, [3, 7])
+    assert torch.equal(some[1], attention[1][:, [3, 7]])
+
+
+def test_the_scan_of_a_block_is_the_one_that_the_model_runs(model, images):
+    block = model.blocks[2]
+    seen = []
+    handle = block.mixer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(images)
+    handle.remove()
+    scan = scan_of_block(model, images, 2)
+    assert_close(block.mixer.out_proj(bidirectional_selective_scan(**scan)), seen[0])
+    raw = scan["dt"][1] + scan["dt_bias"][1]
+    assert_close(step_sizes(scan)[1], raw.exp().log1p())
+
+
+@pytest.mark.parametrize(("class_token", "places"), [("middle", [6]), ("first", [0]), ("both", [0, 13]), ("none", [])])
+def test_maps_leave_the_class_tokens_out(class_token, places):
+    pool = "avg" if class_token == "none" else "token"
+    model = timm.create_model("vim_nano", **KWARGS, class_token=class_token, global_pool=pool)
+    length = 12 + len(places)
+    assert class_tokens(model, length).tolist() == places
+    values = torch.zeros(1, length)
+    patches = [i for i in range(length) if i not in places]
+    values[0, patches] = torch.arange(12.0)
+    assert torch.equal(image_maps(model, values)[0], torch.arange(12.0).view(4, 3))
+
+
+def test_class_map_and_receptive_field_by_hand(model, images):
+    classes = torch.tensor([2, 0])
+    tokens = model.blocks[0](model._embed(images)).detach().requires_grad_()
+    logits = model.forward_head(model.prefix_first(model.norm(model.blocks[2](model.blocks[1](tokens)))))
+    (gradient,) = torch.autograd.grad(logits[0, 2] + logits[1, 0], tokens)
+    patches = [i for i in range(13) if i != 6]
+    want = (tokens * gradient[:, patches].mean(1, keepdim=True)).sum(2)[:, patches].relu().view(2, 4, 3)
+    assert want.max() > 0
+    assert_close(class_map(model, images, classes, 1), want.detach())
+
+    leaf = images.clone().requires_grad_()
+    behind = model.blocks[1](model.blocks[0](model._embed(leaf)))
+    (gradient,) = torch.autograd.grad(behind[:, patches][:, 2 * 3 + 1].sum(), leaf)
+    assert_close(receptive_field(model, images, 1), gradient.abs().sum(1).mean(0))
+
+
+def test_sheets(model, tmp_path):
+    pytest.importorskip("matplotlib")
+    write_image_tree(tmp_path, {"val": 5})
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    given = {
+        "checkpoint": str(tmp_path / "weights.safetensors"),
+        "kwargs": KWARGS,
+        "images": str(tmp_path / "val"),
+        "output": str(tmp_path / "out"),
+        "count": 2,
+    }
+    files = visualize(VisualizeConfig("vim_nano", **given))
+    assert [file.name for file in files] == ["0.png", "1.png", "receptive_fields.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    with pytest.raises(ConfigError, match="the model has blocks 0 to 2, got 3"):
+        visualize(VisualizeConfig("vim_nano", blocks=[3], **given))
+    model = timm.create_model("resnet10t", in_chans=1)
+    save_file(model.state_dict(), tmp_path / "resnet.safetensors")
+    other = given | {"checkpoint": str(tmp_path / "resnet.safetensors"), "kwargs": {"in_chans": 1}}
+    with pytest.raises(ConfigError, match="resnet10t is no Vision Mamba"):
+        visualize(VisualizeConfig("resnet10t", **other))
+    for wrong in ({"count": 0}, {"blocks": []}):
+        with pytest.raises(ValueError, match="must"):
+            VisualizeConfig(**wrong)

@@ -1,0 +1,127 @@
+"""Numbers behind the pictures. B batch, L tokens, P patches, E channels of a scan, N its states, D model width."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Scan = dict[str, Any]
+
+
+@torch.no_grad()
+def scan_of_block(model: nn.Module, images: Tensor, block: int) -> Scan:
+    """What the scan of a block gets for images (B, C, H, W): arguments of `bidirectional_selective_scan`."""
+    mixer = model.blocks[block].mixer  # type: ignore[index,union-attr]
+    seen: list[Tensor] = []
+    handle = mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))  # type: ignore[union-attr]
+    try:
+        model(images)
+    finally:
+        handle.remove()
+    return mixer.scan_inputs(seen[0])  # type: ignore[union-attr,operator]
+
+
+def step_sizes(scan: Scan) -> tuple[Tensor, Tensor]:
+    """delta (B, L, E) of the forward and the backward direction: how much of a token enters the state."""
+    forward, backward = (
+        F.softplus(dt.float() + bias.float()) for dt, bias in zip(scan["dt"], scan["dt_bias"], strict=True)
+    )
+    return forward, backward
+
+
+def implicit_attention(scan: Scan, rows: Tensor | list[int]) -> tuple[Tensor, Tensor]:
+    """Of each direction, how much each token writes to the scan's output at chosen tokens, before D and the gate.
+
+    A selective scan is a matrix over tokens for each channel: y[t] = sum over s of attention[t, s] u[s], with
+
+        attention[t, s] = sum over n of C[t, n] exp(A[n] (delta[s + 1] + ... + delta[t])) delta[s] B[s, n]
+
+    for s <= t in the forward direction and s >= t in the backward one, else 0.
+
+    Args:
+        scan: of `scan_of_block`. rows: tokens t, in sequence order.
+
+    Returns: (B, rows, L, E) of the forward and the backward direction.
+
+    Source: Ali et al. 2024, arXiv 2403.01590, equation 12.
+    """
+    rows = torch.as_tensor(rows)
+    found = []
+    for i, delta in enumerate(step_sizes(scan)):
+        A, B, C = (scan[name][i].float() for name in "ABC")
+        reverse = i == 1
+        if reverse:
+            delta, B, C = delta.flip(1), B.flip(1), C.flip(1)
+        length = delta.shape[1]
+        at = length - 1 - rows if reverse else rows
+        past = delta.cumsum(1)  # (B, L, E)
+        writes = []
+        for t in at.tolist():
+            decay = torch.exp((past[:, t : t + 1] - past)[:, : t + 1, :, None] * A)  # (B, t + 1, E, N)
+            weights = torch.einsum("bn,blen,bln->ble", C[:, t], decay, B[:, : t + 1]) * delta[:, : t + 1]
+            writes.append(F.pad(weights, (0, 0, 0, length - 1 - t)))
+        attention = torch.stack(writes, 1)
+        found.append(attention.flip(2) if reverse else attention)
+    return found[0], found[1]
+
+
+def image_maps(model: nn.Module, values: Tensor) -> Tensor:
+    """Values of tokens in sequence order (B, L) -> those of the patches as a map (B, rows, columns)."""
+    patches = model.prefix_first(values.unsqueeze(2))[:, model.num_prefix_tokens :, 0]  # type: ignore[operator,index]
+    return patches.unflatten(1, model.patch_embed.grid_size)  # type: ignore[union-attr,arg-type]
+
+
+def class_tokens(model: nn.Module, length: int) -> Tensor:
+    """Positions of the class tokens in a sequence."""
+    order = model.prefix_first(torch.arange(length)[None, :, None])[0, :, 0]  # type: ignore[operator]
+    return order[: model.num_prefix_tokens]  # type: ignore[misc]
+
+
+def class_map(model: nn.Module, images: Tensor, classes: Tensor, block: int) -> Tensor:
+    """Grad-CAM on the tokens that a block reads: (B, rows, columns), 0 and up.
+
+    Those, not what it writes: behind the last block a class token alone decides.
+
+    Args:
+        images: (B, C, H, W). classes: (B,), whose logits to explain.
+
+    Source: Selvaraju et al. 2017, arXiv 1610.02391, equations 1 and 2.
+    """
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        seen.append(inputs[0].detach().requires_grad_())
+        return (seen[0],)
+
+    handle = model.blocks[block].register_forward_pre_hook(keep)  # type: ignore[index,union-attr]
+    try:
+        with torch.enable_grad():
+            score = model(images).gather(1, classes[:, None]).sum()
+            (gradient,) = torch.autograd.grad(score, seen)
+    finally:
+        handle.remove()
+    prefix: int = model.num_prefix_tokens  # type: ignore[assignment]
+    value, gradient = (model.prefix_first(t)[:, prefix:] for t in (seen[0].detach(), gradient))  # type: ignore[operator]
+    weights = gradient.mean(1, keepdim=True)  # of a channel, over the image
+    return (value * weights).sum(2).relu().unflatten(1, model.patch_embed.grid_size)  # type: ignore[union-attr,arg-type]
+
+
+def receptive_field(model: nn.Module, images: Tensor, block: int) -> Tensor:
+    """How much each pixel moves the patch in the middle of the image behind a block: (H, W), mean over the images.
+
+    Source: Luo et al. 2016, arXiv 1701.04128, section 2.
+    """
+    images = images.detach().clone().requires_grad_()
+    seen: list[Tensor] = []
+    handle = model.blocks[block].register_forward_hook(lambda *args: seen.append(args[-1]))  # type: ignore[index,union-attr]
+    try:
+        with torch.enable_grad():
+            model(images)
+    finally:
+        handle.remove()
+    patches = model.prefix_first(seen[0])[:, model.num_prefix_tokens :]  # type: ignore[operator,misc]
+    rows, columns = model.patch_embed.grid_size  # type: ignore[union-attr,misc]
+    middle = patches[:, rows // 2 * columns + columns // 2]
+    (gradient,) = torch.autograd.grad(middle.sum(), images)
+    return gradient.abs().sum(1).mean(0)

@@ -1,0 +1,126 @@
+"""Sheets of maps as PNG files. matplotlib is optional, and imported only here."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vim.data import EvalDataConfig, ImageSource, eval_transform
+from vim.training.config import ModelConfig
+from vim.training.errors import ConfigError
+from vim.training.model import create_model, resolve_input
+
+from .config import VisualizeConfig
+from .maps import class_map, class_tokens, image_maps, implicit_attention, receptive_field, scan_of_block, step_sizes
+
+NAMES = ("step size, forward", "step size, backward", "class token reads, forward", "backward", "class map")
+
+
+def visualize(config: VisualizeConfig) -> list[Path]:
+    """Write a sheet for each image, a row a block, and one of receptive fields.
+
+    Returns: the files.
+    Raises: DataError, ConfigError, with a message for the user.
+    """
+    wanted = ModelConfig(
+        config.model, pretrained=config.checkpoint is None, checkpoint=config.checkpoint, kwargs=config.kwargs
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = create_model(wanted, num_classes=None).to(device).eval()
+    if not hasattr(model, "blocks") or not hasattr(model.blocks[0], "mixer"):  # type: ignore[index]
+        raise ConfigError(f"{config.model} is no Vision Mamba: its blocks have no selective scan to look into")
+    blocks = _chosen_blocks(model, config.blocks)
+    data_config = resolve_input(model, config.kwargs, EvalDataConfig())
+    transform, in_chans = eval_transform(data_config), data_config["input_size"][0]
+    source = ImageSource(config.images)
+    chosen = np.linspace(0, len(source) - 1, min(config.count, len(source))).round().astype(int)
+    images = torch.stack([transform(source.load(int(i), in_chans)) for i in chosen]).to(device)
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    names = cfg.get("label_names")
+    with torch.no_grad():
+        logits = model(images).float()
+    classes = logits.argmax(1)
+    parts = logits.softmax(1).gather(1, classes[:, None])[:, 0].tolist()
+    maps = [_maps(model, images, classes, block) for block in blocks]
+    shown = _shown(images, data_config)
+
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for i, index in enumerate(chosen):
+        label = int(classes[i])
+        title = f"{source.entries[index].path}: {names[label] if names else f'class {label}'}, {parts[i]:.0%}"
+        files.append(folder / f"{i}.png")
+        _draw(files[-1], title, shown[i], [{k: m[i] for k, m in row.items()} for row in maps], blocks)
+    files.append(folder / "receptive_fields.png")
+    _draw_fields(files[-1], [receptive_field(model, images, block).cpu() for block in blocks], blocks)
+    return files
+
+
+def _maps(model: nn.Module, images: Tensor, classes: Tensor, block: int) -> dict[str, Tensor]:
+    """Maps (B, rows, columns) of one block, by name."""
+    scan = scan_of_block(model, images, block)
+    length = scan["u"][0].shape[1]
+    found = {}
+    for name, delta in zip(NAMES[:2], step_sizes(scan), strict=True):
+        found[name] = image_maps(model, delta.mean(2))
+    tokens = class_tokens(model, length)
+    if len(tokens):
+        with torch.no_grad():
+            for name, attention in zip(NAMES[2:4], implicit_attention(scan, tokens), strict=True):
+                found[name] = image_maps(model, attention.abs().mean((1, 3)))
+    found[NAMES[4]] = class_map(model, images, classes, block)
+    return {name: m.detach().float().cpu() for name, m in found.items()}
+
+
+def _chosen_blocks(model: nn.Module, blocks: list[int] | None) -> list[int]:
+    count = len(model.blocks)  # type: ignore[arg-type]
+    if blocks is None:
+        return sorted({0, count // 2, count - 1})
+    if wrong := [b for b in blocks if not -count <= b < count]:
+        raise ConfigError(f"the model has blocks 0 to {count - 1}, got {wrong[0]}")
+    return [b % count for b in blocks]
+
+
+def _shown(images: Tensor, data_config: dict[str, Any]) -> np.ndarray:
+    """What the model gets, as pixels in 0..1: (B, H, W) or (B, H, W, 3)."""
+    mean, std = (torch.tensor(data_config[key])[:, None, None] for key in ("mean", "std"))
+    return (images.cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).squeeze(-1).numpy()
+
+
+def _draw(path: Path, title: str, image: np.ndarray, rows: list[dict[str, Tensor]], blocks: list[int]) -> None:
+    from matplotlib.figure import Figure
+
+    names = list(rows[0])
+    figure = Figure(figsize=(2.1 * (1 + len(names)), 2.2 * len(rows) + 0.4), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(len(rows), 1 + len(names), squeeze=False)
+    height, width = image.shape[:2]
+    for axes, row, block in zip(grid, rows, blocks, strict=True):
+        axes[0].imshow(image, cmap="gray", vmin=0, vmax=1)
+        axes[0].set_ylabel(f"block {block}")
+        for place, name in zip(axes[1:], names, strict=True):
+            place.imshow(image, cmap="gray", vmin=0, vmax=1)
+            # Each map in its own scale, from its least to its greatest value.
+            drawn = place.imshow(
+                row[name].numpy(), cmap="magma", alpha=0.75, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+            )
+            figure.colorbar(drawn, ax=place, shrink=0.7, pad=0.02).ax.tick_params(labelsize=6)
+            if row is rows[0]:
+                place.set_title(name, fontsize=8)
+    for place in grid.flat:
+        place.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=110)
+
+
+def _draw_fields(path: Path, fields: list[Tensor], blocks: list[int]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.6 * len(fields), 3), layout="constrained")
+    figure.suptitle("what moves the patch in the middle (square root)")
+    for axes, field, block in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields, blocks, strict=True):
+        axes.imshow(field.sqrt().numpy(), cmap="magma")
+        axes.set(xticks=[], yticks=[], title=f"behind block {block}")
+    figure.savefig(path, dpi=110)
