@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import vim  # noqa: F401  (registers the models)
 from vim.training import BenchmarkConfig, ConfigError, ConfigParser, InterruptedRunError, RunError, benchmark_table
 from vim.training.config import Contender, Workload
+from vim.training.files import whole_file
 from vim.training.plots import plot_benchmark
 
 module = importlib.import_module("vim.training.benchmark")  # the package has a function of that name
@@ -293,7 +294,7 @@ def test_a_half_written_file_does_not_replace_a_whole_one(tmp_path):
     path.write_text("whole")
 
     def write():
-        with module._whole_file(path) as unfinished:
+        with whole_file(path) as unfinished:
             unfinished.write_text("ha")
             raise KeyboardInterrupt
 

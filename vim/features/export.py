@@ -1,7 +1,6 @@
 """Features of every image of a source, in shards that do not depend on how many processes made them."""
 
 import hashlib
-import importlib.metadata
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -20,6 +18,7 @@ from vim.training.config import ModelConfig
 from vim.training.errors import InterruptedRunError, RunError
 from vim.training.model import create_model, resolve_input
 from vim.training.progress import Progress
+from vim.training.summary import versions
 from vim.training.trainer import create_accelerator
 
 from .config import FeaturesConfig
@@ -216,7 +215,7 @@ def _manifest(
         "shards": -(-len(source) // config.rows_per_shard),
         "format": config.format,
         "device": accelerator.device.type,
-        "versions": {"torch": torch.__version__, "timm": timm.__version__, "vim": _version("vim-mamba")},
+        "versions": versions(),
     }
 
 
@@ -228,10 +227,3 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
             raise RunError(f"{folder} holds another export: {was}; choose another --output, or remove it")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and holds no export; choose another --output, or remove it")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,6 +1,5 @@
 """Runs of the classifiers in `judge` over exports: results as JSON, and plots."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,12 +11,13 @@ from torch import Tensor
 
 from vim.data import DataError, ImageSource
 from vim.training.errors import ConfigError, did_you_mean
+from vim.training.files import whole_file, write_json
 from vim.training.progress import Progress
 
 from .config import KnnConfig, LinearProbeConfig
 from .judge import Probe, accuracy, few_shot, knn_scores, linear_probe, nearest
 from .plots import plot_knn, plot_linear_probe, plot_neighbours, plot_projection
-from .store import NO_LABEL, Features, load, whole_file
+from .store import NO_LABEL, Features, load
 
 
 def knn(config: KnnConfig) -> dict[str, Any]:
@@ -176,6 +176,5 @@ def _inputs(features: Features, config: LinearProbeConfig) -> dict[str, list[str
 
 def _write(folder: str, name: str, report: dict[str, Any]) -> Path:
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with whole_file(Path(folder) / name) as path:
-        path.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(report, Path(folder) / name)
     return Path(folder)

@@ -2,8 +2,6 @@
 
 import json
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vim.data import DataError
+from vim.training.files import whole_file, write_json
 
 MANIFEST = "manifest.json"
 SUFFIX = {"parquet": ".parquet", "npz": ".npz", "safetensors": ".safetensors"}
@@ -51,8 +50,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    with whole_file(folder / MANIFEST) as path:
-        path.write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(manifest, folder / MANIFEST)
 
 
 def write_shard(file: Path, rows: Features, file_format: str) -> None:
@@ -147,14 +145,3 @@ def _read_safetensors(file: Path, manifest: dict[str, Any]) -> Features:
         columns = {name: archive.get_tensor(name) for name in manifest["columns"]}
         paths = json.loads(archive.metadata()["path"])
         return Features(columns, archive.get_tensor("index"), archive.get_tensor("label"), paths, manifest)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; it becomes `path` when all is written, so that a kill leaves no half file under its name."""
-    unfinished = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -2,15 +2,13 @@
 
 import gc
 import importlib.metadata
-import json
 import platform
 import shlex
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from itertools import groupby
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from .config import BenchmarkConfig, Contender, Precision, Workload
 from .errors import ConfigError, InterruptedRunError, RunError
+from .files import whole_file, write_json
 from .model import enable_grad_checkpointing, timm_name
 from .plots import contender_name, plot_benchmark, workload_name
 from .progress import Progress
@@ -59,7 +58,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     results_file, plot_file = folder / "benchmark.json", folder / "benchmark.png"
     plot_file.unlink(missing_ok=True)  # that of an earlier benchmark must not lie beside this one's numbers
     results = _about(config, device)
-    _write_json(results, results_file)
+    write_json(results, results_file)
     progress = Progress()
     progress.line(f"{results['device']}, {config.precision}, {results['versions']}")
     plan = config.plan()
@@ -84,7 +83,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
                     traceback.print_exc()
             # Behind `except`: before its end, the error's traceback holds the tensors of the contender.
             results["rows"].append(row)
-            _write_json(results, results_file)
+            write_json(results, results_file)
             if row["error"] not in (None, "out of memory"):
                 failed = f"{contender} failed at {workload_name(row)}: {row['error']}"
                 raise RunError(f"{failed}; results so far: {results_file}")
@@ -94,7 +93,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
                 progress.line(f"{left:.0f} MiB outlive {contender}, and count in the peaks of those behind it")
             advance(str(contender))
     try:
-        with _whole_file(plot_file) as path:
+        with whole_file(plot_file) as path:
             plot_benchmark(results, path)
         progress.line(f"results: {results_file}\nplot: {plot_file}")
     except ModuleNotFoundError as error:
@@ -339,22 +338,6 @@ def _free(contender: Contender, device: torch.device) -> float:
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated(device) / 2**20
-
-
-def _write_json(results: dict[str, Any], file: Path) -> None:
-    with _whole_file(file) as path:
-        path.write_text(json.dumps(results, indent=2) + "\n")
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; it becomes `path` when all is written, so that an interruption leaves the former file."""
-    unfinished = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _rounded(speed: float) -> str:

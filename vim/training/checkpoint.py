@@ -1,25 +1,18 @@
 """Checkpoint files: written whole or not at all, loaded without running code from them."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import RunError
+from .files import whole_file
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Write tensors, numbers, strings and their dicts and lists. A crash leaves the earlier file as it was."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # the rename must not reach the disk before the content
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

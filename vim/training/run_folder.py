@@ -12,6 +12,7 @@ from torch import nn
 
 from .config import TrainConfig
 from .errors import RunError
+from .files import whole_file
 
 # Where the data lie and how they are loaded does not change results, so that a resumed run may change it.
 FREE_ON_RESUME = {"run_dir", "data.root", "data.num_workers"}
@@ -87,9 +88,8 @@ class RunFolder:
 
     @staticmethod
     def _write(path: Path, text: str) -> None:
-        unfinished = path.with_name(f".{path.name}.tmp")
-        unfinished.write_text(text)
-        unfinished.replace(path)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(text)
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
