@@ -8,7 +8,7 @@ import torch
 from image_tree import write_image_tree
 from safetensors.torch import save_file
 
-import vim  # noqa: F401
+import vim  # noqa: F401 (registers the vim_* models)
 import vim.features.judge as judge
 from vim.data import DataError
 from vim.features import FeaturesConfig, KnnConfig, LinearProbeConfig, export_features, knn, probe

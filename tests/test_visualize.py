@@ -8,7 +8,7 @@ from image_tree import write_image_tree
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-import vim  # noqa: F401
+import vim  # noqa: F401 (registers the vim_* models)
 from vim.training import ConfigError
 from vim.visualize import (
     VisualizeConfig,

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vim.data import EvalDataConfig, ImageSource, Transform, eval_transform
-from vim.training.config import ModelConfig
 from vim.training.errors import InterruptedRunError, RunError
-from vim.training.model import create_model, resolve_input
+from vim.training.model import load_model, resolve_input
 from vim.training.progress import Progress
 from vim.training.summary import versions
 from vim.training.trainer import create_accelerator
@@ -53,10 +52,7 @@ def export_features(config: FeaturesConfig) -> dict[str, Any]:
     accelerator = create_accelerator(config.precision)
     progress = Progress(accelerator.is_main_process)
     source = ImageSource(config.images)
-    wanted = ModelConfig(
-        config.model, pretrained=config.checkpoint is None, checkpoint=config.checkpoint, kwargs=config.kwargs
-    )
-    model = create_model(wanted, num_classes=None).to(accelerator.device)
+    model = load_model(config.model, config.checkpoint, config.kwargs).to(accelerator.device)
     extractor = FeatureExtractor(model, config.pools, config.blocks, config.l2)
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
     folder = Path(config.output)

@@ -41,6 +41,15 @@ def create_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
         raise ConfigError(f"{config.name} has no released weights; name a checkpoint or a run folder") from error
 
 
+def load_model(name: str, checkpoint: str | None, kwargs: dict[str, Any]) -> nn.Module:
+    """A timm model with its own classes, and weights from the checkpoint, or else its released ones or its folder's.
+
+    Raises: as `create_model`.
+    """
+    config = ModelConfig(name, pretrained=checkpoint is None, checkpoint=checkpoint, kwargs=kwargs)
+    return create_model(config, num_classes=None)
+
+
 def enable_grad_checkpointing(model: nn.Module, name: str) -> None:
     try:
         model.set_grad_checkpointing()  # type: ignore[operator]

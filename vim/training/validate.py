@@ -6,10 +6,10 @@ from typing import Any
 
 from vim.data import EvalImages, ImageFolder, eval_loader, eval_transform
 
-from .config import ModelConfig, ValidateConfig
+from .config import ValidateConfig
 from .errors import ConfigError
 from .evaluation import evaluate
-from .model import create_model, resolve_input
+from .model import load_model, resolve_input
 from .progress import Progress
 from .trainer import create_accelerator
 
@@ -23,10 +23,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     accelerator = create_accelerator(config.precision)
     progress = Progress(accelerator.is_main_process)
     folder = ImageFolder(config.data.root, config.data.val_split)
-    wanted = ModelConfig(
-        config.model, pretrained=config.checkpoint is None, checkpoint=config.checkpoint, kwargs=config.kwargs
-    )
-    model = create_model(wanted, num_classes=None).to(accelerator.device)
+    model = load_model(config.model, config.checkpoint, config.kwargs).to(accelerator.device)
     _check_classes(model, folder, config.model)
     data_config = resolve_input(model, config.kwargs, config.data)
     images = EvalImages(folder, eval_transform(data_config), data_config["input_size"][0])

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from vim.data import EvalDataConfig, ImageSource, eval_transform
-from vim.training.config import ModelConfig
 from vim.training.errors import ConfigError
-from vim.training.model import create_model, resolve_input
+from vim.training.files import whole_file
+from vim.training.model import load_model, resolve_input
 
 from .config import VisualizeConfig
 from .maps import class_map, class_tokens, image_maps, implicit_attention, receptive_field, scan_of_block, step_sizes
@@ -24,11 +24,8 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     Returns: the files.
     Raises: DataError, ConfigError, with a message for the user.
     """
-    wanted = ModelConfig(
-        config.model, pretrained=config.checkpoint is None, checkpoint=config.checkpoint, kwargs=config.kwargs
-    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = create_model(wanted, num_classes=None).to(device).eval()
+    model = load_model(config.model, config.checkpoint, config.kwargs).to(device).eval()
     if not hasattr(model, "blocks") or not hasattr(model.blocks[0], "mixer"):  # type: ignore[index]
         raise ConfigError(f"{config.model} is no Vision Mamba: its blocks have no selective scan to look into")
     blocks = _chosen_blocks(model, config.blocks)
@@ -112,7 +109,8 @@ def _draw(path: Path, title: str, image: np.ndarray, rows: list[dict[str, Tensor
                 place.set_title(name, fontsize=8)
     for place in grid.flat:
         place.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=110)
 
 
 def _draw_fields(path: Path, fields: list[Tensor], blocks: list[int]) -> None:
@@ -123,4 +121,5 @@ def _draw_fields(path: Path, fields: list[Tensor], blocks: list[int]) -> None:
     for axes, field, block in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields, blocks, strict=True):
         axes.imshow(field.sqrt().numpy(), cmap="magma")
         axes.set(xticks=[], yticks=[], title=f"behind block {block}")
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=110)
