@@ -20,7 +20,7 @@ help:
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[quickstart,features,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[quickstart,features,export,dev]'
 	@touch $@
 
 install: $(INSTALLED)

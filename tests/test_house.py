@@ -39,6 +39,7 @@ ALLOWED = {
         "sklearn",
         *NUMERIC,
     },
+    "vim.export": {"vim_kernels", "vim.data", "vim.training", "onnxruntime", *NUMERIC},
     "vim.visualize": {"vim.data", "vim.training", "timm", "matplotlib", *NUMERIC},
 }
 

@@ -1,0 +1,169 @@
+"""The operators in terms of ATen alone, for programs that must run where this package is not installed.
+
+An exported program calls `vim_kernels::selective_scan`. These functions take its place:
+
+    program = torch.export.export(model, (images,))
+    program = program.run_decompositions(decompositions())          # ATen operators only
+    program = program.run_decompositions(decompositions(loop=True))  # the scan as one loop, which becomes ONNX's Scan
+
+They are functional, and for inference. Both directions of a scan run as one, the reverse one on flipped tensors.
+Shapes in comments: S directions, B batch, L length, G groups, E channels of a group, N d_state, R = S B G.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._higher_order_ops.scan import scan as torch_scan_operator
+
+from . import reference
+
+
+def decompositions(*, loop: bool = False) -> dict[torch._ops.OpOverload, Callable]:
+    """A table for `torch.export.ExportedProgram.run_decompositions`.
+
+    Args:
+        loop: the recurrence as torch's `scan` operator, a graph of constant size that torch.onnx turns into ONNX's
+            Scan; if not, unrolled to some 8 sqrt(length) ATen operators.
+
+    The operators must have been exported without gradients, under `torch.no_grad()`: else the functions raise.
+    """
+    recurrence = _looped if loop else _chunked
+    return {
+        torch.ops.vim_kernels.selective_scan.default: partial(_selective_scan, recurrence),
+        torch.ops.vim_kernels.causal_conv1d.default: _causal_conv1d,
+    }
+
+
+def _causal_conv1d(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    initial_state: Tensor | None,
+    silu: bool,
+    reverse: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    """What the operator `causal_conv1d` returns, from its arguments."""
+    biases = bias or [None] * len(weight)  # type: ignore[list-item]
+    return [
+        reference.causal_conv1d(x, w, b, initial_state, silu=silu, reverse=r).to(x.dtype)
+        for w, b, r in zip(weight, biases, reverse, strict=True)
+    ]
+
+
+def _selective_scan(
+    recurrence: Callable,
+    u: Sequence[Tensor],
+    dt: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    C: Sequence[Tensor],
+    D: Sequence[Tensor],
+    dt_bias: Sequence[Tensor],
+    initial_state: Sequence[Tensor],
+    z: Tensor | None,
+    reverse: Sequence[bool],
+    dt_softplus: bool,
+    scale: float,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the operator `selective_scan` returns, from its arguments."""
+    if save:
+        raise RuntimeError("the scan was exported for training; export under torch.no_grad()")
+    dtype, groups = A[0].dtype, B[0].shape[2]
+    batch, _, channels = u[0].shape
+    split = (len(u), batch, groups)
+    rows = len(u) * batch * groups  # each with its own B, C and channels
+    d_state = A[0].shape[1]
+
+    def steps(sequences: Sequence[Tensor]) -> Tensor:
+        """Each (B, L, ...) -> (L, S, B, ...), in processing order."""
+        turned = [x.transpose(0, 1) for x in sequences]
+        return torch.stack([x.flip(0) if r else x for x, r in zip(turned, reverse, strict=True)], 1).to(dtype)
+
+    def per_channel(vectors: Sequence[Tensor]) -> Tensor:
+        """Each (G E,) -> (S, 1, G E)."""
+        return torch.stack(list(vectors)).to(dtype).unsqueeze(1)
+
+    def states(tensors: Sequence[Tensor]) -> Tensor:
+        """Each (B or 1, G E, N) -> (R, N, E): the channels, of which there are many, innermost."""
+        turned = torch.stack(list(tensors)).to(dtype).unflatten(2, (groups, -1)).transpose(3, 4)
+        return turned.expand(*split, -1, -1).reshape(rows, d_state, -1).contiguous()
+
+    delta, inputs = steps(dt), steps(u)  # (L, S, B, G E)
+    if dt_bias:
+        delta = delta + per_channel(dt_bias)
+    if dt_softplus:
+        delta = _softplus(delta)
+    rates = states([a.unsqueeze(0) for a in A])
+    h = states(initial_state) if initial_state else torch.zeros_like(rates)
+    y, h = recurrence(
+        h,
+        rates,
+        delta.reshape(-1, rows, 1, channels // groups),
+        (delta * inputs).reshape(-1, rows, 1, channels // groups),
+        steps(B).reshape(-1, rows, d_state, 1),
+        steps(C).reshape(-1, rows, 1, d_state),
+    )
+    y = y.reshape(-1, len(u), batch, channels)
+    if D:
+        y = y + inputs * per_channel(D)
+    ys = [y_d.flip(0) if r else y_d for y_d, r in zip(y.unbind(1), reverse, strict=True)]
+    y = (sum(ys[1:], ys[0]) * scale).transpose(0, 1)
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    h = h.reshape(*split, d_state, -1).transpose(3, 4).flatten(2, 3)
+    empty = h.new_empty(0)
+    return y.to(u[0].dtype), h, empty, empty.to(u[0].dtype)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """max(x, 0) + log(1 + e) with e = exp(-|x|), of full relative precision (a small step is e itself).
+
+    Written out because ONNX has no log1p, and because its Softplus is several times slower in ONNX Runtime.
+    """
+    e = torch.exp(-x.abs())
+    one_more = 1 + e
+    # What rounding 1 + e adds to log(one_more), it adds to one_more - 1 in proportion. (Kahan's log1p)
+    return x.clamp(min=0) + torch.log(one_more) * (e / (one_more - 1).clamp(min=torch.finfo(x.dtype).tiny))
+
+
+def _looped(h: Tensor, A: Tensor, delta: Tensor, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """y (L, R, 1, E) and the last state, one step after another."""
+
+    def step(h: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        delta, x, B, C = inputs
+        h = torch.exp(delta * A) * h + x * B
+        return h, C @ h
+
+    h, y = torch_scan_operator(step, h, (delta, x, B, C))
+    return y, h
+
+
+def _chunked(h: Tensor, A: Tensor, delta: Tensor, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in chunks of T steps: all chunks at once as if each began at zero, then the states between them."""
+    length = delta.shape[0]
+    T = math.ceil(math.sqrt(length) / 2)
+    chunks = -(-length // T)
+
+    def by_step(t: Tensor) -> tuple[Tensor, ...]:
+        """(L, R, ...) -> T times (chunks, R, ...). A step of 0, which fills up, leaves a state as it is."""
+        return F.pad(t, (0,) * 7 + (chunks * T - length,)).unflatten(0, (chunks, T)).unbind(1)
+
+    deltas, xs, Bs, Cs = by_step(delta), by_step(x), by_step(B), by_step(C)
+    since_start = torch.stack(deltas).cumsum(0).unbind(0)  # sums of delta from the chunk's start to each step
+    local = [xs[0] * Bs[0]]  # (chunks, R, N, E), the state at each step if the chunk began at zero
+    for t in range(1, T):
+        local.append(torch.exp(deltas[t] * A) * local[-1] + xs[t] * Bs[t])
+    starts = []
+    for decay, end in zip(torch.exp(since_start[-1] * A).unbind(0), local[-1].unbind(0), strict=True):
+        starts.append(h)
+        h = decay * h + end
+    start = torch.stack(starts)
+    y = [Cs[t] @ (local[t] + torch.exp(since_start[t] * A) * start) for t in range(T)]
+    return torch.stack(y, 1).flatten(0, 1)[:length], h

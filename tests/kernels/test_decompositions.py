@@ -1,0 +1,102 @@
+"""Exported programs of ATen operators, against the operators' specification in fp64."""
+
+import pytest
+import torch
+from scan_inputs import pair_inputs, scan_inputs
+from torch import nn
+from torch.testing import assert_close
+
+from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan, causal_conv1d, selective_scan
+from vim_kernels.decompositions import decompositions
+
+
+class Call(nn.Module):
+    """A function of keyword arguments as a module."""
+
+    def __init__(self, function, **options):
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, inputs):
+        return self.function(**inputs, **self.options)
+
+
+def exported(function, inputs, *, loop, **options):
+    with torch.no_grad():
+        program = torch.export.export(Call(function, **options), (inputs,))
+        program = program.run_decompositions(decompositions(loop=loop))
+    assert "vim_kernels" not in str(program.graph)
+    if not loop:
+        assert {node.target.namespace for node in program.graph.nodes if hasattr(node.target, "namespace")} == {"aten"}
+    return program.module()(inputs)
+
+
+def detached(inputs):
+    return {k: tuple(t.detach() for t in v) if isinstance(v, tuple) else v.detach() for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ({}, {}),
+        ({"groups": 3}, {"reverse": True}),
+        ({"length": 1, "batch": 1}, {}),
+        ({"length": 2, "absent": ("D", "z", "dt_bias", "initial_state")}, {"dt_softplus": False}),
+        ({"length": 65, "d_state": 1, "d_inner": 2}, {"reverse": True}),
+    ],
+    ids=str,
+)
+def test_scan(loop, shape, options):
+    inputs = detached(scan_inputs(**shape))
+    if not options.get("dt_softplus", True):
+        inputs["dt"] = inputs["dt"].abs()
+    options = options | {"return_last_state": True}
+    found = exported(selective_scan, inputs, loop=loop, **options)
+    expected = selective_scan(**inputs, **options, backend="reference")
+    for f, e in zip(found, expected, strict=True):
+        assert_close(f, e, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("shape", [{}, {"groups": 2, "length": 1}], ids=str)
+def test_two_directions(loop, shape):
+    inputs = detached(pair_inputs(**shape))
+    expected = bidirectional_selective_scan(**inputs, backend="reference")
+    assert_close(exported(bidirectional_selective_scan, inputs, loop=loop), expected, atol=1e-11, rtol=1e-11)
+
+
+def test_small_and_large_steps_keep_their_relative_precision():
+    """In fp32 log(1 + exp(dt)) is off by 1e-7 whatever its size: three digits are left of a step of 1e-4."""
+    length = 64
+    dt = torch.linspace(-16, 60, length)[None, :, None]
+    ones = {"u": torch.ones_like(dt), "A": -torch.full((1, 1), 1e4), "B": torch.ones_like(dt), "C": torch.ones_like(dt)}
+    inputs = {"dt": dt, **ones}  # such a decay forgets the past: y is the step itself
+    y = exported(selective_scan, inputs, loop=False)
+    expected = selective_scan(**{k: t.double() for k, t in inputs.items()}, backend="reference")
+    assert_close(y.double(), expected, atol=0, rtol=5e-6)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_convolution(reverse):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 9, 6), "weight": (6, 4), "bias": (6,), "initial_state": (2, 3, 6)}
+    inputs = {k: torch.randn(s, generator=generator, dtype=torch.float64) for k, s in shapes.items()}
+    options = {"reverse": reverse, "activation": "silu", "return_final_state": True}
+    found = exported(causal_conv1d, inputs, loop=False, **options)
+    for f, e in zip(found, causal_conv1d(**inputs, **options, backend="reference"), strict=True):
+        assert_close(f, e)
+    pair = {"x": inputs["x"], "weight": (inputs["weight"], -inputs["weight"])}
+    for f, e in zip(
+        exported(bidirectional_causal_conv1d, pair, loop=False),
+        bidirectional_causal_conv1d(**pair, backend="reference"),
+        strict=True,
+    ):
+        assert_close(f, e)
+
+
+def test_a_scan_exported_for_training_is_refused():
+    inputs = scan_inputs(length=3)
+    program = torch.export.export(Call(selective_scan), (inputs,))
+    with pytest.raises(RuntimeError, match="under torch"):
+        program.run_decompositions(decompositions())

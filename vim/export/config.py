@@ -1,0 +1,37 @@
+"""The configuration of a model export; every field is read, and explained in `--help`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FORMATS = ("pt2", "onnx", "aoti")
+
+
+@dataclass
+class ExportConfig:
+    """The export."""
+
+    model: str = "vim_tiny"
+    """timm's name of any model, a run folder (runs/quickstart), local-dir:<folder> or hf-hub:<repository>."""
+    checkpoint: str | None = None
+    """File of weights; null for the model's released weights, or those of the folder."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of timm.create_model: img_size: 384 for another size, num_classes: 0 for features."""
+    formats: list[str] = field(default_factory=lambda: ["pt2", "onnx"])
+    """pt2: torch.export, runs with torch alone; onnx: ONNX; aoti: compiled by TorchInductor for this CPU (minutes)."""
+    images: str = "data/imagenet/val"
+    """Images to check the files with: a folder at any depth, a list (.txt, .tsv), a .tar file or a folder of such."""
+    batch_size: int = 4
+    """Images of the check, evenly spread over all; the files take any number."""
+    threads: int = 2
+    """CPU threads of the timing."""
+    output: str = "runs/export"
+    """Folder for model.pt2, model.onnx, model_aoti.pt2 and export.json; an older export in it is replaced."""
+
+    def __post_init__(self):
+        if wrong := [f for f in self.formats if f not in FORMATS]:
+            raise ValueError(f"formats must be some of {FORMATS}, got {wrong[0]!r}")
+        if not self.formats:
+            raise ValueError(f"formats must name at least one of {FORMATS}")
+        for name in ("batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

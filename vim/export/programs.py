@@ -1,0 +1,79 @@
+"""A model as a program, and the programs as files that can be called. Input "images" (B, C, H, W), any B >= 1."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from vim.training.errors import ConfigError
+from vim_kernels.decompositions import decompositions
+
+Runner = Callable[[Tensor], Tensor]
+
+
+class _Named(nn.Module):
+    """The model under a forward whose argument has a name that its users see."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+
+def export_program(model: nn.Module, image_shape: Sequence[int], *, loop: bool) -> ExportedProgram:
+    """The model in evaluation mode, of ATen operators, for any number of images of the shape (C, H, W).
+
+    loop: each scan is one loop, which ONNX needs; else ATen operators alone.
+    """
+    example = torch.zeros(2, *image_shape)  # sizes of 0 and 1 would be taken for constants
+    with torch.no_grad():
+        program = torch.export.export(
+            _Named(model.eval()), (example,), dynamic_shapes={"images": {0: Dim("batch", min=1)}}
+        )
+        return program.run_decompositions(decompositions(loop=loop))
+
+
+def write_pt2(program: ExportedProgram, path: Path) -> None:
+    torch.export.save(program, path)
+
+
+def write_onnx(program: ExportedProgram, path: Path) -> None:
+    _require("onnx", "onnxscript", "onnxruntime")
+    exported = torch.onnx.export(
+        program, dynamo=True, input_names=["images"], output_names=["output"], verbose=False, external_data=False
+    )
+    assert exported is not None
+    exported.save(path)
+
+
+def write_aoti(program: ExportedProgram, path: Path) -> None:
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def read_pt2(path: Path) -> Runner:
+    return torch.export.load(path).module()
+
+
+def read_onnx(path: Path, threads: int) -> Runner:
+    """Under ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def read_aoti(path: Path) -> Runner:
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def _require(*packages: str) -> None:
+    import importlib.util
+
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"ONNX needs {', '.join(missing)}: pip install 'vim-mamba[export]'")
