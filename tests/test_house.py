@@ -41,6 +41,17 @@ ALLOWED = {
     },
     "vim.export": {"vim_kernels", "vim.data", "vim.training", "onnxruntime", *NUMERIC},
     "vim.visualize": {"vim.data", "vim.training", "timm", "matplotlib", *NUMERIC},
+    "vim.demo": {
+        "vim.data",
+        "vim.features",
+        "vim.models",
+        "vim.training",
+        "vim.visualize",
+        "gradio",
+        "matplotlib",
+        "PIL",
+        *NUMERIC,
+    },
 }
 
 

@@ -100,7 +100,17 @@ def test_two_processes_train_like_one_with_the_same_total_batch(setting):
 
 @pytest.mark.parametrize(
     "tool",
-    ["train", "validate", "prepare_mnist", "export_features", "knn", "linear_probe", "visualize", "export_model"],
+    [
+        "train",
+        "validate",
+        "prepare_mnist",
+        "export_features",
+        "knn",
+        "linear_probe",
+        "visualize",
+        "export_model",
+        "demo",
+    ],
 )
 def test_help(tool, call, capsys):
     with pytest.raises(SystemExit) as exit_:

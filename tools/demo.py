@@ -1,0 +1,19 @@
+"""Try a trained classifier in the browser: drop an image, see its classes, maps over it and its nearest neighbours.
+
+python tools/demo.py --model runs/quickstart
+python tools/demo.py --model runs/quickstart --features runs/features_train --port 8000
+"""
+
+import vim  # noqa: F401  (registers the vim_* models)
+from vim.demo import DemoConfig, serve
+from vim.training import ConfigParser, plain_errors
+
+
+def main() -> None:
+    config, _ = ConfigParser(DemoConfig, __doc__).parse_config()
+    with plain_errors():
+        serve(config)
+
+
+if __name__ == "__main__":
+    main()

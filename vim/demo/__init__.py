@@ -1,0 +1,7 @@
+"""A page on this machine to try a trained classifier: drop an image, see classes, maps and nearest neighbours."""
+
+from .app import serve
+from .config import DemoConfig
+from .predict import Answer, Predictor
+
+__all__ = ["Answer", "DemoConfig", "Predictor", "serve"]

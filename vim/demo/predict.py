@@ -1,0 +1,153 @@
+"""From an image file to what the page shows of it. matplotlib is optional, and imported only here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from vim.data import DataError, EvalDataConfig, ImageSource, eval_transform
+from vim.data.folder import IMAGE_MODES
+from vim.features import Features, load
+from vim.features.extract import FeatureExtractor, weights_hash
+from vim.features.judge import nearest
+from vim.models import VisionMamba
+from vim.training.errors import ConfigError
+from vim.training.model import load_model, resolve_input
+from vim.visualize import class_map, image_maps, implicit_attention, scan_of_block, step_sizes
+from vim.visualize.maps import class_tokens
+
+from .config import DemoConfig
+
+NEIGHBOURS = 8
+EDGE = 224  # pixels of the longer edge of what is shown
+
+Captioned = tuple[Image.Image, str]
+
+
+@dataclass
+class Answer:
+    """What the model makes of one image.
+
+    classes: name -> probability, of all classes in label order.
+    maps: what the model gets, then maps over it; none but the first if the model is no Vision Mamba.
+    neighbours: images of the export, nearest first, with class and cosine; none without an export.
+    """
+
+    classes: dict[str, float]
+    maps: list[Captioned]
+    neighbours: list[Captioned]
+
+
+class Predictor:
+    """A classifier on the CPU, and an export of its features if the configuration names one.
+
+    blocks: number of blocks that have maps; 0 for a model that is no Vision Mamba.
+
+    Raises: ConfigError for a model that does not exist or classify, and for features of another one; DataError for a
+        folder without features, or whose images are no longer where they were.
+    """
+
+    def __init__(self, config: DemoConfig):
+        self.model = load_model(config.model, config.checkpoint, config.kwargs).eval()
+        classes: int = self.model.num_classes  # type: ignore[assignment]
+        if not classes:
+            raise ConfigError(f"{config.model} has no classes to tell; choose a classifier")
+        self.data_config = resolve_input(self.model, config.kwargs, EvalDataConfig())
+        if self.data_config["input_size"][0] not in IMAGE_MODES:
+            raise ConfigError(f"{config.model} takes {self.data_config['input_size'][0]} channels; images have 1 or 3")
+        self.transform = eval_transform(self.data_config)
+        names = self.model.pretrained_cfg.get("label_names")  # type: ignore[operator,union-attr]
+        self.names = list(names) if names else [f"class {i}" for i in range(classes)]
+        self.blocks = len(self.model.blocks) if isinstance(self.model, VisionMamba) else 0
+        self.features: Features | None = None
+        if config.features is not None:
+            self._open_features(config.features, config.model)
+
+    @torch.no_grad()
+    def __call__(self, file: str | Path, block: int = -1) -> Answer:
+        """Classify an image file of any mode and size, as validation does; maps are those of the block.
+
+        Raises: DataError for a file that is no image.
+        """
+        image = _read(file, IMAGE_MODES[self.data_config["input_size"][0]])
+        batch = self.transform(image)[None]
+        probabilities = self.model(batch).float().softmax(1)[0]
+        classes = dict(zip(self.names, probabilities.tolist(), strict=True))
+        seen = self._as_seen(batch)
+        maps = [(seen, "what the model gets")]
+        if self.blocks:
+            found = self._maps(batch, probabilities.argmax()[None], block)
+            maps += [(_overlay(seen, values), name) for name, values in found.items()]
+        return Answer(classes, maps, [] if self.features is None else self._neighbours(batch))
+
+    def _open_features(self, folder: str, model: str) -> None:
+        self.features = features = load(folder)
+        manifest = features.manifest
+        again = f"make them anew: tools/export_features.py --model {model}"
+        if manifest["weights_sha256"] != weights_hash(self.model):
+            raise ConfigError(f"the features in {folder} are of another model, {manifest['model']}; {again}")
+        ours = {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()}
+        if manifest["preprocessing"] != ours:
+            was = manifest["preprocessing"]
+            raise ConfigError(f"the images of the features in {folder} went in as {was}, here as {ours}; {again}")
+        self.source = ImageSource(manifest["images"])
+        if [entry.path for entry in self.source.entries] != features.paths:
+            raise DataError(f"{manifest['images']} no longer holds the images of {folder}; {again}")
+        self.extractor = FeatureExtractor(self.model, manifest["pools"], manifest["blocks"], manifest["l2"])
+        self.column = next(iter(features.columns))
+        self.bank = torch.from_numpy(features[self.column].copy()).flatten(1).float()
+
+    def _neighbours(self, batch: Tensor) -> list[Captioned]:
+        assert self.features is not None
+        query = self.extractor(batch)[self.column].flatten(1)
+        similarities, found = nearest(self.bank, query, min(NEIGHBOURS, len(self.bank)))
+        shown = []
+        for similarity, row in zip(similarities[0].tolist(), found[0].tolist(), strict=True):
+            label = int(self.features.labels[row])
+            name = self.names[label] if 0 <= label < len(self.names) else "no class"
+            shown.append((_enlarged(self.source.load(row)), f"{name} ({similarity:.3f})"))
+        return shown
+
+    def _maps(self, batch: Tensor, label: Tensor, block: int) -> dict[str, Tensor]:
+        """Maps (rows, columns) by name; means over the channels, as in the sheets of tools/visualize.py."""
+        scan = scan_of_block(self.model, batch, block)
+        directions = ("forward", "backward")
+        values = {f"step size, {d}": v.mean(2) for d, v in zip(directions, step_sizes(scan), strict=True)}
+        tokens = class_tokens(self.model, scan["u"][0].shape[1])
+        if len(tokens):
+            reads = zip(directions, implicit_attention(scan, tokens), strict=True)
+            values |= {f"class token reads, {d}": v.abs().mean((1, 3)) for d, v in reads}
+        maps = {name: image_maps(self.model, v)[0] for name, v in values.items()}
+        name = self.names[int(label)]
+        return maps | {f"class map of “{name}”": class_map(self.model, batch, label, block)[0]}
+
+    def _as_seen(self, batch: Tensor) -> Image.Image:
+        mean, std = (torch.tensor(self.data_config[key])[:, None, None] for key in ("mean", "std"))
+        pixels = ((batch[0] * std + mean).clamp(0, 1) * 255).round().byte()
+        return _enlarged(Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()))
+
+
+def _read(file: str | Path, mode: str) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return image.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{Path(file).name} cannot be read as an image") from error
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    """In colour and of one size on the page: digits of 28 pixels show their pixels, photographs shrink smoothly."""
+    method = Image.Resampling.NEAREST if max(image.size) < EDGE else Image.Resampling.BICUBIC
+    return ImageOps.contain(image.convert("RGB"), (EDGE, EDGE), method)
+
+
+def _overlay(image: Image.Image, values: Tensor) -> Image.Image:
+    """A map (rows, columns) over an image; each in its own scale, from its least to its greatest value."""
+    from matplotlib import colormaps
+
+    low, high = values.min(), values.max()
+    scaled = (values - low) / (high - low).clamp(min=1e-12)
+    heat = Image.fromarray(colormaps["magma"](scaled.numpy(), bytes=True)).convert("RGB")
+    return Image.blend(image, heat.resize(image.size, Image.Resampling.NEAREST), 0.65)
