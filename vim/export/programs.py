@@ -27,12 +27,14 @@ class _Named(nn.Module):
 def export_program(model: nn.Module, image_shape: Sequence[int], *, loop: bool) -> ExportedProgram:
     """The model in evaluation mode, of ATen operators, for any number of images of the shape (C, H, W).
 
+    The model's parameters are frozen: else each call of the program would keep all of its states for a backward.
+
     loop: each scan is one loop, which ONNX needs; else ATen operators alone.
     """
     example = torch.zeros(2, *image_shape)  # sizes of 0 and 1 would be taken for constants
     with torch.no_grad():
         program = torch.export.export(
-            _Named(model.eval()), (example,), dynamic_shapes={"images": {0: Dim("batch", min=1)}}
+            _Named(model.eval().requires_grad_(False)), (example,), dynamic_shapes={"images": {0: Dim("batch", min=1)}}
         )
         return program.run_decompositions(decompositions(loop=loop))
 
