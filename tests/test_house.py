@@ -44,7 +44,6 @@ ALLOWED = {
     "vim.demo": {
         "vim.data",
         "vim.features",
-        "vim.models",
         "vim.training",
         "vim.visualize",
         "gradio",

@@ -27,7 +27,7 @@ def decompositions(*, loop: bool = False) -> dict[torch._ops.OpOverload, Callabl
 
     Args:
         loop: the recurrence as torch's `scan` operator, a graph of constant size that torch.onnx turns into ONNX's
-            Scan; if not, unrolled to some 8 sqrt(length) ATen operators.
+            Scan; if not, unrolled to some 20 sqrt(length) ATen operators.
 
     The operators must have been exported without gradients, under `torch.no_grad()`: else the functions raise.
     """
@@ -48,7 +48,7 @@ def _causal_conv1d(
     backend: str,
 ) -> list[Tensor]:
     """What the operator `causal_conv1d` returns, from its arguments."""
-    biases = bias or [None] * len(weight)  # type: ignore[list-item]
+    biases: Sequence[Tensor | None] = bias or [None] * len(weight)
     return [
         reference.causal_conv1d(x, w, b, initial_state, silu=silu, reverse=r).to(x.dtype)
         for w, b, r in zip(weight, biases, reverse, strict=True)

@@ -8,6 +8,7 @@ from timm.data import create_reader, get_img_extensions
 from .errors import DataError
 
 IMAGE_MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow says of broken files
 
 
 class ImageFolder:
@@ -51,7 +52,7 @@ class ImageFolder:
         try:
             with Image.open(path) as image:
                 return image.convert(IMAGE_MODES[in_chans]), label
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise DataError(f"cannot read image {path}: {error}; repair or remove it") from error
 
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from timm.data import get_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from .errors import DataError
-from .folder import IMAGE_MODES
+from .folder import IMAGE_MODES, UNREADABLE
 
 LIST_SUFFIXES = (".txt", ".tsv")
 
@@ -65,6 +66,10 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def spread(self, count: int) -> list[int]:
+        """Positions of so many images, evenly spread from the first to the last; some twice if there are fewer."""
+        return np.linspace(0, len(self) - 1, count).round().astype(int).tolist()
+
     def load(self, index: int, in_chans: int = 3) -> Image.Image:
         """Image with so many channels, 1 (grey) or 3.
 
@@ -77,7 +82,7 @@ class ImageSource:
                     return Image.open(file).convert(IMAGE_MODES[in_chans])
                 file.seek(entry.offset)
                 return Image.open(io.BytesIO(file.read(entry.size))).convert(IMAGE_MODES[in_chans])
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise DataError(f"cannot read image {entry.path}: {error}; repair or remove it") from error
 
 

@@ -1,19 +1,16 @@
 """The configuration of the demo page; every field is read, and explained in `--help`."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+
+from vim.training.config import LoadedModelConfig
 
 
 @dataclass
-class DemoConfig:
+class DemoConfig(LoadedModelConfig):
     """The page."""
 
     model: str = "runs/quickstart"
     """Any timm classifier, a run folder, local-dir:<folder> or hf-hub:<repository>. Only a Vision Mamba has maps."""
-    checkpoint: str | None = None
-    """File of weights; null for the model's released weights, or those of the folder."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of timm.create_model, for example img_size."""
     features: str | None = None
     """Export of tools/export_features.py with the same model, to find nearest neighbours in; null: none."""
     host: str = "127.0.0.1"

@@ -8,15 +8,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vim.data import DataError, EvalDataConfig, ImageSource, eval_transform
-from vim.data.folder import IMAGE_MODES
+from vim.data.folder import IMAGE_MODES, UNREADABLE
 from vim.features import Features, load
 from vim.features.extract import FeatureExtractor, weights_hash
 from vim.features.judge import nearest
-from vim.models import VisionMamba
 from vim.training.errors import ConfigError
-from vim.training.model import load_model, resolve_input
-from vim.visualize import class_map, image_maps, implicit_attention, scan_of_block, step_sizes
-from vim.visualize.maps import class_tokens
+from vim.training.model import label_names, load_model, resolve_input
+from vim.visualize import CLASS_MAP, as_pixels, block_maps, has_scans
 
 from .config import DemoConfig
 
@@ -50,7 +48,7 @@ class Predictor:
     """
 
     def __init__(self, config: DemoConfig):
-        self.model = load_model(config.model, config.checkpoint, config.kwargs).eval()
+        self.model = load_model(config).eval()
         classes: int = self.model.num_classes  # type: ignore[assignment]
         if not classes:
             raise ConfigError(f"{config.model} has no classes to tell; choose a classifier")
@@ -58,9 +56,9 @@ class Predictor:
         if self.data_config["input_size"][0] not in IMAGE_MODES:
             raise ConfigError(f"{config.model} takes {self.data_config['input_size'][0]} channels; images have 1 or 3")
         self.transform = eval_transform(self.data_config)
-        names = self.model.pretrained_cfg.get("label_names")  # type: ignore[operator,union-attr]
+        names = label_names(self.model)
         self.names = list(names) if names else [f"class {i}" for i in range(classes)]
-        self.blocks = len(self.model.blocks) if isinstance(self.model, VisionMamba) else 0
+        self.blocks = len(self.model.blocks) if has_scans(self.model) else 0  # type: ignore[arg-type]
         self.features: Features | None = None
         if config.features is not None:
             self._open_features(config.features, config.model)
@@ -78,8 +76,10 @@ class Predictor:
         seen = self._as_seen(batch)
         maps = [(seen, "what the model gets")]
         if self.blocks:
-            found = self._maps(batch, probabilities.argmax()[None], block)
-            maps += [(_overlay(seen, values), name) for name, values in found.items()]
+            label = probabilities.argmax()
+            for name, values in block_maps(self.model, batch, label[None], block).items():
+                caption = f"{name} of “{self.names[int(label)]}”" if name == CLASS_MAP else name
+                maps.append((_overlay(seen, values[0]), caption))
         return Answer(classes, maps, [] if self.features is None else self._neighbours(batch))
 
     def _open_features(self, folder: str, model: str) -> None:
@@ -110,30 +110,16 @@ class Predictor:
             shown.append((_enlarged(self.source.load(row)), f"{name} ({similarity:.3f})"))
         return shown
 
-    def _maps(self, batch: Tensor, label: Tensor, block: int) -> dict[str, Tensor]:
-        """Maps (rows, columns) by name; means over the channels, as in the sheets of tools/visualize.py."""
-        scan = scan_of_block(self.model, batch, block)
-        directions = ("forward", "backward")
-        values = {f"step size, {d}": v.mean(2) for d, v in zip(directions, step_sizes(scan), strict=True)}
-        tokens = class_tokens(self.model, scan["u"][0].shape[1])
-        if len(tokens):
-            reads = zip(directions, implicit_attention(scan, tokens), strict=True)
-            values |= {f"class token reads, {d}": v.abs().mean((1, 3)) for d, v in reads}
-        maps = {name: image_maps(self.model, v)[0] for name, v in values.items()}
-        name = self.names[int(label)]
-        return maps | {f"class map of “{name}”": class_map(self.model, batch, label, block)[0]}
-
     def _as_seen(self, batch: Tensor) -> Image.Image:
-        mean, std = (torch.tensor(self.data_config[key])[:, None, None] for key in ("mean", "std"))
-        pixels = ((batch[0] * std + mean).clamp(0, 1) * 255).round().byte()
-        return _enlarged(Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()))
+        pixels = (as_pixels(batch, self.data_config)[0] * 255).round().byte()
+        return _enlarged(Image.fromarray(pixels.numpy()))
 
 
 def _read(file: str | Path, mode: str) -> Image.Image:
     try:
         with Image.open(file) as image:
             return image.convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{Path(file).name} cannot be read as an image") from error
 
 

@@ -1,21 +1,16 @@
 """The configuration of a model export; every field is read, and explained in `--help`."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
-FORMATS = ("pt2", "onnx", "aoti")
+from vim.training.config import LoadedModelConfig
+
+from .programs import FORMATS
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(LoadedModelConfig):
     """The export."""
 
-    model: str = "vim_tiny"
-    """timm's name of any model, a run folder (runs/quickstart), local-dir:<folder> or hf-hub:<repository>."""
-    checkpoint: str | None = None
-    """File of weights; null for the model's released weights, or those of the folder."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of timm.create_model: img_size: 384 for another size, num_classes: 0 for features."""
     formats: list[str] = field(default_factory=lambda: ["pt2", "onnx"])
     """pt2: torch.export, runs with torch alone; onnx: ONNX; aoti: compiled by TorchInductor for this CPU (minutes)."""
     images: str = "data/imagenet/val"
@@ -29,9 +24,9 @@ class ExportConfig:
 
     def __post_init__(self):
         if wrong := [f for f in self.formats if f not in FORMATS]:
-            raise ValueError(f"formats must be some of {FORMATS}, got {wrong[0]!r}")
+            raise ValueError(f"formats must be some of {tuple(FORMATS)}, got {wrong[0]!r}")
         if not self.formats:
-            raise ValueError(f"formats must name at least one of {FORMATS}")
+            raise ValueError(f"formats must name at least one of {tuple(FORMATS)}")
         for name in ("batch_size", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -1,36 +1,24 @@
 """Export, check against the model, time, and say how it went."""
 
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.utils.benchmark import Timer
 
 from vim.data import EvalDataConfig, ImageSource, eval_transform
 from vim.training.errors import RunError
 from vim.training.files import whole_file, write_json
-from vim.training.model import load_model, resolve_input
+from vim.training.model import label_names, load_model, resolve_input
 from vim.training.progress import Progress
 from vim.training.summary import versions
 
-from . import programs
 from .config import ExportConfig
-from .programs import Runner
+from .programs import FORMATS, Format, Runner, export_program
 
 TOLERANCE = 1e-4  # of outputs up to 1, in fp32; of the largest if they are larger
-
-FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "aoti": "model_aoti.pt2"}
-WRITE: dict[str, Callable[[ExportedProgram, Path], None]] = {
-    "pt2": programs.write_pt2,
-    "onnx": programs.write_onnx,
-    "aoti": programs.write_aoti,
-}
 
 
 def export_model(config: ExportConfig) -> dict[str, Any]:
@@ -43,18 +31,16 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
     Raises: DataError, ConfigError, or RunError for a file that does not agree; with a message for the user.
     """
     progress = Progress()
-    model = load_model(config.model, config.checkpoint, config.kwargs).eval()
+    model = load_model(config).eval()
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
     images = _images(config, data_config)
-    with torch.inference_mode():
-        expected = model(images)
     eager: Runner = torch.inference_mode()(model)  # type: ignore[assignment]
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    expected = eager(images)
     report: dict[str, Any] = {
         "model": config.model,
         "kwargs": config.kwargs,
         "input": {"name": "images", "shape": ["batch", *data_config["input_size"]], "dtype": "float32", **data_config},
-        "output": {"shape": ["batch", *expected.shape[1:]], "label_names": cfg.get("label_names")},
+        "output": {"shape": ["batch", *expected.shape[1:]], "label_names": label_names(model)},
         "threads": config.threads,
         "eager": {"milliseconds": _milliseconds(eager, images, config.threads)},
         "versions": versions(),
@@ -62,11 +48,12 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
     progress.line(f"eager: {_times(report['eager'])}")
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    for form in config.formats:
-        report[form] = _export(form, model, images, expected, folder / FILES[form], config.threads)
+    for name in config.formats:
+        path = folder / FORMATS[name].file
+        report[name] = found = _export(FORMATS[name], model, images, expected, path, config.threads)
         progress.line(
-            f"{form}: {folder / FILES[form]}, {report[form]['bytes'] / 1e6:.1f} MB in {report[form]['seconds']:.0f} s, "
-            f"differs by {report[form]['max_abs_error']:.1e} at most; {_times(report[form])}"
+            f"{name}: {path}, {found['bytes'] / 1e6:.1f} MB in {found['seconds']:.0f} s, "
+            f"differs by {found['max_abs_error']:.1e} at most; {_times(found)}"
         )
     write_json(report, folder / "export.json")
     return report
@@ -75,22 +62,17 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
 def _images(config: ExportConfig, data_config: dict[str, Any]) -> Tensor:
     source = ImageSource(config.images)
     transform, in_chans = eval_transform(data_config), data_config["input_size"][0]
-    chosen = np.linspace(0, len(source) - 1, config.batch_size).round().astype(int)
-    return torch.stack([transform(source.load(int(i), in_chans)) for i in chosen])
+    return torch.stack([transform(source.load(i, in_chans)) for i in source.spread(config.batch_size)])
 
 
-def _export(form: str, model: nn.Module, images: Tensor, expected: Tensor, path: Path, threads: int) -> dict[str, Any]:
-    readers: dict[str, Callable[[Path], Runner]] = {
-        "pt2": programs.read_pt2,
-        "onnx": partial(programs.read_onnx, threads=threads),
-        "aoti": programs.read_aoti,
-    }
+def _export(
+    form: Format, model: nn.Module, images: Tensor, expected: Tensor, path: Path, threads: int
+) -> dict[str, Any]:
     start = time.perf_counter()
     with whole_file(path) as unfinished:
-        program = programs.export_program(model, images.shape[1:], loop=form == "onnx")
-        WRITE[form](program, unfinished)
+        form.write(export_program(model, images.shape[1:], loop=form.loop), unfinished)
         seconds = time.perf_counter() - start
-        run = readers[form](unfinished)
+        run = form.read(unfinished, threads)
         # One image too: a program that takes the example's number for a constant would fail.
         error = max(_difference(run(images), expected), _difference(run(images[:1]), expected[:1]))
         allowed = TOLERANCE * max(1.0, expected.abs().max().item())

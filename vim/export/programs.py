@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,22 @@ def read_onnx(path: Path, threads: int) -> Runner:
 
 def read_aoti(path: Path) -> Runner:
     return torch._inductor.aoti_load_package(str(path))
+
+
+class Format(NamedTuple):
+    """A kind of file. loop: what its program is made of, as in `export_program`; read: (path, threads of its calls)."""
+
+    file: str
+    loop: bool
+    write: Callable[[ExportedProgram, Path], None]
+    read: Callable[[Path, int], Runner]
+
+
+FORMATS = {
+    "pt2": Format("model.pt2", False, write_pt2, lambda path, threads: read_pt2(path)),
+    "onnx": Format("model.onnx", True, write_onnx, read_onnx),
+    "aoti": Format("model_aoti.pt2", False, write_aoti, lambda path, threads: read_aoti(path)),
+}
 
 
 def _require(*packages: str) -> None:

@@ -1,23 +1,17 @@
 """The configuration of a feature export; every field is read, and explained in `--help`."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from vim.training.config import Precision
+from vim.training.config import LoadedModelConfig, Precision
 
 POOLS = ("token", "avg", "map")
 
 
 @dataclass
-class FeaturesConfig:
+class FeaturesConfig(LoadedModelConfig):
     """The export."""
 
-    model: str = "vim_tiny"
-    """Any timm model, a run folder (runs/quickstart), local-dir:<folder> or hf-hub:<repository>."""
-    checkpoint: str | None = None
-    """File of weights; null for the model's released weights, or those of the folder."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of timm.create_model, for example img_size."""
     images: str = "data/imagenet/val"
     """A folder of images at any depth, a list (.txt, .tsv: path, tab, label), a .tar file or a folder of such."""
     output: str = "runs/features"

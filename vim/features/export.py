@@ -52,7 +52,7 @@ def export_features(config: FeaturesConfig) -> dict[str, Any]:
     accelerator = create_accelerator(config.precision)
     progress = Progress(accelerator.is_main_process)
     source = ImageSource(config.images)
-    model = load_model(config.model, config.checkpoint, config.kwargs).to(accelerator.device)
+    model = load_model(config).to(accelerator.device)
     extractor = FeatureExtractor(model, config.pools, config.blocks, config.l2)
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
     folder = Path(config.output)

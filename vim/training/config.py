@@ -134,8 +134,8 @@ class TrainConfig:
 
 
 @dataclass
-class ValidateConfig:
-    """The evaluation."""
+class LoadedModelConfig:
+    """A model as it is, with its classes and its weights, for the tools that do not train."""
 
     model: str = "vim_tiny"
     """Any timm model, a run folder (runs/quickstart), local-dir:<folder> or hf-hub:<repository>."""
@@ -143,6 +143,12 @@ class ValidateConfig:
     """File of weights; null for the model's released weights, or those of the folder."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm.create_model, for example img_size."""
+
+
+@dataclass
+class ValidateConfig(LoadedModelConfig):
+    """The evaluation."""
+
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     precision: Precision = "fp32"
     """Of the forward pass."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from vim.data import EvalDataConfig
 
-from .config import ModelConfig
+from .config import LoadedModelConfig, ModelConfig
 from .errors import ConfigError, did_you_mean
 
 
@@ -41,13 +41,20 @@ def create_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
         raise ConfigError(f"{config.name} has no released weights; name a checkpoint or a run folder") from error
 
 
-def load_model(name: str, checkpoint: str | None, kwargs: dict[str, Any]) -> nn.Module:
+def load_model(source: LoadedModelConfig) -> nn.Module:
     """A timm model with its own classes, and weights from the checkpoint, or else its released ones or its folder's.
 
     Raises: as `create_model`.
     """
-    config = ModelConfig(name, pretrained=checkpoint is None, checkpoint=checkpoint, kwargs=kwargs)
+    checkpoint = source.checkpoint
+    config = ModelConfig(source.model, pretrained=checkpoint is None, checkpoint=checkpoint, kwargs=source.kwargs)
     return create_model(config, num_classes=None)
+
+
+def label_names(model: nn.Module) -> list[str] | None:
+    """Names of the model's classes, which run folders keep; None where the weights come without."""
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    return cfg.get("label_names")
 
 
 def enable_grad_checkpointing(model: nn.Module, name: str) -> None:

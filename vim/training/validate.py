@@ -9,7 +9,7 @@ from vim.data import EvalImages, ImageFolder, eval_loader, eval_transform
 from .config import ValidateConfig
 from .errors import ConfigError
 from .evaluation import evaluate
-from .model import load_model, resolve_input
+from .model import label_names, load_model, resolve_input
 from .progress import Progress
 from .trainer import create_accelerator
 
@@ -23,7 +23,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     accelerator = create_accelerator(config.precision)
     progress = Progress(accelerator.is_main_process)
     folder = ImageFolder(config.data.root, config.data.val_split)
-    model = load_model(config.model, config.checkpoint, config.kwargs).to(accelerator.device)
+    model = load_model(config).to(accelerator.device)
     _check_classes(model, folder, config.model)
     data_config = resolve_input(model, config.kwargs, config.data)
     images = EvalImages(folder, eval_transform(data_config), data_config["input_size"][0])
@@ -48,6 +48,6 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
 def _check_classes(model, folder: ImageFolder, name: str) -> None:
     if model.num_classes != len(folder.classes):
         raise ConfigError(f"{name} has {model.num_classes} classes, {folder.path} has {len(folder.classes)}")
-    names = model.pretrained_cfg.get("label_names")
+    names = label_names(model)
     if names and list(names) != folder.classes:
         raise ConfigError(f"{name} was trained on the classes {names}, {folder.path} has {folder.classes}")

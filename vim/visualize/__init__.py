@@ -1,12 +1,27 @@
 """What a Vision Mamba looks at: step sizes, implicit attention, class maps and receptive fields."""
 
 from .config import VisualizeConfig
-from .maps import class_map, image_maps, implicit_attention, receptive_field, scan_of_block, step_sizes
+from .maps import (
+    CLASS_MAP,
+    as_pixels,
+    block_maps,
+    class_map,
+    has_scans,
+    image_maps,
+    implicit_attention,
+    receptive_field,
+    scan_of_block,
+    step_sizes,
+)
 from .sheet import visualize
 
 __all__ = [
+    "CLASS_MAP",
     "VisualizeConfig",
+    "as_pixels",
+    "block_maps",
     "class_map",
+    "has_scans",
     "image_maps",
     "implicit_attention",
     "receptive_field",

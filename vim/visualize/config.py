@@ -1,19 +1,16 @@
 """The configuration of a sheet of maps; every field is read, and explained in `--help`."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+
+from vim.training.config import LoadedModelConfig
 
 
 @dataclass
-class VisualizeConfig:
+class VisualizeConfig(LoadedModelConfig):
     """The sheets."""
 
     model: str = "vim_tiny"
     """A Vision Mamba: timm's name, a run folder (runs/quickstart), local-dir:<folder> or hf-hub:<repository>."""
-    checkpoint: str | None = None
-    """File of weights; null for the model's released weights, or those of the folder."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of timm.create_model, for example img_size."""
     images: str = "data/imagenet/val"
     """A folder of images at any depth, a list (.txt, .tsv), a .tar file or a folder of such."""
     count: int = 4

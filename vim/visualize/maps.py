@@ -8,6 +8,34 @@ from torch import Tensor, nn
 
 Scan = dict[str, Any]
 
+CLASS_MAP = "class map"  # its name among the maps of a block
+
+
+def has_scans(model: nn.Module) -> bool:
+    """Whether the model is a Vision Mamba, with blocks to look into."""
+    return hasattr(model, "blocks") and hasattr(getattr(model.blocks[0], "mixer", None), "scan_inputs")  # type: ignore[index]
+
+
+def as_pixels(images: Tensor, data_config: dict[str, Any]) -> Tensor:
+    """What a model gets, (B, 1 or 3, H, W), as pixels in 0..1: (B, H, W) or (B, H, W, 3)."""
+    mean, std = (torch.tensor(data_config[key])[:, None, None] for key in ("mean", "std"))
+    return (images.cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).squeeze(-1)
+
+
+@torch.no_grad()
+def block_maps(model: nn.Module, images: Tensor, classes: Tensor, block: int) -> dict[str, Tensor]:
+    """All maps (B, rows, columns) of one block, by name: means over the channels, and the map of `classes` (B,)."""
+    scan = scan_of_block(model, images, block)
+    directions = ("forward", "backward")
+    values = {f"step size, {d}": v.mean(2) for d, v in zip(directions, step_sizes(scan), strict=True)}
+    tokens = class_tokens(model, scan["u"][0].shape[1])
+    if len(tokens):
+        reads = zip(directions, implicit_attention(scan, tokens), strict=True)
+        values |= {f"class token reads, {d}": v.abs().mean((1, 3)) for d, v in reads}
+    maps = {name: image_maps(model, v) for name, v in values.items()}
+    maps[CLASS_MAP] = class_map(model, images, classes, block)
+    return {name: m.float().cpu() for name, m in maps.items()}
+
 
 @torch.no_grad()
 def scan_of_block(model: nn.Module, images: Tensor, block: int) -> Scan:

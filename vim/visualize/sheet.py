@@ -1,7 +1,6 @@
 """Sheets of maps as PNG files. matplotlib is optional, and imported only here."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,12 +9,10 @@ from torch import Tensor, nn
 from vim.data import EvalDataConfig, ImageSource, eval_transform
 from vim.training.errors import ConfigError
 from vim.training.files import whole_file
-from vim.training.model import load_model, resolve_input
+from vim.training.model import label_names, load_model, resolve_input
 
 from .config import VisualizeConfig
-from .maps import class_map, class_tokens, image_maps, implicit_attention, receptive_field, scan_of_block, step_sizes
-
-NAMES = ("step size, forward", "step size, backward", "class token reads, forward", "backward", "class map")
+from .maps import as_pixels, block_maps, has_scans, receptive_field
 
 
 def visualize(config: VisualizeConfig) -> list[Path]:
@@ -25,23 +22,22 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     Raises: DataError, ConfigError, with a message for the user.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(config.model, config.checkpoint, config.kwargs).to(device).eval()
-    if not hasattr(model, "blocks") or not hasattr(model.blocks[0], "mixer"):  # type: ignore[index]
+    model = load_model(config).to(device).eval()
+    if not has_scans(model):
         raise ConfigError(f"{config.model} is no Vision Mamba: its blocks have no selective scan to look into")
     blocks = _chosen_blocks(model, config.blocks)
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
     transform, in_chans = eval_transform(data_config), data_config["input_size"][0]
     source = ImageSource(config.images)
-    chosen = np.linspace(0, len(source) - 1, min(config.count, len(source))).round().astype(int)
-    images = torch.stack([transform(source.load(int(i), in_chans)) for i in chosen]).to(device)
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    names = cfg.get("label_names")
+    chosen = source.spread(min(config.count, len(source)))
+    images = torch.stack([transform(source.load(i, in_chans)) for i in chosen]).to(device)
+    names = label_names(model)
     with torch.no_grad():
         logits = model(images).float()
     classes = logits.argmax(1)
     parts = logits.softmax(1).gather(1, classes[:, None])[:, 0].tolist()
-    maps = [_maps(model, images, classes, block) for block in blocks]
-    shown = _shown(images, data_config)
+    maps = [block_maps(model, images, classes, block) for block in blocks]
+    shown = as_pixels(images, data_config).numpy()
 
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,22 +52,6 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     return files
 
 
-def _maps(model: nn.Module, images: Tensor, classes: Tensor, block: int) -> dict[str, Tensor]:
-    """Maps (B, rows, columns) of one block, by name."""
-    scan = scan_of_block(model, images, block)
-    length = scan["u"][0].shape[1]
-    found = {}
-    for name, delta in zip(NAMES[:2], step_sizes(scan), strict=True):
-        found[name] = image_maps(model, delta.mean(2))
-    tokens = class_tokens(model, length)
-    if len(tokens):
-        with torch.no_grad():
-            for name, attention in zip(NAMES[2:4], implicit_attention(scan, tokens), strict=True):
-                found[name] = image_maps(model, attention.abs().mean((1, 3)))
-    found[NAMES[4]] = class_map(model, images, classes, block)
-    return {name: m.detach().float().cpu() for name, m in found.items()}
-
-
 def _chosen_blocks(model: nn.Module, blocks: list[int] | None) -> list[int]:
     count = len(model.blocks)  # type: ignore[arg-type]
     if blocks is None:
@@ -79,12 +59,6 @@ def _chosen_blocks(model: nn.Module, blocks: list[int] | None) -> list[int]:
     if wrong := [b for b in blocks if not -count <= b < count]:
         raise ConfigError(f"the model has blocks 0 to {count - 1}, got {wrong[0]}")
     return [b % count for b in blocks]
-
-
-def _shown(images: Tensor, data_config: dict[str, Any]) -> np.ndarray:
-    """What the model gets, as pixels in 0..1: (B, H, W) or (B, H, W, 3)."""
-    mean, std = (torch.tensor(data_config[key])[:, None, None] for key in ("mean", "std"))
-    return (images.cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).squeeze(-1).numpy()
 
 
 def _draw(path: Path, title: str, image: np.ndarray, rows: list[dict[str, Tensor]], blocks: list[int]) -> None:
