@@ -49,10 +49,22 @@ def _causal_conv1d(
 ) -> list[Tensor]:
     """What the operator `causal_conv1d` returns, from its arguments."""
     biases: Sequence[Tensor | None] = bias or [None] * len(weight)
-    return [
-        reference.causal_conv1d(x, w, b, initial_state, silu=silu, reverse=r).to(x.dtype)
-        for w, b, r in zip(weight, biases, reverse, strict=True)
-    ]
+    dtype, width = reference.state_dtype(x, *weight), weight[0].shape[1]
+    rows = x.to(dtype).unsqueeze(1).permute(0, 3, 1, 2)  # (B, E, 1, L)
+
+    def one(weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+        padding = (0, width - 1) if reverse else (width - 1, 0)
+        if initial_state is None:
+            padded = F.pad(rows, padding)
+        else:
+            past = initial_state.to(dtype).unsqueeze(1).permute(0, 3, 1, 2)
+            padded = torch.cat([rows, past.flip(3)] if reverse else [past, rows], 3)
+        taps = weight.flip(1) if reverse else weight
+        y = F.conv2d(padded, taps.to(dtype)[:, None, None], None if bias is None else bias.to(dtype), groups=x.shape[2])
+        y = y.permute(0, 2, 3, 1).squeeze(1)
+        return (F.silu(y) if silu else y).to(x.dtype)
+
+    return [one(w, b, r) for w, b, r in zip(weight, biases, reverse, strict=True)]
 
 
 def _selective_scan(
@@ -83,8 +95,9 @@ def _selective_scan(
 
     def steps(sequences: Sequence[Tensor]) -> Tensor:
         """Each (B, L, ...) -> (L, S, B, ...), in processing order."""
-        turned = [x.transpose(0, 1) for x in sequences]
-        return torch.stack([x.flip(0) if r else x for x, r in zip(turned, reverse, strict=True)], 1).to(dtype)
+        turned = [x.transpose(0, 1).flatten(1) for x in sequences]
+        joined = torch.cat([x.flip(0) if r else x for x, r in zip(turned, reverse, strict=True)], 1).to(dtype)
+        return joined.unflatten(1, (len(sequences), *sequences[0].shape[0:1], *sequences[0].shape[2:]))
 
     def per_channel(vectors: Sequence[Tensor]) -> Tensor:
         """Each (G E,) -> (S, 1, G E)."""
@@ -129,8 +142,8 @@ def _softplus(x: Tensor) -> Tensor:
     """
     e = torch.exp(-x.abs())
     one_more = 1 + e
-    # What rounding 1 + e adds to log(one_more), it adds to one_more - 1 in proportion. (Kahan's log1p)
-    return x.clamp(min=0) + torch.log(one_more) * (e / (one_more - 1).clamp(min=torch.finfo(x.dtype).tiny))
+    lost = (one_more - 1) - e  # in rounding, exactly; it matters where e is small, and there the slope of log is 1
+    return torch.relu(x) + (torch.log(one_more) - lost)
 
 
 def _looped(h: Tensor, A: Tensor, delta: Tensor, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:

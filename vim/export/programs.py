@@ -67,6 +67,8 @@ def read_onnx(path: Path, threads: int) -> Runner:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Threads take ever smaller parts of a loop: a step of a scan is short, and they wait for each other after each.
+    options.add_session_config_entry("session.dynamic_block_base", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
