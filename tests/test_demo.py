@@ -38,7 +38,7 @@ def setting(tmp_path_factory):
     write_image_tree(path, {"val": 24}, classes=3, size=14)
     torch.manual_seed(0)
     model = timm.create_model("vim_nano", **KWARGS).eval()
-    run = RunFolder(path / "run")
+    run = RunFolder(path / "run", "tools/train.py")
     run.path.mkdir()
     run.export(model, KWARGS, INPUT, ["a", "b", "c"])
     with pytest.MonkeyPatch.context() as patch:

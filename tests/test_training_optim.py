@@ -36,6 +36,18 @@ def test_decay_spares_what_the_model_names_and_all_vectors():
     }
 
 
+def test_layers_learn_the_slower_the_deeper_they_lie():
+    model = timm.create_model("vim_nano", depth=2, num_classes=3)
+    optimizer = create_optimizer(model, OptimConfig(lr=1.0, layer_decay=0.5), total_batch=64)
+    create_schedule(optimizer, ScheduleConfig(epochs=2, warmup_epochs=0), 1)  # which applies the scales
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    got = {name: rates[id(p)] for name, p in model.named_parameters()}
+    layers = ["patch_embed.proj.weight", "blocks.0.norm.weight", "blocks.1.mixer.in_proj.weight", "head.weight"]
+    # timm counts the final norm to the last block.
+    assert [got[name] for name in layers] == [1 / 8, 1 / 4, 1 / 2, 1]
+    assert got["pos_embed"] == got["cls_token"] == 1 / 8
+
+
 @pytest.mark.parametrize(("lr_batch", "want"), [(None, 0.1), (512, 0.1 * 1024 / 512), (2048, 0.05)])
 def test_the_rate_scales_with_the_total_batch(lr_batch, want):
     optimizer = create_optimizer(torch.nn.Linear(2, 2), OptimConfig(lr=0.1, lr_batch=lr_batch), total_batch=1024)

@@ -1,7 +1,7 @@
 """The configurations of training, evaluation and benchmark; every field is read, and explained in `--help`."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jsonargparse.typing import register_type
 
@@ -50,6 +50,8 @@ class OptimConfig:
     """Total batch size that lr is meant for; lr is scaled by total batch / lr_batch. null: lr is taken as it is."""
     weight_decay: float = 0.05
     """Decay for each update, in units of the learning rate."""
+    layer_decay: float | None = None
+    """Factor of the learning rate from each layer to the one below, 0..1; null: the same rate for all layers."""
     clip_grad: float | None = None
     """Largest norm of the whole gradient; null for no clipping."""
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +64,8 @@ class OptimConfig:
             raise ValueError(f"optim.lr_batch must be at least 1 image, got {self.lr_batch}")
         if self.weight_decay < 0:
             raise ValueError(f"optim.weight_decay must be 0 or more, got {self.weight_decay}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay must be above 0 and at most 1, or null, got {self.layer_decay}")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"optim.clip_grad must be positive, or null for no clipping, got {self.clip_grad}")
 
@@ -102,8 +106,10 @@ class EmaConfig:
 
 
 @dataclass
-class TrainConfig:
-    """The run."""
+class RunConfig:
+    """What every kind of training has."""
+
+    TOOL: ClassVar[str]  # that reads this configuration
 
     run_dir: str = "runs/train"
     """Folder to write; must be new, or hold the run to resume."""
@@ -115,9 +121,6 @@ class TrainConfig:
     """Steps whose gradients make one update."""
     cpu_threads: int | None = None
     """Threads of tensor operations on the CPU, for each process; null for torch's choice. Small models want 1."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -129,6 +132,20 @@ class TrainConfig:
             raise ValueError(f"accumulate must be at least 1, got {self.accumulate}")
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ValueError(f"cpu_threads must be at least 1, got {self.cpu_threads}")
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """The run."""
+
+    TOOL = "tools/train.py"
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
         if (self.augment.mixup or self.augment.cutmix) and self.data.batch_size % 2:
             raise ValueError(f"mixup and cutmix mix pairs: data.batch_size must be even, got {self.data.batch_size}")
 

@@ -4,17 +4,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .config import TrainConfig
+from .config import ModelConfig
 from .errors import ConfigError
 
 
-def wants_cuda_graph(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> bool:
+def wants_cuda_graph(model: nn.Module, config: ModelConfig, accelerator: Accelerator) -> bool:
     """Whether the run is one that `capture_training` is for: see ModelConfig.cuda_graph."""
     # Most models' checkpointing saves and restores the state of random numbers, which no capture can hold.
-    capturable = not config.model.grad_checkpointing or getattr(model, "graph_safe_checkpointing", False)
-    plain = not config.model.compile and config.accumulate == 1
+    capturable = not config.grad_checkpointing or getattr(model, "graph_safe_checkpointing", False)
+    plain = not config.compile and accelerator.gradient_accumulation_steps == 1
     one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-    return config.model.cuda_graph and capturable and plain and one_gpu
+    return config.cuda_graph and capturable and plain and one_gpu
 
 
 def capture_training(model: nn.Module, images: Tensor, dtype: torch.dtype | None) -> None:

@@ -10,10 +10,11 @@ from .errors import ConfigError, did_you_mean
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig, total_batch: int) -> Optimizer:
-    """Optimizer with two groups: parameters with weight decay and without.
+    """Optimizer with two groups, parameters with weight decay and without; with layer decay, two for each layer.
 
     Args:
-        model: its no_weight_decay() names what to spare, besides all one-dimensional parameters.
+        model: its no_weight_decay() names what to spare, besides all one-dimensional parameters; its group_matcher()
+            names its layers.
         total_batch: images in an update, over all processes and accumulated steps; scales the learning rate.
     """
     if config.name not in list_optimizers():
@@ -21,7 +22,14 @@ def create_optimizer(model: nn.Module, config: OptimConfig, total_batch: int) ->
         raise ConfigError(f"no optimizer {config.name!r} in timm{hint}")
     lr = config.lr * total_batch / config.lr_batch if config.lr_batch else config.lr
     try:
-        return create_optimizer_v2(model, config.name, lr=lr, weight_decay=config.weight_decay, **config.kwargs)
+        return create_optimizer_v2(
+            model,
+            config.name,
+            lr=lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            **config.kwargs,
+        )
     except TypeError as error:
         raise ConfigError(f"optim.kwargs do not fit {config.name}: {error}") from error
 

@@ -9,6 +9,20 @@ MAX_NAMED_CLASSES = 40  # more names than this do not fit beside a confusion mat
 MAX_PRINTED_COUNTS = 12
 
 
+def write_plots(history: list[dict], confusion: Tensor, classes: list[str], folder: Path) -> str:
+    """Write learning_curve.png and confusion_matrix.png of an image classifier's run.
+
+    Returns: a line that says where they are, or why there are none.
+    """
+    curve, matrix = folder / "learning_curve.png", folder / "confusion_matrix.png"
+    try:
+        plot_learning_curve(history, curve)
+        plot_confusion(confusion, classes, matrix)
+    except ModuleNotFoundError as error:
+        return f"no plots: {error}; pip install matplotlib"
+    return f"plots: {curve} {matrix}"
+
+
 def plot_learning_curve(history: list[dict], path: Path) -> None:
     """Losses and accuracies by epoch; `history` holds the lines of log.jsonl."""
     from matplotlib.figure import Figure

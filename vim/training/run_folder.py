@@ -10,7 +10,7 @@ import yaml
 from timm.models import save_for_hf
 from torch import nn
 
-from .config import TrainConfig
+from .config import RunConfig
 from .errors import RunError
 from .files import whole_file
 
@@ -19,10 +19,10 @@ FREE_ON_RESUME = {"run_dir", "data.root", "data.num_workers"}
 
 
 class RunFolder:
-    """Paths and files of a run. Only the main process writes."""
+    """Paths and files of a run, and the tool that made it. Only the main process writes."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, tool: str):
+        self.path, self.tool = Path(path), tool
         self.config = self.path / "config.yaml"
         self.log = self.path / "log.jsonl"
         self.summary = self.path / "summary.json"
@@ -31,9 +31,9 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        return f"python tools/train.py --config {self.config} --resume"
+        return f"python {self.tool} --config {self.config} --resume"
 
-    def check(self, config: TrainConfig, resume: bool) -> None:
+    def check(self, config: RunConfig, resume: bool) -> None:
         """Raise RunError if the folder holds a run and should not, or the other way round, or another run's."""
         if not resume:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -48,7 +48,7 @@ class RunFolder:
             was = ", ".join(f"{key} was {saved.get(key)!r}, is {given.get(key)!r}" for key in changed)
             raise RunError(f"a resumed run keeps its configuration, but {was}; resume with: {self.resume_command}")
 
-    def create(self, config: TrainConfig) -> None:
+    def create(self, config: RunConfig) -> None:
         self.last.parent.mkdir(parents=True, exist_ok=True)
         self.config.write_text(yaml.safe_dump(_plain(config), sort_keys=False))
 
@@ -92,7 +92,7 @@ class RunFolder:
             unfinished.write_text(text)
 
 
-def _plain(config: TrainConfig) -> dict[str, Any]:
+def _plain(config: RunConfig) -> dict[str, Any]:
     """As YAML gives it back: lists for tuples."""
     return yaml.safe_load(yaml.safe_dump(asdict(config)))
 

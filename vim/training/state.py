@@ -15,13 +15,14 @@ class TrainingState:
     """Everything that the next epoch depends on. Random generators are not in it: all randomness is keyed by the
     seed, the epoch or the update (see vim.data.randomness).
 
-    model: unwrapped. ema: None without averaging. scaler: None but under fp16. update: updates done.
-    history: a record for each epoch done, the lines of log.jsonl.
+    model: unwrapped. metric: key of a record that makes an epoch the best. ema: None without averaging. scaler: None
+    but under fp16. update: updates done. history: a record for each epoch done, the lines of log.jsonl.
     """
 
     model: nn.Module
     optimizer: Optimizer
     schedule: Scheduler
+    metric: str
     ema: ModelEmaV3 | None = None
     scaler: GradScaler | None = None
     update: int = 0
@@ -34,7 +35,16 @@ class TrainingState:
 
     def best(self) -> dict[str, Any]:
         """The record of the best epoch, the earliest of equals."""
-        return max(self.history, key=score)
+        return max(self.history, key=self.score)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update; with layer decay, of the top layer."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def score(self, record: dict[str, Any]) -> float:
+        """The metric, of the averaged weights where there are any."""
+        return record.get(f"ema_{self.metric}", record[self.metric])
 
     def end_update(self) -> None:
         """Count an update; average its weights; set the learning rate of the next."""
@@ -61,8 +71,3 @@ class TrainingState:
             self.scaler.load_state_dict(state["scaler"])
         self.update, self.history = state["update"], list(state["history"])
         self.schedule.step_update(self.update)
-
-
-def score(record: dict[str, Any]) -> float:
-    """What makes an epoch the best one: top-1 in percent, of the averaged weights where there are any."""
-    return record.get("ema_top1", record["top1"])

@@ -1,58 +1,45 @@
-"""What a run reports: a line for each epoch, summary.json and plots."""
+"""What a run reports: a line for each epoch, and summary.json."""
 
 import importlib.metadata
 import platform
 import sys
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .config import TrainConfig
-from .evaluation import Evaluation
-from .plots import plot_confusion, plot_learning_curve
-from .state import TrainingState, score
+from .state import TrainingState
 
 PACKAGES = ("vim-mamba", "torch", "torchvision", "timm", "accelerate", "numpy")
 
 
-def epoch_line(history: list[dict[str, Any]], epochs: int) -> str:
-    """The last epoch in one line, with the time that the rest will take."""
-    record = history[-1]
-    left = timedelta(seconds=round(record["seconds"] * (epochs - len(history))))
-    ema = f"  (averaged weights {record['ema_top1']:.2f})" if "ema_top1" in record else ""
+def epoch_line(state: TrainingState, epochs: int, results: str) -> str:
+    """The last epoch in one line, with the results of its evaluation and the time that the rest will take."""
+    record = state.history[-1]
+    rate = record["images_per_second"]
+    left = timedelta(seconds=round(record["seconds"] * (epochs - state.epoch)))
     return (
-        f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  train loss {record['train_loss']:.3f}  "
-        f"val loss {record['loss']:.3f}  top-1 {record['top1']:.2f} %{ema}  lr {record['lr']:.1e}  "
-        f"{record['images_per_second']:.0f} images/s  {left} left"
+        f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  train loss {record['train_loss']:.3f}  {results}  "
+        f"lr {record['lr']:.1e}  {rate:.{0 if rate >= 10 else 1}f} images/s  {left} left"
     )
 
 
-def summarise(
-    config: TrainConfig, state: TrainingState, evaluation: Evaluation, device: torch.device
-) -> dict[str, Any]:
-    """Content of summary.json: accuracies in percent, of the weights after the last epoch and of the best epoch."""
-    history = state.history
+def summarise(state: TrainingState, seed: int, device: torch.device) -> dict[str, Any]:
+    """What summary.json says of any run."""
+    history, metric = state.history, state.metric
     return {
-        "model": config.model.name,
         "parameters": sum(p.numel() for p in state.model.parameters()),
-        "top1": history[-1]["top1"],
-        "top5": history[-1]["top5"],
-        **{key: history[-1][key] for key in ("ema_top1", "ema_top5") if key in history[-1]},
-        "best_top1": score(state.best()),
+        f"best_{metric}": state.score(state.best()),
         "best_epoch": state.best()["epoch"],
         "epochs": len(history),
         "updates": state.update,
-        "val_images": evaluation.images,
         "train_seconds": sum(record["seconds"] for record in history),
         "images_per_second": len(history) / sum(1 / record["images_per_second"] for record in history),
         "peak_memory_mib": peak_memory_mib(device),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} {platform.machine()}",
-        "seed": config.seed,
+        "seed": seed,
         "versions": versions(),
     }
 
@@ -77,17 +64,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def write_plots(history: list[dict[str, Any]], confusion: Tensor, classes: list[str], folder: Path) -> str:
-    """Write learning_curve.png and confusion_matrix.png.
-
-    Returns: a line that says where they are, or why there are none.
-    """
-    curve, matrix = folder / "learning_curve.png", folder / "confusion_matrix.png"
-    try:
-        plot_learning_curve(history, curve)
-        plot_confusion(confusion, classes, matrix)
-    except ModuleNotFoundError as error:
-        return f"no plots: {error}; pip install matplotlib"
-    return f"plots: {curve} {matrix}"

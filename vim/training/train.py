@@ -6,20 +6,22 @@ from typing import Any
 import torch
 
 from .checkpoint import load_checkpoint, save_checkpoint
-from .config import TrainConfig
+from .classification import Classification
+from .config import RunConfig
 from .errors import InterruptedRunError
 from .progress import Progress
 from .run_folder import RunFolder
-from .summary import epoch_line, summarise, write_plots
+from .summary import epoch_line
 from .trainer import Trainer, create_accelerator
 
 
-def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
+def train(config: RunConfig, resume: bool = False, task: type[Trainer] = Classification) -> dict[str, Any]:
     """Train, evaluate after every epoch, and write the run folder.
 
     Args:
-        config: everything about the run.
+        config: everything about the run, of the task's kind.
         resume: go on with the run in config.run_dir, from its last checkpoint.
+        task: what is trained.
 
     Returns: the content of summary.json.
     Raises: DataError, ConfigError or RunError, with a message for the user.
@@ -28,9 +30,9 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         torch.set_num_threads(config.cpu_threads)
     accelerator = create_accelerator(config.precision, config.accumulate)
     progress = Progress(accelerator.is_main_process)
-    run = RunFolder(config.run_dir)
+    run = RunFolder(config.run_dir, config.TOOL)
     run.check(config, resume)
-    trainer = Trainer(config, accelerator, progress)
+    trainer = task(config, accelerator, progress)
     state, epochs = trainer.state, config.schedule.epochs
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
     if accelerator.is_main_process and not resume:
@@ -39,34 +41,27 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         state.load_state_dict(load_checkpoint(run.last))
     progress.line(trainer.describe())
 
-    evaluation = None
+    if state.epoch == epochs:  # the run was complete already
+        trainer.evaluate()
     try:
         for epoch in range(state.epoch, epochs):
             start = time.perf_counter()
             record = {"epoch": epoch + 1, **trainer.train_epoch()}
-            evaluation, metrics = trainer.evaluate()
-            state.history.append(record | metrics | {"seconds": time.perf_counter() - start})
+            record |= trainer.evaluate()
+            state.history.append(record | {"seconds": time.perf_counter() - start})
             if accelerator.is_main_process:
                 if state.best() is state.history[-1]:
                     save_checkpoint(state.state_dict(), run.best)
                 save_checkpoint(state.state_dict(), run.last)
                 run.write_log(state.history)
-            progress.line(epoch_line(state.history, epochs))
+            progress.line(epoch_line(state, epochs, trainer.headline(state.history[-1])))
     except KeyboardInterrupt:
         raise InterruptedRunError(f"interrupted in epoch {epoch + 1}; go on with: {run.resume_command}") from None
 
-    if evaluation is None:  # the run was complete already
-        evaluation, _ = trainer.evaluate()
-    summary = summarise(config, state, evaluation, accelerator.device)
+    summary = trainer.summary()
     if accelerator.is_main_process:
-        run.export(state.model, config.model.kwargs, trainer.data_config, trainer.classes)
-        if state.ema is not None:
-            run.export(state.ema.module, config.model.kwargs, trainer.data_config, trainer.classes, "ema")
+        results = trainer.write_results(run)
         run.write_summary(summary)
-        plots = write_plots(state.history, evaluation.confusion, trainer.classes, run.path)
-        progress.line(
-            f"top-1 {summary['top1']:.2f} %, top-5 {summary['top5']:.2f} % on {summary['val_images']} images after "
-            f"{epochs} epochs in {summary['train_seconds']:.0f} s\nresults: {run.summary}\n{plots}"
-        )
+        progress.line(f"{epochs} epochs in {summary['train_seconds']:.0f} s\n{results}\nsummary: {run.summary}")
     accelerator.end_training()
     return summary
