@@ -6,6 +6,7 @@ import pytest
 import timm
 
 import vim  # noqa: F401  (registers the models)
+from vim.detection import DetectionTrainConfig
 from vim.training import ConfigParser, TrainConfig
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -13,7 +14,8 @@ CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - set(FOLDER.glob("benchmark*.yaml")
 
 
 def load(path):
-    return ConfigParser(TrainConfig, "").parse_config(["--config", str(path)])[0]
+    kind = DetectionTrainConfig if path.stem.startswith("detection_") else TrainConfig
+    return ConfigParser(kind, "").parse_config(["--config", str(path)])[0]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -43,7 +45,7 @@ OFFICIAL = {
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_recipes(name):
     gpus, batch, peak, decay, drop_path, epochs = OFFICIAL[name]
-    config = load(CONFIGS[0].with_name(f"{name}.yaml"))
+    config = load(FOLDER / f"{name}.yaml")
     assert config.data.batch_size == batch
     assert config.optim.lr * gpus * batch * config.accumulate / config.optim.lr_batch == pytest.approx(peak)
     assert config.optim.weight_decay == decay
@@ -51,3 +53,16 @@ def test_official_recipes(name):
     assert config.schedule.epochs == epochs
     assert config.augment.repeats == 3
     assert config.ema.decay == 0.99996
+
+
+@pytest.mark.parametrize("name", ["detection_coco_vim_tiny", "detection_coco_deit_tiny"])
+def test_the_coco_recipe(name):
+    """64 images an update, 184,375 updates, steps at 163,889 and 177,546."""
+    config = load(FOLDER / f"{name}.yaml")
+    updates = 118_287 // 64
+    assert config.data.batch_size * 8 * config.accumulate == 64
+    assert config.schedule.epochs * updates == pytest.approx(184_375, rel=0.01)
+    assert [step * updates for step in config.schedule.steps] == pytest.approx([163_889, 177_546], rel=1e-3)
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.layer_decay) == (1e-4, 0.1, 0.837)
+    assert (config.model.detector, config.model.img_size) == ("cascade_mask_rcnn", 1024)
+    assert config.augment.scale == (0.1, 2.0)

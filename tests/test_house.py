@@ -39,6 +39,18 @@ ALLOWED = {
         "sklearn",
         *NUMERIC,
     },
+    "vim.detection": {
+        "vim.data",
+        "vim.training",
+        "timm",
+        "torchvision",
+        "accelerate",
+        "safetensors",
+        "matplotlib",
+        "PIL",
+        "faster_coco_eval",
+        *NUMERIC,
+    },
     "vim.export": {"vim_kernels", "vim.data", "vim.training", "onnxruntime", *NUMERIC},
     "vim.visualize": {"vim.data", "vim.training", "timm", "matplotlib", *NUMERIC},
     "vim.demo": {

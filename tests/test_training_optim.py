@@ -66,6 +66,17 @@ def test_unknown_optimizer_and_argument():
         create_optimizer(torch.nn.Linear(2, 2), OptimConfig(kwargs={"beta": 1}), 64)
 
 
+def test_steps_come_with_their_updates():
+    config = ScheduleConfig(epochs=10, warmup_epochs=1, warmup_lr=0.1, steps=[2.5, 8])
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.5)
+    schedule = create_schedule(optimizer, config, updates_per_epoch=4)
+    rates = []
+    for update in range(40):
+        rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step_update(update + 1)
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, *[0.5] * 6, *[0.05] * 22, *[0.005] * 8])
+
+
 @pytest.mark.parametrize("warmup_epochs", [0, 1.5, 5])
 def test_every_update_has_the_rate_of_the_closed_form(warmup_epochs):
     config = ScheduleConfig(epochs=10, warmup_epochs=warmup_epochs, warmup_lr=1e-4, min_lr=1e-3)

@@ -410,6 +410,7 @@ def checkpoint_filter_fn(state_dict: dict, model: VisionMamba) -> dict[str, Tens
     """A checkpoint for `model`: unwrapped, under native names, its tables resampled to the model's sizes.
 
     Takes official training states and state dicts, and native ones, with or without a head, with keys in any order.
+    A model without class token leaves out the checkpoint's, and its place in the table.
 
     Source: names and layout of hustvl/Vim; `vim.models.official` holds the table.
     """
@@ -424,6 +425,10 @@ def checkpoint_filter_fn(state_dict: dict, model: VisionMamba) -> dict[str, Tens
     if "patch_embed.proj.weight" in out:
         size = list(model.patch_embed.proj.weight.shape[-2:])
         out["patch_embed.proj.weight"] = resample_patch_embed(out["patch_embed.proj.weight"], size)
+    if model.cls_token is None and "cls_token" in out:  # a detector's backbone has no use for a classifier's token
+        classes = out.pop("cls_token").shape[1]
+        if "pos_embed" in out:
+            out["pos_embed"] = out["pos_embed"][:, classes:]
     table = out.get("pos_embed")
     if table is not None and table.shape != model.pos_embed.shape:
         prefix = model.num_prefix_tokens

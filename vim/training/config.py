@@ -72,7 +72,7 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate for each update: a linear rise to optim.lr, then a cosine down to min_lr."""
+    """Learning rate for each update: a linear rise to optim.lr, then a cosine down to min_lr, or steps."""
 
     epochs: int = 300
     """Length of the run."""
@@ -81,9 +81,13 @@ class ScheduleConfig:
     warmup_lr: float = 1e-6
     """Learning rate of the first update."""
     min_lr: float = 1e-5
-    """Learning rate at the end."""
+    """Learning rate at the end of the cosine."""
+    steps: list[float] | None = None
+    """Instead of the cosine: a tenth of the rate from each of these epochs on, fractions allowed; null: the cosine."""
 
     def __post_init__(self):
+        if self.steps is not None and not all(self.warmup_epochs <= s < self.epochs for s in self.steps):
+            raise ValueError(f"schedule.steps must lie between warmup_epochs and epochs, got {self.steps}")
         if self.epochs < 1:
             raise ValueError(f"schedule.epochs must be at least 1, got {self.epochs}")
         if not 0 <= self.warmup_epochs < self.epochs:

@@ -1,7 +1,10 @@
 """Optimizer and learning rate, by timm."""
 
+from typing import Any
+
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
@@ -34,22 +37,21 @@ def create_optimizer(model: nn.Module, config: OptimConfig, total_batch: int) ->
         raise ConfigError(f"optim.kwargs do not fit {config.name}: {error}") from error
 
 
-def create_schedule(optimizer: Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> CosineLRScheduler:
-    """Linear warm-up and one cosine, by updates: `step_update(n)` sets the rate of update n, counted from 0.
+def create_schedule(optimizer: Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> Scheduler:
+    """Linear warm-up and one cosine, or steps, by updates: `step_update(n)` sets the rate of update n, counted from 0.
 
     The cosine starts where the warm-up ends and ends with the run. (The authors' starts with the run, so that the rate
     falls by 0.07 % as 5 of 300 warm-up epochs end.) Not to be prepared by accelerate, which would step it once for
     every process.
     """
     warmup = round(config.warmup_epochs * updates_per_epoch)
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=config.epochs * updates_per_epoch - warmup,
-        lr_min=config.min_lr,
-        warmup_t=warmup,
-        warmup_lr_init=config.warmup_lr,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+    rise: dict[str, Any] = {"warmup_t": warmup, "warmup_lr_init": config.warmup_lr, "t_in_epochs": False}
+    schedule: Scheduler
+    if config.steps is not None:
+        steps = [round(step * updates_per_epoch) + 1 for step in config.steps]  # timm's come one update early
+        schedule = MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=0.1, warmup_prefix=False, **rise)
+    else:
+        rest = config.epochs * updates_per_epoch - warmup
+        schedule = CosineLRScheduler(optimizer, t_initial=rest, lr_min=config.min_lr, warmup_prefix=True, **rise)
     schedule.step_update(0)
     return schedule

@@ -1,0 +1,131 @@
+"""COCO's metrics against pycocotools, and predictions as files of its format."""
+
+import contextlib
+import io
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as pycoding
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from vim.detection.evaluation import METRICS, as_results, coco_metrics
+
+
+def random_case(seed, images=12, categories=(2, 5, 11), size=200):
+    """Truth with crowds, empty images and a category without any object; predictions near some of it, and astray."""
+    rng = np.random.default_rng(seed)
+    truth = {
+        "images": [{"id": i, "width": size, "height": size} for i in range(images)],
+        "categories": [{"id": c, "name": str(c)} for c in (*categories, 99)],
+        "annotations": [],
+    }
+    predictions = []
+
+    def mask_of(x, y, w, h):
+        mask = np.zeros((size, size), np.uint8, order="F")
+        mask[round(y) : round(y + h), round(x) : round(x + w * 0.7)] = 1
+        code = pycoding.encode(mask)
+        return {"size": list(code["size"]), "counts": code["counts"].decode()}, int(mask.sum())
+
+    for image in range(0, images, 2):
+        for _ in range(rng.integers(1, 9)):
+            w, h = np.exp(rng.uniform(np.log(8), np.log(120), 2))
+            x, y = rng.uniform(0, size - w), rng.uniform(0, size - h)
+            code, area = mask_of(x, y, w, h)
+            category = int(rng.choice(categories))
+            truth["annotations"].append(
+                {
+                    "id": len(truth["annotations"]) + 1,
+                    "image_id": image,
+                    "category_id": category,
+                    "bbox": [x, y, w, h],
+                    "area": area,
+                    "iscrowd": int(rng.random() < 0.1),
+                    "segmentation": code,
+                }
+            )
+            for _ in range(rng.integers(0, 3)):
+                dx, dy, dw, dh = rng.normal(0, 0.12, 4)
+                box = [max(0, x + dx * w), max(0, y + dy * h), w * np.exp(dw), h * np.exp(dh)]
+                predictions.append(
+                    {
+                        "image_id": image,
+                        "category_id": category if rng.random() < 0.8 else int(rng.choice(categories)),
+                        "bbox": box,
+                        "score": float(rng.random()),
+                        "segmentation": mask_of(*box)[0],
+                    }
+                )
+    for image in range(1, images, 3):
+        box = [10.0, 20.0, 30.0, 40.0]
+        predictions.append(
+            {"image_id": image, "category_id": 2, "bbox": box, "score": 0.9, "segmentation": mask_of(*box)[0]}
+        )
+    return truth, predictions
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_equal_those_of_pycocotools(kind, seed):
+    truth, predictions = random_case(seed)
+    got, per_class = coco_metrics(truth, predictions, kind)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        run = COCOeval(coco, coco.loadRes([dict(row) for row in predictions]), kind)
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    assert list(got) == list(METRICS)
+    assert 0.05 < got["AP"] < 0.95
+    np.testing.assert_allclose(list(got.values()), run.stats, atol=1e-6)
+    for category in (2, 5, 11, 99):
+        with contextlib.redirect_stdout(io.StringIO()):
+            run.params.catIds = [category]
+            run.evaluate()
+            run.accumulate()
+            run.summarize()
+        np.testing.assert_allclose(list(per_class[category].values()), run.stats[:2], atol=1e-6)
+    assert per_class[99] == {"AP": -1.0, "AP50": -1.0}
+
+
+def test_nothing_found_and_nothing_to_find():
+    truth, predictions = random_case(0)
+    assert coco_metrics(truth, [], "bbox")[0]["AP"] == 0
+    empty = truth | {"annotations": []}
+    assert set(coco_metrics(empty, [], "bbox")[0].values()) == {-1.0}
+    assert set(coco_metrics(empty, predictions, "bbox")[0].values()) == {-1.0}
+
+
+def test_perfect_predictions_score_one_and_are_left_as_they_are():
+    truth, _ = random_case(1)
+    things = [a for a in truth["annotations"] if not a["iscrowd"]]
+    predictions = [{key: a[key] for key in ("image_id", "category_id", "bbox", "segmentation")} for a in things]
+    predictions = [row | {"score": 0.5} for row in predictions]
+    before = [dict(row) for row in predictions]
+    for kind in ("bbox", "segm"):
+        metrics, _ = coco_metrics(truth, predictions, kind)
+        assert metrics["AP"] == pytest.approx(1)
+    assert predictions == before
+
+
+def test_detections_become_results():
+    masks = torch.zeros(2, 1, 6, 8)
+    masks[0, 0, 1:3, 2:7] = 0.9
+    masks[1, 0, 0, 0] = 0.4  # not above one half
+    detected = {
+        "boxes": torch.tensor([[2.0, 1.0, 7.0, 3.0], [0.0, 0.0, 1.0, 1.5]]),
+        "labels": torch.tensor([2, 1]),
+        "scores": torch.tensor([0.75, 0.5]),
+        "masks": masks,
+    }
+    first, second = as_results(detected, 42, [3, 7])
+    assert (first["image_id"], first["category_id"], first["score"]) == (42, 7, 0.75)
+    assert first["bbox"] == [2, 1, 5, 2]
+    assert second["bbox"] == [0, 0, 1, 1.5]
+    assert second["category_id"] == 3
+    np.testing.assert_array_equal(pycoding.decode(first["segmentation"]), masks[0, 0].numpy() > 0.5)
+    assert pycoding.area(second["segmentation"]) == 0

@@ -1,0 +1,25 @@
+"""Write boxes of a CSV file (image_path, xmin, ymin, xmax, ymax, label) as annotations in COCO's format.
+
+python tools/boxes_to_coco.py boxes.csv photographs/ annotations.json
+"""
+
+import argparse
+
+from vim.detection import boxes_to_coco
+from vim.training import plain_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("boxes", help="the CSV file")
+    parser.add_argument("images", help="folder that its paths are relative to")
+    parser.add_argument("output", help="JSON file to write")
+    arguments = parser.parse_args()
+    with plain_errors():
+        content = boxes_to_coco(arguments.boxes, arguments.images, arguments.output)
+    counts = ", ".join(f"{len(content[name])} {name}" for name in ("images", "annotations", "categories"))
+    print(f"{arguments.output}: {counts}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Write aerial photographs with tree boxes, from the deepforest package, as a data set in COCO's format.
+
+pip install --no-deps deepforest
+python tools/prepare_trees.py data/trees
+"""
+
+import argparse
+
+from vim.detection import CocoData, write_trees
+from vim.training import plain_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", help="folder to write")
+    root = parser.parse_args().root
+    with plain_errors():
+        written = write_trees(root)
+        for split in ("train", "val"):
+            print(f"{split}: {CocoData(f'{root}/{split}.json', f'{root}/{split}').describe()}")
+    print(f"{root} {'written' if written else 'is there already'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Evaluate a trained detector on data in COCO's format.
+
+python tools/validate_detection.py --model runs/trees --data.root data/trees \\
+    --data.val_annotations val.json --data.val_images val
+"""
+
+from rich.console import Console
+from rich.table import Table
+
+import vim  # noqa: F401  (registers the vim_* models)
+from vim.detection import METRICS, DetectionValidateConfig, validate
+from vim.training import ConfigParser, plain_errors
+
+
+def main() -> None:
+    config, _ = ConfigParser(DetectionValidateConfig, __doc__).parse_config()
+    with plain_errors():
+        results = validate(config)
+    table = Table("", *METRICS, title=f"{results['annotations']}, {results['images']} images")
+    for kind, prefix in (("boxes", ""), ("masks", "mask_")):
+        if f"{prefix}AP" in results:
+            table.add_row(kind, *(f"{results[prefix + name]:.3f}" for name in METRICS))
+    Console().print(table)
+    print(f"written to {config.output}")
+
+
+if __name__ == "__main__":
+    main()

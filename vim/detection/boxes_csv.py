@@ -1,0 +1,99 @@
+"""Boxes in a CSV file, as many labelling tools write them, to COCO's format."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vim.data import DataError
+from vim.data.folder import UNREADABLE
+from vim.training.files import write_json
+
+COLUMNS = ("image_path", "xmin", "ymin", "xmax", "ymax", "label")
+CORNERS = COLUMNS[1:5]
+
+
+def boxes_to_coco(boxes: str | Path, images: str | Path, output: str | Path) -> dict[str, Any]:
+    """Write a JSON file in COCO's format.
+
+    Args:
+        boxes: CSV with a header that names image_path, xmin, ymin, xmax, ymax (pixels) and label (a class's name); a
+            row a box. A row whose corners are all empty or all 0 is an image without a box. Other columns are ignored.
+        images: folder that the paths are relative to; the sizes of the images are read from them.
+        output: the file to write. Classes have the ids 1, 2 ... in the order of their names.
+
+    Returns: what was written.
+    Raises: DataError, with the line, for a file or a row that cannot be used.
+    """
+    boxes, images, output = Path(boxes), Path(images), Path(output)
+    found: dict[str, list[tuple[list[float], str]]] = {}
+    for line, row in _rows(boxes):
+        of_image = found.setdefault(row["image_path"], [])
+        if corners := _corners(boxes, line, row):
+            if not row["label"]:
+                raise DataError(f"{boxes}, line {line}: a box has no label")
+            of_image.append((corners, row["label"]))
+    names = sorted({label for of_image in found.values() for _, label in of_image})
+    content: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": place, "name": name} for place, name in enumerate(names, 1)],
+    }
+    for path, of_image in found.items():
+        width, height = _size(images / path)
+        image_id = len(content["images"]) + 1
+        content["images"].append({"id": image_id, "file_name": path, "width": width, "height": height})
+        for (x1, y1, x2, y2), label in of_image:
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": names.index(label) + 1,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                }
+            )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(content, output)
+    return content
+
+
+def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:
+    """Rows with their line numbers."""
+    if not file.is_file():
+        raise DataError(f"no file {file} of boxes")
+    with file.open(newline="", encoding="utf-8-sig") as stream:  # spreadsheets put a mark in front
+        reader = csv.DictReader(stream)
+        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+            raise DataError(f"{file} has no column {missing[0]!r}; want a header with {', '.join(COLUMNS)}")
+        rows = [(reader.line_num, {name: (row[name] or "").strip() for name in COLUMNS}) for row in reader]
+    if not rows:
+        raise DataError(f"{file} has no rows")
+    return rows
+
+
+def _corners(file: Path, line: int, row: dict[str, str]) -> list[float] | None:
+    """x1, y1, x2, y2, or None for an image without a box."""
+    texts = [row[name] for name in CORNERS]
+    if not any(texts):
+        return None
+    try:
+        corners = [float(text) for text in texts]
+    except ValueError:
+        corners = [math.nan]
+    if corners == [0.0] * 4:
+        return None
+    if not all(map(math.isfinite, corners)) or not (corners[0] < corners[2] and corners[1] < corners[3]):
+        raise DataError(f"{file}, line {line}: want xmin < xmax and ymin < ymax in pixels, got {', '.join(texts)}")
+    return corners
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except UNREADABLE as error:
+        raise DataError(f"cannot read image {path}: {error}") from error

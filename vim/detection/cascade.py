@@ -1,0 +1,208 @@
+"""The three-stage cascade of box heads, which torchvision lacks."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
+from torchvision.ops import box_iou, clip_boxes_to_image
+
+BETA = 1 / 9  # where torchvision's smooth L1 of boxes turns from a parabola to a line
+BACKGROUND = 0
+
+Target = dict[str, Tensor]
+Stage = tuple[Tensor, Tensor]
+
+
+class CascadePredictor(nn.Module):
+    """Features (R, in_channels) -> class logits (R, num_classes), the background first, and box deltas (R, 4).
+
+    All classes share the deltas. The results are fp32 under autocast too: in bf16 a delta moves a box by pixels.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int):
+        super().__init__()
+        self.cls_score = nn.Linear(in_channels, num_classes)
+        self.bbox_pred = nn.Linear(in_channels, 4)
+
+    def forward(self, x: Tensor) -> Stage:
+        return self.cls_score(x).float(), self.bbox_pred(x).float()
+
+
+class CascadeRoIHeads(RoIHeads):
+    """Box heads of which each refines the boxes of the one before, trained for ever better overlap.
+
+    The first stage trains on a sample of proposals and true boxes, like torchvision's RoIHeads. Each further stage
+    takes all boxes that the stage before made of them, detached and clipped to the image, and matches them anew by its
+    own threshold. Each stage passes 1 / stages of its gradient to the feature maps. At inference the class
+    probabilities are the mean of all stages', and the boxes the last one's.
+
+    Args:
+        box_roi_pool: feature maps and boxes -> (R, C, 7, 7). box_heads: each (R, C, 7, 7) -> (R, F).
+        box_predictors: each (R, F) -> logits and deltas, as `CascadePredictor`.
+        iou_thresholds: overlap with a true box from which a box is foreground. bbox_reg_weights: of each box coder.
+        batch_size_per_image, positive_fraction: boxes sampled of an image, and at most so many of them foreground.
+        score_thresh, nms_thresh, detections_per_img: as torchvision's.
+        mask_roi_pool, mask_head, mask_predictor: as torchvision's. Masks train on the first stage's foreground.
+
+    Raises: ValueError unless there are as many heads as predictors, thresholds and weights.
+    Source: Cai & Vasconcelos 2018, arXiv 1712.00726.
+    """
+
+    def __init__(
+        self,
+        box_roi_pool: nn.Module,
+        box_heads: Sequence[nn.Module],
+        box_predictors: Sequence[nn.Module],
+        *,
+        iou_thresholds: Sequence[float] = (0.5, 0.6, 0.7),
+        bbox_reg_weights: Sequence[tuple[float, float, float, float]] = (
+            (10.0, 10.0, 5.0, 5.0),
+            (20.0, 20.0, 10.0, 10.0),
+            (30.0, 30.0, 15.0, 15.0),
+        ),
+        batch_size_per_image: int = 512,
+        positive_fraction: float = 0.25,
+        score_thresh: float = 0.05,
+        nms_thresh: float = 0.5,
+        detections_per_img: int = 100,
+        mask_roi_pool: nn.Module | None = None,
+        mask_head: nn.Module | None = None,
+        mask_predictor: nn.Module | None = None,
+    ):
+        counts = [len(each) for each in (box_heads, box_predictors, iou_thresholds, bbox_reg_weights)]
+        if len(set(counts)) > 1 or not counts[0]:
+            raise ValueError(
+                "each stage needs a box head, a predictor, a threshold and weights, got {} heads, {} predictors, "
+                "{} thresholds and {} weights".format(*counts)
+            )
+        super().__init__(
+            box_roi_pool,
+            nn.ModuleList(box_heads),
+            nn.ModuleList(box_predictors),
+            iou_thresholds[0],
+            iou_thresholds[0],
+            batch_size_per_image,
+            positive_fraction,
+            bbox_reg_weights[0],
+            score_thresh,
+            nms_thresh,
+            detections_per_img,
+            mask_roi_pool,
+            mask_head,
+            mask_predictor,
+        )
+        self.coders = [BoxCoder(weights) for weights in bbox_reg_weights]
+        self.box_coder = self.coders[-1]  # of the boxes that are reported
+        self.matchers = [Matcher(iou, iou, allow_low_quality_matches=False) for iou in iou_thresholds]
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[Target] | None = None,
+    ) -> tuple[list[Target], dict[str, Tensor]]:
+        """Detections and no losses, or in training losses and no detections; as torchvision's RoIHeads."""
+        if self.training:
+            return [], self._losses(features, proposals, image_shapes, targets)
+        boxes, outputs = [p.float() for p in proposals], []
+        for k in range(len(self.coders)):
+            outputs.append(self._stage(k, features, boxes, image_shapes))
+            if k + 1 < len(self.coders):
+                boxes = self._refined(k, outputs[k][1], boxes, image_shapes)
+        probabilities = torch.stack([logits.softmax(-1) for logits, _ in outputs]).mean(0)
+        # torchvision goes on with logits, and deltas for each class. The softmax of log p is p.
+        deltas = outputs[-1][1].repeat(1, probabilities.shape[1])
+        found = self.postprocess_detections(probabilities.log(), deltas, boxes, image_shapes)
+        results = [
+            dict(zip(("boxes", "scores", "labels"), of_image, strict=True)) for of_image in zip(*found, strict=True)
+        ]
+        if self.has_mask():
+            logits = self._mask_logits(features, [r["boxes"] for r in results], image_shapes)
+            masks = maskrcnn_inference(logits, [r["labels"] for r in results])
+            results = [r | {"masks": m} for r, m in zip(results, masks, strict=True)]
+        return results, {}
+
+    def _losses(self, features, proposals, image_shapes, targets) -> dict[str, Tensor]:
+        boxes, matched, labels, _ = self.select_training_samples([p.float() for p in proposals], targets)
+        first = boxes, matched, labels
+        losses = {}
+        for k in range(len(self.coders)):
+            logits, deltas = self._stage(k, features, boxes, image_shapes)
+            found = cascade_loss(logits, deltas, self.coders[k], boxes, matched, labels, targets)
+            losses[f"loss_classifier_{k + 1}"], losses[f"loss_box_reg_{k + 1}"] = found
+            if k + 1 < len(self.coders):
+                boxes = [b[(b[:, 2:] > b[:, :2]).all(1)] for b in self._refined(k, deltas, boxes, image_shapes)]
+                matched, labels = self._match(k + 1, boxes, targets)
+        if self.has_mask():
+            losses["loss_mask"] = self._mask_loss(features, *first, image_shapes, targets)
+        return losses
+
+    def _stage(self, k: int, features, boxes: list[Tensor], image_shapes) -> Stage:
+        """Class logits and box deltas of stage k for all boxes of all images."""
+        pooled = self.box_roi_pool(features, boxes, image_shapes)
+        # Feature maps shall learn no more from three stages than from one.
+        share = 1 / len(self.coders)
+        pooled = pooled * share + pooled.detach() * (1 - share) if self.training and share < 1 else pooled
+        return self.box_predictor[k](self.box_head[k](pooled))  # type: ignore[index]
+
+    def _refined(self, k: int, deltas: Tensor, boxes: list[Tensor], image_shapes) -> list[Tensor]:
+        """The boxes that stage k makes of its own, within the images."""
+        counts = [len(b) for b in boxes]
+        moved = self.coders[k].decode_single(deltas.detach(), torch.cat(boxes)).split(counts)
+        return [clip_boxes_to_image(b, shape) for b, shape in zip(moved, image_shapes, strict=True)]
+
+    def _match(self, k: int, boxes: list[Tensor], targets: list[Target]) -> tuple[list[Tensor], list[Tensor]]:
+        """For each box, the true box that it overlaps most, and its class by the threshold of stage k."""
+        matched, labels = [], []
+        for b, target in zip(boxes, targets, strict=True):
+            if len(target["boxes"]):
+                match = self.matchers[k](box_iou(target["boxes"].to(b.dtype), b))
+            else:
+                match = torch.full((len(b),), Matcher.BELOW_LOW_THRESHOLD, device=b.device)
+            matched.append(match.clamp(min=0))
+            of_match = target["labels"][matched[-1]] if len(target["boxes"]) else torch.zeros_like(match)
+            labels.append(torch.where(match >= 0, of_match, BACKGROUND))
+        return matched, labels
+
+    def _mask_logits(self, features, boxes: list[Tensor], image_shapes) -> Tensor:
+        return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))).float()
+
+    def _mask_loss(self, features, boxes, matched, labels, image_shapes, targets) -> Tensor:
+        """torchvision's, on the foreground of the first stage."""
+        inside = [of_image > BACKGROUND for of_image in labels]
+        boxes = [b[i] for b, i in zip(boxes, inside, strict=True)]
+        matched = [m[i] for m, i in zip(matched, inside, strict=True)]
+        logits = self._mask_logits(features, boxes, image_shapes)
+        return maskrcnn_loss(logits, boxes, [t["masks"] for t in targets], [t["labels"] for t in targets], matched)
+
+
+def cascade_loss(
+    logits: Tensor,
+    deltas: Tensor,
+    coder: BoxCoder,
+    boxes: Sequence[Tensor],
+    matched: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    targets: Sequence[Target],
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of all boxes, and smooth L1 of the foreground's deltas, both as means over all boxes.
+
+    Args:
+        logits (R, num_classes), deltas (R, 4): of the boxes of all images.
+        boxes (R_i, 4), matched (R_i,), labels (R_i,): of each image; the true box that a box matches, and its class.
+    """
+    all_labels = torch.cat(list(labels))
+    count = max(1, len(all_labels))
+    classification = F.cross_entropy(logits, all_labels, reduction="sum") / count
+    wanted = []
+    for b, m, of_image, target in zip(boxes, matched, labels, targets, strict=True):
+        inside = of_image > BACKGROUND
+        wanted.append(coder.encode_single(target["boxes"].to(b.dtype)[m[inside]], b[inside]))
+    regression = (
+        F.smooth_l1_loss(deltas[all_labels > BACKGROUND], torch.cat(wanted), beta=BETA, reduction="sum") / count
+    )
+    return classification, regression

@@ -1,0 +1,204 @@
+"""Data sets in COCO's format: a JSON file of annotations and a folder of images, read and checked once."""
+
+import json
+import math
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vim.data import DataError
+from vim.data.folder import UNREADABLE
+
+
+class CocoData:
+    """Images with boxes, labels and maybe masks.
+
+    Boxes are x, y, width, height in pixels. One that reaches beyond its image is clipped; one without area inside the
+    image is left out and counted. Crowds (iscrowd 1) count in `truth`, where the metrics excuse detections in them, and
+    are not given to training. Images without a box stay: they teach the background. Classes without a box stay, so that
+    labels do. EXIF orientation is not applied, as COCO's own tools do not.
+
+    Args:
+        annotations: the JSON file. images: folder that its file names are relative to.
+        masks: also read the objects' shapes.
+
+    Attributes:
+        classes: names in the order of their ids; label k + 1 is classes[k], 0 the background. category_ids: the ids.
+        image_ids: in the file's order. boxes, dropped: numbers of boxes kept and left out.
+
+    Raises: DataError for a file that is missing, damaged or contradicts itself, and for images that are not there.
+    """
+
+    def __init__(self, annotations: str | Path, images: str | Path, *, masks: bool = False):
+        self.annotations, self.folder, self.masks = Path(annotations), Path(images), masks
+        content = self._content()
+        categories = sorted(self._rows(content, "categories", ("id", "name")), key=lambda c: c["id"])
+        self._unique("category", categories)
+        self.classes = [str(category["name"]) for category in categories]
+        self.category_ids = [category["id"] for category in categories]
+        self._labels = {category: place + 1 for place, category in enumerate(self.category_ids)}
+        self._images = self._rows(content, "images", ("id", "file_name", "width", "height"))
+        self._unique("image", self._images)
+        if not self._images or not categories:
+            raise DataError(f"{self.annotations} has {len(self._images)} images and {len(categories)} categories")
+        self.image_ids = [image["id"] for image in self._images]
+        self._check_files()
+        self.dropped = 0
+        objects = self._read_objects(self._rows(content, "annotations", ("id", "image_id", "category_id", "bbox")))
+        self.boxes = sum(map(len, objects.values()))
+        # One buffer of text, not a million small objects: loading processes would copy those, page by page, as they
+        # count references to them.
+        texts = [json.dumps(objects[image]).encode() for image in self.image_ids]
+        self._text = np.frombuffer(b"".join(texts), np.uint8)
+        self._ends = np.cumsum([0, *map(len, texts)])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def describe(self) -> str:
+        left_out = f"; {self.dropped:,} boxes without area left out" if self.dropped else ""
+        return f"{len(self):,} images, {len(self.classes)} classes, {self.boxes:,} boxes{left_out}"
+
+    def load(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
+        """RGB image and its target: image_id, boxes (n, 4) as x1, y1, x2, y2 in pixels, labels (n,) from 1, and masks
+        (n, H, W) of 0 and 1 if wanted.
+
+        Raises: DataError for an image that cannot be read or has another size than the annotations say.
+        """
+        entry = self._images[index]
+        path = self.folder / entry["file_name"]
+        try:
+            with Image.open(path) as opened:
+                image = opened.convert("RGB")
+        except UNREADABLE as error:
+            raise DataError(f"cannot read image {path}: {error}; repair or remove it") from error
+        if image.size != (entry["width"], entry["height"]):
+            said = f"{entry['width']} x {entry['height']}"
+            raise DataError(f"image {path} has {image.width} x {image.height} pixels, {self.annotations} says {said}")
+        objects = [o for o in self._objects(index) if not o["iscrowd"]]
+        boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = [self._labels[o["category_id"]] for o in objects]
+        target = {"image_id": entry["id"], "boxes": boxes.float(), "labels": torch.tensor(labels, dtype=torch.int64)}
+        if self.masks:
+            shapes = [decode_mask(o["segmentation"], entry["height"], entry["width"]) for o in objects]
+            stacked = np.stack(shapes) if shapes else np.zeros((0, entry["height"], entry["width"]), np.uint8)
+            target["masks"] = torch.from_numpy(stacked)
+        return image, target
+
+    def truth(self) -> dict[str, Any]:
+        """What is to be found, in COCO's format, crowds included, boxes clipped."""
+        return {
+            "images": [{key: image[key] for key in ("id", "file_name", "width", "height")} for image in self._images],
+            "categories": [{"id": i, "name": n} for i, n in zip(self.category_ids, self.classes, strict=True)],
+            "annotations": [o for index in range(len(self)) for o in self._objects(index)],
+        }
+
+    def _objects(self, index: int) -> list[dict[str, Any]]:
+        """Annotations of an image."""
+        return json.loads(self._text[self._ends[index] : self._ends[index + 1]].tobytes())
+
+    def _content(self) -> dict[str, Any]:
+        if not self.annotations.is_file():
+            raise DataError(f"no annotations {self.annotations}; give a JSON file in COCO's format")
+        try:
+            content = json.loads(self.annotations.read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"{self.annotations} is not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise DataError(f"{self.annotations} is not in COCO's format: want images, annotations and categories")
+        return content
+
+    def _rows(self, content: dict[str, Any], name: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+        rows = content.get(name)
+        if not isinstance(rows, list):
+            raise DataError(f"{self.annotations} is not in COCO's format: it has no list of {name}")
+        for row in rows:
+            if missing := [key for key in keys if not isinstance(row, dict) or key not in row]:
+                raise DataError(f"{self.annotations}: one of {name} has no {missing[0]}: {str(row)[:80]}")
+        return rows
+
+    def _unique(self, kind: str, rows: list[dict[str, Any]]) -> None:
+        seen = set()
+        for row in rows:
+            if row["id"] in seen:
+                raise DataError(f"{self.annotations}: the {kind} id {row['id']} stands there twice")
+            seen.add(row["id"])
+
+    def _check_files(self) -> None:
+        for image in self._images:
+            name = PurePosixPath(image["file_name"])
+            if name.is_absolute() or ".." in name.parts:
+                raise DataError(f"{self.annotations}: file name {str(name)!r} leads out of the folder of images")
+        missing = [image["file_name"] for image in self._images if not (self.folder / image["file_name"]).is_file()]
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {len(self)} images of {self.annotations} are not in {self.folder}, "
+                f"the first is {missing[0]}"
+            )
+
+    def _read_objects(self, rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+        """By image; only what is needed of each."""
+        self._unique("annotation", rows)
+        images = {image["id"]: image for image in self._images}
+        objects: dict[int, list[dict[str, Any]]] = {image: [] for image in images}
+        for row in rows:
+            image = images.get(row["image_id"])
+            if image is None:
+                raise DataError(
+                    f"{self.annotations}: annotation {row['id']} is of image {row['image_id']}, "
+                    f"which is not among the images"
+                )
+            if row["category_id"] not in self._labels:
+                raise DataError(
+                    f"{self.annotations}: annotation {row['id']} is of category {row['category_id']}, "
+                    f"which is not among the categories"
+                )
+            box = self._clipped(row, image)
+            if box is None:
+                self.dropped += 1
+                continue
+            kept = {key: row[key] for key in ("id", "image_id", "category_id")} | {"bbox": box}
+            kept["iscrowd"] = int(row.get("iscrowd", 0))
+            kept["area"] = float(row.get("area", box[2] * box[3]))
+            if self.masks:
+                if not row.get("segmentation"):
+                    raise DataError(
+                        f"{self.annotations}: annotation {row['id']} of {image['file_name']} has no "
+                        f"segmentation, which masks need; train a detector without masks"
+                    )
+                kept["segmentation"] = row["segmentation"]
+            objects[row["image_id"]].append(kept)
+        return objects
+
+    def _clipped(self, row: dict[str, Any], image: dict[str, Any]) -> list[float] | None:
+        """The part of a box inside its image; None if there is none."""
+        box = row["bbox"]
+        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
+        if not numbers or not all(map(math.isfinite, box)):
+            raise DataError(
+                f"{self.annotations}: annotation {row['id']} of {image['file_name']} has the box {box}; "
+                f"want x, y, width, height in pixels"
+            )
+        x, y, width, height = box
+        left, top = max(0.0, x), max(0.0, y)
+        right, bottom = min(float(image["width"]), x + width), min(float(image["height"]), y + height)
+        inside = width > 0 and height > 0 and right > left and bottom > top
+        return [left, top, right - left, bottom - top] if inside else None
+
+
+def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """COCO's polygons or run-length code as (height, width), uint8."""
+    try:
+        from faster_coco_eval.core import mask as coding
+    except ModuleNotFoundError as error:
+        raise DataError(f"masks need faster-coco-eval: pip install 'vim-mamba[detection]' ({error})") from error
+
+    if isinstance(segmentation, list):
+        segmentation = coding.merge(coding.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = coding.frPyObjects(segmentation, height, width)
+    return coding.decode(segmentation)

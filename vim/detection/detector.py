@@ -1,0 +1,207 @@
+"""Detectors: torchvision's, and the cascade, on the feature maps of any timm model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
+
+from vim.training.errors import ConfigError
+from vim.training.model import enable_grad_checkpointing
+
+from .cascade import CascadePredictor, CascadeRoIHeads
+from .config import DetectorConfig
+from .pyramid import LEVELS, STRIDES, PyramidBackbone
+
+BOX_POOL, MASK_POOL = 7, 14  # cells of a pooled region
+STAGES = 3
+BODY = "network.backbone.body."  # where the timm model's parameters stand
+
+
+class Detector(nn.Module):
+    """Images in, losses or detections out.
+
+    Args:
+        config: of detector and backbone. num_classes: without the background.
+
+    Raises: ConfigError for a backbone that does not fit.
+    """
+
+    def __init__(self, config: DetectorConfig, num_classes: int):
+        super().__init__()
+        backbone = PyramidBackbone(config, config.img_size, config.channels)
+        self.name = config.name
+        self.network = _NETWORKS[config.detector](backbone, config, num_classes)
+        cfg: dict[str, Any] = backbone.body.pretrained_cfg  # type: ignore[assignment]
+        self.network.transform = _FitSquare(config.img_size, cfg["mean"], cfg["std"])
+
+    @property
+    def body(self) -> nn.Module:
+        """The timm model, as features_only gives it."""
+        return self.network.backbone.body
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Training: losses by name, of images that fit into the square. Else: detections of images of any sizes.
+
+        Args:
+            images: (3, H, W) each, 0..1.
+            targets: boxes (n, 4) as x1, y1, x2, y2 in pixels, labels (n,) from 1 up and, for masks, masks (n, H, W).
+
+        Returns: in evaluation mode, for each image boxes, labels, scores (n,) falling, and masks (n, 1, H, W), 0..1,
+            in pixels of the image as it was given.
+        """
+        return self.network(images, targets)
+
+    def no_weight_decay(self) -> set[str]:
+        names: set[str] = getattr(self._timm_model, "no_weight_decay", set)()
+        return {f"{self._prefix}{name.removeprefix('*')}" if name[0] != "*" else name for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """Layers for layer-wise learning rates: the backbone's, and all else above them."""
+        if not hasattr(self._timm_model, "group_matcher"):
+            raise ConfigError(f"{self.name} does not name its layers as a backbone; leave optim.layer_decay out")
+        layers = group_parameters(self._timm_model, self._timm_model.group_matcher(coarse), reverse=True)
+        named = {f"{self._prefix}{name}": layer for name, layer in layers.items()}
+        return lambda name: named.get(name, float("inf"))
+
+    def set_grad_checkpointing(self) -> None:
+        """Recompute the activations of the backbone's blocks."""
+        enable_grad_checkpointing(self._timm_model, self.name)
+
+    @property
+    def _timm_model(self) -> Any:
+        """Behind timm's wrapper for plain models, which has not their methods."""
+        return getattr(self.body, "model", self.body)
+
+    @property
+    def _prefix(self) -> str:
+        return f"{BODY}model." if hasattr(self.body, "model") else BODY
+
+
+class _FitSquare(GeneralizedRCNNTransform):
+    """Normalise; scale to fit into a square (not in training, whose images fit already); pad to it, right and below.
+
+    torchvision's own scales without a filter: what shrinks turns to noise.
+    """
+
+    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]):
+        super().__init__(size, size, list(mean), list(std), size_divisible=size)
+        self.size = size
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None):
+        height, width = image.shape[-2:]
+        if self.training:
+            if max(height, width) > self.size:
+                raise ValueError(f"training images must fit into {self.size} pixels, got {height} x {width}")
+            return image, target
+        scale = self.size / max(height, width)
+        size = [max(1, round(edge * scale)) for edge in (height, width)]
+        return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0], target
+
+
+# Box deltas of low precision would move a box by pixels: what heads say of boxes is fp32 under autocast too.
+
+
+class _RegionHead(RPNHead):
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        scores, deltas = super().forward(x)
+        return [s.float() for s in scores], [d.float() for d in deltas]
+
+
+class _BoxPredictor(FastRCNNPredictor):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, deltas = super().forward(x)
+        return scores.float(), deltas.float()
+
+
+class _PointHead(FCOSHead):
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        return {name: value.float() for name, value in super().forward(x).items()}
+
+
+def _pool(size: int) -> MultiScaleRoIAlign:
+    return MultiScaleRoIAlign(list(LEVELS), size, sampling_ratio=2)
+
+
+def _mask_parts(channels: int, num_classes: int) -> dict[str, Any]:
+    return {
+        "mask_roi_pool": _pool(MASK_POOL),
+        "mask_head": MaskRCNNHeads(channels, [channels] * 4, 1, LayerNorm2d),
+        "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes + 1),
+    }
+
+
+def _two_stages(backbone: PyramidBackbone, config: DetectorConfig, num_classes: int) -> FasterRCNN:
+    """Region proposals and a box head, with masks if wanted."""
+    channels = backbone.out_channels
+    anchors = AnchorGenerator(
+        tuple((8 * stride,) for stride in (*STRIDES, 2 * STRIDES[-1])), ((0.5, 1.0, 2.0),) * (len(STRIDES) + 1)
+    )
+    network = MaskRCNN if config.masks else FasterRCNN
+    return network(
+        backbone,
+        rpn_anchor_generator=anchors,
+        rpn_head=_RegionHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2),
+        rpn_post_nms_top_n_train=1000,
+        box_roi_pool=_pool(BOX_POOL),
+        box_head=TwoMLPHead(channels * BOX_POOL**2, 4 * channels),
+        box_predictor=_BoxPredictor(4 * channels, num_classes + 1),
+        box_batch_size_per_image=config.regions,
+        box_score_thresh=config.score_threshold,
+        box_nms_thresh=config.nms_threshold,
+        box_detections_per_img=config.max_boxes,
+        **(_mask_parts(channels, num_classes) if config.masks else {}),
+    )
+
+
+def _cascade(backbone: PyramidBackbone, config: DetectorConfig, num_classes: int) -> FasterRCNN:
+    network = _two_stages(backbone, config, num_classes)
+    channels = backbone.out_channels
+    size, convolutions = (channels, BOX_POOL, BOX_POOL), [channels] * 4
+    heads = [FastRCNNConvFCHead(size, convolutions, [4 * channels], LayerNorm2d) for _ in range(STAGES)]
+    network.roi_heads = CascadeRoIHeads(
+        _pool(BOX_POOL),
+        heads,
+        [CascadePredictor(4 * channels, num_classes + 1) for _ in range(STAGES)],
+        batch_size_per_image=config.regions,
+        score_thresh=config.score_threshold,
+        nms_thresh=config.nms_threshold,
+        detections_per_img=config.max_boxes,
+        **(_mask_parts(channels, num_classes) if config.masks else {}),
+    )
+    return network
+
+
+def _one_stage(backbone: PyramidBackbone, config: DetectorConfig, num_classes: int) -> FCOS:
+    strides = (*STRIDES, 2 * STRIDES[-1])
+    anchors = AnchorGenerator(tuple((stride,) for stride in strides), ((1.0,),) * len(strides))
+    return FCOS(
+        backbone,
+        num_classes + 1,
+        anchor_generator=anchors,
+        head=_PointHead(backbone.out_channels, anchors.num_anchors_per_location()[0], num_classes + 1),
+        score_thresh=config.score_threshold,
+        nms_thresh=config.nms_threshold,
+        detections_per_img=config.max_boxes,
+    )
+
+
+_NETWORKS: dict[str, Callable[..., Any]] = {
+    "faster_rcnn": _two_stages,
+    "mask_rcnn": _two_stages,
+    "cascade_rcnn": _cascade,
+    "cascade_mask_rcnn": _cascade,
+    "fcos": _one_stage,
+}

@@ -1,0 +1,128 @@
+"""Average precision as COCO counts it, each image once for any number of processes."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vim.training.errors import ConfigError, RunError
+from vim.training.progress import Progress
+
+from .coco import CocoData
+
+# COCO's twelve numbers, in its order: average precision over IoU 0.50..0.95, at 0.50 and 0.75, of small, medium and
+# large objects; average recall with 1, 10 and 100 boxes an image, and of small, medium and large objects.
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+Kind = Literal["bbox", "segm"]
+PREFIXES: dict[Kind, str] = {"bbox": "", "segm": "mask_"}
+MASK_THRESHOLD = 0.5
+
+
+@dataclass
+class Evaluation:
+    """Results on `images` images.
+
+    predictions: in COCO's result format. metrics: COCO's twelve, from 0 to 1, of masks with mask_ before their names;
+    -1 where there is no such object. per_class: AP and AP50 of each class by its name, likewise.
+    """
+
+    images: int
+    predictions: list[dict[str, Any]]
+    metrics: dict[str, float] = field(default_factory=dict)
+    per_class: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def coco_metrics(
+    truth: dict[str, Any], predictions: list[dict[str, Any]], kind: Kind
+) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
+    """COCO's metrics, from 0 to 1, and -1 where there is no object to find.
+
+    Args:
+        truth: in COCO's annotation format, predictions: in its result format. kind: boxes or masks.
+
+    Returns: the twelve METRICS, and AP and AP50 of each category by its id.
+    """
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"evaluation needs faster-coco-eval: pip install 'vim-mamba[detection]' ({error})") from error
+
+    coco = COCO(truth, print_function=_silent)
+    run = COCOeval_faster(coco, coco.loadRes([dict(row) for row in predictions]), kind, print_function=_silent)
+    run.evaluate()
+    run.accumulate()
+    run.summarize()
+    precision = torch.from_numpy(run.eval["precision"])  # (IoU, recall, category, area, boxes an image); -1: none
+    each = {}
+    for place, category in enumerate(run.params.catIds):
+        values = {"AP": precision[:, :, place, 0, -1], "AP50": precision[0, :, place, 0, -1]}
+        each[category] = {name: v[v > -1].mean().item() if (v > -1).any() else -1.0 for name, v in values.items()}
+    return dict(zip(METRICS, map(float, run.stats[: len(METRICS)]), strict=True)), each
+
+
+def _silent(*_: Any) -> None:
+    pass
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: DataLoader, data: CocoData, accelerator: Accelerator, progress: Progress
+) -> Evaluation:
+    """Detect on all images, and measure.
+
+    Args:
+        model: see `Detector`. Left in eval mode.
+        loader: of `data`, prepared by the accelerator.
+
+    Returns: the same on all processes.
+    """
+    model.eval()
+    mine: dict[int, list[dict[str, Any]]] = {}
+    with progress.bar("evaluating", len(loader)) as advance:
+        for images, targets in loader:
+            with accelerator.autocast():
+                detections = model(images)
+            for detected, target in zip(detections, targets, strict=True):
+                mine[target["image_id"]] = as_results(detected, target["image_id"], data.category_ids)
+            advance("")
+    # An image may be in twice: the last batches are filled up to one for each process.
+    images_of = dict(gather_object(list(mine.items())))
+    if len(images_of) != len(data):
+        raise RunError(f"evaluation saw {len(images_of)} images of {len(data)}")
+    evaluation = Evaluation(len(images_of), [row for image in data.image_ids for row in images_of[image]])
+    truth = data.truth()
+    for kind in PREFIXES if data.masks else ("bbox",):
+        metrics, per_class = coco_metrics(truth, evaluation.predictions, kind)  # type: ignore[arg-type]
+        prefix = PREFIXES[kind]  # type: ignore[index]
+        evaluation.metrics |= {f"{prefix}{name}": value for name, value in metrics.items()}
+        for name, category in zip(data.classes, data.category_ids, strict=True):
+            row = evaluation.per_class.setdefault(name, {})
+            row |= {f"{prefix}{key}": value for key, value in per_class[category].items()}
+    return evaluation
+
+
+def as_results(detected: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:
+    """Detections of one image in COCO's result format: boxes as x, y, width, height; masks run-length encoded."""
+    corners = detected["boxes"].double().cpu()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
+    rows = [
+        {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
+        for label, box, score in zip(detected["labels"].tolist(), boxes, detected["scores"].tolist(), strict=True)
+    ]
+    if "masks" in detected:
+        from faster_coco_eval.core import mask as coding
+
+        masks = (detected["masks"][:, 0] > MASK_THRESHOLD).byte().cpu().numpy()
+        for row, mask in zip(rows, masks, strict=True):
+            code = coding.encode(np.asfortranarray(mask))
+            row["segmentation"] = {"size": list(code["size"]), "counts": _text(code["counts"])}
+    return rows
+
+
+def _text(counts: str | bytes) -> str:
+    return counts.decode() if isinstance(counts, bytes) else counts

@@ -1,0 +1,135 @@
+"""Images with boxes and masks for training, and images for evaluation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
+
+from vim.data import SampleKey
+from vim.data.randomness import derive_seed, preserved_generators, seed_cpu_generators
+
+from .coco import CocoData
+from .config import JitterConfig
+
+Target = dict[str, Any]
+Transform = Callable[[Image.Image, Target], tuple[Tensor, Target]]
+SMALLEST_EDGE = 1.0  # pixels; of a box that a cut has left
+
+
+class _CropToFit(v2.Transform):
+    """Cut off at random places what is larger than a square; padding waits for the batch."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        new = min(height, self.size), min(width, self.size)
+        top, left = (int(torch.randint(old - n + 1, ())) for old, n in zip((height, width), new, strict=True))
+        return {"top": top, "left": left, "height": new[0], "width": new[1]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(v2.functional.crop, inpt, **params)
+
+
+def train_transform(augment: JitterConfig, size: int) -> Transform:
+    """Large-scale jitter, a cut to fit into size x size pixels, flips and colours; from the global generators.
+
+    A box of which a cut leaves less than a pixel goes, with its mask.
+
+    Source: Ghiasi et al. 2021, arXiv 2012.07177, "large scale jittering".
+    """
+    jitter = augment.color_jitter
+    steps = [
+        v2.ScaleJitter((size, size), augment.scale),
+        _CropToFit(size),
+        v2.RandomHorizontalFlip(augment.hflip),
+        v2.RandomVerticalFlip(augment.vflip),
+        *([v2.ColorJitter(jitter, jitter, jitter)] if jitter else []),
+        v2.ClampBoundingBoxes(),
+        v2.SanitizeBoundingBoxes(min_size=SMALLEST_EDGE, labels_getter=_follow_boxes),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.ToPureTensor(),
+    ]
+    compose = v2.Compose(steps)
+
+    def transform(image: Image.Image, target: Target) -> tuple[Tensor, Target]:
+        pixels = v2.functional.to_image(image)
+        canvas = (image.height, image.width)
+        boxes = BoundingBoxes(target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=canvas)  # type: ignore[call-overload]
+        masks = {"masks": Mask(target["masks"])} if "masks" in target else {}
+        return compose(pixels, target | {"boxes": boxes} | masks)
+
+    return transform
+
+
+def _follow_boxes(inputs: tuple[Tensor, Target]) -> tuple[Tensor, ...]:
+    """What has a row for each box."""
+    target = inputs[1]
+    return tuple(target[name] for name in ("labels", "masks") if name in target)
+
+
+class TrainImages(Dataset[tuple[Tensor, Target]]):
+    """Augmented images (3, H, W), 0..1, with boxes, labels and maybe masks: a SampleKey gives the same in any process.
+
+    passes: times that an epoch has each image.
+    """
+
+    def __init__(self, data: CocoData, transform: Transform, seed: int, passes: int):
+        self.data, self.transform, self.seed, self.passes = data, transform, seed, passes
+
+    def __len__(self) -> int:
+        return len(self.data) * self.passes
+
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Target]:
+        with preserved_generators():
+            image, target = self.data.load(key.image % len(self.data))
+            seed_cpu_generators(derive_seed("augment", self.seed, *key))
+            return self.transform(image, target)
+
+
+class EvalImages(Dataset[tuple[Tensor, Target]]):
+    """Images (3, H, W), 0..1, as they are, with their image_id, in the order of the data."""
+
+    def __init__(self, data: CocoData):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        image, target = self.data.load(index)
+        return v2.functional.to_dtype(v2.functional.pil_to_tensor(image), torch.float32, scale=True), target
+
+
+def train_loader(images: TrainImages, sampler: Sampler, batch_size: int, num_workers: int) -> DataLoader:
+    """Batches (list of images, list of targets) in the sampler's order."""
+    return _loader(images, batch_size, num_workers, sampler=sampler)
+
+
+def eval_loader(images: EvalImages, batch_size: int, num_workers: int) -> DataLoader:
+    """Batches (list of images, list of targets) in the data's order, the last one as small as it is."""
+    return _loader(images, batch_size, num_workers, shuffle=False)
+
+
+def _loader(images: Dataset, batch_size: int, num_workers: int, **order) -> DataLoader:
+    return DataLoader(
+        images,
+        batch_size,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=_as_lists,
+        **order,
+    )
+
+
+def _as_lists(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)

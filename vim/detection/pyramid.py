@@ -1,0 +1,105 @@
+"""Feature maps of several strides for detectors, over any timm backbone."""
+
+import torch.nn.functional as F
+from timm.layers import Format, LayerNorm2d
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+
+from vim.training.config import ModelConfig
+from vim.training.errors import ConfigError
+from vim.training.model import create_model
+
+STRIDES = (4, 8, 16, 32)
+LEVELS = ("0", "1", "2", "3")  # torchvision's names of the maps of these strides; its pooling of regions knows them
+TOP = "pool"  # stride 64
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """Maps of strides 4, 8, 16 and 32 from the one map of a plain backbone.
+
+    Args:
+        in_channels, stride: of the map; the stride is a power of two from 4 to 32. out_channels: of each level.
+
+    Source: Li et al. 2022, arXiv 2203.16527, "simple feature pyramid", with its LayerNorms.
+    """
+
+    def __init__(self, in_channels: int, stride: int, out_channels: int):
+        super().__init__()
+        self.levels = nn.ModuleList(_level(in_channels, stride, target, out_channels) for target in STRIDES)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [level(x) for level in self.levels]
+
+
+def _level(channels: int, stride: int, target: int, out_channels: int) -> nn.Sequential:
+    """Up by transposed convolutions that halve the channels each, or down by pooling, then 1x1 and 3x3."""
+    layers: list[nn.Module] = []
+    while stride > target:
+        if layers:
+            layers += [LayerNorm2d(channels), nn.GELU()]
+        layers.append(nn.ConvTranspose2d(channels, channels // 2, 2, 2))
+        channels, stride = channels // 2, stride // 2
+    if stride < target:
+        layers.append(nn.MaxPool2d(target // stride))
+    for kernel in (1, 3):
+        conv = nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2, bias=False)
+        layers += [conv, LayerNorm2d(out_channels)]
+        channels = out_channels
+    return nn.Sequential(*layers)
+
+
+class PyramidBackbone(nn.Module):
+    """A timm model and a pyramid, as torchvision's detectors want them: images (B, 3, S, S) -> maps by level.
+
+    A plain model's last map goes through a `SimpleFeaturePyramid`; the maps of a model with stages go through
+    torchvision's FPN. Stride 64 is every second cell of stride 32.
+
+    Args:
+        config: of the timm model. img_size: S. out_channels: of every level.
+
+    Raises: ConfigError for a model without feature maps, or with strides that no pyramid fits.
+    """
+
+    def __init__(self, config: ModelConfig, img_size: int, out_channels: int = 256):
+        super().__init__()
+        self.body = _create_body(config, img_size)
+        self.out_channels = out_channels
+        info = self.body.feature_info
+        channels, strides = info.channels(), info.reduction()  # type: ignore[union-attr, operator]
+        self.plain = len(set(strides)) == 1
+        if self.plain:
+            if strides[-1] not in STRIDES:
+                raise ConfigError(f"{config.name} has maps of stride {strides[-1]}, a pyramid wants one of {STRIDES}")
+            self.pyramid: nn.Module = SimpleFeaturePyramid(channels[-1], strides[-1], out_channels)
+        else:
+            self.taken = [strides.index(stride) for stride in STRIDES if stride in strides]
+            if len(self.taken) < len(STRIDES):
+                raise ConfigError(f"{config.name} has maps of strides {strides}, a pyramid wants {STRIDES}")
+            self.pyramid = FeaturePyramidNetwork([channels[i] for i in self.taken], out_channels)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.body(images)
+        if getattr(self.body, "output_fmt", None) == Format.NHWC:
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        if self.plain:
+            maps = self.pyramid(maps[-1])
+        else:
+            maps = self.pyramid({level: maps[i] for level, i in zip(LEVELS, self.taken, strict=True)}).values()
+        # fp32: torchvision makes its anchors in the maps' precision, and bf16 has three digits for a thousand pixels.
+        levels = {level: m.float() for level, m in zip(LEVELS, maps, strict=True)}
+        return levels | {TOP: F.max_pool2d(levels[LEVELS[-1]], 1, 2)}
+
+
+def _create_body(config: ModelConfig, img_size: int) -> nn.Module:
+    def create(**kwargs) -> nn.Module:
+        kwargs = {"features_only": True} | config.kwargs | kwargs
+        source = ModelConfig(config.name, config.pretrained, config.checkpoint, kwargs)
+        try:
+            return create_model(source, num_classes=None)
+        except RuntimeError as error:
+            raise ConfigError(f"{config.name} cannot be a backbone: {error}") from error
+
+    try:
+        return create(img_size=img_size)
+    except ConfigError:  # models of convolutions take any size and have no such argument
+        return create()

@@ -1,0 +1,130 @@
+"""Detection: its parts of a training run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from vim.data import KeyedSampler
+from vim.training.errors import ConfigError
+from vim.training.files import write_json
+from vim.training.graphs import capture_training, wants_cuda_graph
+from vim.training.progress import Progress
+from vim.training.run_folder import RunFolder
+from vim.training.trainer import AUTOCAST, Trainer
+
+from .coco import CocoData
+from .config import DetectionDataConfig, DetectionTrainConfig
+from .detector import Detector
+from .evaluation import Evaluation, evaluate
+from .loaders import EvalImages, Target, TrainImages, eval_loader, train_loader, train_transform
+from .plots import plot_learning_curve
+from .sheet import write_sheet
+from .store import StoredDetector, save_detector
+
+SHEET_IMAGES = 6
+
+
+class Detection(Trainer):
+    """Training of a detector; see `Trainer`."""
+
+    METRIC = "AP"
+    config: DetectionTrainConfig
+
+    def __init__(self, config: DetectionTrainConfig, accelerator: Accelerator, progress: Progress):
+        super().__init__(config, accelerator, progress)
+        data = config.data
+        train = _read(data, data.train_annotations, data.train_images, config.model.masks)
+        self.data = _read(data, data.val_annotations, data.val_images, config.model.masks)
+        if (train.classes, train.category_ids) != (self.data.classes, self.data.category_ids):
+            raise ConfigError(
+                f"{data.train_annotations} and {data.val_annotations} have other categories: "
+                f"{_categories(train)} and {_categories(self.data)}"
+            )
+        self.about_data = f"training on {train.describe()}\nevaluating on {self.data.describe()}"
+        model = Detector(config.model, len(train.classes)).to(accelerator.device)
+        total_batch = self.images_per_update(data.batch_size)
+        images = TrainImages(train, train_transform(config.augment, config.model.img_size), config.seed, data.passes)
+        sampler = KeyedSampler(len(images), config.seed, multiple_of=total_batch)
+        self.prepare(
+            model,
+            train_loader(images, sampler, data.batch_size, data.num_workers),
+            eval_loader(EvalImages(self.data), data.batch_size, data.num_workers),
+            total_batch,
+        )
+
+    def accelerate_model(self, model: nn.Module) -> None:
+        assert isinstance(model, Detector)
+        config, backbone = self.config, model.network.backbone
+        if config.model.grad_checkpointing:
+            model.set_grad_checkpointing()
+        if config.model.compile:
+            backbone.compile()  # the heads' shapes change with every image
+        if wants_cuda_graph(model, config.model, self.accelerator):
+            size = config.model.img_size
+            sample = torch.zeros(config.data.batch_size, 3, size, size, device=self.accelerator.device)
+            capture_training(backbone, sample, AUTOCAST[config.precision])
+
+    def batch_loss(self, batch: tuple[list[Tensor], list[Target]]) -> Tensor:
+        return sum(self.model(*batch).values(), torch.zeros((), device=self.accelerator.device))
+
+    def evaluate(self) -> dict[str, float]:
+        self.evaluation = self._evaluate(self.model)
+        metrics = self.evaluation.metrics
+        if self.state.ema is not None:
+            averaged = self._evaluate(self.state.ema.module).metrics
+            metrics = metrics | {f"ema_{name}": value for name, value in averaged.items()}
+        return metrics
+
+    def _evaluate(self, model: nn.Module) -> Evaluation:
+        return evaluate(model, self.val_batches, self.data, self.accelerator, self.progress)
+
+    def describe(self) -> str:
+        model, parameters = self.config.model, sum(p.numel() for p in self.state.model.parameters())
+        return (
+            f"{model.detector} on {model.name}: {parameters:,} parameters, {len(self.data.classes)} classes, "
+            f"{model.img_size} pixels, {self.images_per_epoch} images an epoch, "
+            f"{self.accelerator.num_processes} x {self.accelerator.device.type}\n{self.about_data}"
+        )
+
+    def headline(self, record: dict[str, Any]) -> str:
+        keys = ("AP", "AP50", "mask_AP", "ema_AP", "ema_AP50", "ema_mask_AP")
+        return "  ".join(f"{key} {record[key]:.3f}" for key in keys if key in record)
+
+    def summary(self) -> dict[str, Any]:
+        """Average precisions from 0 to 1, of the weights after the last epoch and of the best one."""
+        about = {"model": self.config.model.name, "detector": self.config.model.detector}
+        last, metrics = self.state.history[-1], self.evaluation.metrics
+        averaged = {f"ema_{name}": last[f"ema_{name}"] for name in metrics if f"ema_{name}" in last}
+        counted = {"val_images": self.evaluation.images, "per_class": self.evaluation.per_class}
+        return about | metrics | averaged | counted | super().summary()
+
+    def write_results(self, run: RunFolder) -> str:
+        """Models, predictions.json, detections.png and learning_curve.png."""
+        models = {"": self.state.model} | ({"ema": self.state.ema.module} if self.state.ema is not None else {})
+        for name, model in models.items():
+            assert isinstance(model, Detector)
+            stored = StoredDetector(model, self.config.model, self.data.classes, self.data.category_ids)
+            save_detector(stored, run.path / name)
+        predictions = run.path / "predictions.json"
+        write_json(self.evaluation.predictions, predictions)
+        lines = [self.headline(self.state.history[-1]), f"predictions: {predictions}"]
+        curve, sheet = run.path / "learning_curve.png", run.path / "detections.png"
+        try:
+            plot_learning_curve(self.state.history, curve)
+            write_sheet(self.data, self.evaluation.predictions, SHEET_IMAGES, sheet)
+            lines.append(f"plots: {curve} {sheet}")
+        except ModuleNotFoundError as error:
+            lines.append(f"no plots: {error}; pip install matplotlib")
+        return "\n".join(lines)
+
+
+def _read(data: DetectionDataConfig, annotations: str, images: str, masks: bool) -> CocoData:
+    root = Path(data.root)
+    return CocoData(root / annotations, root / images, masks=masks)
+
+
+def _categories(data: CocoData) -> dict[int, str]:
+    return dict(zip(data.category_ids, data.classes, strict=True))

@@ -1,0 +1,124 @@
+"""Trees from above: real photographs with boxes, from the deepforest package, as a data set in COCO's format.
+
+Two pictures are for training and one, taken 13 km away, for evaluation. All are cut into tiles, because COCO's metric
+counts at most 100 boxes an image.
+"""
+
+import importlib.util
+import shutil
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vim.data import DataError
+from vim.training.files import write_json
+
+TILE = 400  # pixels
+LEAST_VISIBLE = 0.5  # part of a box's area in a tile, from which the tile has it
+PICTURES = {
+    "train": ("2019_YELL_2_528000_4978000_image_crop2", "OSBS_029"),
+    "val": ("2019_YELL_2_541000_4977000_image_crop",),
+}
+STEPS = {"train": TILE // 2, "val": TILE}  # at most so many pixels from tile to tile
+Box = tuple[float, float, float, float]
+
+
+def write_trees(root: str | Path, source: Path | None = None) -> bool:
+    """Write root/train and root/val, tiles as PNG, with root/train.json and root/val.json.
+
+    A data set that is there already is left as it is. It appears at once, when it is complete.
+
+    Args:
+        source: folder of the pictures and their boxes; None for that of the installed deepforest package.
+
+    Returns: True if it wrote the data set.
+    Raises: DataError if root exists and is something else, or the pictures cannot be found.
+    """
+    root = Path(root)
+    if root.exists():
+        if not all((root / f"{split}.json").is_file() for split in PICTURES):
+            raise DataError(f"{root} exists and does not hold these trees; remove it or choose another folder")
+        return False
+    source = _package_data() if source is None else source
+    root.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        for split, names in PICTURES.items():
+            _write_split(unfinished, split, [source / name for name in names])
+        unfinished.chmod(0o755)  # a temporary folder is its owner's alone
+        unfinished.rename(root)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return True
+
+
+def _package_data() -> Path:
+    spec = importlib.util.find_spec("deepforest")  # not imported: it would need much that we do not
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError("the pictures come with the package deepforest: pip install --no-deps deepforest")
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def _write_split(root: Path, split: str, pictures: list[Path]) -> None:
+    (root / split).mkdir()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for picture in pictures:
+        image, boxes = _read(picture)
+        for left in tile_starts(image.width, STEPS[split]):
+            for top in tile_starts(image.height, STEPS[split]):
+                tile = (left, top, min(left + TILE, image.width), min(top + TILE, image.height))
+                name = f"{picture.name}_{left}_{top}.png"
+                image.crop(tile).save(root / split / name)
+                size = {"width": tile[2] - left, "height": tile[3] - top}
+                images.append({"id": len(images) + 1, "file_name": name, **size})
+                for x, y, width, height in boxes_in_tile(boxes, tile):
+                    annotations.append(
+                        {
+                            "id": len(annotations) + 1,
+                            "image_id": images[-1]["id"],
+                            "category_id": 1,
+                            "bbox": [x, y, width, height],
+                            "area": width * height,
+                            "iscrowd": 0,
+                        }
+                    )
+    categories = [{"id": 1, "name": "Tree"}]
+    write_json({"images": images, "annotations": annotations, "categories": categories}, root / f"{split}.json")
+
+
+def _read(picture: Path) -> tuple[Image.Image, list[Box]]:
+    """A picture and its boxes x1, y1, x2, y2, from the PNG and XML (Pascal VOC) files of that name."""
+    image_file, boxes_file = (picture.with_name(picture.name + suffix) for suffix in (".png", ".xml"))
+    for file in (image_file, boxes_file):
+        if not file.is_file():
+            raise DataError(f"no {file}; want the data folder of deepforest 2.1")
+    boxes = []
+    for thing in ElementTree.parse(boxes_file).getroot().iter("object"):
+        corner = [float(thing.findtext(f"bndbox/{name}", "nan")) for name in ("xmin", "ymin", "xmax", "ymax")]
+        boxes.append((corner[0], corner[1], corner[2], corner[3]))
+    with Image.open(image_file) as image:
+        return image.convert("RGB"), boxes
+
+
+def tile_starts(length: int, step: int) -> list[int]:
+    """Where tiles start along an edge, evenly spread, at most `step` pixels apart, none reaching beyond the end."""
+    rest = max(0, length - TILE)
+    count = -(-rest // step)
+    return [round(i * rest / count) for i in range(count + 1)] if count else [0]
+
+
+def boxes_in_tile(boxes: list[Box], tile: tuple[int, int, int, int]) -> list[Box]:
+    """The parts x, y, width, height of boxes in a tile x1, y1, x2, y2, of boxes that are visible enough, from its
+    corner."""
+    found = []
+    for x1, y1, x2, y2 in boxes:
+        left, top, right, bottom = max(x1, tile[0]), max(y1, tile[1]), min(x2, tile[2]), min(y2, tile[3])
+        inside = max(0.0, right - left) * max(0.0, bottom - top)
+        if inside > 0 and inside >= LEAST_VISIBLE * (x2 - x1) * (y2 - y1):
+            found.append((left - tile[0], top - tile[1], right - left, bottom - top))
+    return found

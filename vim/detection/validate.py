@@ -1,0 +1,60 @@
+"""Average precision of a trained detector on a data set."""
+
+from pathlib import Path
+from typing import Any
+
+from vim.training.errors import ConfigError
+from vim.training.files import write_json
+from vim.training.progress import Progress
+from vim.training.trainer import create_accelerator
+
+from .coco import CocoData
+from .config import DetectionValidateConfig
+from .evaluation import evaluate
+from .loaders import EvalImages, eval_loader
+from .sheet import write_sheet
+from .store import StoredDetector, load_detector
+
+
+def validate(config: DetectionValidateConfig) -> dict[str, Any]:
+    """Evaluate a detector and write results.json, predictions.json and detections.png to config.output.
+
+    Returns: the results: model, images, COCO's twelve numbers from 0 to 1 for boxes and, with mask_ before their
+        names, for masks, and per_class.
+    Raises: DataError, ConfigError or RunError, with a message for the user.
+    """
+    accelerator = create_accelerator(config.precision)
+    progress = Progress(accelerator.is_main_process)
+    stored = load_detector(config.model, config.checkpoint)
+    root = Path(config.data.root)
+    data = CocoData(root / config.data.val_annotations, root / config.data.val_images, masks=stored.config.masks)
+    _check_categories(stored, data, config)
+    progress.line(data.describe())
+    batches = accelerator.prepare(eval_loader(EvalImages(data), config.data.batch_size, config.data.num_workers))
+    evaluation = evaluate(stored.model.to(accelerator.device), batches, data, accelerator, progress)
+    results = {
+        "model": config.model,
+        "checkpoint": config.checkpoint,
+        "annotations": str(root / config.data.val_annotations),
+        "images": evaluation.images,
+        **evaluation.metrics,
+        "per_class": evaluation.per_class,
+        "precision": config.precision,
+    }
+    if accelerator.is_main_process:
+        output = Path(config.output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(evaluation.predictions, output / "predictions.json")
+        if config.sheet:
+            write_sheet(data, evaluation.predictions, config.sheet, output / "detections.png")
+        write_json(results, output / "results.json")
+    return results
+
+
+def _check_categories(stored: StoredDetector, data: CocoData, config: DetectionValidateConfig) -> None:
+    mine = dict(zip(stored.category_ids, stored.classes, strict=True))
+    theirs = dict(zip(data.category_ids, data.classes, strict=True))
+    if mine != theirs:
+        raise ConfigError(
+            f"{config.model} was trained on the categories {mine}, {config.data.val_annotations} has {theirs}"
+        )
