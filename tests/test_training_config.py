@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vim.detection import DetectionTrainConfig, DetectionValidateConfig
 from vim.training import ConfigParser, TrainConfig, ValidateConfig
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +110,7 @@ def leaves(config_class, prefix=""):
             yield prefix + f.name
 
 
-@pytest.mark.parametrize("config_class", [TrainConfig, ValidateConfig])
+@pytest.mark.parametrize("config_class", [TrainConfig, ValidateConfig, DetectionTrainConfig, DetectionValidateConfig])
 def test_help_explains_every_field_in_a_line(config_class):
     lines = ConfigParser(config_class, "").format_help().splitlines()
     for key in leaves(config_class):
@@ -119,10 +120,10 @@ def test_help_explains_every_field_in_a_line(config_class):
 
 
 def test_every_field_is_read_somewhere():
-    sources = [
-        p for p in (ROOT / "vim").rglob("*.py") if p.name != "config.py" and p.parent.name in ("data", "training")
-    ]
+    folders = ("data", "training", "detection")
+    sources = [p for p in (ROOT / "vim").rglob("*.py") if p.name != "config.py" and p.parent.name in folders]
     code = "\n".join(p.read_text() for p in sources)
-    for key in {*leaves(TrainConfig), *leaves(ValidateConfig)}:
+    classes = TrainConfig, ValidateConfig, DetectionTrainConfig, DetectionValidateConfig
+    for key in {key for config_class in classes for key in leaves(config_class)}:
         name = key.split(".")[-1]
         assert re.search(rf"\.{name}\b", code), f"{key} is parsed and never read"

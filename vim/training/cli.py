@@ -64,7 +64,8 @@ class ConfigParser(ArgumentParser):
                 hidden = action.help == argparse.SUPPRESS or action.dest in _sections(self.config_class)
                 if action.option_strings and not hidden:
                     default = "" if action.default in (None, argparse.SUPPRESS) else f"[{action.default}]"
-                    lines.append(f"  {action.option_strings[-1]:<26} {action.help} {default}")
+                    option = action.option_strings[-1].removesuffix("+")  # the form that appends to a list
+                    lines.append(f"  {option:<26} {action.help} {default}")
         return "\n".join(lines) + "\n"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
