@@ -2,7 +2,9 @@
 
 import json
 import math
+import pickle
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,12 @@ class CocoData:
     """Images with boxes, labels and maybe masks.
 
     Boxes are x, y, width, height in pixels. One that reaches beyond its image is clipped; one without area inside the
-    image is left out and counted. Crowds (iscrowd 1) count in `truth`, where the metrics excuse detections in them, and
-    are not given to training. Images without a box stay: they teach the background. Classes without a box stay, so that
-    labels do. EXIF orientation is not applied, as COCO's own tools do not.
+    image is left out and counted. An object without an area (none, 0) has its box's. Crowds (iscrowd 1) count in
+    `truth`, where the metrics excuse detections in them, and are not given to training. Images without a box stay: they
+    teach the background. Classes without a box stay, so that labels do. EXIF orientation is not applied, as COCO's own
+    tools do not.
+
+    Shapes are polygons, of which those with fewer than three points are left out, or run-length codes.
 
     Args:
         annotations: the JSON file. images: folder that its file names are relative to.
@@ -34,24 +39,30 @@ class CocoData:
 
     def __init__(self, annotations: str | Path, images: str | Path, *, masks: bool = False):
         self.annotations, self.folder, self.masks = Path(annotations), Path(images), masks
+        if masks:
+            _mask_coding()  # if it is missing, better now than at the first image
         content = self._content()
-        categories = sorted(self._rows(content, "categories", ("id", "name")), key=lambda c: c["id"])
+        categories = self._rows(content, "categories", {"id": int, "name": str})
         self._unique("category", categories)
-        self.classes = [str(category["name"]) for category in categories]
+        categories = sorted(categories, key=lambda category: category["id"])
+        self.classes = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
         self._labels = {category: place + 1 for place, category in enumerate(self.category_ids)}
-        self._images = self._rows(content, "images", ("id", "file_name", "width", "height"))
+        kinds = {"id": int, "file_name": str, "width": int, "height": int}
+        self._images = self._rows(content, "images", kinds)
         self._unique("image", self._images)
         if not self._images or not categories:
-            raise DataError(f"{self.annotations} has {len(self._images)} images and {len(categories)} categories")
+            found = f"{len(self._images)} images and {len(categories)} categories"
+            raise DataError(f"{self.annotations} has {found}; want at least one of each")
         self.image_ids = [image["id"] for image in self._images]
         self._check_files()
         self.dropped = 0
-        objects = self._read_objects(self._rows(content, "annotations", ("id", "image_id", "category_id", "bbox")))
+        kinds = {"id": int, "image_id": int, "category_id": int, "bbox": list}
+        objects = self._read_objects(self._rows(content, "annotations", kinds))
         self.boxes = sum(map(len, objects.values()))
         # One buffer of text, not a million small objects: loading processes would copy those, page by page, as they
         # count references to them.
-        texts = [json.dumps(objects[image]).encode() for image in self.image_ids]
+        texts = [pickle.dumps(objects[image]) for image in self.image_ids]
         self._text = np.frombuffer(b"".join(texts), np.uint8)
         self._ends = np.cumsum([0, *map(len, texts)])
 
@@ -66,7 +77,8 @@ class CocoData:
         """RGB image and its target: image_id, boxes (n, 4) as x1, y1, x2, y2 in pixels, labels (n,) from 1, and masks
         (n, H, W) of 0 and 1 if wanted.
 
-        Raises: DataError for an image that cannot be read or has another size than the annotations say.
+        Raises: DataError for an image that cannot be read or has another size than the annotations say, and for a
+            run-length code that is damaged.
         """
         entry = self._images[index]
         path = self.folder / entry["file_name"]
@@ -84,41 +96,53 @@ class CocoData:
         labels = [self._labels[o["category_id"]] for o in objects]
         target = {"image_id": entry["id"], "boxes": boxes.float(), "labels": torch.tensor(labels, dtype=torch.int64)}
         if self.masks:
-            shapes = [decode_mask(o["segmentation"], entry["height"], entry["width"]) for o in objects]
-            stacked = np.stack(shapes) if shapes else np.zeros((0, entry["height"], entry["width"]), np.uint8)
-            target["masks"] = torch.from_numpy(stacked)
+            masks = np.zeros((len(objects), entry["height"], entry["width"]), np.uint8)
+            for place, row in enumerate(objects):
+                try:
+                    masks[place] = decode_mask(row["segmentation"], entry["height"], entry["width"])
+                except (ValueError, TypeError, RuntimeError) as error:
+                    raise self._no_shape(row, entry, f"a segmentation that cannot be decoded ({error})") from error
+            target["masks"] = torch.from_numpy(masks)
         return image, target
 
     def truth(self) -> dict[str, Any]:
-        """What is to be found, in COCO's format, crowds included, boxes clipped."""
+        """What is to be found, in COCO's format, crowds included, boxes clipped; annotations numbered from 1."""
+        objects = (row for index in range(len(self)) for row in self._objects(index))
         return {
             "images": [{key: image[key] for key in ("id", "file_name", "width", "height")} for image in self._images],
             "categories": [{"id": i, "name": n} for i, n in zip(self.category_ids, self.classes, strict=True)],
-            "annotations": [o for index in range(len(self)) for o in self._objects(index)],
+            # The metrics note the id of the object that a detection found, and 0 for none: they would count a detection
+            # of an object with the id 0, which many files begin with, as a false one.
+            "annotations": [row | {"id": number} for number, row in enumerate(objects, 1)],
         }
 
     def _objects(self, index: int) -> list[dict[str, Any]]:
         """Annotations of an image."""
-        return json.loads(self._text[self._ends[index] : self._ends[index + 1]].tobytes())
+        return pickle.loads(self._text[self._ends[index] : self._ends[index + 1]])
 
     def _content(self) -> dict[str, Any]:
         if not self.annotations.is_file():
             raise DataError(f"no annotations {self.annotations}; give a JSON file in COCO's format")
         try:
-            content = json.loads(self.annotations.read_text())
+            content = json.loads(self.annotations.read_bytes())
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DataError(f"{self.annotations} is not JSON: {error}") from error
         if not isinstance(content, dict):
             raise DataError(f"{self.annotations} is not in COCO's format: want images, annotations and categories")
         return content
 
-    def _rows(self, content: dict[str, Any], name: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    def _rows(self, content: dict[str, Any], name: str, kinds: dict[str, type]) -> list[dict[str, Any]]:
+        """A list of the file, after a look at the keys that it must have and the kinds of their values."""
         rows = content.get(name)
         if not isinstance(rows, list):
             raise DataError(f"{self.annotations} is not in COCO's format: it has no list of {name}")
         for row in rows:
-            if missing := [key for key in keys if not isinstance(row, dict) or key not in row]:
-                raise DataError(f"{self.annotations}: one of {name} has no {missing[0]}: {str(row)[:80]}")
+            for key, kind in kinds.items():
+                if not isinstance(row, dict) or key not in row:
+                    raise DataError(f"{self.annotations}: one of {name} has no {key}: {str(row)[:80]}")
+                if not isinstance(row[key], kind):
+                    got = f"{row[key]!r} for {key}, want {kind.__name__}"
+                    raise DataError(f"{self.annotations}: one of {name} has {got}: {str(row)[:80]}")
         return rows
 
     def _unique(self, kind: str, rows: list[dict[str, Any]]) -> None:
@@ -162,23 +186,17 @@ class CocoData:
                 self.dropped += 1
                 continue
             kept = {key: row[key] for key in ("id", "image_id", "category_id")} | {"bbox": box}
-            kept["iscrowd"] = int(row.get("iscrowd", 0))
-            kept["area"] = float(row.get("area", box[2] * box[3]))
+            kept["iscrowd"] = int(bool(row.get("iscrowd")))
+            kept["area"] = row["area"] if _is_number(row.get("area")) and row["area"] > 0 else box[2] * box[3]
             if self.masks:
-                if not row.get("segmentation"):
-                    raise DataError(
-                        f"{self.annotations}: annotation {row['id']} of {image['file_name']} has no "
-                        f"segmentation, which masks need; train a detector without masks"
-                    )
-                kept["segmentation"] = row["segmentation"]
+                kept["segmentation"] = self._segmentation(row, image)
             objects[row["image_id"]].append(kept)
         return objects
 
     def _clipped(self, row: dict[str, Any], image: dict[str, Any]) -> list[float] | None:
         """The part of a box inside its image; None if there is none."""
         box = row["bbox"]
-        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
-        if not numbers or not all(map(math.isfinite, box)):
+        if len(box) != 4 or not all(map(_is_number, box)):
             raise DataError(
                 f"{self.annotations}: annotation {row['id']} of {image['file_name']} has the box {box}; "
                 f"want x, y, width, height in pixels"
@@ -189,16 +207,51 @@ class CocoData:
         inside = width > 0 and height > 0 and right > left and bottom > top
         return [left, top, right - left, bottom - top] if inside else None
 
+    def _segmentation(self, row: dict[str, Any], image: dict[str, Any]) -> list[list[float]] | dict[str, Any]:
+        """Polygons of at least three points, or a run-length code of the image's size."""
+        shape = row.get("segmentation")
+        if isinstance(shape, list):
+            # Coders take a list of four numbers for a box, and a longer one of an odd number for something else still.
+            polygons = [p for p in shape if not (isinstance(p, list) and len(p) < 6)]
+            if polygons and all(map(_is_polygon, polygons)):
+                return polygons
+        elif isinstance(shape, dict) and isinstance(shape.get("counts"), list | str):
+            if shape.get("size") == [image["height"], image["width"]]:
+                return shape
+            size = f"{image['height']}, {image['width']}"
+            raise self._no_shape(row, image, f"a segmentation of size {shape.get('size')}, want [{size}]")
+        raise self._no_shape(row, image, "no usable segmentation, as polygons or a run-length code")
+
+    def _no_shape(self, row: dict[str, Any], image: dict[str, Any], found: str) -> DataError:
+        whose = f"annotation {row['id']} of {image['file_name']}"
+        return DataError(f"{self.annotations}: {whose} has {found}; repair it or train a detector without masks")
+
 
 def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     """COCO's polygons or run-length code as (height, width), uint8."""
-    try:
-        from faster_coco_eval.core import mask as coding
-    except ModuleNotFoundError as error:
-        raise DataError(f"masks need faster-coco-eval: pip install 'vim-mamba[detection]' ({error})") from error
-
+    coding = _mask_coding()
     if isinstance(segmentation, list):
         segmentation = coding.merge(coding.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
         segmentation = coding.frPyObjects(segmentation, height, width)
     return coding.decode(segmentation)
+
+
+def _mask_coding() -> ModuleType:
+    try:
+        from faster_coco_eval.core import mask
+    except ModuleNotFoundError as error:
+        raise DataError(f"masks need faster-coco-eval: pip install 'vim-mamba[detection]' ({error})") from error
+    return mask
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_polygon(points: Any) -> bool:
+    """Is it x, y, x, y ...?"""
+    try:
+        return len(points) % 2 == 0 and math.isfinite(sum(points))  # one call: COCO has 50 million of these numbers
+    except TypeError:
+        return False
