@@ -109,6 +109,7 @@ def test_each_stage_matches_by_its_own_threshold():
     assert heads._match(0, [lost], [target])[1][0].tolist() == [-1, -1]
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     assert heads._match(1, [candidates], [nothing])[1][0].tolist() == [0, 0, 0, 0]
+    assert heads._match(1, [candidates[:0]], [target])[1][0].tolist() == []
 
 
 @pytest.mark.parametrize("stage", range(3))
@@ -133,22 +134,53 @@ def test_loss_by_hand(stage):
     assert [loss.item() for loss in found] == pytest.approx([want_class / 2, want_box / 2], rel=1e-5)
 
 
+def test_each_stage_trains_by_its_own_threshold_and_weights_and_masks_by_the_first():
+    """Constant predictions: 3/4 for the class, boxes left alone, masks of logit 2; a true box of 10 x 10, whose left
+    half is the object, and proposals of its left 55, 65 and 75 %. So 4, 3 and 2 of the 4 boxes are foreground."""
+    heads = cascade(classes=2, masks=True).train()
+    with torch.no_grad():
+        for predictor in heads.box_predictor:
+            for parameter in predictor.parameters():
+                parameter.zero_()
+            predictor.cls_score.bias[1] = math.log(3)
+        heads.mask_predictor.mask_fcn_logits.weight.zero_()
+        heads.mask_predictor.mask_fcn_logits.bias.fill_(2.0)
+    overlaps = [0.55, 0.65, 0.75, 1.0]  # the true box itself is a proposal too
+    mask = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
+    mask[..., :15] = 1
+    target = {"boxes": torch.tensor([[10.0, 10, 20, 20]]), "labels": torch.tensor([1]), "masks": mask}
+    proposals = torch.tensor([[10.0, 10, 10 + 10 * iou, 20] for iou in overlaps[:3]])
+    losses = heads({"0": torch.randn(1, CHANNELS, 16, 16)}, [proposals], [(SIZE, SIZE)], [target])[1]
+    want = {}
+    for stage, (x, _, w, _) in enumerate(WEIGHTS, 1):
+        inside = overlaps[stage - 1 :]
+        want[f"loss_classifier_{stage}"] = (len(inside) * math.log(4 / 3) + (4 - len(inside)) * math.log(4)) / 4
+        distances = [d for iou in inside for d in (x * (1 / iou - 1) / 2, -w * math.log(iou))]
+        want[f"loss_box_reg_{stage}"] = sum(d - 1 / 18 for d in distances if d) / 4
+    object_share = sum(0.45 / iou for iou in overlaps) / 4  # roi_align puts pixels half a pixel further left
+    mask_loss = losses.pop("loss_mask").item()
+    assert mask_loss == pytest.approx(math.log(1 + math.exp(2)) - 2 * object_share, abs=0.02)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(want, rel=1e-5)
+
+
 def test_refined_boxes_are_detached_and_clipped(monkeypatch):
-    """Stage one pulls every box by its own width to the left."""
+    """Stage one pulls every box by its own width to the left and by its height down, in images wider than high."""
     heads = cascade(stages=2).train()
-    features, proposals, shapes, targets = scene()
+    features, proposals, _, targets = scene()
+    shapes = [(48, SIZE)] * 2
     with torch.no_grad():
         heads.box_predictor[0].bbox_pred.weight.zero_()
-        heads.box_predictor[0].bbox_pred.bias.copy_(torch.tensor([-10.0, 0, 0, 0]))
+        heads.box_predictor[0].bbox_pred.bias.copy_(torch.tensor([-10.0, 10, 0, 0]))
     seen = []
     stage = heads._stage
     monkeypatch.setattr(heads, "_stage", lambda k, f, b, s: (seen.append(b), stage(k, f, b, s))[1])
     heads(features, proposals, shapes, targets)
     for before, after in zip(*seen, strict=True):
-        widths = before[:, 2] - before[:, 0]
-        moved = before - torch.stack([widths, torch.zeros_like(widths)] * 2, 1)
+        widths, heights = (before[:, 2:] - before[:, :2]).unbind(1)
+        moved = before + torch.stack([-widths, heights] * 2, 1)
         assert (moved[:, 0] < 0).any()
-        assert_close(after, moved.clamp(min=0), atol=1e-4, rtol=1e-5)
+        assert (moved[:, 3] > 48).any()
+        assert_close(after, moved.clamp(min=0).minimum(torch.tensor([64.0, 48, 64, 48])), atol=1e-4, rtol=1e-5)
         assert not after.requires_grad
 
 
@@ -216,15 +248,32 @@ def test_images_without_proposals():
     assert found[0]["masks"].shape == (0, 1, 28, 28)
 
 
-def test_boxes_keep_their_precision_under_autocast():
-    heads = cascade(score_thresh=0.0)
-    features, proposals, shapes, targets = scene()
+def test_boxes_keep_their_precision_under_autocast(monkeypatch):
+    heads = cascade(score_thresh=0.0, masks=True)
+    features, proposals, shapes, targets = scene(masks=True)
+    features = {"0": features["0"].bfloat16()}
+    proposals = [p.bfloat16() for p in proposals]
+    seen = []
+    stage = heads._stage
+    monkeypatch.setattr(heads, "_stage", lambda k, f, b, s: (seen.extend(b), stage(k, f, b, s))[1])
     with torch.autocast("cpu", torch.bfloat16):
         assert [t.dtype for t in CascadePredictor(WIDTH, 2)(torch.randn(3, WIDTH))] == [torch.float32] * 2
         losses = heads.train()(features, proposals, shapes, targets)[1]
-        found = heads.eval()(features, [p.bfloat16() for p in proposals], shapes)[0]
+        found = heads.eval()(features, proposals, shapes)[0]
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
-    assert found[0]["boxes"].dtype == torch.float32
+    assert all(b.dtype == torch.float32 for b in seen)
+    assert {value.dtype for name, value in found[0].items() if name != "labels"} == {torch.float32}
+
+
+def test_the_gradient_share_leaves_values_alone():
+    """In bf16, a third and two thirds of a value do not add up to it."""
+    heads, seen = cascade().train(), []
+    heads.box_roi_pool.forward = lambda features, boxes, shapes: features["0"]
+    heads.box_head[0].forward = lambda x: (seen.append(x), torch.zeros(len(x), WIDTH))[1]
+    x = torch.randn(64, CHANNELS, 7, 7).bfloat16().requires_grad_()
+    heads._stage(0, {"0": x}, [], [])
+    assert torch.equal(seen[0], x)
+    assert_close(torch.autograd.grad(seen[0].float().sum(), x)[0], torch.full_like(x, 1 / 3))
 
 
 def test_stages_must_be_complete():

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -15,11 +15,11 @@ COLUMNS = ("image_path", "xmin", "ymin", "xmax", "ymax", "label")
 CORNERS = COLUMNS[1:5]
 
 
-def boxes_to_coco(boxes: str | Path, images: str | Path, output: str | Path) -> dict[str, Any]:
+def boxes_to_coco(csv_file: str | Path, images: str | Path, output: str | Path) -> dict[str, Any]:
     """Write a JSON file in COCO's format.
 
     Args:
-        boxes: CSV with a header that names image_path, xmin, ymin, xmax, ymax (pixels) and label (a class's name); a
+        csv_file: with a header that names image_path, xmin, ymin, xmax, ymax (pixels) and label (a class's name); a
             row a box. A row whose corners are all empty or all 0 is an image without a box. Other columns are ignored.
         images: folder that the paths are relative to; the sizes of the images are read from them.
         output: the file to write. Classes have the ids 1, 2 ... in the order of their names.
@@ -27,22 +27,29 @@ def boxes_to_coco(boxes: str | Path, images: str | Path, output: str | Path) -> 
     Returns: what was written.
     Raises: DataError, with the line, for a file or a row that cannot be used.
     """
-    boxes, images, output = Path(boxes), Path(images), Path(output)
+    csv_file, images, output = Path(csv_file), Path(images), Path(output)
+    sizes: dict[str, tuple[int, int]] = {}
     found: dict[str, list[tuple[list[float], str]]] = {}
-    for line, row in _rows(boxes):
-        of_image = found.setdefault(row["image_path"], [])
-        if corners := _corners(boxes, line, row):
-            if not row["label"]:
-                raise DataError(f"{boxes}, line {line}: a box has no label")
-            of_image.append((corners, row["label"]))
+    for line, row in _rows(csv_file):
+        path = row["image_path"]
+        try:
+            if path not in sizes:
+                sizes[path] = _size(images, path)
+            of_image = found.setdefault(path, [])
+            if corners := _corners(row):
+                of_image.append((corners, row["label"]))
+        except DataError as error:
+            raise DataError(f"{csv_file}, line {line}: {error}") from error
     names = sorted({label for of_image in found.values() for _, label in of_image})
+    if not names:
+        raise DataError(f"{csv_file} has no box, only images without one; there is no class to learn")
     content: dict[str, Any] = {
         "images": [],
         "annotations": [],
         "categories": [{"id": place, "name": name} for place, name in enumerate(names, 1)],
     }
     for path, of_image in found.items():
-        width, height = _size(images / path)
+        width, height = sizes[path]
         image_id = len(content["images"]) + 1
         content["images"].append({"id": image_id, "file_name": path, "width": width, "height": height})
         for (x1, y1, x2, y2), label in of_image:
@@ -65,17 +72,24 @@ def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:
     """Rows with their line numbers."""
     if not file.is_file():
         raise DataError(f"no file {file} of boxes")
-    with file.open(newline="", encoding="utf-8-sig") as stream:  # spreadsheets put a mark in front
-        reader = csv.DictReader(stream)
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-            raise DataError(f"{file} has no column {missing[0]!r}; want a header with {', '.join(COLUMNS)}")
-        rows = [(reader.line_num, {name: (row[name] or "").strip() for name in COLUMNS}) for row in reader]
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:  # spreadsheets put a mark in front
+            reader = csv.DictReader(stream)
+            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+                raise DataError(f"{file} has no column {missing[0]!r}; want a header with {', '.join(COLUMNS)}")
+            rows = []
+            for row in reader:
+                if any(row.get(None) or ()):  # without quotes, a comma in a name would cut it short
+                    raise DataError(f"{file}, line {reader.line_num}: more values than the header has columns")
+                rows.append((reader.line_num, {name: (row[name] or "").strip() for name in COLUMNS}))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {file}: {error}; want comma-separated text in UTF-8") from error
     if not rows:
         raise DataError(f"{file} has no rows")
     return rows
 
 
-def _corners(file: Path, line: int, row: dict[str, str]) -> list[float] | None:
+def _corners(row: dict[str, str]) -> list[float] | None:
     """x1, y1, x2, y2, or None for an image without a box."""
     texts = [row[name] for name in CORNERS]
     if not any(texts):
@@ -87,13 +101,19 @@ def _corners(file: Path, line: int, row: dict[str, str]) -> list[float] | None:
     if corners == [0.0] * 4:
         return None
     if not all(map(math.isfinite, corners)) or not (corners[0] < corners[2] and corners[1] < corners[3]):
-        raise DataError(f"{file}, line {line}: want xmin < xmax and ymin < ymax in pixels, got {', '.join(texts)}")
+        raise DataError(f"want xmin < xmax and ymin < ymax in pixels, got {', '.join(texts)}")
+    if not row["label"]:
+        raise DataError("a box has no label")
     return corners
 
 
-def _size(path: Path) -> tuple[int, int]:
+def _size(images: Path, path: str) -> tuple[int, int]:
+    """Width and height of an image."""
+    name = PurePosixPath(path)
+    if not path or name.is_absolute() or ".." in name.parts:
+        raise DataError(f"want an image_path inside {images}, got {path!r}")
     try:
-        with Image.open(path) as image:
+        with Image.open(images / path) as image:
             return image.size
     except UNREADABLE as error:
-        raise DataError(f"cannot read image {path}: {error}") from error
+        raise DataError(f"cannot read image {images / path}: {error}") from error

@@ -36,8 +36,8 @@ class CascadeRoIHeads(RoIHeads):
 
     The first stage trains on a sample of proposals and true boxes, like torchvision's RoIHeads. Each further stage
     takes all boxes that the stage before made of them, detached and clipped to the image, and matches them anew by its
-    own threshold; a box that has lost its area teaches nothing. Each stage passes 1 / stages of its gradient to the feature maps. At inference the class
-    probabilities are the mean of all stages', and the boxes the last one's.
+    own threshold; a box that has lost its area teaches nothing. Each stage passes 1 / stages of its gradient to the
+    feature maps. At inference the class probabilities are the mean of all stages', and the boxes the last one's.
 
     Args:
         box_roi_pool: feature maps and boxes -> (R, C, 7, 7). box_heads: each (R, C, 7, 7) -> (R, F).
@@ -145,8 +145,9 @@ class CascadeRoIHeads(RoIHeads):
         """Class logits and box deltas of stage k for all boxes of all images."""
         pooled = self.box_roi_pool(features, boxes, image_shapes)
         # Feature maps shall learn no more from three stages than from one.
-        share = 1 / len(self.coders)
-        pooled = pooled * share + pooled.detach() * (1 - share) if self.training and share < 1 else pooled
+        if self.training and len(self.coders) > 1:
+            fixed = pooled.detach()
+            pooled = fixed + (pooled - fixed) / len(self.coders)  # adds an exact zero; two shares would round in bf16
         return self.box_predictor[k](self.box_head[k](pooled))  # type: ignore[index]
 
     def _refined(self, k: int, deltas: Tensor, boxes: list[Tensor], image_shapes) -> list[Tensor]:
@@ -163,7 +164,7 @@ class CascadeRoIHeads(RoIHeads):
         """
         matched, labels = [], []
         for b, target in zip(boxes, targets, strict=True):
-            if len(target["boxes"]):
+            if len(target["boxes"]) and len(b):  # torchvision's matcher refuses either without boxes
                 match = self.matchers[k](box_iou(target["boxes"].to(b.dtype), b))
             else:
                 match = torch.full((len(b),), Matcher.BELOW_LOW_THRESHOLD, device=b.device)

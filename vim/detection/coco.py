@@ -2,7 +2,6 @@
 
 import json
 import math
-import pickle
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
@@ -62,7 +61,7 @@ class CocoData:
         self.boxes = sum(map(len, objects.values()))
         # One buffer of text, not a million small objects: loading processes would copy those, page by page, as they
         # count references to them.
-        texts = [pickle.dumps(objects[image]) for image in self.image_ids]
+        texts = [json.dumps(objects[image]).encode() for image in self.image_ids]
         self._text = np.frombuffer(b"".join(texts), np.uint8)
         self._ends = np.cumsum([0, *map(len, texts)])
 
@@ -118,7 +117,7 @@ class CocoData:
 
     def _objects(self, index: int) -> list[dict[str, Any]]:
         """Annotations of an image."""
-        return pickle.loads(self._text[self._ends[index] : self._ends[index + 1]])
+        return json.loads(self._text[self._ends[index] : self._ends[index + 1]].tobytes())
 
     def _content(self) -> dict[str, Any]:
         if not self.annotations.is_file():
@@ -204,14 +203,13 @@ class CocoData:
         x, y, width, height = box
         left, top = max(0.0, x), max(0.0, y)
         right, bottom = min(float(image["width"]), x + width), min(float(image["height"]), y + height)
-        inside = width > 0 and height > 0 and right > left and bottom > top
-        return [left, top, right - left, bottom - top] if inside else None
+        return [left, top, right - left, bottom - top] if right > left and bottom > top else None
 
     def _segmentation(self, row: dict[str, Any], image: dict[str, Any]) -> list[list[float]] | dict[str, Any]:
         """Polygons of at least three points, or a run-length code of the image's size."""
         shape = row.get("segmentation")
         if isinstance(shape, list):
-            # Coders take a list of four numbers for a box, and a longer one of an odd number for something else still.
+            # Decoders take a list of four numbers for a box, and forget the last of an odd number.
             polygons = [p for p in shape if not (isinstance(p, list) and len(p) < 6)]
             if polygons and all(map(_is_polygon, polygons)):
                 return polygons

@@ -1,10 +1,12 @@
 """Trees from above: real photographs with boxes, from the deepforest package, as a data set in COCO's format.
 
-Two pictures are for training and one, taken 13 km away, for evaluation. All are cut into tiles, because COCO's metric
-counts at most 100 boxes an image.
+Two pictures are for training and one, taken 13 km away, for evaluation. A pixel is 10 cm, most crowns are 15 to 75
+pixels wide. All are cut into tiles, because COCO's metric counts at most 100 boxes an image.
 """
 
 import importlib.util
+import json
+import math
 import shutil
 import tempfile
 import xml.etree.ElementTree as ElementTree
@@ -14,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from vim.data import DataError
+from vim.data.folder import UNREADABLE
 from vim.training.files import write_json
 
 TILE = 400  # pixels
@@ -23,6 +26,7 @@ PICTURES = {
     "val": ("2019_YELL_2_541000_4977000_image_crop",),
 }
 STEPS = {"train": TILE // 2, "val": TILE}  # at most so many pixels from tile to tile
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
 Box = tuple[float, float, float, float]
 
 
@@ -39,8 +43,10 @@ def write_trees(root: str | Path, source: Path | None = None) -> bool:
     """
     root = Path(root)
     if root.exists():
-        if not all((root / f"{split}.json").is_file() for split in PICTURES):
-            raise DataError(f"{root} exists and does not hold these trees; remove it or choose another folder")
+        for split in PICTURES:
+            if not _has_split(root, split):
+                want = f"want {split}.json and its tiles in {split}/"
+                raise DataError(f"{root} exists and is not this data set: {want}; remove it or choose another folder")
         return False
     source = _package_data() if source is None else source
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +60,16 @@ def write_trees(root: str | Path, source: Path | None = None) -> bool:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return True
+
+
+def _has_split(root: Path, split: str) -> bool:
+    """Are all tiles there that the annotations name, and no others?"""
+    try:
+        names = {image["file_name"] for image in json.loads((root / f"{split}.json").read_bytes())["images"]}
+        ours = bool(names) and all(name.startswith(PICTURES[split]) for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no such file, or another form
+        return False
+    return ours and names == {path.name for path in (root / split).glob("*.png")}
 
 
 def _package_data() -> Path:
@@ -98,11 +114,19 @@ def _read(picture: Path) -> tuple[Image.Image, list[Box]]:
         if not file.is_file():
             raise DataError(f"no {file}; want the data folder of deepforest 2.1")
     boxes = []
-    for thing in ElementTree.parse(boxes_file).getroot().iter("object"):
-        corner = [float(thing.findtext(f"bndbox/{name}", "nan")) for name in ("xmin", "ymin", "xmax", "ymax")]
-        boxes.append((corner[0], corner[1], corner[2], corner[3]))
-    with Image.open(image_file) as image:
-        return image.convert("RGB"), boxes
+    try:
+        for thing in ElementTree.parse(boxes_file).getroot().iter("object"):
+            x1, y1, x2, y2 = (float(thing.findtext(f"bndbox/{name}", "nan")) for name in CORNERS)
+            if not (x1 < x2 and y1 < y2 and all(map(math.isfinite, (x1, y1, x2, y2)))):
+                raise ValueError(f"a box from {x1:g}, {y1:g} to {x2:g}, {y2:g}")
+            boxes.append((x1, y1, x2, y2))
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"cannot read the boxes of {boxes_file}: {error}; install deepforest anew") from error
+    try:
+        with Image.open(image_file) as image:
+            return image.convert("RGB"), boxes
+    except UNREADABLE as error:
+        raise DataError(f"cannot read image {image_file}: {error}; install deepforest anew") from error
 
 
 def tile_starts(length: int, step: int) -> list[int]:

@@ -1,0 +1,366 @@
+"""COCO's format: what is read, clipped and left out, what the evaluators get, and each way that a file can be wrong."""
+
+import contextlib
+import io
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import faster_coco_eval
+import numpy as np
+import pytest
+import torch
+from boxes_data import write_boxes
+from faster_coco_eval.core import mask as coding
+from PIL import Image
+from pycocotools.coco import COCO
+from torch.testing import assert_close
+
+from vim.data import DataError
+from vim.detection import CocoData, boxes_to_coco, coco_metrics
+
+WIDTH, HEIGHT = 20, 12
+
+
+def thing(number, box, category=7, image=5, **more):
+    return {"id": number, "image_id": image, "category_id": category, "bbox": box, **more}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """data(annotations, masks=False, **other parts of the file): two images, 5 and 2, and the categories 7 and 3."""
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    for name in ("a.png", "deep/b.png"):
+        Image.new("RGB", (WIDTH, HEIGHT), (10, 20, 30)).save(tmp_path / "images" / name)
+    size = {"width": WIDTH, "height": HEIGHT}
+    rest = {
+        "images": [{"id": 5, "file_name": "a.png", **size}, {"id": 2, "file_name": "deep/b.png", **size}],
+        "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "bird"}],
+    }
+
+    def data(annotations, masks=False, **parts):
+        file = tmp_path / "boxes.json"
+        file.write_text(json.dumps({**rest, "annotations": annotations, **parts}))
+        return CocoData(file, tmp_path / "images", masks=masks)
+
+    return data
+
+
+def test_order_of_images_and_labels(data):
+    boxes = data([thing(1, [1, 2, 3, 4]), thing(2, [0.5, 0, 2, 2], 3, image=2), thing(9, [2, 2, 1, 1], 3)])
+    assert (boxes.classes, boxes.category_ids, boxes.image_ids, len(boxes)) == (["bird", "cat"], [3, 7], [5, 2], 2)
+    image, target = boxes.load(0)
+    assert (image.mode, image.size, target["image_id"]) == ("RGB", (WIDTH, HEIGHT), 5)
+    assert_close(target["boxes"], torch.tensor([[1.0, 2, 4, 6], [2, 2, 3, 3]]))
+    assert_close(target["labels"], torch.tensor([2, 1]))
+    assert "masks" not in target
+    assert_close(boxes.load(1)[1]["boxes"], torch.tensor([[0.5, 0, 2.5, 2]]))
+    assert boxes.describe() == "2 images, 2 classes, 3 boxes"
+
+
+def test_boxes_are_clipped_and_those_without_area_counted(data):
+    boxes = data(
+        [
+            thing(1, [-2, -3, 5, 7]),
+            thing(2, [18.5, 10, 10, 10]),
+            thing(3, [4, 4, 0, 3]),
+            thing(4, [4, 4, -3, 3]),
+            thing(5, [WIDTH, 0, 5, 5]),  # only touches the image
+            thing(6, [0, -5, 5, 5], iscrowd=1),
+        ]
+    )
+    assert_close(boxes.load(0)[1]["boxes"], torch.tensor([[0.0, 0, 3, 4], [18.5, 10, 20, 12]]))
+    assert [a["bbox"] for a in boxes.truth()["annotations"]] == [[0, 0, 3, 4], [18.5, 10, 1.5, 2]]
+    assert (boxes.boxes, boxes.dropped) == (2, 4)
+    assert boxes.describe() == "2 images, 2 classes, 2 boxes; 4 boxes without area left out"
+
+
+def test_crowds_are_for_the_metrics_alone(data):
+    boxes = data([thing(1, [1, 1, 4, 4], iscrowd=1, area=9), thing(2, [2, 2, 5, 5]), thing(3, [8, 2, 5, 5], area=0)])
+    assert_close(boxes.load(0)[1]["boxes"], torch.tensor([[2.0, 2, 7, 7], [8, 2, 13, 7]]))
+    assert [(a["iscrowd"], a["area"]) for a in boxes.truth()["annotations"]] == [(1, 9), (0, 25), (0, 25)]
+
+
+def test_an_image_without_a_box(data):
+    target = data([], masks=True).load(1)[1]
+    assert (target["boxes"].shape, target["boxes"].dtype) == ((0, 4), torch.float32)
+    assert (target["labels"].shape, target["labels"].dtype) == ((0,), torch.int64)
+    assert (target["masks"].shape, target["masks"].dtype) == ((0, HEIGHT, WIDTH), torch.uint8)
+
+
+def test_both_evaluators_read_the_truth(tmp_path):
+    content = write_boxes(tmp_path, "val", 9)
+    content["annotations"][0]["area"] = 33.5
+    content["annotations"][1]["iscrowd"] = 1
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    truth = CocoData(tmp_path / "val.json", tmp_path / "val").truth()
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    with contextlib.redirect_stdout(io.StringIO()):
+        readers = COCO(str(tmp_path / "truth.json")), faster_coco_eval.COCO(truth)
+    for reader in readers:
+        assert len(reader.getImgIds()) == 9
+        assert reader.getCatIds() == [3, 7, 9]
+        crowds = reader.getAnnIds(iscrowd=True)
+        assert [a["bbox"] for a in reader.loadAnns(crowds)] == [content["annotations"][1]["bbox"]]
+        assert sum(a["area"] for a in reader.loadAnns(reader.getAnnIds())) == sum(
+            a["area"] for a in content["annotations"]
+        )
+
+
+def test_an_object_with_the_id_0_counts(data):
+    """Evaluators take 0 for "no object": without new numbers the precision would be 0."""
+    found = {"image_id": 5, "category_id": 7, "bbox": [1, 1, 6, 6], "score": 0.9}
+    assert coco_metrics(data([thing(0, [1, 1, 6, 6])]).truth(), [found], "bbox")[0]["AP"] == pytest.approx(1)
+
+
+def rectangle(x1, y1, x2, y2):
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
+    mask[y1:y2, x1:x2] = 1
+    return mask
+
+
+def polygon(x1, y1, x2, y2):
+    return [x1, y1, x2, y1, x2, y2, x1, y2]
+
+
+def compressed(mask):
+    return {"size": [HEIGHT, WIDTH], "counts": bytes(coding.encode(mask)["counts"]).decode()}
+
+
+def uncompressed(mask):
+    """Lengths of the runs of 0, 1, 0 ... down the columns."""
+    flat = mask.flatten(order="F")
+    ends = [*(np.flatnonzero(np.diff(flat)) + 1).tolist(), flat.size]
+    counts = np.diff([0, *ends]).tolist()
+    return {"size": [HEIGHT, WIDTH], "counts": [0, *counts] if flat[0] else counts}
+
+
+def test_masks_of_polygons_and_run_length_codes(data):
+    notched = rectangle(2, 3, 9, 8) | rectangle(0, 0, 2, 2)
+    shapes = {
+        "polygon": ([polygon(2, 3, 9, 8)], rectangle(2, 3, 9, 8)),
+        "two": ([polygon(2, 3, 9, 8), polygon(0, 0, 2, 2)], notched),
+        "beyond the image": ([polygon(15, 8, 30, 40)], rectangle(15, 8, WIDTH, HEIGHT)),
+        # Four numbers in front would make decoders read boxes and forget the rest.
+        "with a line": ([[1, 1, 5, 5], polygon(2, 3, 9, 8)], rectangle(2, 3, 9, 8)),
+        "compressed": (compressed(notched), notched),
+        "uncompressed": (uncompressed(notched), notched),
+    }
+    rows = [thing(n, [0, 0, 9, 9], segmentation=shape) for n, (shape, _) in enumerate(shapes.values())]
+    rows.insert(2, thing(99, [0, 0, 9, 9], segmentation=compressed(rectangle(5, 5, 6, 6)), iscrowd=1))
+    boxes = data(rows, masks=True)
+    masks = boxes.load(0)[1]["masks"]
+    assert masks.dtype == torch.uint8
+    for name, got, (_, want) in zip(shapes, masks, shapes.values(), strict=True):
+        np.testing.assert_array_equal(got, want, err_msg=name)
+    assert len(boxes.truth()["annotations"]) == 7
+    perfect = [
+        {"image_id": 5, "category_id": 7, "segmentation": compressed(mask), "score": 0.5} for _, mask in shapes.values()
+    ]
+    assert coco_metrics(boxes.truth(), perfect, "segm")[0]["AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({}, "no usable segmentation"),
+        ({"segmentation": []}, "no usable segmentation"),
+        ({"segmentation": [[1, 1, 5, 5]]}, "no usable segmentation"),
+        ({"segmentation": polygon(2, 3, 9, 8)}, "no usable segmentation"),
+        ({"segmentation": [[1, 1, 5, 5, 3, 7, 2]]}, "no usable segmentation"),
+        ({"segmentation": [[1, 1, 5, 5, 3, float("nan")]]}, "no usable segmentation"),
+        ({"segmentation": [[1, 1, 5, 5, 3, "7"]]}, "no usable segmentation"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH]}}, "no usable segmentation"),
+        (
+            {"segmentation": {"size": [WIDTH, HEIGHT], "counts": [240]}},
+            r"a segmentation of size \[20, 12\], want \[12, 20\]",
+        ),
+    ],
+)
+def test_masks_need_shapes(data, shape, message):
+    rows = [thing(4, [1, 1, 4, 4], **shape)]
+    assert len(data(rows)) == 2
+    with pytest.raises(DataError, match=f"annotation 4 of a.png has {message}.*train a detector without masks"):
+        data(rows, masks=True)
+
+
+@pytest.mark.parametrize("counts", [[10], [200, 200], [-5, 245], "xyz"])
+def test_a_damaged_run_length_code(data, counts):
+    boxes = data([thing(4, [1, 1, 4, 4], segmentation={"size": [HEIGHT, WIDTH], "counts": counts})], masks=True)
+    with pytest.raises(DataError, match=r"annotation 4 of a\.png has a segmentation that cannot be decoded"):
+        boxes.load(0)
+
+
+def test_masks_say_what_to_install(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
+    data([])
+    with pytest.raises(DataError, match=r"pip install 'vim-mamba\[detection\]'"):
+        data([], masks=True)
+
+
+CAT = {"id": 7, "name": "cat"}
+PICTURE = {"id": 5, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"annotations": [thing(8, [1, 2, 3])]}, r"annotation 8 of a.png has the box \[1, 2, 3\]; want x, y, width"),
+        ({"annotations": [thing(8, [1, 2, 3, float("nan")])]}, r"annotation 8 of a.png has the box \[1, 2, 3, nan\]"),
+        ({"annotations": [thing(8, [1, 2, float("inf"), 4])]}, r"annotation 8 of a.png has the box \[1, 2, inf, 4\]"),
+        ({"annotations": [thing(8, [1, 2, 3, "4"])]}, r"annotation 8 of a.png has the box \[1, 2, 3, '4'\]"),
+        ({"annotations": [thing(8, None)]}, "one of annotations has None for bbox, want list"),
+        ({"annotations": [thing(8, [1, 2, 3, 4], image=1)]}, "annotation 8 is of image 1, which is not among"),
+        ({"annotations": [thing(8, [1, 2, 3, 4], 9)]}, "annotation 8 is of category 9, which is not among"),
+        ({"annotations": [thing(8, [1, 2, 3, 4]), thing(8, [1, 2, 3, 5])]}, "annotation id 8 stands there twice"),
+        ({"annotations": [{"id": 1, "image_id": 5, "bbox": [0, 0, 1, 1]}]}, "one of annotations has no category_id"),
+        ({"annotations": None}, "not in COCO's format: it has no list of annotations"),
+        ({"categories": [CAT, CAT]}, "category id 7 stands there twice"),
+        ({"categories": [CAT, {"id": "3", "name": "bird"}]}, "one of categories has '3' for id, want int"),
+        ({"categories": []}, "has 2 images and 0 categories; want at least one"),
+        ({"images": []}, "has 0 images and 2 categories; want at least one"),
+        ({"images": [PICTURE, PICTURE]}, "image id 5 stands there twice"),
+        ({"images": [5]}, "one of images has no id: 5"),
+        ({"images": [{"id": 5, "file_name": "a.png"}]}, "one of images has no width"),
+        ({"images": [PICTURE | {"file_name": "../a.png"}]}, r"file name '../a\.png' leads out of the folder"),
+        ({"images": [PICTURE | {"file_name": "/a.png"}]}, r"file name '/a\.png' leads out of the folder"),
+        (
+            {"images": [PICTURE, PICTURE | {"id": 1, "file_name": "x.png"}, PICTURE | {"id": 2, "file_name": "y.png"}]},
+            r"2 of 3 images of .*boxes\.json are not in .*images, the first is x\.png",
+        ),
+    ],
+)
+def test_a_file_that_contradicts_itself(data, parts, message):
+    with pytest.raises(DataError, match=rf"boxes\.json.*{message}" if message[0] != "2" else message):
+        data(**{"annotations": [], **parts})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe\xff", "is not JSON"),
+        (b"[]", "is not in COCO's format: want images, annotations and categories"),
+        (None, "no annotations .*; give a JSON file in COCO's format"),
+    ],
+)
+def test_a_file_of_another_kind(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "boxes.json").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        CocoData(tmp_path / "boxes.json", tmp_path)
+
+
+def test_images_that_are_not_what_the_file_says(data, tmp_path):
+    boxes = data([])
+    path = tmp_path / "images" / "a.png"
+    Image.new("RGB", (HEIGHT, WIDTH)).save(path)
+    with pytest.raises(DataError, match=re.escape(f"image {path} has 12 x 20 pixels, ")):
+        boxes.load(0)
+    path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=re.escape(f"cannot read image {path}: ")):
+        boxes.load(0)
+
+
+def test_images_stay_as_their_pixels_lie(data, tmp_path):
+    """EXIF says "turn it", COCO's boxes say otherwise."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "images" / "a.png", exif=exif)
+    image, _ = data([]).load(0)
+    assert (image.size, image.mode) == ((WIDTH, HEIGHT), "RGB")
+
+
+HEADER = "image_path,xmin,ymin,xmax,ymax,label,score\n"
+
+
+@pytest.fixture
+def table(tmp_path):
+    """table(rows): a CSV file beside two images, one of them in a folder."""
+    (tmp_path / "deep").mkdir()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "a.png")
+    Image.new("RGB", (30, 40)).save(tmp_path / "deep" / "b.png")
+
+    def table(rows, header=HEADER):
+        path = tmp_path / "boxes.csv"
+        path.write_text(header + rows, encoding="utf-8-sig")
+        return path
+
+    return table
+
+
+def test_boxes_of_a_table(table, tmp_path, monkeypatch, capsys):
+    file = table("a.png,1,2,4,6,Oak,0.9\ndeep/b.png,,,,,,\na.png,0.5,0,2,2,Ash,1\n")
+    tool = Path(__file__).parents[2] / "tools" / "boxes_to_coco.py"
+    monkeypatch.setattr(sys, "argv", [tool.name, str(file), str(tmp_path), str(tmp_path / "new" / "boxes.json")])
+    runpy.run_path(str(tool), run_name="__main__")
+    assert "2 images, 2 annotations, 2 categories" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["boxes.json"]
+    content = json.loads((tmp_path / "new" / "boxes.json").read_text())
+    assert content["categories"] == [{"id": 1, "name": "Ash"}, {"id": 2, "name": "Oak"}]
+    boxes = CocoData(tmp_path / "new" / "boxes.json", tmp_path)
+    assert [i["file_name"] for i in boxes.truth()["images"]] == ["a.png", "deep/b.png"]
+    assert_close(boxes.load(0)[1]["boxes"], torch.tensor([[1.0, 2, 4, 6], [0.5, 0, 2, 2]]))
+    assert_close(boxes.load(0)[1]["labels"], torch.tensor([2, 1]))
+    assert [a["area"] for a in content["annotations"]] == [12, 3]
+    assert len(boxes.load(1)[1]["boxes"]) == 0
+
+
+def test_zeros_are_no_box(table, tmp_path):
+    content = boxes_to_coco(table("a.png,0,0,0,0,Oak,\ndeep/b.png,1,1,2,2,Oak,\n"), tmp_path, tmp_path / "boxes.json")
+    assert [(len(content["images"]), a["image_id"]) for a in content["annotations"]] == [(2, 2)]
+
+
+def test_classes_are_in_the_order_of_their_names(table, tmp_path):
+    rows = "".join(f"a.png,1,1,2,2,{label},\n" for label in "ecfadb")
+    content = boxes_to_coco(table(rows), tmp_path, tmp_path / "boxes.json")
+    assert content["categories"] == [{"id": place, "name": name} for place, name in enumerate("abcdef", 1)]
+    assert [a["category_id"] for a in content["annotations"]] == [5, 3, 6, 1, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a.png,1,2,x,6,Oak,", r"line 3: want xmin < xmax and ymin < ymax in pixels, got 1, 2, x, 6"),
+        ("a.png,1,2,,6,Oak,", r"line 3: want xmin < xmax"),
+        ("a.png,4,2,4,6,Oak,", r"line 3: want xmin < xmax"),
+        ("a.png,1,6,4,2,Oak,", r"line 3: want xmin < xmax"),
+        ("a.png,1,2,nan,6,Oak,", r"line 3: want xmin < xmax"),
+        ("a.png,1,2,4,6", r"line 3: a box has no label"),
+        ("a.png,1,2,4,6,Oak,1,red", r"line 3: more values than the header has columns"),
+        ("c.png,1,2,4,6,Oak,", r"line 3: cannot read image .*c\.png"),
+        ("../a.png,1,2,4,6,Oak,", r"line 3: want an image_path inside .*, got '\.\./a\.png'"),
+        (",1,2,4,6,Oak,", r"line 3: want an image_path inside .*, got ''"),
+    ],
+)
+def test_a_bad_row(table, tmp_path, row, message):
+    with pytest.raises(DataError, match=rf"boxes\.csv, {message}"):
+        boxes_to_coco(table(f"a.png,1,2,4,6,Oak,\n{row}\n"), tmp_path, tmp_path / "boxes.json")
+    assert not (tmp_path / "boxes.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "message"),
+    [
+        (
+            "image_path,xmin,ymin,xmax,label\n",
+            "a.png,1,2,4,Oak\n",
+            r"has no column 'ymax'; want a header with image_path",
+        ),
+        (HEADER, "", "has no rows"),
+        (HEADER, "a.png,,,,,,\n", "has no box, only images without one"),
+    ],
+)
+def test_a_table_that_cannot_be_used(table, tmp_path, header, rows, message):
+    with pytest.raises(DataError, match=message):
+        boxes_to_coco(table(rows, header), tmp_path, tmp_path / "boxes.json")
+
+
+def test_a_table_that_is_none(tmp_path):
+    with pytest.raises(DataError, match=r"no file .*boxes\.csv of boxes"):
+        boxes_to_coco(tmp_path / "boxes.csv", tmp_path, tmp_path / "boxes.json")
+    (tmp_path / "boxes.csv").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(DataError, match=r"cannot read .*boxes\.csv: .*; want comma-separated text in UTF-8"):
+        boxes_to_coco(tmp_path / "boxes.csv", tmp_path, tmp_path / "boxes.json")

@@ -1,0 +1,177 @@
+"""Backbones, pyramids and detectors: sizes, strides, layers, where boxes end up, and what is refused."""
+
+import pytest
+import timm
+import torch
+from timm.layers import LayerNorm2d
+from torch.testing import assert_close
+
+import vim  # noqa: F401  (registers the models)
+from vim.detection import Detector, DetectorConfig
+from vim.detection.pyramid import PyramidBackbone, SimpleFeaturePyramid
+from vim.training import ConfigError
+from vim.training.config import ModelConfig, OptimConfig
+from vim.training.optim import create_optimizer
+
+TINY = {"class_token": "none", "global_pool": "avg", "depth": 3, "embed_dim": 16}
+SMALL = {"img_size": 64, "channels": 32, "regions": 16}
+
+
+def detector(kind="faster_rcnn", classes=2, **changes):
+    torch.manual_seed(0)
+    return Detector(DetectorConfig(**{"name": "vim_nano", "kwargs": TINY, "detector": kind} | SMALL | changes), classes)
+
+
+@pytest.mark.parametrize("stride", [4, 8, 16, 32])
+def test_a_pyramid_from_one_map(stride):
+    pyramid = SimpleFeaturePyramid(24, stride, 8)
+    maps = pyramid(torch.randn(2, 24, 128 // stride, 128 // stride))
+    assert [tuple(m.shape) for m in maps] == [(2, 8, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
+    assert sum(isinstance(m, torch.nn.ConvTranspose2d) for m in pyramid.modules()) == {4: 0, 8: 1, 16: 3, 32: 6}[stride]
+    assert sum(isinstance(m, LayerNorm2d) for m in pyramid.modules()) == 8 + {4: 0, 8: 0, 16: 1, 32: 3}[stride]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vim_nano", {"depth": 3}),
+        ("deit_tiny_patch16_224", {"depth": 3}),
+        ("resnet10t", {}),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 4, 8)}),
+    ],
+)
+def test_any_backbone_gives_five_levels_in_fp32(name, kwargs):
+    backbone = PyramidBackbone(ModelConfig(name, kwargs=kwargs), 128, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = backbone(torch.randn(1, 3, 128, 128))
+    assert list(maps) == ["0", "1", "2", "3", "pool"]
+    assert [tuple(m.shape) for m in maps.values()] == [(1, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32, 64)]
+    assert {m.dtype for m in maps.values()} == {torch.float32}
+    sum(m.sum() for m in maps.values()).backward()  # DDP wants a gradient of every parameter
+    idle = {n for n, p in backbone.named_parameters() if p.grad is None}
+    # ViT's class token is cut off behind the last block, but has met the patches before.
+    assert idle == set()
+
+
+def test_the_plain_map_is_the_last_blocks_without_its_class_token():
+    """Residual plus mixer output, without the final norm."""
+    torch.manual_seed(0)
+    backbone = PyramidBackbone(ModelConfig("vim_nano", kwargs=TINY), 64, 16)
+    body = backbone.body.model
+    classifier = timm.create_model("vim_nano", img_size=64, num_classes=0, **TINY)
+    classifier.load_state_dict(body.state_dict(), strict=False)
+    images = torch.randn(2, 3, 64, 64)
+    want = classifier.blocks(classifier._embed(images)).transpose(1, 2).unflatten(2, (4, 4))
+    assert_close(backbone.body(images)[-1], want)
+
+
+def test_weights_of_a_classifier_with_another_size_and_a_class_token(tmp_path):
+    torch.manual_seed(0)
+    classifier = timm.create_model("vim_nano", depth=3, embed_dim=16, img_size=32, num_classes=5)
+    torch.save({"model": classifier.state_dict()}, tmp_path / "weights.pth")
+    body = detector(checkpoint=str(tmp_path / "weights.pth")).body.model
+    assert_close(body.blocks.state_dict(), classifier.blocks.state_dict())
+    assert body.cls_token is None
+    # The table without the class token's entry, enlarged from 2 x 2 to 4 x 4: its mean stays.
+    assert body.pos_embed.shape == (1, 16, 16)
+    assert_close(body.pos_embed.mean(1), classifier.pos_embed[:, 1:].mean(1), atol=2e-3, rtol=0.1)
+
+
+def test_layers_of_the_backbone_and_all_above_them():
+    model = detector()
+    optimizer = create_optimizer(model, OptimConfig(lr=1.0, layer_decay=0.5), 8)
+    scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    named = dict(model.named_parameters())
+    assert len(scale) == len(named)
+    body = "network.backbone.body.model."
+    for name, want in {
+        f"{body}pos_embed": 1 / 16,
+        f"{body}patch_embed.proj.weight": 1 / 16,
+        f"{body}blocks.0.mixer.in_proj.weight": 1 / 8,
+        f"{body}blocks.2.mixer.in_proj.weight": 1 / 2,
+        "network.backbone.pyramid.levels.0.0.weight": 1,
+        "network.roi_heads.box_head.fc6.weight": 1,
+    }.items():
+        assert scale[id(named[name])] == want, name
+    for name in ("pos_embed", "blocks.0.mixer.forward_ssm.A_log", "blocks.1.mixer.backward_ssm.D"):
+        assert decay[id(named[body + name])] == 0, name
+    assert decay[id(named[f"{body}blocks.0.mixer.in_proj.weight"])] > 0
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "fcos"])
+def test_losses_and_detections_of_every_detector(kind):
+    """Images of several sizes in a batch, one without any box."""
+    model = detector(kind, score_threshold=0.0)
+    sizes = [(64, 64), (40, 64), (50, 33)]
+    images = [torch.rand(3, *size) for size in sizes]
+    targets = [
+        {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64)}
+        for boxes in (
+            torch.tensor([[4.0, 5, 30, 40], [20, 20, 60, 50]]),
+            torch.zeros(0, 4),
+            torch.tensor([[1.0, 1, 20, 30]]),
+        )
+    ]
+    for target, size in zip(targets, sizes, strict=True):
+        target["masks"] = torch.ones(len(target["boxes"]), *size, dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.train()(images, targets)
+    assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert {n for n, p in model.named_parameters() if p.grad is None} == set()
+    large = [torch.rand(3, 100, 300), torch.rand(3, 21, 7)]
+    with torch.no_grad():
+        found = model.eval()(large)
+    for image, detected in zip(large, found, strict=True):
+        height, width = image.shape[-2:]
+        assert (detected["boxes"] >= 0).all()
+        assert (detected["boxes"] <= torch.tensor([width, height, width, height]) + 1e-3).all()
+        assert ("masks" in detected) == ("mask" in kind)
+        if "mask" in kind:
+            assert detected["masks"].shape == (len(detected["boxes"]), 1, height, width)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 64), (128, 96), (200, 50), (17, 31)])
+def test_boxes_come_back_in_the_pixels_of_the_image(size, monkeypatch):
+    """A detector that reports the padded square's inner part as one box: back in the image that is all of it."""
+    model = detector().eval()
+    seen = {}
+
+    def heads(features, proposals, shapes, targets=None):
+        seen["shapes"] = shapes
+        box = torch.tensor([[0.0, 0, shapes[0][1], shapes[0][0]]])
+        return [{"boxes": box, "labels": torch.tensor([1]), "scores": torch.tensor([1.0])}], {}
+
+    monkeypatch.setattr(model.network.roi_heads, "forward", heads)
+    boxes = model([torch.rand(3, *size)])[0]["boxes"]
+    assert max(seen["shapes"][0]) == 64
+    assert_close(boxes, torch.tensor([[0.0, 0, size[1], size[0]]]))
+
+
+def test_shrinking_filters_and_padding_is_zero():
+    """A fine grid of black and white, four times as large as the square, is grey when it has shrunk."""
+    transform = detector().eval().network.transform
+    grid = (torch.arange(256)[:, None] + torch.arange(128)) % 2
+    images, _ = transform([grid.float().expand(3, 256, 128)])
+    assert images.tensors.shape == (1, 3, 64, 64)
+    mean, std = torch.tensor(transform.image_mean), torch.tensor(transform.image_std)
+    inside = images.tensors[0, :, 2:-2, 2:30].flatten(1)
+    assert_close(inside, ((0.5 - mean) / std)[:, None].expand_as(inside), atol=0.02, rtol=0)
+    assert (images.tensors[..., 32:] == 0).all()
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"model.img_size must be a multiple of 64 pixels, got 100"):
+        DetectorConfig(img_size=100)
+    with pytest.raises(ValueError, match=r"set model.img_size"):
+        DetectorConfig(kwargs={"img_size": 64})
+    with pytest.raises(ConfigError, match=r"no model 'vim_nona' .*did you mean"):
+        detector(name="vim_nona", kwargs={})
+    with pytest.raises(ConfigError, match=r"has maps of stride 14, a pyramid wants one of \(4, 8, 16, 32\)"):
+        detector(name="vit_small_patch14_dinov2", kwargs={"depth": 3})
+    with pytest.raises(ConfigError, match=r"resnet10t does not name its layers as a backbone"):
+        create_optimizer(detector(name="resnet10t", kwargs={}), OptimConfig(layer_decay=0.9), 8)
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=r"training images must fit into 64 pixels, got 65 x 20"):
+        detector().train()([torch.rand(3, 65, 20)], [nothing])
