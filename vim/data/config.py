@@ -4,6 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+def check_loading(batch_size: int, num_workers: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"data.batch_size must be at least 1, got {batch_size}")
+    if num_workers < 0:
+        raise ValueError(f"data.num_workers must be 0 or more, got {num_workers}")
+
+
 @dataclass
 class EvalDataConfig:
     """Images: root/<split>/<class>/<image>."""
@@ -28,10 +35,7 @@ class EvalDataConfig:
     """For resizing; null takes the model's."""
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"data.batch_size must be at least 1, got {self.batch_size}")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
+        check_loading(self.batch_size, self.num_workers)
         if self.img_size is not None and self.img_size < 1:
             raise ValueError(f"data.img_size must be at least 1 pixel, got {self.img_size}")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:

@@ -49,11 +49,19 @@ class ImageFolder:
             next image.)
         """
         path, label = self.samples[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert(IMAGE_MODES[in_chans]), label
-        except UNREADABLE as error:
-            raise DataError(f"cannot read image {path}: {error}; repair or remove it") from error
+        return read_image(path, in_chans), label
+
+
+def read_image(path: str | Path, in_chans: int = 3) -> Image.Image:
+    """Image with so many channels, 1 (grey) or 3.
+
+    Raises: DataError with the path of an image that cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert(IMAGE_MODES[in_chans])
+    except UNREADABLE as error:
+        raise DataError(f"cannot read image {path}: {error}; repair or remove it") from error
 
 
 def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:

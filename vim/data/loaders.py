@@ -49,20 +49,21 @@ class EvalImages(Dataset[tuple[Tensor, int]]):
 
 def train_loader(images: TrainImages, sampler: KeyedSampler, batch_size: int, num_workers: int = 0) -> DataLoader:
     """Batches ((B, C, H, W), (B,)) in the sampler's order. `accelerator.prepare` deals them out to the processes."""
-    return _loader(images, batch_size, num_workers, sampler=sampler)
+    return loader(images, batch_size, num_workers, sampler=sampler)
 
 
 def eval_loader(images: EvalImages, batch_size: int, num_workers: int = 0) -> DataLoader:
     """Batches ((B, C, H, W), (B,)) in the folder's order, the last one as small as it is."""
-    return _loader(images, batch_size, num_workers, shuffle=False)
+    return loader(images, batch_size, num_workers, shuffle=False)
 
 
-def _loader(images: Dataset, batch_size: int, num_workers: int, **order) -> DataLoader:
+def loader(images: Dataset, batch_size: int, num_workers: int, **options) -> DataLoader:
+    """torch's loader; `options` are its own, order among them."""
     return DataLoader(
         images,
         batch_size,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
-        **order,
+        **options,
     )

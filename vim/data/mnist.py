@@ -1,13 +1,12 @@
 """MNIST-5k: 5,000 real digits, 28 x 28 grey, 500 a class, as an image folder tree."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from .errors import DataError
+from .whole_folder import whole_folder
 
 TRAIN_IMAGES, VAL_IMAGES = 4000, 1000
 
@@ -35,17 +34,10 @@ def write_mnist5k(root: str | Path) -> bool:
     # RandomState, because its streams are frozen: the split is the same with every NumPy.
     order = np.random.RandomState(0).permutation(len(labels))
     splits = {"train": order[:TRAIN_IMAGES], "val": order[TRAIN_IMAGES:]}
-    root.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
+    with whole_folder(root) as unfinished:
         for split, members in splits.items():
             for index in members:
                 folder = unfinished / split / str(labels[index])
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels[index].reshape(28, 28).astype(np.uint8)).save(folder / f"{index:04}.png")
-        unfinished.chmod(0o755)  # a temporary folder is its owner's alone
-        unfinished.rename(root)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return True

@@ -67,8 +67,8 @@ class ImageSource:
         return len(self.entries)
 
     def spread(self, count: int) -> list[int]:
-        """Positions of so many images, evenly spread from the first to the last; some twice if there are fewer."""
-        return np.linspace(0, len(self) - 1, count).round().astype(int).tolist()
+        """Positions of so many images, see `spread`."""
+        return spread(len(self), count)
 
     def load(self, index: int, in_chans: int = 3) -> Image.Image:
         """Image with so many channels, 1 (grey) or 3.
@@ -84,6 +84,11 @@ class ImageSource:
                 return Image.open(io.BytesIO(file.read(entry.size))).convert(IMAGE_MODES[in_chans])
         except UNREADABLE as error:
             raise DataError(f"cannot read image {entry.path}: {error}; repair or remove it") from error
+
+
+def spread(length: int, count: int) -> list[int]:
+    """So many positions, evenly spread from the first of `length` to the last; some twice if there are fewer."""
+    return np.linspace(0, length - 1, count).round().astype(int).tolist()
 
 
 def _tree_entries(folder: Path) -> list[ImageEntry]:

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -10,6 +10,8 @@ from PIL import Image
 from vim.data import DataError
 from vim.data.folder import UNREADABLE
 from vim.training.files import write_json
+
+from .coco import annotation, leads_out
 
 COLUMNS = ("image_path", "xmin", "ymin", "xmax", "ymax", "label")
 CORNERS = COLUMNS[1:5]
@@ -53,16 +55,8 @@ def boxes_to_coco(csv_file: str | Path, images: str | Path, output: str | Path) 
         image_id = len(content["images"]) + 1
         content["images"].append({"id": image_id, "file_name": path, "width": width, "height": height})
         for (x1, y1, x2, y2), label in of_image:
-            content["annotations"].append(
-                {
-                    "id": len(content["annotations"]) + 1,
-                    "image_id": image_id,
-                    "category_id": names.index(label) + 1,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": 0,
-                }
-            )
+            number, box = len(content["annotations"]) + 1, (x1, y1, x2 - x1, y2 - y1)
+            content["annotations"].append(annotation(number, image_id, names.index(label) + 1, box))
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(content, output)
     return content
@@ -109,8 +103,7 @@ def _corners(row: dict[str, str]) -> list[float] | None:
 
 def _size(images: Path, path: str) -> tuple[int, int]:
     """Width and height of an image."""
-    name = PurePosixPath(path)
-    if not path or name.is_absolute() or ".." in name.parts:
+    if not path or leads_out(path):
         raise DataError(f"want an image_path inside {images}, got {path!r}")
     try:
         with Image.open(images / path) as image:

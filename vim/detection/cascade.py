@@ -159,8 +159,9 @@ class CascadeRoIHeads(RoIHeads):
     def _match(self, k: int, boxes: list[Tensor], targets: list[Target]) -> tuple[list[Tensor], list[Tensor]]:
         """For each box, the true box that it overlaps most, and its class by the threshold of stage k.
 
-        Boxes without area are ignored, not removed: cuDNN plans anew for every new number of boxes, which costs 0.4 to
-        0.7 ms for each convolution, forward and backward.
+        Boxes without area are ignored, not removed: cuDNN plans anew for every new number of boxes. (In profiles of a
+        step on an H100 a convolution took the CPU 0.37 ms forward and 0.74 ms backward on average; with numbers that
+        stay, 0.13 and 0.28.)
         """
         matched, labels = [], []
         for b, target in zip(boxes, targets, strict=True):

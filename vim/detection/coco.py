@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vim.data import DataError
-from vim.data.folder import UNREADABLE
+from vim.data.folder import read_image
 
 
 class CocoData:
@@ -68,6 +68,11 @@ class CocoData:
     def __len__(self) -> int:
         return len(self._images)
 
+    @property
+    def categories(self) -> dict[int, str]:
+        """Names of the classes by their ids, in label order."""
+        return dict(zip(self.category_ids, self.classes, strict=True))
+
     def describe(self) -> str:
         left_out = f"; {self.dropped:,} boxes without area left out" if self.dropped else ""
         return f"{len(self):,} images, {len(self.classes)} classes, {self.boxes:,} boxes{left_out}"
@@ -81,15 +86,11 @@ class CocoData:
         """
         entry = self._images[index]
         path = self.folder / entry["file_name"]
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert("RGB")
-        except UNREADABLE as error:
-            raise DataError(f"cannot read image {path}: {error}; repair or remove it") from error
+        image = read_image(path)
         if image.size != (entry["width"], entry["height"]):
             said = f"{entry['width']} x {entry['height']}"
             raise DataError(f"image {path} has {image.width} x {image.height} pixels, {self.annotations} says {said}")
-        objects = [o for o in self._objects(index) if not o["iscrowd"]]
+        objects = [o for o in self.objects(index) if not o["iscrowd"]]
         boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         labels = [self._labels[o["category_id"]] for o in objects]
@@ -106,17 +107,17 @@ class CocoData:
 
     def truth(self) -> dict[str, Any]:
         """What is to be found, in COCO's format, crowds included, boxes clipped; annotations numbered from 1."""
-        objects = (row for index in range(len(self)) for row in self._objects(index))
+        objects = (row for index in range(len(self)) for row in self.objects(index))
         return {
             "images": [{key: image[key] for key in ("id", "file_name", "width", "height")} for image in self._images],
-            "categories": [{"id": i, "name": n} for i, n in zip(self.category_ids, self.classes, strict=True)],
+            "categories": [{"id": i, "name": name} for i, name in self.categories.items()],
             # The metrics note the id of the object that a detection found, and 0 for none: they would count a detection
             # of an object with the id 0, which many files begin with, as a false one.
             "annotations": [row | {"id": number} for number, row in enumerate(objects, 1)],
         }
 
-    def _objects(self, index: int) -> list[dict[str, Any]]:
-        """Annotations of an image."""
+    def objects(self, index: int) -> list[dict[str, Any]]:
+        """Annotations of an image, crowds included, boxes clipped, under the file's ids."""
         return json.loads(self._text[self._ends[index] : self._ends[index + 1]].tobytes())
 
     def _content(self) -> dict[str, Any]:
@@ -153,9 +154,10 @@ class CocoData:
 
     def _check_files(self) -> None:
         for image in self._images:
-            name = PurePosixPath(image["file_name"])
-            if name.is_absolute() or ".." in name.parts:
-                raise DataError(f"{self.annotations}: file name {str(name)!r} leads out of the folder of images")
+            if leads_out(image["file_name"]):
+                raise DataError(
+                    f"{self.annotations}: file name {image['file_name']!r} leads out of the folder of images"
+                )
         missing = [image["file_name"] for image in self._images if not (self.folder / image["file_name"]).is_file()]
         if missing:
             raise DataError(
@@ -223,6 +225,18 @@ class CocoData:
     def _no_shape(self, row: dict[str, Any], image: dict[str, Any], found: str) -> DataError:
         whose = f"annotation {row['id']} of {image['file_name']}"
         return DataError(f"{self.annotations}: {whose} has {found}; repair it or train a detector without masks")
+
+
+def annotation(number: int, image_id: int, category_id: int, box: tuple[float, float, float, float]) -> dict[str, Any]:
+    """An object with the box x, y, width, height in COCO's format."""
+    kind = {"id": number, "image_id": image_id, "category_id": category_id}
+    return kind | {"bbox": list(box), "area": box[2] * box[3], "iscrowd": 0}
+
+
+def leads_out(file_name: str) -> bool:
+    """Does a path not stay in the folder that it is relative to?"""
+    name = PurePosixPath(file_name)
+    return name.is_absolute() or ".." in name.parts
 
 
 def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:

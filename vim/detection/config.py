@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from vim.data.config import check_loading
 from vim.training.config import ModelConfig, Precision, RunConfig
 
 SIZE_STEP = 64  # pixels between the cells of the pyramid's top level
@@ -61,10 +62,7 @@ class DetectionEvalDataConfig:
     """Processes that load images, for each training process; 0: it loads itself. Results do not depend on it."""
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"data.batch_size must be at least 1, got {self.batch_size}")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
+        check_loading(self.batch_size, self.num_workers)
 
 
 @dataclass

@@ -27,14 +27,17 @@ MASK_THRESHOLD = 0.5
 class Evaluation:
     """Results on `images` images.
 
-    predictions: in COCO's result format. metrics: COCO's twelve, from 0 to 1, of masks with mask_ before their names;
-    -1 where there is no such object. per_class: AP and AP50 of each class by its name, likewise.
+    predictions: in COCO's result format. values: COCO's twelve, from 0 to 1, of masks with mask_ before their names; -1
+    where there is no such object. per_class: AP and AP50 of each class by its name, likewise.
     """
 
     images: int
     predictions: list[dict[str, Any]]
-    metrics: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
     per_class: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        return {f"{prefix}{name}": value for name, value in self.values.items()}
 
 
 def coco_metrics(
@@ -96,11 +99,12 @@ def evaluate(
         raise RunError(f"evaluation saw {len(images_of)} images of {len(data)}")
     evaluation = Evaluation(len(images_of), [row for image in data.image_ids for row in images_of[image]])
     truth = data.truth()
-    for kind in PREFIXES if data.masks else ("bbox",):
-        metrics, per_class = coco_metrics(truth, evaluation.predictions, kind)  # type: ignore[arg-type]
-        prefix = PREFIXES[kind]  # type: ignore[index]
-        evaluation.metrics |= {f"{prefix}{name}": value for name, value in metrics.items()}
-        for name, category in zip(data.classes, data.category_ids, strict=True):
+    kinds: tuple[Kind, ...] = ("bbox", "segm") if data.masks else ("bbox",)
+    for kind in kinds:
+        metrics, per_class = coco_metrics(truth, evaluation.predictions, kind)
+        prefix = PREFIXES[kind]
+        evaluation.values |= {f"{prefix}{name}": value for name, value in metrics.items()}
+        for category, name in data.categories.items():
             row = evaluation.per_class.setdefault(name, {})
             row |= {f"{prefix}{key}": value for key, value in per_class[category].items()}
     return evaluation

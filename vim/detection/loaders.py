@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
 
 from vim.data import SampleKey
+from vim.data.loaders import loader
 from vim.data.randomness import derive_seed, preserved_generators, seed_cpu_generators
 
 from .coco import CocoData
@@ -110,24 +111,12 @@ class EvalImages(Dataset[tuple[Tensor, Target]]):
 
 def train_loader(images: TrainImages, sampler: Sampler, batch_size: int, num_workers: int) -> DataLoader:
     """Batches (list of images, list of targets) in the sampler's order."""
-    return _loader(images, batch_size, num_workers, sampler=sampler)
+    return loader(images, batch_size, num_workers, sampler=sampler, collate_fn=_as_lists)
 
 
 def eval_loader(images: EvalImages, batch_size: int, num_workers: int) -> DataLoader:
     """Batches (list of images, list of targets) in the data's order, the last one as small as it is."""
-    return _loader(images, batch_size, num_workers, shuffle=False)
-
-
-def _loader(images: Dataset, batch_size: int, num_workers: int, **order) -> DataLoader:
-    return DataLoader(
-        images,
-        batch_size,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        collate_fn=_as_lists,
-        **order,
-    )
+    return loader(images, batch_size, num_workers, shuffle=False, collate_fn=_as_lists)
 
 
 def _as_lists(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

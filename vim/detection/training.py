@@ -38,10 +38,10 @@ class Detection(Trainer):
         data = config.data
         train = _read(data, data.train_annotations, data.train_images, config.model.masks)
         self.data = _read(data, data.val_annotations, data.val_images, config.model.masks)
-        if (train.classes, train.category_ids) != (self.data.classes, self.data.category_ids):
+        if train.categories != self.data.categories:
             raise ConfigError(
                 f"{data.train_annotations} and {data.val_annotations} have other categories: "
-                f"{_categories(train)} and {_categories(self.data)}"
+                f"{train.categories} and {self.data.categories}"
             )
         self.about_data = f"training on {train.describe()}\nevaluating on {self.data.describe()}"
         model = Detector(config.model, len(train.classes)).to(accelerator.device)
@@ -70,15 +70,7 @@ class Detection(Trainer):
     def batch_loss(self, batch: tuple[list[Tensor], list[Target]]) -> Tensor:
         return sum(self.model(*batch).values(), torch.zeros((), device=self.accelerator.device))
 
-    def evaluate(self) -> dict[str, float]:
-        self.evaluation = self._evaluate(self.model)
-        metrics = self.evaluation.metrics
-        if self.state.ema is not None:
-            averaged = self._evaluate(self.state.ema.module).metrics
-            metrics = metrics | {f"ema_{name}": value for name, value in averaged.items()}
-        return metrics
-
-    def _evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate_model(self, model: nn.Module) -> Evaluation:
         return evaluate(model, self.val_batches, self.data, self.accelerator, self.progress)
 
     def describe(self) -> str:
@@ -96,15 +88,14 @@ class Detection(Trainer):
     def summary(self) -> dict[str, Any]:
         """Average precisions from 0 to 1, of the weights after the last epoch and of the best one."""
         about = {"model": self.config.model.name, "detector": self.config.model.detector}
-        last, metrics = self.state.history[-1], self.evaluation.metrics
+        last, metrics = self.state.history[-1], self.evaluation.metrics()
         averaged = {f"ema_{name}": last[f"ema_{name}"] for name in metrics if f"ema_{name}" in last}
         counted = {"val_images": self.evaluation.images, "per_class": self.evaluation.per_class}
         return about | metrics | averaged | counted | super().summary()
 
     def write_results(self, run: RunFolder) -> str:
         """Models, predictions.json, detections.png and learning_curve.png."""
-        models = {"": self.state.model} | ({"ema": self.state.ema.module} if self.state.ema is not None else {})
-        for name, model in models.items():
+        for name, model in self.state.models().items():
             assert isinstance(model, Detector)
             stored = StoredDetector(model, self.config.model, self.data.classes, self.data.category_ids)
             save_detector(stored, run.path / name)
@@ -124,7 +115,3 @@ class Detection(Trainer):
 def _read(data: DetectionDataConfig, annotations: str, images: str, masks: bool) -> CocoData:
     root = Path(data.root)
     return CocoData(root / annotations, root / images, masks=masks)
-
-
-def _categories(data: CocoData) -> dict[int, str]:
-    return dict(zip(data.category_ids, data.classes, strict=True))

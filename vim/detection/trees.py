@@ -1,14 +1,12 @@
 """Trees from above: real photographs with boxes, from the deepforest package, as a data set in COCO's format.
 
-Two pictures are for training and one, taken 13 km away, for evaluation. A pixel is 10 cm, most crowns are 15 to 75
-pixels wide. All are cut into tiles, because COCO's metric counts at most 100 boxes an image.
+Two pictures are for training and one, taken 13 km away, for evaluation. All are cut into tiles, because COCO's metric
+counts at most 100 boxes an image.
 """
 
 import importlib.util
 import json
 import math
-import shutil
-import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,10 @@ from PIL import Image
 
 from vim.data import DataError
 from vim.data.folder import UNREADABLE
+from vim.data.whole_folder import whole_folder
 from vim.training.files import write_json
+
+from .coco import annotation
 
 TILE = 400  # pixels
 LEAST_VISIBLE = 0.5  # part of a box's area in a tile, from which the tile has it
@@ -49,16 +50,9 @@ def write_trees(root: str | Path, source: Path | None = None) -> bool:
                 raise DataError(f"{root} exists and is not this data set: {want}; remove it or choose another folder")
         return False
     source = _package_data() if source is None else source
-    root.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
+    with whole_folder(root) as unfinished:
         for split, names in PICTURES.items():
             _write_split(unfinished, split, [source / name for name in names])
-        unfinished.chmod(0o755)  # a temporary folder is its owner's alone
-        unfinished.rename(root)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return True
 
 
@@ -92,17 +86,8 @@ def _write_split(root: Path, split: str, pictures: list[Path]) -> None:
                 image.crop(tile).save(root / split / name)
                 size = {"width": tile[2] - left, "height": tile[3] - top}
                 images.append({"id": len(images) + 1, "file_name": name, **size})
-                for x, y, width, height in boxes_in_tile(boxes, tile):
-                    annotations.append(
-                        {
-                            "id": len(annotations) + 1,
-                            "image_id": images[-1]["id"],
-                            "category_id": 1,
-                            "bbox": [x, y, width, height],
-                            "area": width * height,
-                            "iscrowd": 0,
-                        }
-                    )
+                for box in boxes_in_tile(boxes, tile):
+                    annotations.append(annotation(len(annotations) + 1, images[-1]["id"], 1, box))
     categories = [{"id": 1, "name": "Tree"}]
     write_json({"images": images, "annotations": annotations, "categories": categories}, root / f"{split}.json")
 

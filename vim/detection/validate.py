@@ -37,7 +37,7 @@ def validate(config: DetectionValidateConfig) -> dict[str, Any]:
         "checkpoint": config.checkpoint,
         "annotations": str(root / config.data.val_annotations),
         "images": evaluation.images,
-        **evaluation.metrics,
+        **evaluation.metrics(),
         "per_class": evaluation.per_class,
         "precision": config.precision,
     }
@@ -53,8 +53,7 @@ def validate(config: DetectionValidateConfig) -> dict[str, Any]:
 
 def _check_categories(stored: StoredDetector, data: CocoData, config: DetectionValidateConfig) -> None:
     mine = dict(zip(stored.category_ids, stored.classes, strict=True))
-    theirs = dict(zip(data.category_ids, data.classes, strict=True))
-    if mine != theirs:
+    if mine != data.categories:
         raise ConfigError(
-            f"{config.model} was trained on the categories {mine}, {config.data.val_annotations} has {theirs}"
+            f"{config.model} was trained on the categories {mine}, {config.data.val_annotations} has {data.categories}"
         )

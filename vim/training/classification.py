@@ -75,14 +75,7 @@ class Classification(Trainer):
         images, targets = self.mixup(*batch) if self.mixup is not None else batch
         return self.loss(self.model(images), targets)
 
-    def evaluate(self) -> dict[str, float]:
-        self.evaluation = self._evaluate(self.model)
-        metrics = self.evaluation.metrics()
-        if self.state.ema is not None:
-            metrics |= self._evaluate(self.state.ema.module).metrics("ema_")
-        return metrics
-
-    def _evaluate(self, model: nn.Module) -> Evaluation:
+    def evaluate_model(self, model: nn.Module) -> Evaluation:
         return evaluate(model, self.val_batches, self.accelerator, self.progress)
 
     def describe(self) -> str:
@@ -106,8 +99,7 @@ class Classification(Trainer):
         return {"model": self.config.model.name} | accuracies | {"val_images": self.evaluation.images} | common
 
     def write_results(self, run: RunFolder) -> str:
-        models = {"": self.state.model} | ({"ema": self.state.ema.module} if self.state.ema is not None else {})
-        for name, model in models.items():
+        for name, model in self.state.models().items():
             run.export(model, self.config.model.kwargs, self.data_config, self.classes, name)
         last = self.state.history[-1]
         return (

@@ -46,6 +46,10 @@ class TrainingState:
         """The metric, of the averaged weights where there are any."""
         return record.get(f"ema_{self.metric}", record[self.metric])
 
+    def models(self) -> dict[str, nn.Module]:
+        """The trained model under the name "", and that of the averaged weights under "ema" where there is one."""
+        return {"": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
+
     def end_update(self) -> None:
         """Count an update; average its weights; set the learning rate of the next."""
         self.update += 1

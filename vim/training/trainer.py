@@ -84,8 +84,16 @@ class Trainer(ABC):
         """Mean loss of a batch of the training loader; a task may mix its images first."""
 
     @abstractmethod
+    def evaluate_model(self, model: nn.Module) -> Any:
+        """The task's evaluation of a model on the validation split, with `metrics(prefix)`: numbers by name."""
+
     def evaluate(self) -> dict[str, float]:
         """Results on the validation split, those of the averaged weights with ema_ before their names."""
+        self.evaluation = self.evaluate_model(self.model)
+        metrics = self.evaluation.metrics()
+        if self.state.ema is not None:
+            metrics |= self.evaluate_model(self.state.ema.module).metrics("ema_")
+        return metrics
 
     @abstractmethod
     def describe(self) -> str:

@@ -1,0 +1,21 @@
+"""Folders that are whole or not there."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_folder(root: Path) -> Iterator[Path]:
+    """A folder to write to; it becomes `root`, which must not exist, when all is written. A failure leaves nothing."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)  # a temporary folder is its owner's alone
+        unfinished.rename(root)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
