@@ -16,10 +16,10 @@ def main() -> None:
     config, _ = ConfigParser(DetectionValidateConfig, __doc__).parse_config()
     with plain_errors():
         results = validate(config)
-    table = Table("", *METRICS, title=f"{results['annotations']}, {results['images']} images")
-    for kind, prefix in (("boxes", ""), ("masks", "mask_")):
-        if f"{prefix}AP" in results:
-            table.add_row(kind, *(f"{results[prefix + name]:.3f}" for name in METRICS))
+    kinds = {"boxes": ""} | ({"masks": "mask_"} if "mask_AP" in results else {})
+    table = Table("", *kinds, title=f"{results['annotations']}, {results['images']} images")
+    for name in METRICS:  # a line each: twelve columns leave a terminal no room for numbers
+        table.add_row(name, *(f"{results[prefix + name]:.3f}" for prefix in kinds.values()))
     Console().print(table)
     print(f"written to {config.output}")
 

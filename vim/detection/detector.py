@@ -154,8 +154,8 @@ def _two_stages(backbone: PyramidBackbone, config: DetectorConfig, num_classes: 
         backbone,
         rpn_anchor_generator=anchors,
         rpn_head=_RegionHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2),
-        # torchvision takes 2,000 of each level into the suppression: 15 % of the GPU's time in a step of Vim-Ti with the
-        # mask cascade, batch 4 at 1024 pixels on an H100.
+        # torchvision takes 2,000 of each level into the suppression: 15 % of the GPU's time in a step of Vim-Ti with
+        # the mask cascade, batch 4 at 1024 pixels on an H100.
         rpn_pre_nms_top_n_train=1000,
         rpn_post_nms_top_n_train=1000,
         box_roi_pool=_pool(BOX_POOL),
