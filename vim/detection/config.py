@@ -94,12 +94,14 @@ class JitterConfig:
     """Probability of a top-bottom flip; for pictures from above."""
     color_jitter: float = 0.0
     """Random brightness, contrast and saturation by up to this factor."""
+    erasing: float = 0.0
+    """Probability of a rectangle in one random colour; boxes that it hides by more than half go."""
 
     def __post_init__(self):
         low, high = self.scale
         if not 0 < low <= high:
             raise ValueError(f"augment.scale must be (low, high) with 0 < low <= high, got {(low, high)}")
-        for name in ("hflip", "vflip"):
+        for name in ("hflip", "vflip", "erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augment.{name} is a probability, from 0 to 1, got {getattr(self, name)}")
         if self.color_jitter < 0:

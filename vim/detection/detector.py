@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from timm.models import group_parameters
@@ -22,6 +23,7 @@ from vim.training.model import enable_grad_checkpointing
 from .cascade import CascadePredictor, CascadeRoIHeads
 from .config import DetectorConfig
 from .pyramid import LEVELS, STRIDES, PyramidBackbone
+from .sampling import BalancedSampler
 
 BOX_POOL, MASK_POOL = 7, 14  # cells of a pooled region
 STAGES = 3
@@ -99,6 +101,12 @@ class _FitSquare(GeneralizedRCNNTransform):
     def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]):
         super().__init__(size, size, list(mean), list(std), size_divisible=size)
         self.size = size
+        # torchvision makes tensors of them for each image, and waits until the GPU has them.
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def normalize(self, image: Tensor) -> Tensor:
+        return (image - self.mean) / self.std
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None):
         height, width = image.shape[-2:]
@@ -149,8 +157,7 @@ def _two_stages(backbone: PyramidBackbone, config: DetectorConfig, num_classes: 
     anchors = AnchorGenerator(
         tuple((8 * stride,) for stride in (*STRIDES, 2 * STRIDES[-1])), ((0.5, 1.0, 2.0),) * (len(STRIDES) + 1)
     )
-    network = MaskRCNN if config.masks else FasterRCNN
-    return network(
+    network = (MaskRCNN if config.masks else FasterRCNN)(
         backbone,
         rpn_anchor_generator=anchors,
         rpn_head=_RegionHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2),
@@ -167,6 +174,10 @@ def _two_stages(backbone: PyramidBackbone, config: DetectorConfig, num_classes: 
         box_detections_per_img=config.max_boxes,
         **(_mask_parts(channels, num_classes) if config.masks else {}),
     )
+    for part in (network.rpn, network.roi_heads):
+        drawn = part.fg_bg_sampler
+        part.fg_bg_sampler = BalancedSampler(drawn.batch_size_per_image, drawn.positive_fraction)
+    return network
 
 
 def _cascade(backbone: PyramidBackbone, config: DetectorConfig, num_classes: int) -> FasterRCNN:

@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.ops import box_area
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
+from torchvision.tv_tensors import Image as TVImage
 
 from vim.data import SampleKey
 from vim.data.loaders import loader
@@ -20,6 +22,7 @@ from .config import JitterConfig
 Target = dict[str, Any]
 Transform = Callable[[Image.Image, Target], tuple[Tensor, Target]]
 SMALLEST_EDGE = 1.0  # pixels; of a box that a cut has left
+MOST_HIDDEN = 0.5  # of a box's area, by erasing
 
 
 class _CropToFit(v2.Transform):
@@ -39,8 +42,33 @@ class _CropToFit(v2.Transform):
         return self._call_kernel(v2.functional.crop, inpt, **params)
 
 
+class _RandomErasing(v2.RandomErasing):
+    """A rectangle in one random colour over the image; boxes go of which it hides more than half.
+
+    (torchvision's own leaves boxes and masks as they are.) For images of 0..1, in front of SanitizeBoundingBoxes.
+    """
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        params = super().make_params(flat_inputs)
+        return params if params["v"] is None else params | {"v": torch.rand(3, 1, 1)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if params["v"] is None:  # no place found for a rectangle
+            return inpt
+        top, left, bottom, right = params["i"], params["j"], params["i"] + params["h"], params["j"] + params["w"]
+        changed = inpt.clone()
+        if isinstance(inpt, BoundingBoxes):
+            hidden = inpt.as_subclass(Tensor).clone()
+            hidden[:, 0::2].clamp_(left, right)
+            hidden[:, 1::2].clamp_(top, bottom)
+            changed[box_area(hidden) > MOST_HIDDEN * box_area(inpt)] = 0
+        else:
+            changed[..., top:bottom, left:right] = params["v"] if isinstance(inpt, TVImage) else 0
+        return changed
+
+
 def train_transform(augment: JitterConfig, size: int) -> Transform:
-    """Large-scale jitter, a cut to fit into size x size pixels, flips and colours; from the global generators.
+    """Large-scale jitter, a cut to fit into size x size pixels, flips, colours and erasing; from the global generators.
 
     A box of which a cut leaves less than a pixel goes, with its mask.
 
@@ -54,8 +82,9 @@ def train_transform(augment: JitterConfig, size: int) -> Transform:
         v2.RandomVerticalFlip(augment.vflip),
         *([v2.ColorJitter(jitter, jitter, jitter)] if jitter else []),
         v2.ClampBoundingBoxes(),
-        v2.SanitizeBoundingBoxes(min_size=SMALLEST_EDGE, labels_getter=_follow_boxes),
         v2.ToDtype(torch.float32, scale=True),
+        *([_RandomErasing(augment.erasing)] if augment.erasing else []),
+        v2.SanitizeBoundingBoxes(min_size=SMALLEST_EDGE, labels_getter=_follow_boxes),
         v2.ToPureTensor(),
     ]
     compose = v2.Compose(steps)
