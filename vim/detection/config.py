@@ -40,6 +40,8 @@ class DetectorConfig(ModelConfig):
         for name in ("channels", "regions", "max_boxes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.detector == "fcos" and self.channels % 32:  # torchvision's heads have 32 groups
+            raise ValueError(f"model.channels must be a multiple of 32 for fcos, got {self.channels}")
 
     @property
     def masks(self) -> bool:

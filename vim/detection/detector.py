@@ -83,6 +83,11 @@ class Detector(nn.Module):
         enable_grad_checkpointing(self._timm_model, self.name)
 
     @property
+    def graph_safe_checkpointing(self) -> bool:
+        """Whether a CUDA graph can hold the backbone's checkpointing."""
+        return getattr(self._timm_model, "graph_safe_checkpointing", False)
+
+    @property
     def _timm_model(self) -> Any:
         """Behind timm's wrapper for plain models, which has not their methods."""
         return getattr(self.body, "model", self.body)

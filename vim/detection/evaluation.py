@@ -28,7 +28,8 @@ class Evaluation:
     """Results on `images` images.
 
     predictions: in COCO's result format. values: COCO's twelve, from 0 to 1, of masks with mask_ before their names; -1
-    where there is no such object. per_class: AP and AP50 of each class by its name, likewise.
+    where there is no such object. per_class: for each class by its name AP and AP50, likewise, and from the curve at an
+    IoU of 0.5 the best F1 and the threshold of scores that gives it.
     """
 
     images: int
@@ -48,7 +49,7 @@ def coco_metrics(
     Args:
         truth: in COCO's annotation format, predictions: in its result format. kind: boxes or masks.
 
-    Returns: the twelve METRICS, and AP and AP50 of each category by its id.
+    Returns: the twelve METRICS, and of each category by its id AP, AP50, F1 and threshold; see `Evaluation`.
     """
     try:
         from faster_coco_eval import COCO, COCOeval_faster
@@ -60,11 +61,17 @@ def coco_metrics(
     run.evaluate()
     run.accumulate()
     run.summarize()
-    precision = torch.from_numpy(run.eval["precision"])  # (IoU, recall, category, area, boxes an image); -1: none
+    # (IoU, recall, category, area, boxes an image); -1: none
+    precision, scores = (torch.from_numpy(run.eval[name]) for name in ("precision", "scores"))
+    recall = torch.from_numpy(run.params.recThrs)
     each = {}
     for place, category in enumerate(run.params.catIds):
         values = {"AP": precision[:, :, place, 0, -1], "AP50": precision[0, :, place, 0, -1]}
         each[category] = {name: v[v > -1].mean().item() if (v > -1).any() else -1.0 for name, v in values.items()}
+        at_half = values["AP50"].clamp(min=0)
+        f1 = 2 * at_half * recall / (at_half + recall).clamp(min=1e-12)
+        best = int(f1.argmax())
+        each[category] |= {"F1": f1[best].item(), "threshold": scores[0, best, place, 0, -1].clamp(min=0).item()}
     return dict(zip(METRICS, map(float, run.stats[: len(METRICS)]), strict=True)), each
 
 

@@ -36,10 +36,9 @@ def plot_detections(
     truths: list[list[dict[str, Any]]],
     predictions: list[list[dict[str, Any]]],
     names: dict[int, str],
-    least_score: float,
     path: Path,
 ) -> None:
-    """A row for each image: the truth on the left, predictions of at least so much score on the right.
+    """A row for each image: the truth on the left, predictions on the right.
 
     Args:
         truths, predictions: annotations and results in COCO's format, of each image. names: of the categories.
@@ -49,9 +48,8 @@ def plot_detections(
     figure = Figure(figsize=(12, 6 * len(images)), layout="constrained")
     grid = figure.subplots(len(images), 2, squeeze=False)
     for (left, right), image, truth, found in zip(grid, images, truths, predictions, strict=True):
-        found = [row for row in found if row["score"] >= least_score]
         _draw(left, image, truth, names, f"truth: {len(truth)}")
-        _draw(right, image, found, names, f"predicted with a score of {least_score} or more: {len(found)}")
+        _draw(right, image, found, names, f"predicted, from the score of the best F1: {len(found)}")
     figure.savefig(path, dpi=80)
 
 

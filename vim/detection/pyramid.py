@@ -70,6 +70,12 @@ class PyramidBackbone(nn.Module):
         if self.plain:
             if strides[-1] not in STRIDES:
                 raise ConfigError(f"{config.name} has maps of stride {strides[-1]}, a pyramid wants one of {STRIDES}")
+            grid = getattr(getattr(getattr(self.body, "model", None), "patch_embed", None), "grid_size", None)
+            if grid and set(grid) != {img_size // strides[-1]}:
+                raise ConfigError(
+                    f"{config.name} has {grid[0]} x {grid[1]} patches in {img_size} pixels, a pyramid wants one every "
+                    f"{strides[-1]} pixels to the edge: patches must not overlap"
+                )
             self.pyramid: nn.Module = SimpleFeaturePyramid(channels[-1], strides[-1], out_channels)
         else:
             self.taken = [strides.index(stride) for stride in STRIDES if stride in strides]
@@ -96,10 +102,12 @@ def _create_body(config: ModelConfig, img_size: int) -> nn.Module:
         source = ModelConfig(config.name, config.pretrained, config.checkpoint, kwargs)
         try:
             return create_model(source, num_classes=None)
-        except RuntimeError as error:
+        except (AssertionError, RuntimeError) as error:  # the first for fewer blocks than the maps that timm makes, 3
             raise ConfigError(f"{config.name} cannot be a backbone: {error}") from error
 
     try:
         return create(img_size=img_size)
-    except ConfigError:  # models of convolutions take any size and have no such argument
-        return create()
+    except ConfigError as error:
+        if "'img_size'" not in str(error):
+            raise
+        return create()  # models of convolutions take any size and have no such argument

@@ -105,7 +105,7 @@ class Detection(Trainer):
         curve, sheet = run.path / "learning_curve.png", run.path / "detections.png"
         try:
             plot_learning_curve(self.state.history, curve)
-            write_sheet(self.data, self.evaluation.predictions, SHEET_IMAGES, sheet)
+            write_sheet(self.data, self.evaluation, SHEET_IMAGES, sheet)
             lines.append(f"plots: {curve} {sheet}")
         except ModuleNotFoundError as error:
             lines.append(f"no plots: {error}; pip install matplotlib")

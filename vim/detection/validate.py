@@ -45,9 +45,12 @@ def validate(config: DetectionValidateConfig) -> dict[str, Any]:
         output = Path(config.output)
         output.mkdir(parents=True, exist_ok=True)
         write_json(evaluation.predictions, output / "predictions.json")
-        if config.sheet:
-            write_sheet(data, evaluation.predictions, config.sheet, output / "detections.png")
         write_json(results, output / "results.json")
+        if config.sheet:
+            try:
+                write_sheet(data, evaluation, config.sheet, output / "detections.png")
+            except ModuleNotFoundError as error:
+                progress.line(f"no detections.png: {error}; pip install matplotlib")
     return results
 
 
