@@ -96,6 +96,23 @@ def test_one_stage_is_torchvisions_head(masks):
         assert_close(one, other)
 
 
+@pytest.mark.parametrize("true_boxes", [(3, 2), (3, 0), (0, 0)])
+def test_filling_up_the_mask_heads_boxes_changes_nothing(true_boxes, monkeypatch):
+    found, counts = [], []
+    for step in (1, 64):
+        monkeypatch.setattr("vim.detection.cascade.MASK_STEP", step)
+        heads = cascade(masks=True).train()
+        heads.mask_head.register_forward_hook(lambda module, args, output: counts.append(len(output)))
+        features, proposals, shapes, targets = scene(true_boxes=true_boxes, masks=True)
+        torch.manual_seed(5)  # of the sampler
+        losses = heads(features, proposals, shapes, targets)[1]
+        sum(losses.values()).backward()
+        found.append((losses, features["0"].grad, [p.grad for p in heads.parameters()]))
+    assert_close(*found)
+    assert counts[1] == 64
+    assert 1 <= counts[0] < 64
+
+
 def test_each_stage_matches_by_its_own_threshold():
     """A true box of 10 x 10 and boxes of the same height, of widths that overlap it by 0.45, 0.55, 0.65 and 0.75."""
     heads = cascade()

@@ -99,6 +99,22 @@ def test_layers_of_the_backbone_and_all_above_them():
     assert decay[id(named[f"{body}blocks.0.mixer.in_proj.weight"])] > 0
 
 
+def test_checkpointing_of_the_backbone_is_what_a_graph_can_or_cannot_hold():
+    assert detector().graph_safe_checkpointing
+    assert not detector(name="deit_tiny_patch16_224", kwargs={"depth": 3}).graph_safe_checkpointing
+    images, nothing = [torch.rand(3, 64, 64)], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long()}]
+    gradients = []
+    for checkpointing in (False, True):
+        model = detector().train()
+        if checkpointing:
+            model.set_grad_checkpointing()
+            assert all(block.grad_checkpointing for block in model.body.model.blocks)
+        torch.manual_seed(1)  # of the sampler
+        sum(model(images, nothing).values()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert_close(*gradients)
+
+
 @pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "fcos"])
 def test_losses_and_detections_of_every_detector(kind):
     """Images of several sizes in a batch, one without any box."""
@@ -170,6 +186,12 @@ def test_what_does_not_fit_is_refused():
         detector(name="vim_nona", kwargs={})
     with pytest.raises(ConfigError, match=r"has maps of stride 14, a pyramid wants one of \(4, 8, 16, 32\)"):
         detector(name="vit_small_patch14_dinov2", kwargs={"depth": 3})
+    with pytest.raises(ConfigError, match=r"vim_nano has 7 x 7 patches in 64 pixels, .*every 8 pixels .*not overlap"):
+        detector(kwargs=TINY | {"patch_stride": 8})
+    with pytest.raises(ConfigError, match=r"vim_nano cannot be a backbone: .*out of range"):
+        detector(kwargs=TINY | {"depth": 2})
+    with pytest.raises(ValueError, match=r"model.channels must be a multiple of 32 for fcos, got 16"):
+        DetectorConfig(detector="fcos", channels=16)
     with pytest.raises(ConfigError, match=r"resnet10t does not name its layers as a backbone"):
         create_optimizer(detector(name="resnet10t", kwargs={}), OptimConfig(layer_decay=0.9), 8)
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}

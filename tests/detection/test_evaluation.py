@@ -88,8 +88,24 @@ def test_metrics_equal_those_of_pycocotools(kind, seed):
             run.evaluate()
             run.accumulate()
             run.summarize()
-        np.testing.assert_allclose(list(per_class[category].values()), run.stats[:2], atol=1e-6)
-    assert per_class[99] == {"AP": -1.0, "AP50": -1.0}
+        np.testing.assert_allclose([per_class[category][name] for name in ("AP", "AP50")], run.stats[:2], atol=1e-6)
+    assert per_class[99] == {"AP": -1.0, "AP50": -1.0, "F1": 0.0, "threshold": 0.0}
+
+
+def test_the_best_f1_and_its_threshold_by_hand():
+    """Four objects; found are three, with scores 0.9, 0.7 and 0.4, and nothing with 0.8, 0.35, 0.3 and 0.25."""
+    places = [[20 * i, 0, 10, 10] for i in range(4)]
+    annotations = [
+        {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": box, "area": 100, "iscrowd": 0}
+        for i, box in enumerate(places)
+    ]
+    truth = {"images": [{"id": 1}], "categories": [{"id": 1, "name": "thing"}], "annotations": annotations}
+    scored = [(places[0], 0.9), ([0, 50, 9, 9], 0.8), (places[1], 0.7), (places[2], 0.4)]
+    scored += [([0, 50, 9, 9], score) for score in (0.35, 0.3, 0.25)]
+    rows = [{"image_id": 1, "category_id": 1, "bbox": box, "score": score} for box, score in scored]
+    found = coco_metrics(truth, rows, "bbox")[1][1]
+    assert found["threshold"] == pytest.approx(0.4)
+    assert found["F1"] == pytest.approx(2 * 0.75 * 0.75 / 1.5)  # three of four found, one of four wrong
 
 
 def test_nothing_found_and_nothing_to_find():
