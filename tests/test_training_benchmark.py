@@ -226,7 +226,7 @@ def fake(monkeypatch):
     """fake(test_vit=error): measure() raises these errors, and else gives SPEEDS, without building anything."""
 
     def install(**errors):
-        def measure(contender, workload, config, device):
+        def measure(contender, workload, config, device, build):
             if contender.model in errors:
                 raise errors[contender.model]
             return dict(SPEEDS)

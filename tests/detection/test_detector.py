@@ -11,6 +11,7 @@ from vim.detection import Detector, DetectorConfig
 from vim.detection.pyramid import PyramidBackbone, SimpleFeaturePyramid
 from vim.training import ConfigError
 from vim.training.config import ModelConfig, OptimConfig
+from vim.training.graphs import capture_training
 from vim.training.optim import create_optimizer
 
 TINY = {"class_token": "none", "global_pool": "avg", "depth": 3, "embed_dim": 16}
@@ -146,6 +147,34 @@ def test_losses_and_detections_of_every_detector(kind):
         assert ("masks" in detected) == ("mask" in kind)
         if "mask" in kind:
             assert detected["masks"].shape == (len(detected["boxes"]), 1, height, width)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["fcos", "cascade_mask_rcnn"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_captured_backbone_gives_the_losses_and_gradients_of_an_eager_one(kind, checkpointing):
+    torch.manual_seed(1)
+    images = [torch.rand(3, 64, 64, device="cuda") for _ in range(2)]
+    boxes = torch.tensor([[4.0, 5, 30, 40], [20, 20, 60, 50]], device="cuda")
+    target = {
+        "boxes": boxes,
+        "labels": torch.tensor([1, 2], device="cuda"),
+        "masks": torch.ones(2, 64, 64).byte().cuda(),
+    }
+    found = []
+    for captured in (False, True):
+        model = detector(kind).cuda().train()
+        if checkpointing:
+            model.set_grad_checkpointing()
+        if captured:
+            capture_training(model.network.backbone, torch.zeros(2, 3, 64, 64, device="cuda"), None)
+        for seed in range(2):  # the second step replays on other random numbers and the same weights
+            torch.manual_seed(seed)
+            model.zero_grad()
+            losses = model(images, [target] * 2)
+            sum(losses.values()).backward()
+        found.append((losses, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    assert_close(*found, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 64), (128, 96), (200, 50), (17, 31)])

@@ -36,14 +36,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURED = ("images_per_second", "min", "max", "peak_mib", "reserved_mib", "setup_seconds", "error")
 
 Step = Callable[[], Tensor]  # gives logits (inference) or the loss (training)
+BuildStep = Callable[[Contender, Workload, Precision, torch.device], Step]
 
 
-def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
+def benchmark(config: BenchmarkConfig, build: BuildStep | None = None) -> dict[str, Any]:
     """Measure every model on every workload; write benchmark.json after each, benchmark.png at the end.
 
     Contenders do not take turns. Each is built, timed over all rounds and freed before the next one, so that its peak
     memory is that of the run that was timed, and nothing of another model is in it. The price: a slow spell of the
     machine hits one contender alone; the spread of the rounds shows it.
+
+    Args:
+        build: makes the step to time; None for `build_step`, a classifier's.
 
     Returns: the content of benchmark.json. Row: model, options, mode, img_size, batch_size; images_per_second (median
         of the rounds), min, max; peak_mib and reserved_mib, most memory of tensors and of torch's allocator with
@@ -73,7 +77,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
                 **dict.fromkeys(MEASURED),
             }
             try:
-                row |= measure(contender, workload, config, device)
+                row |= measure(contender, workload, config, device, build)
             except KeyboardInterrupt:
                 done = f"{len(results['rows'])} of {len(plan)} measurements are in {results_file}"
                 raise InterruptedRunError(f"interrupted at {contender}, {workload_name(row)}; {done}") from None
@@ -102,7 +106,11 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def measure(
-    contender: Contender, workload: Workload, config: BenchmarkConfig, device: torch.device
+    contender: Contender,
+    workload: Workload,
+    config: BenchmarkConfig,
+    device: torch.device,
+    build: BuildStep | None = None,
 ) -> dict[str, float | None]:
     """Build a contender, time it, and read its peak memory. Its tensors are garbage afterwards.
 
@@ -115,7 +123,7 @@ def measure(
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    step = build_step(contender, workload, config.precision, device)
+    step = (build or build_step)(contender, workload, config.precision, device)
     for _ in range(WARM_UP_STEPS):
         output = step()
     if not output.isfinite().all():  # a wrong model has no speed; this also waits for the GPU
@@ -206,12 +214,17 @@ def create_contender(contender: Contender, img_size: int) -> nn.Module:
     if "checkpoint" in contender.options:
         enable_grad_checkpointing(model, contender.model)
     if "materialised" in contender.options:
-        attentions = [module for module in model.modules() if hasattr(module, "fused_attn")]
-        if not attentions:
-            raise ConfigError(f"{contender.model} has no attention with a fused form; leave out +materialised")
-        for attention in attentions:
-            attention.fused_attn = False  # type: ignore[assignment]
+        materialise_attention(model, contender.model)
     return model
+
+
+def materialise_attention(model: nn.Module, name: str) -> None:
+    """Make the model's attention do without flash kernels; ConfigError if it has none that would use them."""
+    attentions = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    if not attentions:
+        raise ConfigError(f"{name} has no attention with a fused form; leave out +materialised")
+    for attention in attentions:
+        attention.fused_attn = False  # type: ignore[assignment]
 
 
 def capture(step: Step) -> Step:

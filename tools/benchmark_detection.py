@@ -1,0 +1,25 @@
+"""Speed and memory of detectors in training, on any timm backbones beside each other.
+
+python tools/benchmark_detection.py --config configs/benchmark_detection.yaml
+python tools/benchmark_detection.py --models '[resnet50]' --workloads '[{mode: train, img_size: 512, batch_size: 2}]'
+"""
+
+from functools import partial
+
+from rich.console import Console
+
+import vim  # noqa: F401  (registers the vim_* models)
+from vim.detection import DetectionBenchmarkConfig, build_detector_step
+from vim.training import ConfigParser, benchmark, benchmark_table, plain_errors
+
+
+def main() -> None:
+    config, _ = ConfigParser(DetectionBenchmarkConfig, __doc__).parse_config()
+    with plain_errors():
+        results = benchmark(config, partial(build_detector_step, config))
+    terminal = Console().is_terminal
+    Console(width=None if terminal else 120).print(benchmark_table(results))
+
+
+if __name__ == "__main__":
+    main()
