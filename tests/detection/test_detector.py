@@ -66,6 +66,16 @@ def test_the_plain_map_is_the_last_blocks_without_its_class_token():
     assert_close(backbone.body(images)[-1], want)
 
 
+def test_gradients_go_back_through_the_blocks_as_rows_of_tokens():
+    """A map that is copied into rows of channels sends back strided gradients, which all blocks then pay for."""
+    backbone = PyramidBackbone(ModelConfig("vim_nano", kwargs=TINY), 64, 16)
+    contiguous = []
+    for block in backbone.body.model.blocks:
+        block.register_full_backward_hook(lambda module, grads, _: contiguous.append(grads[0].is_contiguous()))
+    sum(m.sum() for m in backbone(torch.randn(2, 3, 64, 64)).values()).backward()
+    assert contiguous == [True] * 3
+
+
 def test_weights_of_a_classifier_with_another_size_and_a_class_token(tmp_path):
     torch.manual_seed(0)
     classifier = timm.create_model("vim_nano", depth=3, embed_dim=16, img_size=32, num_classes=5)

@@ -359,7 +359,7 @@ class VisionMamba(nn.Module):
                 tokens = self.prefix_first(self.norm(x) if norm else x)
                 prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
                 if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+                    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2)
                 intermediates.append((patches, prefix) if return_prefix_tokens else patches)
         return intermediates if intermediates_only else (self.prefix_first(self.norm(x)), intermediates)
 
