@@ -200,12 +200,12 @@ def test_what_does_not_fit_is_refused(finished, boxes, tmp_path):
     with pytest.raises(RunError, match=r"no detector in .*; give the folder of a finished run"):
         load_detector(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "vim_nano"}')
-    with pytest.raises(RunError, match=r"holds no detector but a classifier"):
+    with pytest.raises(RunError, match=r"holds another model than a detector; train one with tools/train_detection.py"):
         load_detector(tmp_path)
     about = json.loads((run_dir / "config.json").read_text())
     about["classes"].append("more")
     (tmp_path / "config.json").write_text(json.dumps(about))
-    with pytest.raises(RunError, match=r"does not fit the detector of"):
+    with pytest.raises(RunError, match=r"does not fit the model of"):
         load_detector(tmp_path, str(run_dir / "model.safetensors"))
     assert not (tmp_path / "no").exists()
 

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
-from timm.models import group_parameters
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
@@ -17,20 +16,16 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
-from vim.training.errors import ConfigError
-from vim.training.model import enable_grad_checkpointing
-
 from .cascade import CascadePredictor, CascadeRoIHeads
 from .config import DetectorConfig
-from .pyramid import LEVELS, STRIDES, PyramidBackbone
+from .pyramid import LEVELS, STRIDES, OnBackbone, PyramidBackbone
 from .sampling import BalancedSampler
 
 BOX_POOL, MASK_POOL = 7, 14  # cells of a pooled region
 STAGES = 3
-BODY = "network.backbone.body."  # where the timm model's parameters stand
 
 
-class Detector(nn.Module):
+class Detector(OnBackbone):
     """Images in, losses or detections out.
 
     Args:
@@ -39,6 +34,8 @@ class Detector(nn.Module):
     Raises: ConfigError for a backbone that does not fit.
     """
 
+    BACKBONE = "network.backbone"
+
     def __init__(self, config: DetectorConfig, num_classes: int):
         super().__init__()
         backbone = PyramidBackbone(config, config.img_size, config.channels)
@@ -46,11 +43,6 @@ class Detector(nn.Module):
         self.network = _NETWORKS[config.detector](backbone, config, num_classes)
         cfg: dict[str, Any] = backbone.body.pretrained_cfg  # type: ignore[assignment]
         self.network.transform = _FitSquare(config.img_size, cfg["mean"], cfg["std"])
-
-    @property
-    def body(self) -> nn.Module:
-        """The timm model, as features_only gives it."""
-        return self.network.backbone.body
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
@@ -65,36 +57,6 @@ class Detector(nn.Module):
             in pixels of the image as it was given.
         """
         return self.network(images, targets)
-
-    def no_weight_decay(self) -> set[str]:
-        names: set[str] = getattr(self._timm_model, "no_weight_decay", set)()
-        return {f"{self._prefix}{name.removeprefix('*')}" if name[0] != "*" else name for name in names}
-
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        """Layers for layer-wise learning rates: the backbone's, and all else above them."""
-        if not hasattr(self._timm_model, "group_matcher"):
-            raise ConfigError(f"{self.name} does not name its layers as a backbone; leave optim.layer_decay out")
-        layers = group_parameters(self._timm_model, self._timm_model.group_matcher(coarse), reverse=True)
-        named = {f"{self._prefix}{name}": layer for name, layer in layers.items()}
-        return lambda name: named.get(name, float("inf"))
-
-    def set_grad_checkpointing(self) -> None:
-        """Recompute the activations of the backbone's blocks."""
-        enable_grad_checkpointing(self._timm_model, self.name)
-
-    @property
-    def graph_safe_checkpointing(self) -> bool:
-        """Whether a CUDA graph can hold the backbone's checkpointing."""
-        return getattr(self._timm_model, "graph_safe_checkpointing", False)
-
-    @property
-    def _timm_model(self) -> Any:
-        """Behind timm's wrapper for plain models, which has not their methods."""
-        return getattr(self.body, "model", self.body)
-
-    @property
-    def _prefix(self) -> str:
-        return f"{BODY}model." if hasattr(self.body, "model") else BODY
 
 
 class _FitSquare(GeneralizedRCNNTransform):

@@ -1,13 +1,17 @@
-"""Feature maps of several strides for detectors, over any timm backbone."""
+"""Feature maps of several strides for detectors and segmentors, over any timm backbone."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from timm.layers import Format, LayerNorm2d
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
 from vim.training.config import ModelConfig
 from vim.training.errors import ConfigError
-from vim.training.model import create_model
+from vim.training.model import create_model, enable_grad_checkpointing
 
 STRIDES = (4, 8, 16, 32)
 LEVELS = ("0", "1", "2", "3")  # torchvision's names of the maps of these strides; its pooling of regions knows them
@@ -94,6 +98,52 @@ class PyramidBackbone(nn.Module):
         # fp32: torchvision makes its anchors in the maps' precision, and bf16 has three digits for a thousand pixels.
         levels = {level: m.float() for level, m in zip(LEVELS, maps, strict=True)}
         return levels | {TOP: F.max_pool2d(levels[LEVELS[-1]], 1, 2)}
+
+
+class OnBackbone(nn.Module):
+    """A model on a `PyramidBackbone`, with what a training run asks of models."""
+
+    BACKBONE: ClassVar[str]  # its name among the modules
+    name: str  # of the timm model
+
+    @property
+    def backbone(self) -> PyramidBackbone:
+        return self.get_submodule(self.BACKBONE)  # type: ignore[return-value]
+
+    @property
+    def body(self) -> nn.Module:
+        """The timm model, as features_only gives it."""
+        return self.backbone.body
+
+    def no_weight_decay(self) -> set[str]:
+        names: set[str] = getattr(self._timm_model, "no_weight_decay", set)()
+        return {f"{self._prefix}{name.removeprefix('*')}" if name[0] != "*" else name for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """Layers for layer-wise learning rates: the timm model's, and all else above them."""
+        if not hasattr(self._timm_model, "group_matcher"):
+            raise ConfigError(f"{self.name} does not name its layers as a backbone; leave optim.layer_decay out")
+        layers = group_parameters(self._timm_model, self._timm_model.group_matcher(coarse), reverse=True)
+        named = {f"{self._prefix}{name}": layer for name, layer in layers.items()}
+        return lambda name: named.get(name, float("inf"))
+
+    def set_grad_checkpointing(self) -> None:
+        """Recompute the activations of the backbone's blocks."""
+        enable_grad_checkpointing(self._timm_model, self.name)
+
+    @property
+    def graph_safe_checkpointing(self) -> bool:
+        """Whether a CUDA graph can hold the backbone's checkpointing."""
+        return getattr(self._timm_model, "graph_safe_checkpointing", False)
+
+    @property
+    def _timm_model(self) -> Any:
+        """Behind timm's wrapper for plain models, which has not their methods."""
+        return getattr(self.body, "model", self.body)
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.BACKBONE}.body." + ("model." if hasattr(self.body, "model") else "")
 
 
 def _create_body(config: ModelConfig, img_size: int) -> nn.Module:
