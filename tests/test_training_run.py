@@ -11,6 +11,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from image_tree import write_image_tree
+from whole_runs import interrupt, one_thread, timeless  # noqa: F401  (the fixture)
 
 from vim.data import AugmentConfig, DataConfig, EvalDataConfig
 from vim.training import ConfigError, InterruptedRunError, RunError, ValidateConfig, train, trainer, validate
@@ -21,16 +22,9 @@ from vim.training.run_folder import RunFolder
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # on a CPU, equal means equal to the last bit
 TINY = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
-TIMES = {"seconds", "images_per_second"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A second thread does not help tensors of this size, and costs milliseconds an operator where cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +52,6 @@ def state(run_dir, name="last"):
 
 def log(run_dir):
     return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-
-
-def timeless(history):
-    return [{key: value for key, value in record.items() if key not in TIMES} for record in history]
 
 
 def assert_same(a, b):
@@ -135,14 +125,7 @@ def test_a_checkpoint_of_the_run_evaluates_too(finished, tree, tmp_path):
 @pytest.mark.parametrize("epochs_before", [0, 2])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, tree, tmp_path, monkeypatch, epochs_before):
     run_dir = tmp_path / "cut"
-    train_epoch = trainer.Trainer.train_epoch
-
-    def interrupted(self):
-        if self.state.epoch == epochs_before:
-            raise KeyboardInterrupt
-        return train_epoch(self)
-
-    monkeypatch.setattr(trainer.Trainer, "train_epoch", interrupted)
+    interrupt(monkeypatch, epochs_before)
     with pytest.raises(InterruptedRunError, match=f"interrupted in epoch {epochs_before + 1}; go on with: python"):
         train(config(tree, run_dir))
     monkeypatch.undo()

@@ -13,27 +13,22 @@ from boxes_data import write_boxes
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.testing import assert_close
+from whole_runs import interrupt, one_thread, timeless  # noqa: F401  (the fixture)
 
 import vim  # noqa: F401  (registers the models)
 from vim.detection import METRICS, Detection, DetectionTrainConfig, DetectionValidateConfig, load_detector, validate
 from vim.detection.config import DetectionDataConfig, DetectionEvalDataConfig, DetectorConfig, JitterConfig
 from vim.detection.detector import Detector
-from vim.training import ConfigError, InterruptedRunError, RunError, train, trainer
+from vim.training import ConfigError, InterruptedRunError, RunError, train
 from vim.training.checkpoint import load_checkpoint
 from vim.training.config import EmaConfig, OptimConfig, ScheduleConfig
 from vim.training.run_folder import RunFolder
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # on a CPU, equal means equal to the last bit
-TIMES = {"seconds", "images_per_second"}
 BODY = {"depth": 3, "embed_dim": 32, "patch_size": 8, "class_token": "none", "global_pool": "avg"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +66,6 @@ def config(boxes, run_dir, **changes):
 def validation(boxes, model, output, **changes):
     data = DetectionEvalDataConfig(str(boxes), "val.json", "val", batch_size=3, num_workers=0)
     return DetectionValidateConfig(str(model), data=data, output=str(output), **changes)
-
-
-def timeless(history):
-    return [{key: value for key, value in record.items() if key not in TIMES} for record in history]
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +130,8 @@ def test_a_checkpoint_evaluates_with_its_averaged_weights(finished, boxes, tmp_p
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, boxes, tmp_path, monkeypatch):
-    run_dir, train_epoch = tmp_path / "cut", trainer.Trainer.train_epoch
-
-    def interrupted(self):
-        if self.state.epoch == 1:
-            raise KeyboardInterrupt
-        return train_epoch(self)
-
-    monkeypatch.setattr(trainer.Trainer, "train_epoch", interrupted)
+    run_dir = tmp_path / "cut"
+    interrupt(monkeypatch, 1)
     with pytest.raises(InterruptedRunError, match=r"epoch 2; go on with: python tools/train_detection.py"):
         train(config(boxes, run_dir), task=Detection)
     monkeypatch.undo()

@@ -33,7 +33,7 @@ def build_detector_step(
         materialise_attention(model.body, contender.model)
     images = [torch.rand(3, size, size, device=device) for _ in range(batch)]
     targets = [_objects(config, size, device) for _ in range(batch)]
-    backbone = model.network.backbone
+    backbone = model.backbone
     if "compile" in contender.options:
         backbone.compile()
     if "graph" in contender.options:

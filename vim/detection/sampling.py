@@ -28,7 +28,11 @@ class BalancedSampler:
         order = torch.rand(padded.shape, device=padded.device)
         positive = _draw(padded > 0, order, self.positives, self.positives)
         negative = _draw(padded == 0, order, self.count - positive.sum(1, keepdim=True), self.count)
-        return tuple([mask[i, :size] for i, size in enumerate(sizes)] for mask in (positive, negative))  # type: ignore[return-value]
+
+        def of_images(mask: Tensor) -> list[Tensor]:
+            return [row[:size] for row, size in zip(mask, sizes, strict=True)]
+
+        return of_images(positive), of_images(negative)
 
 
 def _draw(candidates: Tensor, order: Tensor, count: Tensor | int, bound: int) -> Tensor:

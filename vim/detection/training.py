@@ -57,7 +57,7 @@ class Detection(Trainer):
 
     def accelerate_model(self, model: nn.Module) -> None:
         assert isinstance(model, Detector)
-        config, backbone = self.config, model.network.backbone
+        config, backbone = self.config, model.backbone
         if config.model.grad_checkpointing:
             model.set_grad_checkpointing()
         if config.model.compile:
