@@ -4,11 +4,17 @@ import json
 import os
 import pickle
 import re
+import resource
+import shutil
+import signal
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from image_tree import write_image_tree
 from whole_runs import interrupt, one_thread, timeless  # noqa: F401  (the fixture)
@@ -16,8 +22,10 @@ from whole_runs import interrupt, one_thread, timeless  # noqa: F401  (the fixtu
 from vim.data import AugmentConfig, DataConfig, EvalDataConfig
 from vim.training import ConfigError, InterruptedRunError, RunError, ValidateConfig, train, trainer, validate
 from vim.training.checkpoint import load_checkpoint, save_checkpoint
-from vim.training.config import EmaConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from vim.training.classification import Classification
+from vim.training.config import CheckpointConfig, EmaConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
 from vim.training.graphs import wants_cuda_graph
+from vim.training.kill_test import KillTest
 from vim.training.run_folder import RunFolder
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # on a CPU, equal means equal to the last bit
@@ -85,7 +93,7 @@ def test_the_folder_holds_what_it_should(finished):
         "checkpoints", "config.json", "config.yaml", "confusion_matrix.png", "ema", "learning_curve.png", "log.jsonl",
         "model.safetensors", "summary.json",
     }  # fmt: skip
-    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"best.pt", "last.pt"}
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"best.pt", "last.pt", "previous.pt"}
     assert json.loads((run_dir / "summary.json").read_text()) == summary
     assert summary["epochs"] == 3
     assert summary["updates"] == 3 * (66 // 16)
@@ -122,20 +130,31 @@ def test_a_checkpoint_of_the_run_evaluates_too(finished, tree, tmp_path):
     assert results["top1"] == summary["best_top1"]
 
 
-@pytest.mark.parametrize("epochs_before", [0, 2])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, tree, tmp_path, monkeypatch, epochs_before):
+@pytest.mark.parametrize(("update", "number"), [(0, signal.SIGTERM), (3, signal.SIGINT), (9, signal.SIGTERM)])
+def test_a_stopped_run_equals_the_uninterrupted_one_bit_for_bit(finished, tree, tmp_path, monkeypatch, update, number):
+    """Stopped in the first update, the last of an epoch, and in the midst of one: each with four updates."""
     run_dir = tmp_path / "cut"
-    interrupt(monkeypatch, epochs_before)
-    with pytest.raises(InterruptedRunError, match=f"interrupted in epoch {epochs_before + 1}; go on with: python"):
+    interrupt(monkeypatch, Classification, update, number)
+    where = f"stopped by {number.name}; go on with: python tools/train.py"
+    with pytest.raises(InterruptedRunError, match=where) as stopped:
         train(config(tree, run_dir))
     monkeypatch.undo()
-    assert RunFolder(run_dir, "tools/train.py").last.exists() == (epochs_before > 0)
+    assert stopped.value.exit_code == 128 + number
+    assert state(run_dir)["update"] == update + 1
     torch.manual_seed(99)  # whatever the process drew before does not matter
     train(config(tree, run_dir), resume=True)
-    whole, cut = state(finished[0]), state(run_dir)
-    assert timeless(whole.pop("history")) == timeless(cut.pop("history"))
-    assert_same(whole, cut)
-    assert timeless(log(finished[0])) == timeless(log(run_dir))
+    assert_same_run(finished[0], run_dir)
+
+
+def assert_same_run(whole, cut):
+    """Weights, averaged weights, optimizer and log, to the last bit and but for times."""
+    states = state(whole), state(cut)
+    histories = [s.pop("history") for s in states]
+    for s in states:
+        s["so_far"].pop("seconds")
+    assert_same(*states)
+    assert timeless(histories[0]) == timeless(histories[1])
+    assert timeless(log(whole)) == timeless(log(cut))
 
 
 def test_resuming_a_complete_run_trains_no_more(finished, tree):
@@ -194,9 +213,9 @@ def test_averaged_weights_follow_their_formula(tree, tmp_path, monkeypatch):
     seen = []
     end_update = trainer.TrainingState.end_update
 
-    def recorded(self):
+    def recorded(self, *args):
         seen.append({name: w.clone() for name, w in self.model.state_dict().items()})
-        end_update(self)
+        end_update(self, *args)
 
     monkeypatch.setattr(trainer.TrainingState, "end_update", recorded)
     initial = {}
@@ -216,18 +235,33 @@ def test_averaged_weights_follow_their_formula(tree, tmp_path, monkeypatch):
         torch.testing.assert_close(got[name].double(), want[name], atol=1e-6, rtol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tree, tmp_path, monkeypatch):
-    train_epoch = trainer.Trainer.train_epoch
+def poison(monkeypatch, updates):
+    """Put a NaN into a pixel of the batches of these updates."""
+    batch_loss = Classification.batch_loss
 
-    def poisoned(self):
-        if self.state.epoch == 1:
-            with torch.no_grad():
-                next(self.model.parameters()).fill_(float("nan"))
-        return train_epoch(self)
+    def poisoned(self, batch):
+        if self.state.update in updates:
+            batch[0][0, 0, 0, 0] = float("nan")
+        return batch_loss(self, batch)
 
-    monkeypatch.setattr(trainer.Trainer, "train_epoch", poisoned)
-    with pytest.raises(RunError, match=r"loss is nan in epoch 2, .* learning rate .* precision fp32; lower optim.lr"):
-        train(config(tree, tmp_path / "run"))
+    monkeypatch.setattr(Classification, "batch_loss", poisoned)
+
+
+def test_an_update_that_is_not_finite_is_left_out(tree, tmp_path, monkeypatch):
+    poison(monkeypatch, {2, 5, 6})
+    train(config(tree, tmp_path / "run", max_skipped=2))
+    assert [record["skipped"] for record in log(tmp_path / "run")] == [1, 2, 0]
+    last = state(tmp_path / "run")
+    assert last["update"] == 12
+    for tensor in (*last["model"].values(), *last["model_ema"].values()):
+        assert tensor.isfinite().all()
+    assert all(int(s["step"]) == 9 for s in last["optimizer"]["state"].values())
+
+
+def test_a_loss_that_stays_without_finite_numbers_stops_the_run(tree, tmp_path, monkeypatch):
+    poison(monkeypatch, range(5, 8))
+    with pytest.raises(RunError, match=r"loss is nan .* epoch 2, update 8, .* precision fp32; lower optim.lr"):
+        train(config(tree, tmp_path / "run", max_skipped=2))
     last = state(tmp_path / "run")
     assert last["update"] == 66 // 16
     assert all(weight.isfinite().all() for weight in last["model"].values())
@@ -257,17 +291,20 @@ def test_other_classes_are_not_evaluated(finished, tree, tmp_path):
         validate(ValidateConfig(str(finished[0]), data=EvalDataConfig(str(renamed), num_workers=0)))
 
 
-def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+@pytest.fixture
+def full_disk():
+    """Files cannot grow beyond 20,000 bytes: writing fails half way, as on a disk that fills."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, full_disk):
     path = tmp_path / "last.pt"
     save_checkpoint({"update": 1}, path)
-
-    def disk_full(state, file):
-        file.write(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match="no space left"):
-        save_checkpoint({"update": 2}, path)
+    with pytest.raises(RunError, match=rf"cannot save {path}: the disk is full. It takes 0.4 MiB, [0-9.]+ MiB are"):
+        save_checkpoint({"update": 2, "model": {"head": torch.zeros(100_000)}}, path)
     assert load_checkpoint(path) == {"update": 1}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -289,11 +326,57 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert not marker.exists()
 
 
-def test_a_damaged_checkpoint_says_which(tmp_path):
-    path = tmp_path / "last.pt"
-    path.write_bytes(b"garbage")
-    with pytest.raises(RunError, match=f"cannot load checkpoint {path}"):
-        load_checkpoint(path)
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "one bit":
+        content[len(content) // 2] ^= 1
+    path.write_bytes({"truncated": content[:-100], "empty": b"", "garbage": b"garbage"}.get(how, content))
+
+
+@pytest.mark.parametrize("how", ["one bit", "truncated", "empty", "garbage"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, tree, tmp_path, capsys, how):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished[0], run_dir)
+    last, previous = (run_dir / "checkpoints" / f"{name}.pt" for name in ("last", "previous"))
+    damage(last, how)
+    train(config(tree, run_dir), resume=True)
+    assert f"warning: cannot load checkpoint {last}" in capsys.readouterr().out
+    assert_same_run(finished[0], run_dir)
+    for path in (last, previous):
+        damage(path, how)
+    with pytest.raises(RunError, match=f"cannot load checkpoint {previous}"):
+        train(config(tree, run_dir), resume=True)
+
+
+@pytest.mark.parametrize("every", [{"every_minutes": 1e-9}, {"every_updates": 1}])
+def test_a_run_is_saved_as_often_as_asked(tree, tmp_path, monkeypatch, every):
+    saved = []
+    save = RunFolder.save
+    monkeypatch.setattr(RunFolder, "save", lambda run, state, *also: (saved.append(state["update"]), save(run, state)))
+    train(plain(tree, tmp_path, checkpoint=CheckpointConfig(**every), schedule=ScheduleConfig(2, warmup_epochs=0)))
+    assert saved == [1, 2, 3, 4, 4, 4, 5, 6, 7, 8, 8, 8]  # twice more around an evaluation
+
+
+def test_the_best_epochs_are_kept(tree, tmp_path):
+    train(plain(tree, tmp_path, checkpoint=CheckpointConfig(keep=2), schedule=ScheduleConfig(5, warmup_epochs=0)))
+    scores = sorted((-record["top1"], record["epoch"]) for record in log(tmp_path))
+    kept = {path.name: load_checkpoint(path) for path in (tmp_path / "checkpoints").glob("epoch-*")}
+    assert kept.keys() == {f"epoch-{epoch}.pt" for _, epoch in scores[:2]}
+    assert all(len(content["history"]) == int(name[6:-3]) for name, content in kept.items())
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(tree, tmp_path):
+    """SIGKILL, and a SIGTERM that the loading processes get too; tools/kill_and_resume.py does many."""
+    content = yaml.safe_load(yaml.safe_dump(asdict(config(tree, "", checkpoint=CheckpointConfig(every_updates=1)))))
+    content |= {"cpu_threads": 1, "schedule": content["schedule"] | {"epochs": 12}}
+    content["data"]["num_workers"] = 1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    command = [str(Path(__file__).parent.parent / "tools" / "train.py"), "--config", str(tmp_path / "config.yaml")]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        killed = KillTest(command, tmp_path / number.name, number, kills=1).run(0)
+        assert killed.moments
+        assert killed.differences == []
+        assert killed.exit_seconds < 5
 
 
 # CUDA graphs

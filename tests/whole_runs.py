@@ -1,9 +1,10 @@
 """What the tests of whole training runs share."""
 
+import os
+import signal
+
 import pytest
 import torch
-
-from vim.training import trainer
 
 TIMES = {"seconds", "images_per_second"}
 
@@ -21,13 +22,13 @@ def timeless(history):
     return [{key: value for key, value in record.items() if key not in TIMES} for record in history]
 
 
-def interrupt(monkeypatch, epochs_before):
-    """Make a run stop as by Ctrl-C when it has done so many epochs."""
-    train_epoch = trainer.Trainer.train_epoch
+def interrupt(monkeypatch, task, update, number=signal.SIGINT):
+    """Send a signal to a run of a task, a subclass of Trainer, while it does an update, counted from 0."""
+    batch_loss = task.batch_loss
 
-    def interrupted(self):
-        if self.state.epoch == epochs_before:
-            raise KeyboardInterrupt
-        return train_epoch(self)
+    def interrupted(self, batch):
+        if self.state.update == update:
+            os.kill(os.getpid(), number)
+        return batch_loss(self, batch)
 
-    monkeypatch.setattr(trainer.Trainer, "train_epoch", interrupted)
+    monkeypatch.setattr(task, "batch_loss", interrupted)

@@ -131,8 +131,8 @@ def test_a_checkpoint_evaluates_with_its_averaged_weights(finished, boxes, tmp_p
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, boxes, tmp_path, monkeypatch):
     run_dir = tmp_path / "cut"
-    interrupt(monkeypatch, 1)
-    with pytest.raises(InterruptedRunError, match=r"epoch 2; go on with: python tools/train_detection.py"):
+    interrupt(monkeypatch, Detection, 14)
+    with pytest.raises(InterruptedRunError, match=r"stopped by SIGINT; go on with: python tools/train_detection.py"):
         train(config(boxes, run_dir), task=Detection)
     monkeypatch.undo()
     torch.manual_seed(99)  # whatever the process drew before does not matter

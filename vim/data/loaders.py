@@ -1,5 +1,9 @@
 """Data sets of tensors, and the loaders that accelerate prepares."""
 
+import os
+import signal
+import threading
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -65,5 +69,22 @@ def loader(images: Dataset, batch_size: int, num_workers: int, **options) -> Dat
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_parent,
         **options,
     )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a group, and the parent still needs its loaders to end
+    the step that it is in. A worker ends when its parent says so, or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

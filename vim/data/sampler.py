@@ -43,16 +43,24 @@ class KeyedSampler(Sampler[SampleKey]):
             )
         self.size, self.seed, self.repeats = size, seed, repeats
         self.length = size // multiple_of * multiple_of
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def start_at(self, position: int) -> None:
+        """Leave out so many samples of every epoch from now on: those that a resumed run had done."""
+        self.start = position
+
     def __len__(self) -> int:
-        return self.length
+        """Samples to come in an epoch."""
+        return self.length - self.start
 
     def __iter__(self) -> Iterator[SampleKey]:
+        return iter(self.keys(self.start, self.length))
+
+    def keys(self, first: int, end: int) -> list[SampleKey]:
+        """The samples from one position of the epoch's order up to another."""
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator).tolist()
-        for position in range(self.length):
-            yield SampleKey(self.epoch, order[position // self.repeats], position % self.repeats)
+        return [SampleKey(self.epoch, order[i // self.repeats], i % self.repeats) for i in range(first, end)]

@@ -89,7 +89,7 @@ def plain_errors() -> Iterator[None]:
         # An error in a loader's worker arrives with the traceback of that process before its message.
         message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, InterruptedRunError) else 1)  # 130: what shells give to Ctrl-C
+        sys.exit(error.exit_code if isinstance(error, InterruptedRunError) else 1)
 
 
 def _config_first(args: list[str]) -> list[str]:

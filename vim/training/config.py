@@ -103,10 +103,32 @@ class EmaConfig:
 
     decay: float = 0.0
     """Part of the average that an update keeps; 0 for no average."""
+    warmup: bool = False
+    """Keep less at first, 1 - n ** (-2/3) at update n up to decay, so that a short run's average forgets its start."""
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay must be at least 0 and below 1, got {self.decay}")
+
+
+@dataclass
+class CheckpointConfig:
+    """When the state of the run is saved, besides the end of every epoch and a SIGTERM or Ctrl-C."""
+
+    every_minutes: float | None = 10.0
+    """Minutes between checkpoints; null for none by time."""
+    every_updates: int | None = None
+    """Updates between checkpoints; null for none by count."""
+    keep: int = 0
+    """Also keep the checkpoints of so many epochs, the best ones, as epoch-<number>.pt."""
+
+    def __post_init__(self):
+        if self.every_minutes is not None and not self.every_minutes > 0:
+            raise ValueError(f"checkpoint.every_minutes must be positive, or null, got {self.every_minutes}")
+        if self.every_updates is not None and self.every_updates < 1:
+            raise ValueError(f"checkpoint.every_updates must be at least 1, or null, got {self.every_updates}")
+        if self.keep < 0:
+            raise ValueError(f"checkpoint.keep must be 0 or more, got {self.keep}")
 
 
 @dataclass
@@ -128,8 +150,13 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    max_skipped: int = 20
+    """Updates in a row that may be left out because loss or gradient are not finite; one more stops the run."""
 
     def __post_init__(self):
+        if self.max_skipped < 0:
+            raise ValueError(f"max_skipped must be 0 or more, got {self.max_skipped}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if self.accumulate < 1:

@@ -1,6 +1,7 @@
 """What stops a run, in words for its owner."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -13,7 +14,16 @@ class RunError(RuntimeError):
 
 
 class InterruptedRunError(RunError):
-    """The user stopped the run; the message says how to go on."""
+    """A signal, Ctrl-C if no other is given, stopped the run; the message says how to go on."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT):
+        super().__init__(message)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """What shells give to a program that a signal stops: 130 after Ctrl-C, 143 after SIGTERM."""
+        return 128 + self.number
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:

@@ -31,8 +31,9 @@ class Progress:
             print(text, flush=True)
 
     @contextmanager
-    def bar(self, name: str, total: int) -> Iterator[Callable[[str], None]]:
-        """A bar of `total` steps, or a line a minute; call the function it gives after each step, with news or "".
+    def bar(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+        """A bar of `total` steps, of which some are done, or a line a minute; call the function it gives after each
+        step, with news or "".
 
         with progress.bar("epoch 3", len(loader)) as advance:
             for batch in loader:
@@ -43,13 +44,13 @@ class Progress:
         elif self.console.is_terminal:
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
             with RichProgress(*columns, console=self.console, transient=True) as bar:
-                task = bar.add_task(name, total=total)
+                task = bar.add_task(name, total=total, completed=done)
                 yield lambda news: bar.update(task, advance=1, description=f"{name}  {news}" if news else name)
         else:
-            yield self._line_a_minute(name, total)
+            yield self._line_a_minute(name, total, done)
 
-    def _line_a_minute(self, name: str, total: int) -> Callable[[str], None]:
-        done, last = 0, time.monotonic()
+    def _line_a_minute(self, name: str, total: int, done: int) -> Callable[[str], None]:
+        last = time.monotonic()
 
         def advance(news: str) -> None:
             nonlocal done, last

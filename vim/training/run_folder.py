@@ -1,7 +1,9 @@
 """The folder of a run: configuration, log, checkpoints, summary, and the trained model as timm loads it."""
 
 import json
+import re
 import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ import yaml
 from timm.models import save_for_hf
 from torch import nn
 
+from .checkpoint import duplicate, load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .errors import RunError
 from .files import whole_file
 
 # Where the data lie and how they are loaded does not change results, so that a resumed run may change it.
-FREE_ON_RESUME = {"run_dir", "data.root", "data.num_workers"}
+# (The batch is divided among processes and steps; their product is checked with the checkpoint.)
+FREE_ON_RESUME = re.compile(r"run_dir|data\.(root|num_workers|batch_size)|accumulate|checkpoint\..*|max_skipped")
 
 
 class RunFolder:
@@ -26,8 +30,8 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.log = self.path / "log.jsonl"
         self.summary = self.path / "summary.json"
-        self.last = self.path / "checkpoints" / "last.pt"
-        self.best = self.path / "checkpoints" / "best.pt"
+        self.checkpoints = self.path / "checkpoints"
+        self.last, self.previous, self.best = (self.checkpoints / f"{n}.pt" for n in ("last", "previous", "best"))
 
     @property
     def resume_command(self) -> str:
@@ -36,7 +40,8 @@ class RunFolder:
     def check(self, config: RunConfig, resume: bool) -> None:
         """Raise RunError if the folder holds a run and should not, or the other way round, or another run's."""
         if not resume:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            # Hidden files are what a start left that was stopped before its configuration stood there.
+            if self.path.exists() and (not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir())):
                 hint = f"go on with it: {self.resume_command}; or " if self.config.is_file() else ""
                 raise RunError(f"run folder {self.path} exists; {hint}choose another --run_dir, or remove it")
             return
@@ -44,13 +49,54 @@ class RunFolder:
             raise RunError(f"no run to resume in {self.path}: {self.config} is missing; start it without --resume")
         saved, given = (_flat(c) for c in (yaml.safe_load(self.config.read_text()), _plain(config)))
         changed = [key for key in sorted(saved | given) if saved.get(key) != given.get(key)]
-        if changed := [key for key in changed if key not in FREE_ON_RESUME]:
+        if changed := [key for key in changed if not FREE_ON_RESUME.fullmatch(key)]:
             was = ", ".join(f"{key} was {saved.get(key)!r}, is {given.get(key)!r}" for key in changed)
             raise RunError(f"a resumed run keeps its configuration, but {was}; resume with: {self.resume_command}")
 
     def create(self, config: RunConfig) -> None:
-        self.last.parent.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write(self.config, yaml.safe_dump(_plain(config), sort_keys=False))
+
+    def save(self, state: dict[str, Any], *also: Path) -> None:
+        """Write last.pt; the one before becomes previous.pt. At any moment one of both is whole.
+
+        Args:
+            also: other names for the same, which are there before.
+        """
+        self.checkpoints.mkdir(exist_ok=True)
+        new = self.checkpoints / "new.pt"
+        save_checkpoint(state, new)
+        for path in also:
+            duplicate(new, path)
+        if self.last.exists():
+            self.last.replace(self.previous)
+        new.replace(self.last)
+
+    def load(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole; None if the run was never saved.
+
+        Raises: RunError if there are checkpoints and none can be loaded.
+        """
+        found = [path for path in (self.last, self.previous) if path.exists()]
+        for path in found:
+            try:
+                return load_checkpoint(path)
+            except RunError as error:
+                if path == found[-1]:
+                    raise
+                warn(f"warning: {error}\ngoing on from {self.previous}, the checkpoint before")
+        return None
+
+    def epoch(self, number: int) -> Path:
+        """Checkpoint of an epoch that is kept."""
+        return self.checkpoints / f"epoch-{number}.pt"
+
+    def keep_epochs(self, numbers: Iterable[int]) -> None:
+        """Remove the checkpoints of other epochs."""
+        kept = {self.epoch(number) for number in numbers}
+        for path in self.checkpoints.glob("epoch-*.pt"):
+            if path not in kept:
+                path.unlink()
 
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """Write log.jsonl, one line an epoch. Whole each time: a crash may have come between checkpoint and log."""

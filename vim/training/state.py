@@ -1,6 +1,6 @@
-"""What a run knows at the end of an epoch, and a checkpoint holds."""
+"""What a run knows between two updates, and a checkpoint holds."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from timm.scheduler.scheduler import Scheduler
@@ -9,23 +9,46 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from .errors import RunError
+
+
+@dataclass
+class EpochSoFar:
+    """The epoch that is being trained.
+
+    images: done, by all processes. updates: made. loss: sum of their mean losses. skipped: updates left out because
+    loss or gradient were not finite. skipped_in_row: those since the last that was made. lr: of the last update.
+    seconds: of training.
+    """
+
+    images: int = 0
+    updates: int = 0
+    loss: float = 0.0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    lr: float = 0.0
+    seconds: float = 0.0
+
 
 @dataclass
 class TrainingState:
-    """Everything that the next epoch depends on. Random generators are not in it: all randomness is keyed by the
+    """Everything that the next update depends on. Random generators are not in it: all randomness is keyed by the
     seed, the epoch or the update (see vim.data.randomness).
 
-    model: unwrapped. metric: key of a record that makes an epoch the best. ema: None without averaging. scaler: None
-    but under fp16. update: updates done. history: a record for each epoch done, the lines of log.jsonl.
+    model: unwrapped. total_batch: images in an update. metric: key of a record that makes an epoch the best. ema: None
+    without averaging. scaler: None but under fp16. update: updates done or left out, over all epochs. history: a
+    record for each epoch done, the lines of log.jsonl.
     """
 
     model: nn.Module
     optimizer: Optimizer
     schedule: Scheduler
     metric: str
+    total_batch: int
     ema: ModelEmaV3 | None = None
     scaler: GradScaler | None = None
     update: int = 0
+    so_far: EpochSoFar = field(default_factory=EpochSoFar)
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -33,9 +56,12 @@ class TrainingState:
         """Epochs done."""
         return len(self.history)
 
+    def ranking(self) -> list[dict[str, Any]]:
+        """The records, best first; of equals the earlier."""
+        return sorted(self.history, key=self.score, reverse=True)
+
     def best(self) -> dict[str, Any]:
-        """The record of the best epoch, the earliest of equals."""
-        return max(self.history, key=self.score)
+        return self.ranking()[0]
 
     @property
     def learning_rate(self) -> float:
@@ -50,12 +76,33 @@ class TrainingState:
         """The trained model under the name "", and that of the averaged weights under "ema" where there is one."""
         return {"": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
 
-    def end_update(self) -> None:
-        """Count an update; average its weights; set the learning rate of the next."""
+    def end_update(self, loss: float, made: bool, seconds: float) -> None:
+        """Count an update; average its weights; set the learning rate of the next.
+
+        Args:
+            loss: mean of its images.
+            made: False for one that was left out.
+            seconds: that it took.
+        """
         self.update += 1
-        if self.ema is not None:
-            self.ema.update(self.model)
+        so_far = self.so_far
+        so_far.images += self.total_batch
+        so_far.lr = self.learning_rate
+        so_far.seconds += seconds
+        if made:
+            so_far.updates += 1
+            so_far.loss += loss
+            so_far.skipped_in_row = 0
+            if self.ema is not None:
+                self.ema.update(self.model, self.update if self.ema.use_warmup else None)
+        else:
+            so_far.skipped += 1
+            so_far.skipped_in_row += 1
         self.schedule.step_update(self.update)
+
+    def end_epoch(self, record: dict[str, Any]) -> None:
+        self.history.append(record)
+        self.so_far = EpochSoFar(skipped_in_row=self.so_far.skipped_in_row)
 
     def state_dict(self) -> dict[str, Any]:
         # timm's loaders know the names model and model_ema, and prefer the latter.
@@ -64,9 +111,15 @@ class TrainingState:
             state["model_ema"] = self.ema.module.state_dict()
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
-        return state | {"update": self.update, "history": self.history}
+        position = {"update": self.update, "so_far": asdict(self.so_far), "history": self.history}
+        return state | position | {"total_batch": self.total_batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["total_batch"] != self.total_batch:
+            raise RunError(
+                f"the run has {state['total_batch']} images an update, now they would be {self.total_batch}; choose "
+                "data.batch_size and accumulate for the number of processes so that it stays the same"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
@@ -74,4 +127,5 @@ class TrainingState:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.update, self.history = state["update"], list(state["history"])
+        self.so_far = EpochSoFar(**state["so_far"])
         self.schedule.step_update(self.update)

@@ -4,11 +4,13 @@ import time
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpointer import Checkpointer
 from .classification import Classification
 from .config import RunConfig
 from .errors import InterruptedRunError
+from .interruption import Interruption
 from .progress import Progress
 from .run_folder import RunFolder
 from .summary import epoch_line
@@ -18,50 +20,75 @@ from .trainer import Trainer, create_accelerator
 def train(config: RunConfig, resume: bool = False, task: type[Trainer] = Classification) -> dict[str, Any]:
     """Train, evaluate after every epoch, and write the run folder.
 
+    A run that was stopped at any moment and is resumed ends as if it had not been stopped.
+
     Args:
         config: everything about the run, of the task's kind.
         resume: go on with the run in config.run_dir, from its last checkpoint.
         task: what is trained.
 
     Returns: the content of summary.json.
-    Raises: DataError, ConfigError or RunError, with a message for the user.
+    Raises: DataError, ConfigError or RunError, with a message for the user; InterruptedRunError after SIGTERM or
+        Ctrl-C, when the state is saved.
     """
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     accelerator = create_accelerator(config.precision, config.accumulate)
-    progress = Progress(accelerator.is_main_process)
     run = RunFolder(config.run_dir, config.TOOL)
     run.check(config, resume)
+    try:
+        with Interruption() as interruption:
+            summary = _train(config, resume, task, accelerator, run, interruption)
+    except InterruptedRunError as error:
+        how = f"go on with: {run.resume_command}" if run.config.is_file() else "it had not begun"
+        raise InterruptedRunError(f"{error}; {how}", error.number) from None
+    accelerator.end_training()
+    return summary
+
+
+def _train(
+    config: RunConfig,
+    resume: bool,
+    task: type[Trainer],
+    accelerator: Accelerator,
+    run: RunFolder,
+    interruption: Interruption,
+) -> dict[str, Any]:
+    main, epochs = accelerator.is_main_process, config.schedule.epochs
+    progress = Progress(main)
     trainer = task(config, accelerator, progress)
-    state, epochs = trainer.state, config.schedule.epochs
+    state = trainer.state
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
-    if accelerator.is_main_process and not resume:
+    if main and not resume:
         run.create(config)
-    if resume and run.last.exists():
-        state.load_state_dict(load_checkpoint(run.last))
+    if resume and (saved := run.load(progress.line)) is not None:
+        state.load_state_dict(saved)
     progress.line(trainer.describe())
 
-    if state.epoch == epochs:  # the run was complete already
-        trainer.evaluate()
-    try:
-        for epoch in range(state.epoch, epochs):
-            start = time.perf_counter()
-            record = {"epoch": epoch + 1, **trainer.train_epoch()}
-            record |= trainer.evaluate()
-            state.history.append(record | {"seconds": time.perf_counter() - start})
-            if accelerator.is_main_process:
-                if state.best() is state.history[-1]:
-                    save_checkpoint(state.state_dict(), run.best)
-                save_checkpoint(state.state_dict(), run.last)
+    checkpointer = Checkpointer(run, config.checkpoint, interruption, accelerator, state)
+    complete = state.epoch == epochs
+    for _ in range(state.epoch, epochs):
+        with interruption.postponed():
+            record = {"epoch": state.epoch + 1, **trainer.train_epoch(checkpointer)}
+            checkpointer.save()  # an evaluation that is stopped can be done again
+        start = time.perf_counter()
+        record |= trainer.evaluate()
+        with interruption.postponed():
+            state.end_epoch(record | {"seconds": state.so_far.seconds + time.perf_counter() - start})
+            kept = [record["epoch"] for record in state.ranking()[: config.checkpoint.keep]]
+            also = [run.best] if state.best() is state.history[-1] else []
+            checkpointer.save(*also, *[run.epoch(state.epoch)] * (state.epoch in kept))
+            if main:
+                run.keep_epochs(kept)
                 run.write_log(state.history)
             progress.line(epoch_line(state, epochs, trainer.headline(state.history[-1])))
-    except KeyboardInterrupt:
-        raise InterruptedRunError(f"interrupted in epoch {epoch + 1}; go on with: {run.resume_command}") from None
 
+    if complete:
+        trainer.evaluate()
     summary = trainer.summary()
-    if accelerator.is_main_process:
+    if main:
+        run.write_log(state.history)  # the run may have been stopped right before it wrote it
         results = trainer.write_results(run)
         run.write_summary(summary)
         progress.line(f"{epochs} epochs in {summary['train_seconds']:.0f} s\n{results}\nsummary: {run.summary}")
-    accelerator.end_training()
     return summary

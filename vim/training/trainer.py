@@ -3,6 +3,7 @@
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +13,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vim.data import derive_seed
+from vim.data import KeyedSampler, derive_seed
 
+from .checkpointer import Checkpointer
 from .config import Precision, RunConfig
 from .errors import ConfigError, RunError
 from .optim import create_optimizer, create_schedule
@@ -23,7 +25,6 @@ from .state import TrainingState
 from .summary import summarise
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-STEPS_BETWEEN_CHECKS = 20  # reading the loss waits for the GPU
 
 
 def create_accelerator(precision: Precision, accumulate: int = 1) -> Accelerator:
@@ -66,14 +67,17 @@ class Trainer(ABC):
         """
         config = self.config
         optimizer = create_optimizer(model, config.optim, total_batch)
-        ema = ModelEmaV3(model, decay=config.ema.decay) if config.ema.decay else None
+        ema = ModelEmaV3(model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
         self.accelerate_model(model)
-        self.images_per_epoch = len(train_batches.sampler)  # type: ignore[arg-type]
+        assert isinstance(train_batches.sampler, KeyedSampler)
+        self.sampler = train_batches.sampler
+        self.images_per_epoch = len(self.sampler)
         self.model, optimizer, self.train_batches, self.val_batches = self.accelerator.prepare(
             model, optimizer, train_batches, val_batches
         )
         schedule = create_schedule(optimizer, config.schedule, self.images_per_epoch // total_batch)
-        self.state = TrainingState(model, optimizer, schedule, self.METRIC, ema, self.accelerator.scaler)
+        scaler = self.accelerator.scaler
+        self.state = TrainingState(model, optimizer, schedule, self.METRIC, total_batch, ema, scaler)
 
     @abstractmethod
     def accelerate_model(self, model: nn.Module) -> None:
@@ -111,47 +115,71 @@ class Trainer(ABC):
         """Content of summary.json."""
         return summarise(self.state, self.config.seed, self.accelerator.device)
 
-    def train_epoch(self) -> dict[str, Any]:
-        """One pass over the training images.
+    def train_epoch(self, checkpointer: Checkpointer) -> dict[str, Any]:
+        """What is left of a pass over the training images.
 
         Returns: mean loss, learning rate of the last update, images per second over all processes.
-        Raises: RunError if the loss is no longer finite.
+        Raises: RunError if loss or gradient stay without finite numbers; InterruptedRunError after a signal.
         """
-        accelerator, state = self.accelerator, self.state
-        epoch, steps, start = state.epoch, len(self.train_batches), time.perf_counter()
-        total = torch.zeros((), device=accelerator.device)
+        state, accelerator, clock = self.state, self.accelerator, time.perf_counter()
+        images_per_step = state.total_batch // self.config.accumulate
+        first, steps = state.so_far.images // images_per_step, self.images_per_epoch // images_per_step
+        loss_sum = torch.zeros((), device=accelerator.device)  # of an update
         self.model.train()
-        self.train_batches.set_epoch(epoch)
-        with self.progress.bar(f"epoch {epoch + 1}/{self.config.schedule.epochs}", steps) as advance:
-            for step, batch in enumerate(self.train_batches, 1):
+        with self.progress.bar(f"epoch {state.epoch + 1}/{self.config.schedule.epochs}", steps, first) as advance:
+            for step, batch in enumerate(self._batches_left(), first + 1):
                 # Mixing, sampling, dropout and drop path depend on the step alone: no generator to save and restore.
-                key = derive_seed("step", self.config.seed, epoch, step, accelerator.process_index)
+                key = derive_seed("step", self.config.seed, state.epoch, step, accelerator.process_index)
                 set_seed(key % 2**32)
                 with accelerator.accumulate(self.model):
                     loss = self.batch_loss(batch)
                     accelerator.backward(loss)
-                    if self.config.optim.clip_grad and accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
-                    state.optimizer.step()
-                    state.optimizer.zero_grad()
-                if accelerator.sync_gradients:
-                    lr = state.learning_rate
-                    state.end_update()
-                total += loss.detach()
-                if step % STEPS_BETWEEN_CHECKS == 0 or step == steps:
-                    mean = self._finite_mean(total / step, step)
-                advance(f"loss {mean:.3f}" if step >= STEPS_BETWEEN_CHECKS else "")
-        seconds = time.perf_counter() - start
-        rate = self.images_per_epoch / seconds
-        return {"train_loss": mean, "lr": lr, "updates": state.update, "images_per_second": rate}
+                    loss_sum += loss.detach()
+                    if accelerator.sync_gradients:
+                        loss_sum /= self.config.accumulate
+                        now = time.perf_counter()
+                        save, stop = self._update(loss_sum, now - clock, checkpointer.wishes())
+                        clock = now
+                        loss_sum.zero_()
+                        checkpointer.after_update(save, stop)
+                advance(f"loss {state.so_far.loss / max(state.so_far.updates, 1):.3f}")
+        so_far = state.so_far
+        return {
+            "train_loss": so_far.loss / max(so_far.updates, 1),
+            "lr": so_far.lr,
+            "updates": state.update,
+            "skipped": so_far.skipped,
+            "images_per_second": self.images_per_epoch / so_far.seconds,
+        }
 
-    def _finite_mean(self, loss: Tensor, step: int) -> float:
-        """Mean of a loss over the processes, the same on all of them, so that they stop together."""
-        mean = self.accelerator.reduce(loss, "mean").item()  # type: ignore[union-attr]
-        if not math.isfinite(mean):
+    def _batches_left(self) -> Iterable[Any]:
+        """Of this epoch, on this process."""
+        done = self.state.so_far.images
+        if done == self.images_per_epoch:
+            return ()
+        self.sampler.start_at(done)
+        self.train_batches.set_epoch(self.state.epoch)
+        return self.train_batches
+
+    def _update(self, loss: Tensor, seconds: float, wishes: tuple[bool, bool]) -> tuple[bool, bool]:
+        """Change the weights by the gradients of an update, if all is finite.
+
+        Returns: for each wish, whether any process has it. (They travel with the loss: one wait for the GPU in all.)
+        """
+        accelerator, optimizer = self.accelerator, self.state.optimizer
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad or math.inf)
+        mine = torch.stack([loss, norm.to(loss), *torch.tensor(wishes).to(loss)])
+        mean_loss, norm, save, stop = accelerator.reduce(mine, "mean").tolist()  # type: ignore[union-attr]
+        made = math.isfinite(mean_loss) and math.isfinite(norm)
+        if made or accelerator.scaler is not None:  # the scaler of fp16 leaves the update out itself, and learns of it
+            optimizer.step()
+        optimizer.zero_grad()
+        self.state.end_update(mean_loss, made, seconds)
+        if self.state.so_far.skipped_in_row > self.config.max_skipped:
             raise RunError(
-                f"loss is {mean} in epoch {self.state.epoch + 1}, within {STEPS_BETWEEN_CHECKS} steps before step "
-                f"{step}, at learning rate {self.state.learning_rate:.2g} and precision "
-                f"{self.config.precision}; lower optim.lr, set optim.clip_grad, or train in bf16 or fp32"
+                f"loss is {mean_loss} and the norm of the gradient {norm} in epoch {self.state.epoch + 1}, update "
+                f"{self.state.update}, as in the {self.config.max_skipped} updates before, at learning rate "
+                f"{self.state.learning_rate:.2g} and precision {self.config.precision}; lower optim.lr, set "
+                "optim.clip_grad, or train in bf16 or fp32"
             )
-        return mean
+        return save > 0, stop > 0

@@ -1,0 +1,61 @@
+"""When a run is saved, and what happens to it when a signal comes."""
+
+import signal
+import time
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from .config import CheckpointConfig
+from .errors import InterruptedRunError
+from .interruption import Interruption
+from .run_folder import RunFolder
+from .state import TrainingState
+
+
+class Checkpointer:
+    """Saves a run between updates: as often as the configuration says, and before a signal ends it.
+
+    All processes call its methods together; the main one writes.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: CheckpointConfig,
+        interruption: Interruption,
+        accelerator: Accelerator,
+        state: TrainingState,
+    ):
+        self.run, self.config, self.interruption = run, config, interruption
+        self.accelerator, self.state = accelerator, state
+        self._saved_at = time.monotonic()
+
+    def wishes(self) -> tuple[bool, bool]:
+        """Whether this process wants a checkpoint, because its minutes are over, and whether a signal stops it."""
+        minutes = self.config.every_minutes
+        due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return due, self.interruption.asked is not None
+
+    def after_update(self, save: bool, stop: bool) -> None:
+        """Save if it is time.
+
+        Args:
+            save, stop: whether any process wishes so.
+
+        Raises: InterruptedRunError, when all is saved, if a signal has come.
+        """
+        updates = self.config.every_updates
+        if save or stop or (updates and self.state.update % updates == 0):
+            self.save()
+        if stop:
+            self.accelerator.wait_for_everyone()  # a launcher may end the others when the first process ends
+            self.interruption.obey()
+            raise InterruptedRunError("stopped with another process", signal.SIGTERM)
+
+    def save(self, *also: Path) -> None:
+        """Write last.pt, and the same under other names before."""
+        state = self.state.state_dict()
+        if self.accelerator.is_main_process:
+            self.run.save(state, *also)
+        self._saved_at = time.monotonic()
