@@ -56,7 +56,7 @@ def epochs(folder, num_workers, count=2):
 def test_workers_do_not_change_the_batches(folder):
     alone, helped = epochs(folder, 0), epochs(folder, 2)
     assert len(alone) == len(helped) == 10
-    for (images, labels), (images_, labels_) in zip(alone, helped, strict=True):
+    for (images, labels, _), (images_, labels_, _) in zip(alone, helped, strict=True):
         assert torch.equal(images, images_)
         assert torch.equal(labels, labels_)
     assert not torch.equal(alone[0][0], alone[5][0])  # the second epoch is another
@@ -67,7 +67,7 @@ def test_augmentation_depends_on_every_part_of_the_key(folder):
     same, again = images[SampleKey(1, 2, 0)][0], images[SampleKey(1, 2, 0)][0]
     assert torch.equal(same, again)
     others = [images[SampleKey(0, 2, 0)], images[SampleKey(1, 2, 1)], train_images(folder, seed=1)[SampleKey(1, 2, 0)]]
-    assert all(not torch.equal(same, other) for other, _ in others)
+    assert all(not torch.equal(same, other) for other, *_ in others)
 
 
 def test_neither_depends_on_the_surrounding_generators_nor_disturbs_them(folder):
@@ -119,7 +119,7 @@ def test_a_data_set_smaller_than_an_update_is_refused():
 
 
 def test_without_augmentation_a_pixel_is_only_normalised(folder):
-    image, label = TrainImages(folder, train_transform(AugmentConfig(**WHOLE), GREY), 0, 1)[SampleKey(0, 3, 0)]
+    image, label, _ = TrainImages(folder, train_transform(AugmentConfig(**WHOLE), GREY), 0, 1)[SampleKey(0, 3, 0)]
     path, want_label = folder.samples[3]
     want = (np.asarray(Image.open(path)) / 255 - 0.2) / 0.5
     torch.testing.assert_close(image[0].double(), torch.from_numpy(want), atol=1e-6, rtol=0)
@@ -164,8 +164,8 @@ def test_affine_translation_stays_within_its_part_of_the_edge():
 
 def test_evaluation_batches_hold_every_image_once_in_order(folder):
     batches = list(eval_loader(EvalImages(folder, eval_transform(GREY), 1), batch_size=4))
-    assert [len(labels) for _, labels in batches] == [4, 4, 4, 4, 4, 1]
-    assert torch.cat([labels for _, labels in batches]).tolist() == [label for _, label in folder.samples]
+    assert [len(labels) for _, labels, _ in batches] == [4, 4, 4, 4, 4, 1]
+    assert torch.cat([labels for _, labels, _ in batches]).tolist() == [label for _, label in folder.samples]
 
 
 def test_seeds_are_spread_and_fixed_for_all_time():

@@ -3,7 +3,6 @@
 import json
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 from image_tree import write_image_tree
-from safetensors.torch import load_file
-from torch.testing import assert_close
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {
@@ -76,28 +73,6 @@ def test_train_resume_and_validate(setting, monkeypatch, capsys, call):
     assert f"{summary['top1']:.2f}" in capsys.readouterr().out
 
 
-def test_two_processes_train_like_one_with_the_same_total_batch(setting):
-    """Same images in each update, gradients averaged, one run folder, exact evaluation."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    args = ("--config", "config.yaml", "--run_dir", "runs/two", "--data.batch_size", 4)
-    pair = [start("train", *args, cwd=setting, env=common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
-    alone = start("train", "--config", "config.yaml", "--run_dir", "runs/alone", cwd=setting)
-    for process in (*pair, alone):
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-    one, two = (setting / "runs" / name for name in ("alone", "two"))
-    records = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (one, two)]
-    for a, b in zip(*records, strict=True):
-        assert (a["updates"], a["lr"]) == (b["updates"], b["lr"])
-        assert abs(a["train_loss"] - b["train_loss"]) < 1e-4
-    assert json.loads((two / "summary.json").read_text())["val_images"] == 9
-    weights, weights_two = (load_file(run / "model.safetensors") for run in (one, two))
-    for name, weight in weights.items():
-        assert_close(weights_two[name], weight, atol=1e-3, rtol=1e-2)
-
-
 @pytest.mark.parametrize(
     "tool",
     [
@@ -110,6 +85,7 @@ def test_two_processes_train_like_one_with_the_same_total_batch(setting):
         "visualize",
         "export_model",
         "demo",
+        "kill_and_resume",
     ],
 )
 def test_help(tool, call, capsys):

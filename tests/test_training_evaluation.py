@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
+from vim.data.loaders import collate
 from vim.training.evaluation import evaluate
 from vim.training.progress import Progress
 
@@ -25,7 +26,9 @@ def scores(images, classes):
 
 def evaluated(images, classes, batch_size):
     accelerator = Accelerator()
-    loader = accelerator.prepare(DataLoader(TensorDataset(*scores(images, classes)), batch_size))
+    loader = accelerator.prepare(
+        DataLoader([(*pair, []) for pair in zip(*scores(images, classes), strict=True)], batch_size, collate_fn=collate)
+    )
     return evaluate(torch.nn.Identity(), loader, accelerator, Progress(False))
 
 
@@ -53,6 +56,7 @@ import test_training_evaluation as t
 for images, batch_size in ((23, 4), (5, 4), (24, 3), (1, 2)):
     t.check(t.evaluated(images, 7, batch_size), images, 7)
 assert t.Accelerator().num_processes == 2
+t.Accelerator().end_training()
 """
 
 

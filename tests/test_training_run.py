@@ -1,6 +1,7 @@
 """Whole runs of a tiny model: what they learn, write, resume and refuse."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -19,8 +20,17 @@ from accelerate.state import AcceleratorState
 from image_tree import write_image_tree
 from whole_runs import interrupt, one_thread, timeless  # noqa: F401  (the fixture)
 
-from vim.data import AugmentConfig, DataConfig, EvalDataConfig
-from vim.training import ConfigError, InterruptedRunError, RunError, ValidateConfig, train, trainer, validate
+from vim.data import AugmentConfig, DataConfig, DataError, EvalDataConfig
+from vim.training import (
+    ConfigError,
+    InterruptedRunError,
+    RunError,
+    ValidateConfig,
+    classification,
+    train,
+    trainer,
+    validate,
+)
 from vim.training.checkpoint import load_checkpoint, save_checkpoint
 from vim.training.classification import Classification
 from vim.training.config import CheckpointConfig, EmaConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
@@ -260,11 +270,57 @@ def test_an_update_that_is_not_finite_is_left_out(tree, tmp_path, monkeypatch):
 
 def test_a_loss_that_stays_without_finite_numbers_stops_the_run(tree, tmp_path, monkeypatch):
     poison(monkeypatch, range(5, 8))
-    with pytest.raises(RunError, match=r"loss is nan .* epoch 2, update 8, .* precision fp32; lower optim.lr"):
+    where = r"loss is nan .* epoch 2, update 8, .* precision fp32. Activations: .*; gradients: first in .* \(nan\)"
+    with pytest.raises(RunError, match=where):
         train(config(tree, tmp_path / "run", max_skipped=2))
-    last = state(tmp_path / "run")
-    assert last["update"] == 66 // 16
-    assert all(weight.isfinite().all() for weight in last["model"].values())
+    assert state(tmp_path / "run")["update"] == 66 // 16
+    found = tmp_path / "run" / "not_finite"
+    assert all(weight.isfinite().all() for weight in load_checkpoint(found / "state.pt")["model"].values())
+
+
+def test_a_diagnosis_names_block_and_files(tree, tmp_path, monkeypatch):
+    """Weights of the second block that overflow: everything before it is finite."""
+    create = classification.create_model
+
+    def overflowing(*args):
+        model = create(*args)
+        with torch.no_grad():
+            model.blocks[1].mlp.fc1.weight.fill_(3e38)
+        return model
+
+    monkeypatch.setattr(classification, "create_model", overflowing)
+    with pytest.raises(RunError, match=r"Activations: first in blocks.1 "):
+        train(config(tree, tmp_path / "run", max_skipped=0, accumulate=2))
+    found = tmp_path / "run" / "not_finite"
+    report = json.loads((found / "report-0.json").read_text())
+    peaks = report["largest_activation_by_block"]
+    assert [math.isfinite(peaks[name]) for name in ("patch_embed", "blocks.0", "blocks.1", "head")] == [1, 1, 0, 0]
+    assert set(report["gradient_norm_by_block"]) == {"cls_token", "pos_embed", *peaks}
+    images, labels, _ = load_checkpoint(found / "batch-0.pt")["batch"]
+    assert len(images) == len(labels) == len(report["files"]) == 32
+    assert ["abc".index(Path(file).parent.name) for file in report["files"]] == labels.tolist()
+
+
+def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, monkeypatch):
+    tree = write_image_tree(tmp_path / "images", {"train": 66, "val": 15}, classes=3)
+    bad = [tree / name for name in ("train/a/0.png", "train/b/10.png", "val/c/5.png")]
+    for path, how in zip(bad, ("empty", "garbage", "truncated"), strict=True):
+        damage(path, how)
+    with pytest.raises(DataError, match="cannot read image"):
+        train(config(tree, tmp_path / "run"))
+    data = DataConfig(str(tree), batch_size=16, num_workers=1, crop_pct=1.0, mean=(0.3,), std=(0.2,), bad_images="skip")
+    summary = train(config(tree, tmp_path / "whole", data=data))
+    assert (summary["bad_images"], summary["val_images"]) == (3, 14)
+    assert (tmp_path / "whole" / "bad_images.txt").read_text().split() == list(map(str, bad))
+    interrupt(monkeypatch, Classification, 9)
+    with pytest.raises(InterruptedRunError):
+        train(config(tree, tmp_path / "cut", data=data))
+    monkeypatch.undo()
+    train(config(tree, tmp_path / "cut", data=data), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    data = EvalDataConfig(str(tree), bad_images="skip")
+    results = validate(ValidateConfig(str(tmp_path / "cut"), data=data, output=str(tmp_path / "v.json")))
+    assert (results["images"], results["bad_images"], results["top1"]) == (14, [str(bad[2])], summary["top1"])
 
 
 def test_a_model_without_gradient_checkpointing_says_so(tree, tmp_path, monkeypatch):
@@ -414,7 +470,7 @@ def test_what_a_graph_is_not_for():
     assert wants_cuda_graph(vit, ModelConfig(), SimpleNamespace(**gpu))
     for config in (ModelConfig(cuda_graph=False), ModelConfig(compile=True), ModelConfig(grad_checkpointing=True)):
         assert not wants_cuda_graph(vit, config, SimpleNamespace(**gpu))
-    for other in ({"device": torch.device("cpu")}, {"num_processes": 2}, {"gradient_accumulation_steps": 2}):
+    for other in ({"device": torch.device("cpu")}, {"gradient_accumulation_steps": 2}):
         assert not wants_cuda_graph(vit, ModelConfig(), SimpleNamespace(**gpu | other))
     vim = timm.create_model("vim_nano", depth=1)
     assert wants_cuda_graph(vim, ModelConfig(grad_checkpointing=True), SimpleNamespace(**gpu))

@@ -45,7 +45,7 @@ def test_boxes_and_masks_follow_the_pixels(data, augment, tolerance):
     transformed = images(data, augment)
     compared = 0
     for number in range(len(data)):
-        image, target = transformed[SampleKey(0, number, 0)]
+        image, target, _ = transformed[SampleKey(0, number, 0)]
         assert image.shape[0] == 3
         assert max(image.shape[1:]) <= SIZE
         assert image.dtype == torch.float32
@@ -100,7 +100,7 @@ def test_erasing_hides_pixels_and_takes_hidden_boxes_with_it(data):
     plain, erased = (images(data, JitterConfig((1.0, 1.0), hflip=0.0, erasing=p), passes=8) for p in (0.0, 1.0))
     gone = kept = 0
     for number in range(len(plain)):
-        (image, target), (changed, left) = (each[SampleKey(0, number, 0)] for each in (plain, erased))
+        (image, target, _), (changed, left, _) = (each[SampleKey(0, number, 0)] for each in (plain, erased))
         hidden = (image != changed).all(0)
         rows, columns = hidden.any(1).nonzero(), hidden.any(0).nonzero()
         top, bottom, start, end = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1

@@ -11,6 +11,9 @@ def check_loading(batch_size: int, num_workers: int) -> None:
         raise ValueError(f"data.num_workers must be 0 or more, got {num_workers}")
 
 
+BadImages = Literal["raise", "skip"]
+
+
 @dataclass
 class EvalDataConfig:
     """Images: root/<split>/<class>/<image>."""
@@ -23,6 +26,8 @@ class EvalDataConfig:
     """Images per process and step."""
     num_workers: int = 2
     """Processes that load images, for each training process; 0: it loads itself. Results do not depend on it."""
+    bad_images: BadImages = "raise"
+    """Files that cannot be read: raise stops at the first; skip goes on without them, counts them and lists them."""
     img_size: int | None = None
     """Edge of the images in pixels, for models that take any size; null takes the model's."""
     mean: tuple[float, ...] | None = None

@@ -5,10 +5,8 @@ from pathlib import Path
 from PIL import Image
 from timm.data import create_reader, get_img_extensions
 
+from .decode import decode_image
 from .errors import DataError
-
-IMAGE_MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow says of broken files
 
 
 class ImageFolder:
@@ -42,6 +40,10 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def name(self, index: int) -> str:
+        """Path of an image."""
+        return self.samples[index][0]
+
     def load(self, index: int, in_chans: int = 3) -> tuple[Image.Image, int]:
         """Image with so many channels, 1 (grey) or 3, and its label.
 
@@ -49,19 +51,7 @@ class ImageFolder:
             next image.)
         """
         path, label = self.samples[index]
-        return read_image(path, in_chans), label
-
-
-def read_image(path: str | Path, in_chans: int = 3) -> Image.Image:
-    """Image with so many channels, 1 (grey) or 3.
-
-    Raises: DataError with the path of an image that cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert(IMAGE_MODES[in_chans])
-    except UNREADABLE as error:
-        raise DataError(f"cannot read image {path}: {error}; repair or remove it") from error
+        return decode_image(path, in_chans, path), label
 
 
 def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:

@@ -3,62 +3,129 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .config import BadImages
+from .decode import IMAGE_MODES
+from .errors import DataError
 from .folder import ImageFolder
 from .randomness import derive_seed, preserved_generators, seed_cpu_generators
 from .sampler import KeyedSampler, SampleKey
 from .transforms import Transform
 
+Sample = tuple[Tensor, int, list[str]]  # image, label, and the paths of files that could not be read
+Batch = tuple[Tensor, Tensor, list[str]]  # (B, C, H, W), (B,), and these paths of all samples
+Loaded = TypeVar("Loaded")
 
-class TrainImages(Dataset[tuple[Tensor, int]]):
-    """Augmented images (in_chans, H, W): a SampleKey gives the same tensor in any process and order."""
+NO_LABEL = -1  # of an image to evaluate on that could not be read
+MOST_REPLACEMENTS = 10  # in a row; then something else is wrong than single files
 
-    def __init__(self, folder: ImageFolder, transform: Transform, seed: int, in_chans: int = 3):
+
+class TrainImages(Dataset[Sample]):
+    """Augmented images (in_chans, H, W): a SampleKey gives the same tensor in any process and order.
+
+    With bad_images "skip", another image takes the place of one that cannot be read.
+    """
+
+    def __init__(
+        self, folder: ImageFolder, transform: Transform, seed: int, in_chans: int = 3, bad_images: BadImages = "raise"
+    ):
         self.folder, self.transform, self.seed, self.in_chans = folder, transform, seed, in_chans
+        self.bad_images = bad_images
 
     def __len__(self) -> int:
         return len(self.folder)
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
+    def name(self, key: SampleKey) -> str:
+        return self.folder.name(key.image)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: list[SampleKey]) -> list[tuple[Tensor, int]]:
+    def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
         # torch's loader asks for a batch at once: saving the generators costs as much as augmenting a small image.
         with preserved_generators():
             return [self._augmented(key) for key in keys]
 
-    def _augmented(self, key: SampleKey) -> tuple[Tensor, int]:
-        image, label = self.folder.load(key.image, self.in_chans)
+    def _augmented(self, key: SampleKey) -> Sample:
+        (image, label), bad = load_or_replace(self._load, self.folder.name, key, len(self), self.seed, self.bad_images)
         seed_cpu_generators(derive_seed("augment", self.seed, *key))
-        return self.transform(image), label
+        return self.transform(image), label, bad
+
+    def _load(self, index: int) -> tuple[Image.Image, int]:
+        return self.folder.load(index, self.in_chans)
 
 
-class EvalImages(Dataset[tuple[Tensor, int]]):
-    """Images (in_chans, H, W) in the order of the folder."""
+class EvalImages(Dataset[Sample]):
+    """Images (in_chans, H, W) in the order of the folder.
 
-    def __init__(self, folder: ImageFolder, transform: Transform, in_chans: int = 3):
-        self.folder, self.transform, self.in_chans = folder, transform, in_chans
+    With bad_images "skip", one that cannot be read is black and has NO_LABEL.
+    """
+
+    def __init__(self, folder: ImageFolder, transform: Transform, in_chans: int = 3, bad_images: BadImages = "raise"):
+        self.folder, self.transform, self.in_chans, self.bad_images = folder, transform, in_chans, bad_images
 
     def __len__(self) -> int:
         return len(self.folder)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.folder.load(index, self.in_chans)
-        return self.transform(image), label
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            image, label = self.folder.load(index, self.in_chans)
+        except DataError:
+            if self.bad_images == "raise":
+                raise
+            black = Image.new(IMAGE_MODES[self.in_chans], (1, 1))
+            return self.transform(black), NO_LABEL, [self.folder.name(index)]
+        return self.transform(image), label, []
+
+
+def load_or_replace(
+    load: Callable[[int], Loaded],
+    name: Callable[[int], str],
+    key: SampleKey,
+    size: int,
+    seed: int,
+    bad_images: BadImages,
+) -> tuple[Loaded, list[str]]:
+    """The image of a key, or where it cannot be read and may be skipped, another one that the key decides on.
+
+    Args:
+        load: gives an image by its number, below `size`, or raises DataError.
+        name: gives its path.
+
+    Returns: what `load` gives, and the names of the files that could not be read.
+    """
+    bad: list[str] = []
+    for attempt in range(MOST_REPLACEMENTS + 1):
+        index = key.image if attempt == 0 else derive_seed("instead", seed, *key, attempt) % size
+        try:
+            return load(index), bad
+        except DataError:
+            if bad_images == "raise" or attempt == MOST_REPLACEMENTS:
+                raise
+            bad.append(name(index))
+    raise AssertionError
+
+
+def collate(samples: list[Sample]) -> Batch:
+    images, labels, bad = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels), [path for paths in bad for path in paths]
 
 
 def train_loader(images: TrainImages, sampler: KeyedSampler, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """Batches ((B, C, H, W), (B,)) in the sampler's order. `accelerator.prepare` deals them out to the processes."""
-    return loader(images, batch_size, num_workers, sampler=sampler)
+    """Batches in the sampler's order. `accelerator.prepare` deals them out to the processes."""
+    return loader(images, batch_size, num_workers, sampler=sampler, collate_fn=collate)
 
 
 def eval_loader(images: EvalImages, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """Batches ((B, C, H, W), (B,)) in the folder's order, the last one as small as it is."""
-    return loader(images, batch_size, num_workers, shuffle=False)
+    """Batches in the folder's order, the last one as small as it is."""
+    return loader(images, batch_size, num_workers, shuffle=False, collate_fn=collate)
 
 
 def loader(images: Dataset, batch_size: int, num_workers: int, **options) -> DataLoader:

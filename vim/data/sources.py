@@ -11,8 +11,8 @@ from PIL import Image
 from timm.data import get_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
+from .decode import decode_image
 from .errors import DataError
-from .folder import IMAGE_MODES, UNREADABLE
 
 LIST_SUFFIXES = (".txt", ".tsv")
 
@@ -76,14 +76,15 @@ class ImageSource:
         Raises: DataError with the path of an image that cannot be read.
         """
         entry = self.entries[index]
+        if entry.size is None:
+            return decode_image(entry.file, in_chans, entry.path)
         try:
             with open(entry.file, "rb") as file:
-                if entry.size is None:
-                    return Image.open(file).convert(IMAGE_MODES[in_chans])
                 file.seek(entry.offset)
-                return Image.open(io.BytesIO(file.read(entry.size))).convert(IMAGE_MODES[in_chans])
-        except UNREADABLE as error:
-            raise DataError(f"cannot read image {entry.path}: {error}; repair or remove it") from error
+                content = file.read(entry.size)
+        except OSError as error:
+            raise DataError(f"cannot read image {entry.path}: {error}") from error
+        return decode_image(io.BytesIO(content), in_chans, entry.path)
 
 
 def spread(length: int, count: int) -> list[int]:

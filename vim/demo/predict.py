@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vim.data import DataError, EvalDataConfig, ImageSource, eval_transform
-from vim.data.folder import IMAGE_MODES, UNREADABLE
+from vim.data.decode import IMAGE_MODES, decode_image
 from vim.features import Features, load
 from vim.features.extract import FeatureExtractor, weights_hash
 from vim.features.judge import nearest
@@ -69,7 +69,10 @@ class Predictor:
 
         Raises: DataError for a file that is no image.
         """
-        image = _read(file, IMAGE_MODES[self.data_config["input_size"][0]])
+        try:
+            image = decode_image(file, self.data_config["input_size"][0], file)
+        except DataError as error:  # the page need not know where its files lie
+            raise DataError(f"{Path(file).name} cannot be read as an image") from error
         batch = self.transform(image)[None]
         probabilities = self.model(batch).float().softmax(1)[0]
         classes = dict(zip(self.names, probabilities.tolist(), strict=True))
@@ -113,14 +116,6 @@ class Predictor:
     def _as_seen(self, batch: Tensor) -> Image.Image:
         pixels = (as_pixels(batch, self.data_config)[0] * 255).round().byte()
         return _enlarged(Image.fromarray(pixels.numpy()))
-
-
-def _read(file: str | Path, mode: str) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return image.convert(mode)
-    except UNREADABLE as error:
-        raise DataError(f"{Path(file).name} cannot be read as an image") from error
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

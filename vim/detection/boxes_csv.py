@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from vim.data import DataError
-from vim.data.folder import UNREADABLE
+from vim.data.decode import UNREADABLE
 from vim.training.files import write_json
 
 from .coco import annotation, leads_out

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vim.data import DataError
-from vim.data.folder import read_image
+from vim.data.decode import decode_image
 
 
 class CocoData:
@@ -77,6 +77,10 @@ class CocoData:
         left_out = f"; {self.dropped:,} boxes without area left out" if self.dropped else ""
         return f"{len(self):,} images, {len(self.classes)} classes, {self.boxes:,} boxes{left_out}"
 
+    def name(self, index: int) -> str:
+        """Path of an image."""
+        return str(self.folder / self._images[index]["file_name"])
+
     def load(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
         """RGB image and its target: image_id, boxes (n, 4) as x1, y1, x2, y2 in pixels, labels (n,) from 1, and masks
         (n, H, W) of 0 and 1 if wanted.
@@ -86,7 +90,7 @@ class CocoData:
         """
         entry = self._images[index]
         path = self.folder / entry["file_name"]
-        image = read_image(path)
+        image = decode_image(path, 3, path)
         if image.size != (entry["width"], entry["height"]):
             said = f"{entry['width']} x {entry['height']}"
             raise DataError(f"image {path} has {image.width} x {image.height} pixels, {self.annotations} says {said}")

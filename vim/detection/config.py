@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from vim.data.config import check_loading
+from vim.data.config import BadImages, check_loading
 from vim.training.config import BenchmarkConfig, ModelConfig, Precision, RunConfig, Workload
 from vim.training.errors import ConfigError
 
@@ -81,6 +81,8 @@ class DetectionDataConfig(DetectionEvalDataConfig):
     """Their images, a folder below root."""
     passes: int = 1
     """Times that an epoch passes over the training images, each time with other augmentation; small sets want many."""
+    bad_images: BadImages = "raise"
+    """Training images that cannot be read: raise stops at the first; skip goes on without, counts and lists them."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -13,13 +13,16 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
 from torchvision.tv_tensors import Image as TVImage
 
 from vim.data import SampleKey
-from vim.data.loaders import loader
+from vim.data.config import BadImages
+from vim.data.loaders import load_or_replace, loader
 from vim.data.randomness import derive_seed, preserved_generators, seed_cpu_generators
 
 from .coco import CocoData
 from .config import JitterConfig
 
 Target = dict[str, Any]
+Sample = tuple[Tensor, Target, list[str]]  # image, target, and the paths of files that could not be read
+Batch = tuple[list[Tensor], list[Target], list[str]]
 Transform = Callable[[Image.Image, Target], tuple[Tensor, Target]]
 SMALLEST_EDGE = 1.0  # pixels; of a box that a cut has left
 MOST_HIDDEN = 0.5  # of a box's area, by erasing
@@ -105,23 +108,32 @@ def _follow_boxes(inputs: tuple[Tensor, Target]) -> tuple[Tensor, ...]:
     return tuple(target[name] for name in ("labels", "masks") if name in target)
 
 
-class TrainImages(Dataset[tuple[Tensor, Target]]):
+class TrainImages(Dataset[Sample]):
     """Augmented images (3, H, W), 0..1, with boxes, labels and maybe masks: a SampleKey gives the same in any process.
 
     passes: times that an epoch has each image.
+    bad_images: with "skip", another image takes the place of one that cannot be read.
     """
 
-    def __init__(self, data: CocoData, transform: Transform, seed: int, passes: int):
+    def __init__(self, data: CocoData, transform: Transform, seed: int, passes: int, bad_images: BadImages = "raise"):
         self.data, self.transform, self.seed, self.passes = data, transform, seed, passes
+        self.bad_images = bad_images
 
     def __len__(self) -> int:
         return len(self.data) * self.passes
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Target]:
+    def name(self, key: SampleKey) -> str:
+        return self.data.name(key.image % len(self.data))
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        count = len(self.data)
+        once = key._replace(image=key.image % count)
         with preserved_generators():
-            image, target = self.data.load(key.image % len(self.data))
+            (image, target), bad = load_or_replace(
+                self.data.load, self.data.name, once, count, self.seed, self.bad_images
+            )
             seed_cpu_generators(derive_seed("augment", self.seed, *key))
-            return self.transform(image, target)
+            return *self.transform(image, target), bad
 
 
 class EvalImages(Dataset[tuple[Tensor, Target]]):
@@ -139,13 +151,18 @@ class EvalImages(Dataset[tuple[Tensor, Target]]):
 
 
 def train_loader(images: TrainImages, sampler: Sampler, batch_size: int, num_workers: int) -> DataLoader:
-    """Batches (list of images, list of targets) in the sampler's order."""
-    return loader(images, batch_size, num_workers, sampler=sampler, collate_fn=_as_lists)
+    """Batches in the sampler's order."""
+    return loader(images, batch_size, num_workers, sampler=sampler, collate_fn=collate)
 
 
 def eval_loader(images: EvalImages, batch_size: int, num_workers: int) -> DataLoader:
     """Batches (list of images, list of targets) in the data's order, the last one as small as it is."""
     return loader(images, batch_size, num_workers, shuffle=False, collate_fn=_as_lists)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    images, targets, bad = zip(*samples, strict=True)
+    return list(images), list(targets), [path for paths in bad for path in paths]
 
 
 def _as_lists(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

@@ -46,7 +46,8 @@ class Detection(Trainer):
         self.about_data = f"training on {train.describe()}\nevaluating on {self.data.describe()}"
         model = Detector(config.model, len(train.classes)).to(accelerator.device)
         total_batch = self.images_per_update(data.batch_size)
-        images = TrainImages(train, train_transform(config.augment, config.model.img_size), config.seed, data.passes)
+        transform = train_transform(config.augment, config.model.img_size)
+        images = TrainImages(train, transform, config.seed, data.passes, data.bad_images)
         sampler = KeyedSampler(len(images), config.seed, multiple_of=total_batch)
         self.prepare(
             model,
@@ -62,7 +63,7 @@ class Detection(Trainer):
             model.set_grad_checkpointing()
         if config.model.compile:
             backbone.compile()  # the heads' shapes change with every image
-        if wants_cuda_graph(model, config.model, self.accelerator):
+        if not self.sharded and wants_cuda_graph(model, config.model, self.accelerator):
             size = config.model.img_size
             sample = torch.zeros(config.data.batch_size, 3, size, size, device=self.accelerator.device)
             capture_training(backbone, sample, AUTOCAST[config.precision])
@@ -93,9 +94,9 @@ class Detection(Trainer):
         counted = {"val_images": self.evaluation.images, "per_class": self.evaluation.per_class}
         return about | metrics | averaged | counted | super().summary()
 
-    def write_results(self, run: RunFolder) -> str:
+    def write_results(self, run: RunFolder, models: dict[str, nn.Module]) -> str:
         """Models, predictions.json, detections.png and learning_curve.png."""
-        for name, model in self.state.models().items():
+        for name, model in models.items():
             assert isinstance(model, Detector)
             stored = StoredDetector(model, self.config.model, self.data.classes, self.data.category_ids)
             save_detector(stored, run.path / name)

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from vim.data import DataError
-from vim.data.folder import UNREADABLE
+from vim.data.decode import UNREADABLE
 from vim.data.whole_folder import whole_folder
 from vim.training.files import write_json
 

@@ -51,6 +51,7 @@ def validate(config: DetectionValidateConfig) -> dict[str, Any]:
                 write_sheet(data, evaluation, config.sheet, output / "detections.png")
             except ModuleNotFoundError as error:
                 progress.line(f"no detections.png: {error}; pip install matplotlib")
+    accelerator.end_training()
     return results
 
 

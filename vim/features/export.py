@@ -77,6 +77,7 @@ def export_features(config: FeaturesConfig) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - start
     rows = sum(len(_rows_of(shard, manifest)) for shard in missing)
+    accelerator.end_training()
     return {
         "rows": len(source),
         "shards": manifest["shards"],

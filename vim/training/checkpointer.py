@@ -3,11 +3,15 @@
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
+from .checkpoint import save_checkpoint
 from .config import CheckpointConfig
 from .errors import InterruptedRunError
+from .files import write_json
 from .interruption import Interruption
 from .run_folder import RunFolder
 from .state import TrainingState
@@ -55,7 +59,22 @@ class Checkpointer:
 
     def save(self, *also: Path) -> None:
         """Write last.pt, and the same under other names before."""
+        self.state.bad_images = set().union(*gather_object([self.state.bad_images]))
         state = self.state.state_dict()
         if self.accelerator.is_main_process:
             self.run.save(state, *also)
         self._saved_at = time.monotonic()
+
+    def save_diagnosis(self, report: dict[str, Any], batch: Any) -> Path:
+        """Write what a run that cannot go on knows of its last update: a report and the batch of each process, and the
+        weights. Returns: the folder."""
+        folder = self.run.path / "not_finite"
+        folder.mkdir(exist_ok=True)
+        process = self.accelerator.process_index
+        write_json(report, folder / f"report-{process}.json")
+        save_checkpoint({"batch": batch}, folder / f"batch-{process}.pt")
+        state = self.state.state_dict()
+        if self.accelerator.is_main_process:
+            save_checkpoint(state, folder / "state.pt")
+        self.accelerator.wait_for_everyone()
+        return folder

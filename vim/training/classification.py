@@ -50,8 +50,9 @@ class Classification(Trainer):
 
         total_batch = self.images_per_update(data.batch_size)
         sampler = KeyedSampler(len(train_folder), config.seed, config.augment.repeats, multiple_of=total_batch)
-        images = TrainImages(train_folder, train_transform(config.augment, self.data_config), config.seed, in_chans)
-        held_out = EvalImages(val_folder, eval_transform(self.data_config), in_chans)
+        transform = train_transform(config.augment, self.data_config)
+        images = TrainImages(train_folder, transform, config.seed, in_chans, data.bad_images)
+        held_out = EvalImages(val_folder, eval_transform(self.data_config), in_chans, data.bad_images)
         self.mixup = create_mixup(config.augment, len(self.classes))
         self.loss = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(config.augment.smoothing)
         self.prepare(
@@ -67,7 +68,7 @@ class Classification(Trainer):
             enable_grad_checkpointing(model, config.model.name)
         if config.model.compile:
             model.compile()  # in place: the names of the state dict stay
-        if wants_cuda_graph(model, config.model, self.accelerator):
+        if not self.sharded and wants_cuda_graph(model, config.model, self.accelerator):
             sample = torch.zeros(config.data.batch_size, *self.data_config["input_size"], device=device)
             capture_training(model, sample, AUTOCAST[config.precision])
 
@@ -76,7 +77,9 @@ class Classification(Trainer):
         return self.loss(self.model(images), targets)
 
     def evaluate_model(self, model: nn.Module) -> Evaluation:
-        return evaluate(model, self.val_batches, self.accelerator, self.progress)
+        evaluation = evaluate(model, self.val_batches, self.accelerator, self.progress)
+        self.state.bad_images.update(evaluation.bad_images)
+        return evaluation
 
     def describe(self) -> str:
         parameters = sum(p.numel() for p in self.state.model.parameters())
@@ -98,8 +101,8 @@ class Classification(Trainer):
         common = super().summary()
         return {"model": self.config.model.name} | accuracies | {"val_images": self.evaluation.images} | common
 
-    def write_results(self, run: RunFolder) -> str:
-        for name, model in self.state.models().items():
+    def write_results(self, run: RunFolder, models: dict[str, nn.Module]) -> str:
+        for name, model in models.items():
             run.export(model, self.config.model.kwargs, self.data_config, self.classes, name)
         last = self.state.history[-1]
         return (

@@ -30,8 +30,8 @@ class ModelConfig:
     """torch.compile the model."""
     cuda_graph: bool = True
     """Replay the forward and backward of a training step as CUDA graphs: launching small kernels one by one can take
-    longer than running them. On one GPU, without accumulate, compile and, but for Vim, grad_checkpointing; else without
-    effect."""
+    longer than running them. On GPUs, without accumulate, compile, fsdp and, but for Vim, grad_checkpointing; else
+    without effect."""
 
     def __post_init__(self):
         if self.pretrained and self.checkpoint:
@@ -145,6 +145,9 @@ class RunConfig:
     """Of the forward pass, by autocast; weights stay fp32. fp16 needs a GPU, and may overflow where bf16 does not."""
     accumulate: int = 1
     """Steps whose gradients make one update."""
+    fsdp: bool = False
+    """Divide parameters, gradients and the optimizer's state among the processes (FSDP2), for models that one GPU
+    cannot hold; otherwise each process has them all (DDP)."""
     cpu_threads: int | None = None
     """Threads of tensor operations on the CPU, for each process; null for torch's choice. Small models want 1."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -159,6 +162,8 @@ class RunConfig:
             raise ValueError(f"max_skipped must be 0 or more, got {self.max_skipped}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        if self.fsdp and self.precision == "fp16":
+            raise ValueError("fsdp and precision fp16 do not go together; choose bf16")
         if self.accumulate < 1:
             raise ValueError(f"accumulate must be at least 1, got {self.accumulate}")
         if self.cpu_threads is not None and self.cpu_threads < 1:

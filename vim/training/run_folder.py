@@ -19,7 +19,9 @@ from .files import whole_file
 
 # Where the data lie and how they are loaded does not change results, so that a resumed run may change it.
 # (The batch is divided among processes and steps; their product is checked with the checkpoint.)
-FREE_ON_RESUME = re.compile(r"run_dir|data\.(root|num_workers|batch_size)|accumulate|checkpoint\..*|max_skipped")
+FREE_ON_RESUME = re.compile(
+    r"run_dir|data\.(root|num_workers|batch_size|bad_images)|accumulate|checkpoint\..*|max_skipped"
+)
 
 
 class RunFolder:
@@ -30,6 +32,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.log = self.path / "log.jsonl"
         self.summary = self.path / "summary.json"
+        self.bad_images = self.path / "bad_images.txt"
         self.checkpoints = self.path / "checkpoints"
         self.last, self.previous, self.best = (self.checkpoints / f"{n}.pt" for n in ("last", "previous", "best"))
 
@@ -101,6 +104,11 @@ class RunFolder:
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """Write log.jsonl, one line an epoch. Whole each time: a crash may have come between checkpoint and log."""
         self._write(self.log, "".join(json.dumps(record) + "\n" for record in history))
+
+    def write_bad_images(self, paths: Iterable[str]) -> None:
+        """Write bad_images.txt, a path a line, if there is any."""
+        if text := "".join(f"{path}\n" for path in sorted(paths)):
+            self._write(self.bad_images, text)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         self._write(self.summary, json.dumps(summary, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """What a run knows between two updates, and a checkpoint holds."""
 
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from .errors import RunError
+from .sharding import gathered, load_whole, scatter_optimizer_state
 
 
 @dataclass
@@ -36,8 +38,9 @@ class TrainingState:
     seed, the epoch or the update (see vim.data.randomness).
 
     model: unwrapped. total_batch: images in an update. metric: key of a record that makes an epoch the best. ema: None
-    without averaging. scaler: None but under fp16. update: updates done or left out, over all epochs. history: a
-    record for each epoch done, the lines of log.jsonl.
+    without averaging. scaler: None but under fp16. unsharded: a model of the same kind, on the CPU; None if `model` is
+    not sharded. update: updates done or left out, over all epochs. history: a record for each epoch done, the lines of
+    log.jsonl. bad_images: paths of the files that could not be read.
     """
 
     model: nn.Module
@@ -47,9 +50,11 @@ class TrainingState:
     total_batch: int
     ema: ModelEmaV3 | None = None
     scaler: GradScaler | None = None
+    unsharded: nn.Module | None = None
     update: int = 0
     so_far: EpochSoFar = field(default_factory=EpochSoFar)
     history: list[dict[str, Any]] = field(default_factory=list)
+    bad_images: set[str] = field(default_factory=set)
 
     @property
     def epoch(self) -> int:
@@ -73,8 +78,16 @@ class TrainingState:
         return record.get(f"ema_{self.metric}", record[self.metric])
 
     def models(self) -> dict[str, nn.Module]:
-        """The trained model under the name "", and that of the averaged weights under "ema" where there is one."""
-        return {"": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
+        """The trained model under the name "", and that of the averaged weights under "ema" where there is one; whole.
+        All processes call this together."""
+        models = {"": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
+        if self.unsharded is None:
+            return models
+        whole = {}
+        for name, model in models.items():
+            whole[name] = deepcopy(self.unsharded)
+            whole[name].load_state_dict(gathered(model.state_dict()))
+        return whole
 
     def end_update(self, loss: float, made: bool, seconds: float) -> None:
         """Count an update; average its weights; set the learning rate of the next.
@@ -106,13 +119,13 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         # timm's loaders know the names model and model_ema, and prefer the latter.
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"model": gathered(self.model.state_dict()), "optimizer": gathered(self.optimizer.state_dict())}
         if self.ema is not None:
-            state["model_ema"] = self.ema.module.state_dict()
+            state["model_ema"] = gathered(self.ema.module.state_dict())
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
         position = {"update": self.update, "so_far": asdict(self.so_far), "history": self.history}
-        return state | position | {"total_batch": self.total_batch}
+        return state | position | {"total_batch": self.total_batch, "bad_images": sorted(self.bad_images)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["total_batch"] != self.total_batch:
@@ -120,12 +133,14 @@ class TrainingState:
                 f"the run has {state['total_batch']} images an update, now they would be {self.total_batch}; choose "
                 "data.batch_size and accumulate for the number of processes so that it stays the same"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_whole(self.model, state["model"])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer.load_state_dict(scatter_optimizer_state(state["optimizer"], parameters))
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["model_ema"])
+            load_whole(self.ema.module, state["model_ema"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.update, self.history = state["update"], list(state["history"])
         self.so_far = EpochSoFar(**state["so_far"])
+        self.bad_images = set(state["bad_images"])
         self.schedule.step_update(self.update)

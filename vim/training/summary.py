@@ -33,6 +33,8 @@ def summarise(state: TrainingState, seed: int, device: torch.device) -> dict[str
         "best_epoch": state.best()["epoch"],
         "epochs": len(history),
         "updates": state.update,
+        "skipped_updates": sum(record["skipped"] for record in history),
+        "bad_images": len(state.bad_images),
         "train_seconds": sum(record["seconds"] for record in history),
         "images_per_second": len(history) / sum(1 / record["images_per_second"] for record in history),
         "peak_memory_mib": peak_memory_mib(device),

@@ -40,6 +40,7 @@ def train(config: RunConfig, resume: bool = False, task: type[Trainer] = Classif
         with Interruption() as interruption:
             summary = _train(config, resume, task, accelerator, run, interruption)
     except InterruptedRunError as error:
+        accelerator.end_training()
         how = f"go on with: {run.resume_command}" if run.config.is_file() else "it had not begun"
         raise InterruptedRunError(f"{error}; {how}", error.number) from None
     accelerator.end_training()
@@ -81,14 +82,18 @@ def _train(
             if main:
                 run.keep_epochs(kept)
                 run.write_log(state.history)
+                run.write_bad_images(state.bad_images)
             progress.line(epoch_line(state, epochs, trainer.headline(state.history[-1])))
 
     if complete:
         trainer.evaluate()
-    summary = trainer.summary()
+    summary, models = trainer.summary(), state.models()
     if main:
-        run.write_log(state.history)  # the run may have been stopped right before it wrote it
-        results = trainer.write_results(run)
+        run.write_log(state.history)  # the run may have been stopped right before it wrote them
+        run.write_bad_images(state.bad_images)
+        results = trainer.write_results(run, models)
         run.write_summary(summary)
+        if state.bad_images:
+            results += f"\n{len(state.bad_images)} images could not be read and were skipped: {run.bad_images}"
         progress.line(f"{epochs} epochs in {summary['train_seconds']:.0f} s\n{results}\nsummary: {run.summary}")
     return summary

@@ -4,23 +4,27 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from copy import deepcopy
+from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from vim.data import KeyedSampler, derive_seed
+from vim.data import KeyedSampler, SampleKey, derive_seed
 
 from .checkpointer import Checkpointer
 from .config import Precision, RunConfig
+from .diagnosis import first_not_finite, gradient_norms, largest_activations
 from .errors import ConfigError, RunError
 from .optim import create_optimizer, create_schedule
 from .progress import Progress
 from .run_folder import RunFolder
+from .sharding import shard
 from .state import TrainingState
 from .summary import summarise
 
@@ -38,6 +42,16 @@ def create_accelerator(precision: Precision, accumulate: int = 1) -> Accelerator
     return accelerator
 
 
+@runtime_checkable
+class TrainingData(Protocol):
+    """What a loader of training batches reads from."""
+
+    def __getitem__(self, key: SampleKey) -> Any: ...
+
+    def name(self, key: SampleKey) -> str:
+        """Path of the image."""
+
+
 class Trainer(ABC):
     """Data, model and optimizer of a run, prepared for this process's device.
 
@@ -53,6 +67,7 @@ class Trainer(ABC):
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, progress: Progress):
         self.config, self.accelerator, self.progress = config, accelerator, progress
+        self.sharded = config.fsdp and accelerator.num_processes > 1
         set_seed(config.seed)
 
     def images_per_update(self, batch_size: int) -> int:
@@ -65,19 +80,25 @@ class Trainer(ABC):
         Args:
             total_batch: images in an update.
         """
-        config = self.config
-        optimizer = create_optimizer(model, config.optim, total_batch)
+        config, accelerator = self.config, self.accelerator
         ema = ModelEmaV3(model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
         self.accelerate_model(model)
         assert isinstance(train_batches.sampler, KeyedSampler)
         self.sampler = train_batches.sampler
         self.images_per_epoch = len(self.sampler)
-        self.model, optimizer, self.train_batches, self.val_batches = self.accelerator.prepare(
-            model, optimizer, train_batches, val_batches
-        )
+        unsharded = deepcopy(model).cpu() if self.sharded else None
+        if self.sharded:
+            shard(model)
+            if ema is not None:
+                shard(ema.module)
+        optimizer = create_optimizer(model, config.optim, total_batch)
+        # (With evaluation_mode accelerate gives the model its autocast and nothing else.)
+        self.model = accelerator.prepare_model(model, evaluation_mode=self.sharded)
+        optimizer, self.train_batches, self.val_batches = accelerator.prepare(optimizer, train_batches, val_batches)
         schedule = create_schedule(optimizer, config.schedule, self.images_per_epoch // total_batch)
-        scaler = self.accelerator.scaler
-        self.state = TrainingState(model, optimizer, schedule, self.METRIC, total_batch, ema, scaler)
+        self.state = TrainingState(
+            model, optimizer, schedule, self.METRIC, total_batch, ema, accelerator.scaler, unsharded
+        )
 
     @abstractmethod
     def accelerate_model(self, model: nn.Module) -> None:
@@ -85,7 +106,8 @@ class Trainer(ABC):
 
     @abstractmethod
     def batch_loss(self, batch: Any) -> Tensor:
-        """Mean loss of a batch of the training loader; a task may mix its images first."""
+        """Mean loss of a batch of the training loader, without its last part: the names of files that could not be
+        read. A task may mix its images first."""
 
     @abstractmethod
     def evaluate_model(self, model: nn.Module) -> Any:
@@ -108,8 +130,9 @@ class Trainer(ABC):
         """The results of an epoch, in a few words."""
 
     @abstractmethod
-    def write_results(self, run: RunFolder) -> str:
-        """Write models and plots of the finished run, on the main process; returns lines about them."""
+    def write_results(self, run: RunFolder, models: dict[str, nn.Module]) -> str:
+        """Write models, those of the state, and plots of the finished run, on the main process; returns lines about
+        them."""
 
     def summary(self) -> dict[str, Any]:
         """Content of summary.json."""
@@ -131,14 +154,18 @@ class Trainer(ABC):
                 # Mixing, sampling, dropout and drop path depend on the step alone: no generator to save and restore.
                 key = derive_seed("step", self.config.seed, state.epoch, step, accelerator.process_index)
                 set_seed(key % 2**32)
+                *inputs, bad = batch
+                state.bad_images.update(bad)
                 with accelerator.accumulate(self.model):
-                    loss = self.batch_loss(batch)
+                    if self.sharded:
+                        self.model.set_requires_gradient_sync(accelerator.sync_gradients)
+                    loss = self.batch_loss(inputs)
                     accelerator.backward(loss)
                     loss_sum += loss.detach()
                     if accelerator.sync_gradients:
                         loss_sum /= self.config.accumulate
                         now = time.perf_counter()
-                        save, stop = self._update(loss_sum, now - clock, checkpointer.wishes())
+                        save, stop = self._update(loss_sum, now - clock, checkpointer)
                         clock = now
                         loss_sum.zero_()
                         checkpointer.after_update(save, stop)
@@ -161,25 +188,63 @@ class Trainer(ABC):
         self.train_batches.set_epoch(self.state.epoch)
         return self.train_batches
 
-    def _update(self, loss: Tensor, seconds: float, wishes: tuple[bool, bool]) -> tuple[bool, bool]:
+    def _update(self, loss: Tensor, seconds: float, checkpointer: Checkpointer) -> tuple[bool, bool]:
         """Change the weights by the gradients of an update, if all is finite.
 
-        Returns: for each wish, whether any process has it. (They travel with the loss: one wait for the GPU in all.)
+        Returns: whether any process wants a checkpoint, and to stop; it travels with the loss, for one wait in all.
+        Raises: RunError, with a diagnosis in the run folder, if too many updates in a row had to be left out.
         """
         accelerator, optimizer = self.accelerator, self.state.optimizer
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad or math.inf)
-        mine = torch.stack([loss, norm.to(loss), *torch.tensor(wishes).to(loss)])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        mine = torch.stack([loss, norm.to(loss), *torch.tensor(checkpointer.wishes()).to(loss)])
         mean_loss, norm, save, stop = accelerator.reduce(mine, "mean").tolist()  # type: ignore[union-attr]
         made = math.isfinite(mean_loss) and math.isfinite(norm)
         if made or accelerator.scaler is not None:  # the scaler of fp16 leaves the update out itself, and learns of it
             optimizer.step()
+        if not made and self.state.so_far.skipped_in_row == self.config.max_skipped:
+            self._diagnose(mean_loss, norm, checkpointer)
         optimizer.zero_grad()
         self.state.end_update(mean_loss, made, seconds)
-        if self.state.so_far.skipped_in_row > self.config.max_skipped:
-            raise RunError(
-                f"loss is {mean_loss} and the norm of the gradient {norm} in epoch {self.state.epoch + 1}, update "
-                f"{self.state.update}, as in the {self.config.max_skipped} updates before, at learning rate "
-                f"{self.state.learning_rate:.2g} and precision {self.config.precision}; lower optim.lr, set "
-                "optim.clip_grad, or train in bf16 or fp32"
-            )
         return save > 0, stop > 0
+
+    def _diagnose(self, loss: float, norm: float, checkpointer: Checkpointer) -> NoReturn:
+        """Say where an update stopped being finite. Weights are those before it, gradients its own."""
+        state, accelerator, dataset = self.state, self.accelerator, self.train_batches.dataset
+        assert isinstance(dataset, TrainingData)
+        norms = gradient_norms(state.model)
+        batch_size = state.total_batch // accelerator.num_processes // self.config.accumulate
+        keys: list[SampleKey] = []
+        for step in range(self.config.accumulate):
+            first = state.so_far.images + (step * accelerator.num_processes + accelerator.process_index) * batch_size
+            keys += self.sampler.keys(first, first + batch_size)
+        assert self.train_batches.collate_fn is not None
+        inputs, *_ = batch = self.train_batches.collate_fn([dataset[key] for key in keys])
+
+        @torch.no_grad()
+        def forward() -> None:
+            with accelerator.autocast():
+                state.model(send_to_device(inputs, accelerator.device))
+
+        state.model.eval()  # without what a CUDA graph has of it, which runs no hooks
+        report = {
+            "epoch": state.epoch + 1,
+            "update": state.update,
+            "learning_rate": state.learning_rate,
+            "precision": self.config.precision,
+            "loss": loss,
+            "gradient_norm": norm,
+            "gradient_norm_by_block": norms,
+            "largest_activation_by_block": (peaks := largest_activations(state.model, forward)),
+            "files": [dataset.name(key) for key in keys],
+        }
+        folder = checkpointer.save_diagnosis(report, batch)
+        raise RunError(
+            f"loss is {loss} and the norm of the gradient {norm} in epoch {state.epoch + 1}, update "
+            f"{state.update + 1}, as in the {self.config.max_skipped} updates before, at learning rate "
+            f"{state.learning_rate:.2g} and precision {self.config.precision}. "
+            f"Activations: {first_not_finite(peaks)}; gradients: {first_not_finite(norms)}. "
+            f"Batch, weights and all blocks are in {folder}. "
+            "Lower optim.lr, set optim.clip_grad, or train in bf16 or fp32"
+        )

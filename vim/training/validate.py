@@ -26,7 +26,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     model = load_model(config).to(accelerator.device)
     _check_classes(model, folder, config.model)
     data_config = resolve_input(model, config.kwargs, config.data)
-    images = EvalImages(folder, eval_transform(data_config), data_config["input_size"][0])
+    images = EvalImages(folder, eval_transform(data_config), data_config["input_size"][0], config.data.bad_images)
     batches = accelerator.prepare(eval_loader(images, config.data.batch_size, config.data.num_workers))
     evaluation = evaluate(model, batches, accelerator, progress)
     results = {
@@ -34,6 +34,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
         "checkpoint": config.checkpoint,
         "split": str(folder.path),
         "images": evaluation.images,
+        "bad_images": evaluation.bad_images,
         **evaluation.metrics(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "precision": config.precision,
@@ -42,6 +43,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     if accelerator.is_main_process:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         Path(config.output).write_text(json.dumps(results, indent=2) + "\n")
+    accelerator.end_training()
     return results
 
 

@@ -1,0 +1,123 @@
+"""Two processes on the CPU train as one does: with whole and with sharded parameters, stopped, and resumed on one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from image_tree import write_image_tree
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from torch.testing import assert_close
+
+from vim.data import AugmentConfig, DataConfig
+from vim.training import TrainConfig, plain_errors, train
+from vim.training.checkpoint import load_checkpoint
+from vim.training.classification import Classification
+from vim.training.config import EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
+
+MODEL = ModelConfig("vim_nano", kwargs={"img_size": 12, "patch_size": 4, "in_chans": 1, "depth": 2})
+
+
+def config(root, name, batch_size, fsdp=False):
+    """Updates of 16 images, each in two steps; chance only where it does not depend on the number of processes."""
+    return TrainConfig(
+        run_dir=str(Path(root) / "runs" / name),
+        accumulate=2,
+        fsdp=fsdp,
+        model=MODEL,
+        data=DataConfig(str(Path(root) / "images"), batch_size=batch_size, crop_pct=1.0, mean=(0.3,), std=(0.2,)),
+        augment=AugmentConfig(scale=(1, 1), ratio=(1, 1), hflip=0.0, affine_degrees=5.0),
+        optim=OptimConfig(name="sgd", lr=0.05, clip_grad=1.0, layer_decay=0.9, kwargs={"momentum": 0.9}),
+        schedule=ScheduleConfig(epochs=2, warmup_epochs=0),
+        ema=EmaConfig(0.8, warmup=True),
+    )
+
+
+def run(root, name, batch_size, fsdp=False, resume=False, stop=None):
+    """What a process does. stop: an update of which this process gets a SIGTERM."""
+    batch_loss = Classification.batch_loss
+
+    def stopped(self, batch):
+        divided = fsdp and self.accelerator.num_processes > 1
+        assert isinstance(next(self.state.model.parameters()), DTensor) == divided
+        if self.state.update == stop:
+            os.kill(os.getpid(), 15)
+        return batch_loss(self, batch)
+
+    Classification.batch_loss = stopped
+    with plain_errors():
+        train(config(root, name, batch_size, fsdp), resume=resume)
+
+
+def start(processes, *args, stop=(None, None)):
+    """So many processes that call `run`. stop: of each."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    started = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | group if processes > 1 else {}
+        env = os.environ | own | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        code = f"import vim, test_training_distributed as t; t.run(*{args!r}, stop={stop[rank]})"
+        started.append(
+            subprocess.Popen([sys.executable, "-c", code], env=env, cwd=Path(__file__).parent, stderr=subprocess.PIPE)
+        )
+    return started
+
+
+def codes(processes):
+    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+    return [process.returncode for process in processes], errors
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A folder with images, and a run of one process."""
+    root = tmp_path_factory.mktemp("two")
+    write_image_tree(root / "images", {"train": 66, "val": 9}, classes=3)
+    assert codes(start(1, str(root), "alone", 8)) == ([0], [""])
+    return root
+
+
+def assert_same_run(root, name):
+    one, two = (root / "runs" / folder for folder in ("alone", name))
+    records = [[json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()] for path in (one, two)]
+    for a, b in zip(*records, strict=True):
+        assert (a["updates"], a["lr"]) == (b["updates"], b["lr"])
+        assert abs(a["train_loss"] - b["train_loss"]) < 1e-5
+    assert json.loads((two / "summary.json").read_text())["val_images"] == 9
+    for folder in ("", "ema"):
+        weights, others = (load_file(path / folder / "model.safetensors") for path in (one, two))
+        assert weights.keys() == others.keys()
+        for key, weight in weights.items():
+            assert_close(others[key], weight, atol=1e-5, rtol=1e-4)
+    states = [load_checkpoint(path / "checkpoints" / "last.pt") for path in (one, two)]
+    for number, entries in states[0]["optimizer"]["state"].items():
+        momentum = entries["momentum_buffer"]
+        assert_close(states[1]["optimizer"]["state"][number]["momentum_buffer"], momentum, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_stopped_and_resumed_on_one_equal_one_alone(alone, fsdp):
+    """A signal to one process stops both, in the midst of an epoch."""
+    name = f"fsdp-{fsdp}"
+    ended, errors = codes(start(2, str(alone), name, 4, fsdp, stop=(None, 5)))
+    assert ended == [143, 143], errors
+    assert load_checkpoint(alone / "runs" / name / "checkpoints" / "last.pt")["update"] == 6
+    ended, errors = codes(start(1, str(alone), name, 4, fsdp, True))  # half the total batch
+    assert ended == [1]
+    assert "the run has 16 images an update, now they would be 8" in errors[0]
+    assert codes(start(1, str(alone), name, 8, fsdp, True)) == ([0], [""])
+    assert_same_run(alone, name)
+
+
+def test_two_processes_with_shards_equal_one_alone(alone):
+    """And a run that one process began goes on with two."""
+    assert codes(start(1, str(alone), "grown", 8, True, stop=(5,)))[0] == [143]
+    ended, errors = codes(start(2, str(alone), "grown", 4, True, True))
+    assert ended == [0, 0], errors
+    assert_same_run(alone, "grown")
