@@ -161,7 +161,7 @@ def assert_same_run(whole, cut):
     states = state(whole), state(cut)
     histories = [s.pop("history") for s in states]
     for s in states:
-        s["so_far"].pop("seconds")
+        s["so_far"] = timeless([s["so_far"]])
     assert_same(*states)
     assert timeless(histories[0]) == timeless(histories[1])
     assert timeless(log(whole)) == timeless(log(cut))

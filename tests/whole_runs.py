@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-TIMES = {"seconds", "images_per_second"}
+from vim.training.kill_test import TIME_FIELDS
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def one_thread():
 
 
 def timeless(history):
-    return [{key: value for key, value in record.items() if key not in TIMES} for record in history]
+    return [{key: value for key, value in record.items() if key not in TIME_FIELDS} for record in history]
 
 
 def interrupt(monkeypatch, task, update, number=signal.SIGINT):

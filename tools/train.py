@@ -2,20 +2,12 @@
 
 python tools/train.py --config configs/quickstart.yaml --optim.lr 1e-3
 python tools/train.py --config runs/quickstart/config.yaml --resume
+python tools/train.py --config configs/vim_small_in1k.yaml --steps 20
 accelerate launch tools/train.py --config configs/vim_small_in1k.yaml
 """
 
 import vim  # noqa: F401  (registers the vim_* models)
-from vim.training import ConfigParser, TrainConfig, plain_errors, train
-
-
-def main() -> None:
-    parser = ConfigParser(TrainConfig, __doc__)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in run_dir")
-    config, arguments = parser.parse_config()
-    with plain_errors():
-        train(config, resume=arguments.resume)
-
+from vim.training import Classification, TrainConfig, training_tool
 
 if __name__ == "__main__":
-    main()
+    training_tool(TrainConfig, Classification, __doc__)

@@ -7,16 +7,7 @@ accelerate launch tools/train_detection.py --config configs/detection_coco_vim_t
 
 import vim  # noqa: F401  (registers the vim_* models)
 from vim.detection import Detection, DetectionTrainConfig
-from vim.training import ConfigParser, plain_errors, train
-
-
-def main() -> None:
-    parser = ConfigParser(DetectionTrainConfig, __doc__)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in run_dir")
-    config, arguments = parser.parse_config()
-    with plain_errors():
-        train(config, resume=arguments.resume, task=Detection)
-
+from vim.training import training_tool
 
 if __name__ == "__main__":
-    main()
+    training_tool(DetectionTrainConfig, Detection, __doc__)

@@ -1,5 +1,6 @@
 """Data sets of tensors, and the loaders that accelerate prepares."""
 
+import functools
 import os
 import signal
 import threading
@@ -51,10 +52,11 @@ class TrainImages(Dataset[Sample]):
     def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
         # torch's loader asks for a batch at once: saving the generators costs as much as augmenting a small image.
         with preserved_generators():
-            return [self._augmented(key) for key in keys]
+            load = functools.lru_cache(1)(self._load)  # repeats of an image follow each other: decode it once
+            return [self._augmented(key, load) for key in keys]
 
-    def _augmented(self, key: SampleKey) -> Sample:
-        (image, label), bad = load_or_replace(self._load, self.folder.name, key, len(self), self.seed, self.bad_images)
+    def _augmented(self, key: SampleKey, load: Callable[[int], tuple[Image.Image, int]]) -> Sample:
+        (image, label), bad = load_or_replace(load, self.folder.name, key, len(self), self.seed, self.bad_images)
         seed_cpu_generators(derive_seed("augment", self.seed, *key))
         return self.transform(image), label, bad
 

@@ -1,14 +1,17 @@
 """Training, evaluation and benchmark of any timm model: timm's parts, accelerate's loop."""
 
 from .benchmark import benchmark, benchmark_table
+from .classification import Classification
 from .cli import ConfigParser, plain_errors
 from .config import BenchmarkConfig, TrainConfig, ValidateConfig
 from .errors import ConfigError, InterruptedRunError, RunError
+from .tool import training_tool
 from .train import train
 from .validate import validate
 
 __all__ = [
     "BenchmarkConfig",
+    "Classification",
     "ConfigError",
     "ConfigParser",
     "InterruptedRunError",
@@ -19,5 +22,6 @@ __all__ = [
     "benchmark_table",
     "plain_errors",
     "train",
+    "training_tool",
     "validate",
 ]

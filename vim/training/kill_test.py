@@ -19,7 +19,7 @@ from .checkpoint import load_checkpoint
 from .errors import RunError
 from .run_folder import RunFolder
 
-TIME_FIELDS = {"seconds", "images_per_second"}
+TIME_FIELDS = {"seconds", "waited", "images_per_second", "data_wait"}
 WAIT = 600  # seconds for a whole run
 
 

@@ -20,7 +20,7 @@ class EpochSoFar:
 
     images: done, by all processes. updates: made. loss: sum of their mean losses. skipped: updates left out because
     loss or gradient were not finite. skipped_in_row: those since the last that was made. lr: of the last update.
-    seconds: of training.
+    seconds: of training. waited: those of them in which this process waited for its loader.
     """
 
     images: int = 0
@@ -30,6 +30,7 @@ class EpochSoFar:
     skipped_in_row: int = 0
     lr: float = 0.0
     seconds: float = 0.0
+    waited: float = 0.0
 
 
 @dataclass

@@ -37,6 +37,7 @@ def summarise(state: TrainingState, seed: int, device: torch.device) -> dict[str
         "bad_images": len(state.bad_images),
         "train_seconds": sum(record["seconds"] for record in history),
         "images_per_second": len(history) / sum(1 / record["images_per_second"] for record in history),
+        "data_wait": sum(record["data_wait"] for record in history) / len(history),
         "peak_memory_mib": peak_memory_mib(device),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -3,7 +3,7 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
@@ -177,16 +177,21 @@ class Trainer(ABC):
             "updates": state.update,
             "skipped": so_far.skipped,
             "images_per_second": self.images_per_epoch / so_far.seconds,
+            "data_wait": so_far.waited / so_far.seconds,
         }
 
-    def _batches_left(self) -> Iterable[Any]:
+    def _batches_left(self) -> Iterator[Any]:
         """Of this epoch, on this process."""
         done = self.state.so_far.images
         if done == self.images_per_epoch:
-            return ()
+            return
         self.sampler.start_at(done)
         self.train_batches.set_epoch(self.state.epoch)
-        return self.train_batches
+        batches, asked = iter(self.train_batches), time.perf_counter()
+        for batch in batches:
+            self.state.so_far.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
 
     def _update(self, loss: Tensor, seconds: float, checkpointer: Checkpointer) -> tuple[bool, bool]:
         """Change the weights by the gradients of an update, if all is finite.

@@ -1,0 +1,28 @@
+"""Measure how fast training images are read, decoded and augmented, by the number of loading processes.
+
+python tools/benchmark_loader.py --config configs/vim_tiny_in1k.yaml --data.root data/jpegs --workers 1 2 4 8
+"""
+
+from rich.console import Console
+from rich.table import Table
+
+import vim  # noqa: F401  (registers the vim_* models)
+from vim.training import ConfigParser, TrainConfig, plain_errors
+from vim.training.loader_speed import loader_speed
+
+
+def main() -> None:
+    parser = ConfigParser(TrainConfig, __doc__)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="loading processes to try")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    config, arguments = parser.parse_config()
+    table = Table("loading processes", "images/s", "images/s a process")
+    with plain_errors():
+        for workers in arguments.workers:
+            rate = loader_speed(config, workers, arguments.seconds)
+            table.add_row(str(workers), f"{rate:.0f}", f"{rate / max(workers, 1):.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Write made-up photographs, as large and as hard to decode as ImageNet's, to measure loading with.
+
+python tools/prepare_jpegs.py data/jpegs --classes 1000 --images 4096
+"""
+
+import argparse
+
+from vim.data.synthetic import write_jpegs
+from vim.training import plain_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", help="folder to write; must be new")
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=4096, help="in train, and as many in val")
+    args = parser.parse_args()
+    with plain_errors():
+        write_jpegs(args.root, args.classes, args.images)
+    print(f"{args.root} written")
+
+
+if __name__ == "__main__":
+    main()

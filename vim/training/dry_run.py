@@ -1,0 +1,124 @@
+"""A few updates of a run, to see that it works and how fast, without leaving anything behind."""
+
+import copy
+import math
+import tempfile
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from vim.data import DataError
+
+from .checkpointer import Checkpointer
+from .classification import Classification
+from .config import CheckpointConfig, RunConfig
+from .errors import ConfigError
+from .interruption import Interruption
+from .progress import Progress
+from .run_folder import RunFolder
+from .summary import peak_memory_mib
+from .trainer import Trainer, create_accelerator
+
+STEPS_OF_A_TRIAL = 3
+
+
+class _DoneError(Exception):
+    """Enough updates."""
+
+
+class _Watch(Checkpointer):
+    """Saves nothing, notes when updates end, and stops after some."""
+
+    steps: int
+    ends: list[float]
+
+    def after_update(self, save: bool, stop: bool) -> None:
+        self.interruption.obey()
+        self.ends.append(time.perf_counter())
+        if len(self.ends) == 1:
+            self.state.so_far.waited = 0.0  # of the first batch: loading processes start
+        if len(self.ends) > self.steps:
+            raise _DoneError
+
+
+def dry_run(config: RunConfig, steps: int, task: type[Trainer] = Classification) -> dict[str, Any]:
+    """Do one update to warm up and `steps` more, and evaluate one batch.
+
+    Returns: images_per_second over all processes; data_wait, the part of the time in which this process waited for its
+        loader; loss; first_update_seconds; peak_memory_mib.
+    Raises: as `train`.
+    """
+    if steps < 1:
+        raise ConfigError(f"--steps must be at least 1, got {steps}")
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
+    accelerator = create_accelerator(config.precision, config.accumulate)
+    progress = Progress(accelerator.is_main_process)
+    with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
+        run = RunFolder(folder, config.TOOL)
+        report = _measure(task(config, accelerator, progress), steps, run, interruption, progress)
+    progress.line(
+        f"{steps} updates: {report['images_per_second']:.0f} images/s, {100 * report['data_wait']:.0f} % of the time "
+        f"waiting for data, {report['peak_memory_mib'] or math.nan:.0f} MiB at the peak, loss {report['loss']:.3f}; "
+        f"the first update took {report['first_update_seconds']:.1f} s"
+    )
+    accelerator.end_training()
+    return report
+
+
+def find_batch_size(config: RunConfig, task: type[Trainer] = Classification) -> int:
+    """The largest power of two for data.batch_size that this GPU has memory for, tried with a few updates each.
+
+    Raises: ConfigError where there is no GPU to run out of memory, or several processes.
+    """
+    accelerator = Accelerator()
+    progress = Progress()
+    if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
+        raise ConfigError("--find_batch_size needs one process with a GPU; choose data.batch_size by hand")
+    fits = 0
+    while True:
+        trial = copy.deepcopy(config)
+        trial.data.batch_size = max(1, 2 * fits)  # type: ignore[attr-defined]
+        try:
+            dry_run(trial, STEPS_OF_A_TRIAL, task)
+        except (torch.cuda.OutOfMemoryError, DataError) as error:
+            why = "the data set has no more" if isinstance(error, DataError) else "memory ends there"
+            progress.line(f"data.batch_size {trial.data.batch_size}: {why}")  # type: ignore[attr-defined]
+            if not fits:
+                raise ConfigError("not even one image fits") from error
+            progress.line(f"largest data.batch_size: {fits}")
+            return fits
+        fits = trial.data.batch_size  # type: ignore[attr-defined]
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _measure(
+    trainer: Trainer, steps: int, run: RunFolder, interruption: Interruption, progress: Progress
+) -> dict[str, Any]:
+    accelerator, state = trainer.accelerator, trainer.state
+    progress.line(trainer.describe())
+    watch = _Watch(run, CheckpointConfig(None), interruption, accelerator, state)
+    watch.steps, watch.ends = steps, []
+    waited, start = 0.0, time.perf_counter()
+    try:
+        while True:  # a small data set has several epochs
+            trainer.train_epoch(watch)
+            waited += state.so_far.waited
+            state.end_epoch({})
+    except _DoneError:
+        waited += state.so_far.waited
+    inputs, *_ = next(iter(trainer.val_batches))
+    trainer.model.eval()
+    with torch.no_grad(), accelerator.autocast():
+        trainer.model(inputs)
+    seconds = watch.ends[-1] - watch.ends[0]
+    return {
+        "images_per_second": steps * state.total_batch / seconds,
+        "data_wait": waited / seconds,
+        "loss": state.so_far.loss / max(state.so_far.updates, 1),
+        "first_update_seconds": watch.ends[0] - start,
+        "peak_memory_mib": peak_memory_mib(accelerator.device),
+    }

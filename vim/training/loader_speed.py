@@ -1,0 +1,35 @@
+"""Speed of a training loader with nobody waiting for it but a stopwatch."""
+
+import copy
+import time
+
+from .classification import Classification
+from .config import TrainConfig
+from .progress import Progress
+from .trainer import create_accelerator
+
+
+def loader_speed(config: TrainConfig, workers: int, seconds: float) -> float:
+    """Images per second that so many loading processes read, decode, augment and hand over.
+
+    Args:
+        config: of the training; its model is only asked for the size of its images.
+        seconds: of the measurement, after a first batch of every process.
+    """
+    config = copy.deepcopy(config)
+    config.data.num_workers = workers
+    config.model.cuda_graph = False
+    trainer = Classification(config, create_accelerator("fp32"), Progress(False))
+    warm, epoch, images = max(workers, 1), 0, 0
+    start = time.perf_counter()
+    while True:
+        trainer.train_batches.set_epoch(epoch)
+        for inputs, *_ in trainer.train_batches:
+            if warm:
+                warm -= 1
+                start = time.perf_counter()
+                continue
+            images += len(inputs)
+            if (passed := time.perf_counter() - start) >= seconds:
+                return images / passed
+        epoch += 1
