@@ -223,17 +223,17 @@ def test_averaged_weights_follow_their_formula(tree, tmp_path, monkeypatch):
     seen = []
     end_update = trainer.TrainingState.end_update
 
-    def recorded(self, *args):
+    def recorded(self):
         seen.append({name: w.clone() for name, w in self.model.state_dict().items()})
-        end_update(self, *args)
+        end_update(self)
 
     monkeypatch.setattr(trainer.TrainingState, "end_update", recorded)
     initial = {}
     create_optimizer = trainer.create_optimizer  # called between the model's creation and its first update
 
-    def recorded_start(model, *args):
+    def recorded_start(model, *args, **options):
         initial.update({name: w.clone() for name, w in model.state_dict().items()})
-        return create_optimizer(model, *args)
+        return create_optimizer(model, *args, **options)
 
     monkeypatch.setattr(trainer, "create_optimizer", recorded_start)
     train(config(tree, tmp_path / "run", schedule=ScheduleConfig(epochs=1, warmup_epochs=0)))
@@ -246,15 +246,15 @@ def test_averaged_weights_follow_their_formula(tree, tmp_path, monkeypatch):
 
 
 def poison(monkeypatch, updates):
-    """Put a NaN into a pixel of the batches of these updates."""
-    batch_loss = Classification.batch_loss
+    """Put a NaN into a pixel of the batches of these updates, of which an epoch has four."""
+    backward = trainer.Trainer._backward
 
-    def poisoned(self, batch):
-        if self.state.update in updates:
-            batch[0][0, 0, 0, 0] = float("nan")
-        return batch_loss(self, batch)
+    def poisoned(self, inputs, step):
+        if 4 * self.state.epoch + step - 1 in updates:
+            inputs[0][0, 0, 0, 0] = float("nan")
+        return backward(self, inputs, step)
 
-    monkeypatch.setattr(Classification, "batch_loss", poisoned)
+    monkeypatch.setattr(trainer.Trainer, "_backward", poisoned)
 
 
 def test_an_update_that_is_not_finite_is_left_out(tree, tmp_path, monkeypatch):
@@ -436,6 +436,45 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tree, tmp_path):
 
 
 # CUDA graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "precision"), [("adamw", "bf16"), ("adamw", "fp16"), ("lamb", "fp32")])
+def test_a_gpu_leaves_out_what_is_not_finite(tree, tmp_path, monkeypatch, name, precision):
+    """With torch's fused kernels, the scaler of fp16, and an optimizer that knows of neither."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    poison(monkeypatch, {2, 5, 6})
+    gpu = {"optim": OptimConfig(name, lr=3e-3, clip_grad=1.0), "precision": precision, "max_skipped": 2}
+    train(config(tree, tmp_path / "run", **gpu))
+    assert [record["skipped"] for record in log(tmp_path / "run")] == [1, 2, 0]
+    last = state(tmp_path / "run")
+    for tensor in (*last["model"].values(), *last["model_ema"].values()):
+        assert tensor.isfinite().all()
+    monkeypatch.undo()
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    poison(monkeypatch, {3, 4, 5})
+    with pytest.raises(RunError, match=r"loss is nan .* epoch 2, update 6, .* first in .* \(nan\)"):
+        train(config(tree, tmp_path / "stopped", **gpu))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.gpu
+def test_a_run_stopped_on_a_gpu_goes_on_as_it_was(tree, tmp_path, monkeypatch):
+    """A model with batch norm: a checkpoint must not have seen the images of the next update."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = ModelConfig("resnet10t", kwargs={"in_chans": 1, "drop_rate": 0.1})
+    train(config(tree, tmp_path / "whole", model=model))
+    interrupt(monkeypatch, Classification, 5, signal.SIGTERM)
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
+        train(config(tree, tmp_path / "cut", model=model))
+    train(config(tree, tmp_path / "cut", model=model), resume=True)
+    whole, cut = (state(tmp_path / name) for name in ("whole", "cut"))
+    for name, tensor in whole["model"].items():
+        torch.testing.assert_close(cut["model"][name], tensor, atol=1e-4, rtol=1e-3)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.gpu

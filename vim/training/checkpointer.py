@@ -41,6 +41,11 @@ class Checkpointer:
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         return due, self.interruption.asked is not None
 
+    def wants(self, update: int) -> bool:
+        """Whether an update is one after which to save."""
+        updates = self.config.every_updates
+        return updates is not None and update % updates == 0
+
     def after_update(self, save: bool, stop: bool) -> None:
         """Save if it is time.
 
@@ -49,8 +54,7 @@ class Checkpointer:
 
         Raises: InterruptedRunError, when all is saved, if a signal has come.
         """
-        updates = self.config.every_updates
-        if save or stop or (updates and self.state.update % updates == 0):
+        if save or stop or self.wants(self.state.update):
             self.save()
         if stop:
             self.accelerator.wait_for_everyone()  # a launcher may end the others when the first process ends

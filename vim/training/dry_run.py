@@ -29,17 +29,21 @@ class _DoneError(Exception):
 
 
 class _Watch(Checkpointer):
-    """Saves nothing, notes when updates end, and stops after some."""
+    """Saves nothing; notes when the update to warm up ends, and after some more stops."""
 
     steps: int
     ends: list[float]
 
+    def wants(self, update: int) -> bool:
+        return update in (1, 1 + self.steps)
+
     def after_update(self, save: bool, stop: bool) -> None:
-        self.interruption.obey()
-        self.ends.append(time.perf_counter())
-        if len(self.ends) == 1:
-            self.state.so_far.waited = 0.0  # of the first batch: loading processes start
-        if len(self.ends) > self.steps:
+        if stop:
+            self.interruption.obey()
+        if self.wants(self.state.update):
+            self.ends.append(time.perf_counter())
+            self.state.so_far.waited = 0.0 if len(self.ends) == 1 else self.state.so_far.waited
+        if len(self.ends) == 2:
             raise _DoneError
 
 
@@ -114,11 +118,11 @@ def _measure(
     trainer.model.eval()
     with torch.no_grad(), accelerator.autocast():
         trainer.model(inputs)
-    seconds = watch.ends[-1] - watch.ends[0]
+    seconds = watch.ends[1] - watch.ends[0]
     return {
         "images_per_second": steps * state.total_batch / seconds,
         "data_wait": waited / seconds,
-        "loss": state.so_far.loss / max(state.so_far.updates, 1),
+        "loss": state.so_far.mean_loss,
         "first_update_seconds": watch.ends[0] - start,
         "peak_memory_mib": peak_memory_mib(accelerator.device),
     }

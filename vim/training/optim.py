@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from timm.optim import create_optimizer_v2, list_optimizers
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -11,18 +12,24 @@ from torch.optim import Optimizer
 from .config import OptimConfig, ScheduleConfig
 from .errors import ConfigError, did_you_mean
 
+FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
-def create_optimizer(model: nn.Module, config: OptimConfig, total_batch: int) -> Optimizer:
+
+def create_optimizer(model: nn.Module, config: OptimConfig, total_batch: int, fused: bool = True) -> Optimizer:
     """Optimizer with two groups, parameters with weight decay and without; with layer decay, two for each layer.
 
     Args:
         model: its no_weight_decay() names what to spare, besides all one-dimensional parameters; its group_matcher()
             names its layers.
         total_batch: images in an update, over all processes and accumulated steps; scales the learning rate.
+        fused: choose torch's fused kernels, where it has them, for a model on a GPU.
     """
     if config.name not in list_optimizers():
         hint = did_you_mean(config.name, map(str, list_optimizers()), "see timm.optim.list_optimizers()")
         raise ConfigError(f"no optimizer {config.name!r} in timm{hint}")
+    kernels = {}
+    if fused and get_optimizer_class(config.name, bind_defaults=False) in FUSED and next(model.parameters()).is_cuda:
+        kernels["fused"] = True
     lr = config.lr * total_batch / config.lr_batch if config.lr_batch else config.lr
     try:
         return create_optimizer_v2(
@@ -31,7 +38,7 @@ def create_optimizer(model: nn.Module, config: OptimConfig, total_batch: int) ->
             lr=lr,
             weight_decay=config.weight_decay,
             layer_decay=config.layer_decay,
-            **config.kwargs,
+            **kernels | config.kwargs,
         )
     except TypeError as error:
         raise ConfigError(f"optim.kwargs do not fit {config.name}: {error}") from error

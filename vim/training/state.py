@@ -32,6 +32,10 @@ class EpochSoFar:
     seconds: float = 0.0
     waited: float = 0.0
 
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / max(self.updates, 1)
+
 
 @dataclass
 class TrainingState:
@@ -90,29 +94,33 @@ class TrainingState:
             whole[name].load_state_dict(gathered(model.state_dict()))
         return whole
 
-    def end_update(self, loss: float, made: bool, seconds: float) -> None:
-        """Count an update; average its weights; set the learning rate of the next.
+    def end_update(self) -> None:
+        """Average the weights; set the learning rate of the next update."""
+        self.update += 1
+        if self.ema is not None:
+            self.ema.update(self.model, self.update if self.ema.use_warmup else None)
+        self.schedule.step_update(self.update)
+
+    def count_update(self, loss: float, made: bool, lr: float, seconds: float) -> None:
+        """Note what came of an update.
 
         Args:
             loss: mean of its images.
             made: False for one that was left out.
+            lr: its learning rate.
             seconds: that it took.
         """
-        self.update += 1
         so_far = self.so_far
         so_far.images += self.total_batch
-        so_far.lr = self.learning_rate
+        so_far.lr = lr
         so_far.seconds += seconds
         if made:
             so_far.updates += 1
             so_far.loss += loss
             so_far.skipped_in_row = 0
-            if self.ema is not None:
-                self.ema.update(self.model, self.update if self.ema.use_warmup else None)
         else:
             so_far.skipped += 1
             so_far.skipped_in_row += 1
-        self.schedule.step_update(self.update)
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         self.history.append(record)
@@ -136,7 +144,10 @@ class TrainingState:
             )
         load_whole(self.model, state["model"])
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.optimizer.load_state_dict(scatter_optimizer_state(state["optimizer"], parameters))
+        optimizer = scatter_optimizer_state(state["optimizer"], parameters)
+        for saved, own in zip(optimizer["param_groups"], self.optimizer.param_groups, strict=True):
+            saved["fused"] = own.get("fused")  # which kernels work is a matter of the machine
+        self.optimizer.load_state_dict(optimizer)
         if self.ema is not None:
             load_whole(self.ema.module, state["model_ema"])
         if self.scaler is not None:

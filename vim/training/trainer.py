@@ -68,6 +68,8 @@ class Trainer(ABC):
     def __init__(self, config: RunConfig, accelerator: Accelerator, progress: Progress):
         self.config, self.accelerator, self.progress = config, accelerator, progress
         self.sharded = config.fsdp and accelerator.num_processes > 1
+        self.clock = 0.0
+        self.unsettled: tuple[Tensor, torch.cuda.Event | None, float] | None = None
         set_seed(config.seed)
 
     def images_per_update(self, batch_size: int) -> int:
@@ -91,7 +93,8 @@ class Trainer(ABC):
             shard(model)
             if ema is not None:
                 shard(ema.module)
-        optimizer = create_optimizer(model, config.optim, total_batch)
+        optimizer = create_optimizer(model, config.optim, total_batch, fused=not self.sharded)
+        self.skips_on_gpu = optimizer if optimizer.defaults.get("fused") else None
         # (With evaluation_mode accelerate gives the model its autocast and nothing else.)
         self.model = accelerator.prepare_model(model, evaluation_mode=self.sharded)
         optimizer, self.train_batches, self.val_batches = accelerator.prepare(optimizer, train_batches, val_batches)
@@ -144,35 +147,31 @@ class Trainer(ABC):
         Returns: mean loss, learning rate of the last update, images per second over all processes.
         Raises: RunError if loss or gradient stay without finite numbers; InterruptedRunError after a signal.
         """
-        state, accelerator, clock = self.state, self.accelerator, time.perf_counter()
-        images_per_step = state.total_batch // self.config.accumulate
+        state, accelerator, accumulate = self.state, self.accelerator, self.config.accumulate
+        images_per_step = state.total_batch // accumulate
         first, steps = state.so_far.images // images_per_step, self.images_per_epoch // images_per_step
         loss_sum = torch.zeros((), device=accelerator.device)  # of an update
+        self.clock = time.perf_counter()
         self.model.train()
         with self.progress.bar(f"epoch {state.epoch + 1}/{self.config.schedule.epochs}", steps, first) as advance:
-            for step, batch in enumerate(self._batches_left(), first + 1):
-                # Mixing, sampling, dropout and drop path depend on the step alone: no generator to save and restore.
-                key = derive_seed("step", self.config.seed, state.epoch, step, accelerator.process_index)
-                set_seed(key % 2**32)
-                *inputs, bad = batch
+            for step, (*inputs, bad) in enumerate(self._batches_left(), first + 1):
                 state.bad_images.update(bad)
                 with accelerator.accumulate(self.model):
-                    if self.sharded:
-                        self.model.set_requires_gradient_sync(accelerator.sync_gradients)
-                    loss = self.batch_loss(inputs)
-                    accelerator.backward(loss)
-                    loss_sum += loss.detach()
+                    loss_sum += self._backward(inputs, step).detach()
                     if accelerator.sync_gradients:
-                        loss_sum /= self.config.accumulate
-                        now = time.perf_counter()
-                        save, stop = self._update(loss_sum, now - clock, checkpointer)
-                        clock = now
+                        save, stop = self._settle(checkpointer)
+                        self._update(loss_sum / accumulate, checkpointer)
                         loss_sum.zero_()
-                        checkpointer.after_update(save, stop)
-                advance(f"loss {state.so_far.loss / max(state.so_far.updates, 1):.3f}")
+                        # A GPU is left to work on while the CPU prepares the next step, and what it found is read then;
+                        # but a checkpoint must know all, and hold no batch norm that has seen the next images.
+                        if save or stop or accelerator.device.type != "cuda" or checkpointer.wants(state.update):
+                            later = self._settle(checkpointer)
+                            checkpointer.after_update(save or later[0], stop or later[1])
+                advance(f"loss {state.so_far.mean_loss:.3f}")
+            self._settle(checkpointer)
         so_far = state.so_far
         return {
-            "train_loss": so_far.loss / max(so_far.updates, 1),
+            "train_loss": so_far.mean_loss,
             "lr": so_far.lr,
             "updates": state.update,
             "skipped": so_far.skipped,
@@ -193,62 +192,106 @@ class Trainer(ABC):
             yield batch
             asked = time.perf_counter()
 
-    def _update(self, loss: Tensor, seconds: float, checkpointer: Checkpointer) -> tuple[bool, bool]:
-        """Change the weights by the gradients of an update, if all is finite.
+    def _backward(self, inputs: Any, step: int) -> Tensor:
+        """Gradients of a step of this epoch, counted from 1. Returns its loss."""
+        # Mixing, sampling, dropout and drop path depend on the step alone: no generator to save and restore.
+        key = derive_seed("step", self.config.seed, self.state.epoch, step, self.accelerator.process_index)
+        set_seed(key % 2**32)
+        if self.sharded:
+            self.model.set_requires_gradient_sync(self.accelerator.sync_gradients)
+        loss = self.batch_loss(inputs)
+        self.accelerator.backward(loss)
+        return loss
 
-        Returns: whether any process wants a checkpoint, and to stop; it travels with the loss, for one wait in all.
-        Raises: RunError, with a diagnosis in the run folder, if too many updates in a row had to be left out.
-        """
-        accelerator, optimizer = self.accelerator, self.state.optimizer
+    def _update(self, loss: Tensor, checkpointer: Checkpointer) -> None:
+        """Change the weights by the gradients of an update, if all is finite; what came of it waits for `_settle`."""
+        accelerator, state = self.accelerator, self.state
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad or math.inf)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         mine = torch.stack([loss, norm.to(loss), *torch.tensor(checkpointer.wishes()).to(loss)])
-        mean_loss, norm, save, stop = accelerator.reduce(mine, "mean").tolist()  # type: ignore[union-attr]
-        made = math.isfinite(mean_loss) and math.isfinite(norm)
-        if made or accelerator.scaler is not None:  # the scaler of fp16 leaves the update out itself, and learns of it
-            optimizer.step()
+        found: Tensor = accelerator.reduce(mine, "mean")  # type: ignore[assignment]
+        finite = found[:2].isfinite().all()
+        if accelerator.scaler is not None:  # of fp16: it leaves out what is not finite itself, and learns of it
+            state.optimizer.step()
+        elif self.skips_on_gpu is not None:  # told as torch's GradScaler tells it
+            self.skips_on_gpu.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            state.optimizer.step()
+        elif finite:
+            state.optimizer.step()
+        state.optimizer.zero_grad()
+        lr = state.learning_rate
+        state.end_update()
+        host, copied = found, None
+        if found.is_cuda:
+            host, copied = torch.empty(found.shape, dtype=found.dtype, pin_memory=True), torch.cuda.Event()
+            host.copy_(found, non_blocking=True)
+            copied.record()
+        self.unsettled = host, copied, lr
+
+    def _settle(self, checkpointer: Checkpointer) -> tuple[bool, bool]:
+        """Count the update that was made last, if it is not counted yet.
+
+        Returns: whether any process wanted a checkpoint then, and to stop.
+        Raises: RunError, with a diagnosis in the run folder, if too many updates in a row had to be left out.
+        """
+        if self.unsettled is None:
+            return False, False
+        (host, copied, lr), self.unsettled = self.unsettled, None
+        if copied is not None:
+            copied.synchronize()
+        loss, norm, save, stop = host.tolist()
+        made = math.isfinite(loss) and math.isfinite(norm)
         if not made and self.state.so_far.skipped_in_row == self.config.max_skipped:
-            self._diagnose(mean_loss, norm, checkpointer)
-        optimizer.zero_grad()
-        self.state.end_update(mean_loss, made, seconds)
+            self._diagnose(loss, norm, lr, checkpointer)
+        now = time.perf_counter()
+        self.state.count_update(loss, made, lr, now - self.clock)
+        self.clock = now
         return save > 0, stop > 0
 
-    def _diagnose(self, loss: float, norm: float, checkpointer: Checkpointer) -> NoReturn:
-        """Say where an update stopped being finite. Weights are those before it, gradients its own."""
+    def _diagnose(self, loss: float, norm: float, lr: float, checkpointer: Checkpointer) -> NoReturn:
+        """Do an update again that was left out, to say where it stops being finite; the weights are still the same."""
         state, accelerator, dataset = self.state, self.accelerator, self.train_batches.dataset
         assert isinstance(dataset, TrainingData)
-        norms = gradient_norms(state.model)
-        batch_size = state.total_batch // accelerator.num_processes // self.config.accumulate
-        keys: list[SampleKey] = []
-        for step in range(self.config.accumulate):
-            first = state.so_far.images + (step * accelerator.num_processes + accelerator.process_index) * batch_size
+        collate = self.train_batches.collate_fn
+        assert collate is not None
+        processes, accumulate = accelerator.num_processes, self.config.accumulate
+        batch_size = state.total_batch // processes // accumulate
+        keys, steps = [], []
+        state.optimizer.zero_grad()
+        for place in range(accumulate):
+            first = state.so_far.images + (place * processes + accelerator.process_index) * batch_size
             keys += self.sampler.keys(first, first + batch_size)
-        assert self.train_batches.collate_fn is not None
-        inputs, *_ = batch = self.train_batches.collate_fn([dataset[key] for key in keys])
+            *inputs, _ = collate([dataset[key] for key in keys[-batch_size:]])
+            steps.append(send_to_device(inputs, accelerator.device))
+            self._backward(steps[-1], state.so_far.images // (state.total_batch // accumulate) + place + 1)
+        accelerator.unscale_gradients()
+        norms = gradient_norms(state.model)
 
         @torch.no_grad()
         def forward() -> None:
-            with accelerator.autocast():
-                state.model(send_to_device(inputs, accelerator.device))
+            for images, *_ in steps:
+                with accelerator.autocast():
+                    state.model(images)
 
         state.model.eval()  # without what a CUDA graph has of it, which runs no hooks
+        peaks = largest_activations(state.model, forward)
         report = {
             "epoch": state.epoch + 1,
             "update": state.update,
-            "learning_rate": state.learning_rate,
+            "learning_rate": lr,
             "precision": self.config.precision,
             "loss": loss,
             "gradient_norm": norm,
             "gradient_norm_by_block": norms,
-            "largest_activation_by_block": (peaks := largest_activations(state.model, forward)),
+            "largest_activation_by_block": peaks,
             "files": [dataset.name(key) for key in keys],
         }
-        folder = checkpointer.save_diagnosis(report, batch)
+        folder = checkpointer.save_diagnosis(report, collate([dataset[key] for key in keys]))
         raise RunError(
-            f"loss is {loss} and the norm of the gradient {norm} in epoch {state.epoch + 1}, update "
-            f"{state.update + 1}, as in the {self.config.max_skipped} updates before, at learning rate "
-            f"{state.learning_rate:.2g} and precision {self.config.precision}. "
+            f"loss is {loss} and the norm of the gradient {norm} in epoch {state.epoch + 1}, update {state.update}, as "
+            f"in the {self.config.max_skipped} updates before, at learning rate {lr:.2g} and precision "
+            f"{self.config.precision}. "
             f"Activations: {first_not_finite(peaks)}; gradients: {first_not_finite(norms)}. "
             f"Batch, weights and all blocks are in {folder}. "
             "Lower optim.lr, set optim.clip_grad, or train in bf16 or fp32"
