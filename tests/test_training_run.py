@@ -101,7 +101,7 @@ def test_the_folder_holds_what_it_should(finished):
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
         "checkpoints", "config.json", "config.yaml", "confusion_matrix.png", "ema", "learning_curve.png", "log.jsonl",
-        "model.safetensors", "summary.json",
+        "model.safetensors", "starts.jsonl", "summary.json",
     }  # fmt: skip
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"best.pt", "last.pt", "previous.pt"}
     assert json.loads((run_dir / "summary.json").read_text()) == summary
@@ -411,6 +411,27 @@ def test_a_run_is_saved_as_often_as_asked(tree, tmp_path, monkeypatch, every):
     monkeypatch.setattr(RunFolder, "save", lambda run, state, *also: (saved.append(state["update"]), save(run, state)))
     train(plain(tree, tmp_path, checkpoint=CheckpointConfig(**every), schedule=ScheduleConfig(2, warmup_epochs=0)))
     assert saved == [1, 2, 3, 4, 4, 4, 5, 6, 7, 8, 8, 8]  # twice more around an evaluation
+
+
+def test_a_tracker_gets_every_epoch_once(tree, tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run_dir = tmp_path / "run"
+    with pytest.raises(ConfigError, match=r"no tracker 'tensorbord': installed are .*tensorboard"):
+        train(plain(tree, run_dir, trackers=["tensorbord"]))
+    interrupt(monkeypatch, Classification, 9)
+    with pytest.raises(InterruptedRunError):
+        train(plain(tree, run_dir, trackers=["tensorboard"]))
+    monkeypatch.undo()
+    train(plain(tree, run_dir, trackers=["tensorboard"]), resume=True)
+    (folder,) = {path.parent for path in run_dir.rglob("*tfevents*") if path.parent.name == "run"}
+    found = events.EventAccumulator(str(folder)).Reload()
+    assert [(e.step, e.value) for e in found.Scalars("train_loss")] == [
+        (record["epoch"], pytest.approx(record["train_loss"])) for record in log(run_dir)
+    ]
+    starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 2
+    assert all(start["versions"]["torch"] == torch.__version__.split("+")[0] for start in starts)
+    assert starts[0]["git_revision"]
 
 
 def test_the_best_epochs_are_kept(tree, tmp_path):

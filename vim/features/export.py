@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vim.data import EvalDataConfig, ImageSource, Transform, eval_transform
+from vim.training.environment import versions
 from vim.training.errors import InterruptedRunError, RunError
 from vim.training.model import load_model, resolve_input
 from vim.training.progress import Progress
-from vim.training.summary import versions
 from vim.training.trainer import create_accelerator
 
 from .config import FeaturesConfig

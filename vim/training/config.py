@@ -154,6 +154,8 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    trackers: list[str] = field(default_factory=list)
+    """Where to log epochs besides log.jsonl, by accelerate: tensorboard (into the run folder), wandb, trackio ..."""
     max_skipped: int = 20
     """Updates in a row that may be left out because loss or gradient are not finite; one more stops the run."""
 

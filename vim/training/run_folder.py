@@ -2,25 +2,30 @@
 
 import json
 import re
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from timm.models import save_for_hf
 from torch import nn
 
 from .checkpoint import duplicate, load_checkpoint, save_checkpoint
 from .config import RunConfig
+from .environment import device_name, git_revision, versions
 from .errors import RunError
 from .files import whole_file
 
 # Where the data lie and how they are loaded does not change results, so that a resumed run may change it.
 # (The batch is divided among processes and steps; their product is checked with the checkpoint.)
 FREE_ON_RESUME = re.compile(
-    r"run_dir|data\.(root|num_workers|batch_size|bad_images)|accumulate|checkpoint\..*|max_skipped"
+    r"run_dir|data\.(root|num_workers|batch_size|bad_images)|accumulate|checkpoint\..*|max_skipped|trackers"
 )
 
 
@@ -31,6 +36,7 @@ class RunFolder:
         self.path, self.tool = Path(path), tool
         self.config = self.path / "config.yaml"
         self.log = self.path / "log.jsonl"
+        self.starts = self.path / "starts.jsonl"
         self.summary = self.path / "summary.json"
         self.bad_images = self.path / "bad_images.txt"
         self.checkpoints = self.path / "checkpoints"
@@ -50,7 +56,7 @@ class RunFolder:
             return
         if not self.config.is_file():
             raise RunError(f"no run to resume in {self.path}: {self.config} is missing; start it without --resume")
-        saved, given = (_flat(c) for c in (yaml.safe_load(self.config.read_text()), _plain(config)))
+        saved, given = (flat(c) for c in (yaml.safe_load(self.config.read_text()), plain(config)))
         changed = [key for key in sorted(saved | given) if saved.get(key) != given.get(key)]
         if changed := [key for key in changed if not FREE_ON_RESUME.fullmatch(key)]:
             was = ", ".join(f"{key} was {saved.get(key)!r}, is {given.get(key)!r}" for key in changed)
@@ -58,7 +64,20 @@ class RunFolder:
 
     def create(self, config: RunConfig) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write(self.config, yaml.safe_dump(_plain(config), sort_keys=False))
+        self._write(self.config, yaml.safe_dump(plain(config), sort_keys=False))
+
+    def note_start(self, processes: int, device: torch.device) -> None:
+        """Add a line to starts.jsonl: when, by which command, from which revision, with which versions and where."""
+        line = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(sys.argv),
+            "git_revision": git_revision(),
+            "versions": versions(),
+            "device": device_name(device),
+            "processes": processes,
+        }
+        with self.starts.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def save(self, state: dict[str, Any], *also: Path) -> None:
         """Write last.pt; the one before becomes previous.pt. At any moment one of both is whole.
@@ -146,13 +165,14 @@ class RunFolder:
             unfinished.write_text(text)
 
 
-def _plain(config: RunConfig) -> dict[str, Any]:
+def plain(config: RunConfig) -> dict[str, Any]:
     """As YAML gives it back: lists for tuples."""
     return yaml.safe_load(yaml.safe_dump(asdict(config)))
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Keys of sections dotted: optim.lr."""
+    values: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return values

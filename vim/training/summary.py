@@ -1,16 +1,13 @@
 """What a run reports: a line for each epoch, and summary.json."""
 
-import importlib.metadata
-import platform
 import sys
 from datetime import timedelta
 from typing import Any
 
 import torch
 
+from .environment import device_name, versions
 from .state import TrainingState
-
-PACKAGES = ("vim-mamba", "torch", "torchvision", "timm", "accelerate", "numpy")
 
 
 def epoch_line(state: TrainingState, epochs: int, results: str) -> str:
@@ -39,9 +36,7 @@ def summarise(state: TrainingState, seed: int, device: torch.device) -> dict[str
         "images_per_second": len(history) / sum(1 / record["images_per_second"] for record in history),
         "data_wait": sum(record["data_wait"] for record in history) / len(history),
         "peak_memory_mib": peak_memory_mib(device),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} {platform.machine()}",
+        "device": device_name(device),
         "seed": seed,
         "versions": versions(),
     }
@@ -57,13 +52,3 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -12,7 +12,7 @@ from .config import RunConfig
 from .errors import InterruptedRunError
 from .interruption import Interruption
 from .progress import Progress
-from .run_folder import RunFolder
+from .run_folder import RunFolder, flat, plain
 from .summary import epoch_line
 from .trainer import Trainer, create_accelerator
 
@@ -33,7 +33,7 @@ def train(config: RunConfig, resume: bool = False, task: type[Trainer] = Classif
     """
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
-    accelerator = create_accelerator(config.precision, config.accumulate)
+    accelerator = create_accelerator(config.precision, config.accumulate, config.trackers, config.run_dir)
     run = RunFolder(config.run_dir, config.TOOL)
     run.check(config, resume)
     try:
@@ -62,6 +62,10 @@ def _train(
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
     if main and not resume:
         run.create(config)
+    if main:
+        run.note_start(accelerator.num_processes, accelerator.device)
+    if config.trackers:
+        accelerator.init_trackers(run.path.name, {key: _loggable(v) for key, v in flat(plain(config)).items()})
     if resume and (saved := run.load(progress.line)) is not None:
         state.load_state_dict(saved)
     progress.line(trainer.describe())
@@ -83,6 +87,7 @@ def _train(
                 run.keep_epochs(kept)
                 run.write_log(state.history)
                 run.write_bad_images(state.bad_images)
+            accelerator.log(record, step=state.epoch)
             progress.line(epoch_line(state, epochs, trainer.headline(state.history[-1])))
 
     if complete:
@@ -97,3 +102,8 @@ def _train(
             results += f"\n{len(state.bad_images)} images could not be read and were skipped: {run.bad_images}"
         progress.line(f"{epochs} epochs in {summary['train_seconds']:.0f} s\n{results}\nsummary: {run.summary}")
     return summary
+
+
+def _loggable(value: Any) -> Any:
+    """As trackers take the values of a configuration."""
+    return value if isinstance(value, int | float | str | bool) else str(value)

@@ -3,12 +3,13 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import send_to_device, set_seed
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -31,10 +32,26 @@ from .summary import summarise
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def create_accelerator(precision: Precision, accumulate: int = 1) -> Accelerator:
+def create_accelerator(
+    precision: Precision, accumulate: int = 1, trackers: Sequence[str] = (), run_dir: str | None = None
+) -> Accelerator:
+    """An accelerator for these options.
+
+    Args:
+        trackers: names of accelerate's; they write below `run_dir`.
+
+    Raises: ConfigError for what this machine has not.
+    """
+    available = [str(tracker.value) for tracker in get_available_trackers()]
+    for name in trackers:
+        if name not in available:
+            have = ", ".join(available) or "none"
+            raise ConfigError(f"no tracker {name!r}: installed are {have}; pip install its package")
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=accumulate,
+        log_with=list(trackers) or None,
+        project_dir=run_dir,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
     )
     if precision == "fp16" and accelerator.device.type == "cpu":
