@@ -79,7 +79,7 @@ def test_the_folder_holds_what_it_should(finished):
     run_dir, summary = finished
     assert {path.name for path in run_dir.iterdir()} == {
         "checkpoints", "config.json", "config.yaml", "detections.png", "ema", "learning_curve.png", "log.jsonl",
-        "model.safetensors", "predictions.json", "summary.json",
+        "model.safetensors", "predictions.json", "starts.jsonl", "summary.json",
     }  # fmt: skip
     assert {path.name for path in (run_dir / "ema").iterdir()} == {"config.json", "model.safetensors"}
     assert json.loads((run_dir / "summary.json").read_text()) == summary
