@@ -226,7 +226,9 @@ class Trainer(ABC):
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad or math.inf)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        mine = torch.stack([loss, norm.to(loss), *torch.tensor(checkpointer.wishes()).to(loss)])
+        # Filled in on the GPU: a copy of a tensor from the CPU would wait for all that the GPU has to do.
+        wishes = (loss.new_full((), float(wish)) for wish in checkpointer.wishes())
+        mine = torch.stack([loss, norm.to(loss), *wishes])
         found: Tensor = accelerator.reduce(mine, "mean")  # type: ignore[assignment]
         finite = found[:2].isfinite().all()
         if accelerator.scaler is not None:  # of fp16: it leaves out what is not finite itself, and learns of it
@@ -274,12 +276,13 @@ class Trainer(ABC):
         assert collate is not None
         processes, accumulate = accelerator.num_processes, self.config.accumulate
         batch_size = state.total_batch // processes // accumulate
-        keys, steps = [], []
+        keys, samples, steps = [], [], []
         state.optimizer.zero_grad()
         for place in range(accumulate):
             first = state.so_far.images + (place * processes + accelerator.process_index) * batch_size
             keys += self.sampler.keys(first, first + batch_size)
-            *inputs, _ = collate([dataset[key] for key in keys[-batch_size:]])
+            samples += [dataset[key] for key in keys[-batch_size:]]
+            *inputs, _ = collate(samples[-batch_size:])
             steps.append(send_to_device(inputs, accelerator.device))
             self._backward(steps[-1], state.so_far.images // (state.total_batch // accumulate) + place + 1)
         accelerator.unscale_gradients()
@@ -304,7 +307,7 @@ class Trainer(ABC):
             "largest_activation_by_block": peaks,
             "files": [dataset.name(key) for key in keys],
         }
-        folder = checkpointer.save_diagnosis(report, collate([dataset[key] for key in keys]))
+        folder = checkpointer.save_diagnosis(report, collate(samples))
         raise RunError(
             f"loss is {loss} and the norm of the gradient {norm} in epoch {state.epoch + 1}, update {state.update}, as "
             f"in the {self.config.max_skipped} updates before, at learning rate {lr:.2g} and precision "
