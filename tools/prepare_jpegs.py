@@ -1,4 +1,4 @@
-"""Write made-up photographs, as large and as hard to decode as ImageNet's, to measure loading with.
+"""Write made-up photographs, with as many pixels as ImageNet's, to measure loading with.
 
 python tools/prepare_jpegs.py data/jpegs --classes 1000 --images 4096
 """

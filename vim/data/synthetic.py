@@ -1,4 +1,4 @@
-"""Made-up photographs as JPEG files, for measurements of loading: as large, and as hard to decode, as ImageNet's."""
+"""Made-up photographs as JPEG files, with as many pixels as ImageNet's, for measurements of loading."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ QUALITY = 90
 def write_jpegs(root: str | Path, classes: int, images: int, seed: int = 0) -> None:
     """Write root/train and root/val, each with so many images in all, dealt out to so many classes in turn.
 
-    Smooth colours with edges and grain, of about 100 kB a file (ImageNet's average is 110 kB).
+    Smooth colours with edges and grain, of about 77 kB a file (ImageNet's average is 110 kB).
 
     Raises: DataError if root exists, or images are fewer than classes.
     """

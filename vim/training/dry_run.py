@@ -81,20 +81,20 @@ def find_batch_size(config: RunConfig, task: type[Trainer] = Classification) -> 
     progress = Progress()
     if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
         raise ConfigError("--find_batch_size needs one process with a GPU; choose data.batch_size by hand")
-    fits = 0
+    fits, size = 0, 2  # mixing wants pairs
     while True:
         trial = copy.deepcopy(config)
-        trial.data.batch_size = max(1, 2 * fits)  # type: ignore[attr-defined]
+        trial.data.batch_size = size  # type: ignore[attr-defined]  # the configuration of every task has it
         try:
             dry_run(trial, STEPS_OF_A_TRIAL, task)
         except (torch.cuda.OutOfMemoryError, DataError) as error:
-            why = "the data set has no more" if isinstance(error, DataError) else "memory ends there"
-            progress.line(f"data.batch_size {trial.data.batch_size}: {why}")  # type: ignore[attr-defined]
+            why = str(error) if isinstance(error, DataError) else "memory ends there"
+            progress.line(f"data.batch_size {size}: {why}")
             if not fits:
-                raise ConfigError("not even one image fits") from error
+                raise ConfigError(f"not even {size} images fit") from error
             progress.line(f"largest data.batch_size: {fits}")
             return fits
-        fits = trial.data.batch_size  # type: ignore[attr-defined]
+        fits, size = size, 2 * size
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
