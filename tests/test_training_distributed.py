@@ -2,22 +2,26 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from image_tree import write_image_tree
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from vim.data import AugmentConfig, DataConfig
-from vim.training import TrainConfig, plain_errors, train
-from vim.training.checkpoint import load_checkpoint
+from vim.training import RunError, TrainConfig, plain_errors, train
+from vim.training.checkpoint import Piece, load_checkpoint, save_shard
 from vim.training.classification import Classification
 from vim.training.config import EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
+from vim.training.model import create_model
+from vim.training.run_folder import RunFolder
 
 MODEL = ModelConfig("vim_nano", kwargs={"img_size": 12, "patch_size": 4, "in_chans": 1, "depth": 2})
 
@@ -107,7 +111,10 @@ def test_two_processes_stopped_and_resumed_on_one_equal_one_alone(alone, fsdp):
     name = f"fsdp-{fsdp}"
     ended, errors = codes(start(2, str(alone), name, 4, fsdp, stop=(None, 5)))
     assert ended == [143, 143], errors
-    assert load_checkpoint(alone / "runs" / name / "checkpoints" / "last.pt")["update"] == 6
+    last = alone / "runs" / name / "checkpoints" / "last.pt"
+    assert load_checkpoint(last)["update"] == 6
+    if fsdp:
+        assert sorted(path.name for path in last.iterdir()) == ["shard-0-of-2.pt", "shard-1-of-2.pt"]
     ended, errors = codes(start(1, str(alone), name, 4, fsdp, True))  # half the total batch
     assert ended == [1]
     assert "the run has 16 images an update, now they would be 8" in errors[0]
@@ -121,3 +128,36 @@ def test_two_processes_with_shards_equal_one_alone(alone):
     ended, errors = codes(start(2, str(alone), "grown", 4, True, True))
     assert ended == [0, 0], errors
     assert_same_run(alone, "grown")
+
+    best = alone / "runs" / "grown" / "checkpoints" / "best.pt"
+    loaded = create_model(ModelConfig(MODEL.name, checkpoint=str(best), kwargs=MODEL.kwargs), num_classes=3)
+    averaged = load_checkpoint(best)["model_ema"]
+    assert_close(loaded.state_dict(), averaged, atol=0, rtol=0)
+    assert "state_dict" not in loaded.pretrained_cfg
+
+
+def test_a_damaged_shard_is_found(tmp_path):
+    """Both files belong to a checkpoint: without one, or with another one's, there is none to load."""
+    run = RunFolder(tmp_path, "tools/train.py")
+    whole = {"update": 3, "steps": [torch.arange(5.0), 7]}
+
+    def write(path, update):
+        path.mkdir(parents=True)
+        for process, rows in enumerate((3, 2)):  # as FSDP cuts
+            piece = Piece(whole["steps"][0][3 * process :][:rows], (5,))
+            save_shard({"update": update, "steps": [piece, 7]}, path, process, 2)
+
+    write(run.new, 2)
+    run.keep_new()
+    write(run.new, 3)
+    run.keep_new(run.best)
+    assert_close(load_checkpoint(run.last), whole)
+    assert_close(load_checkpoint(run.best), whole)
+    warnings = []
+    (run.last / "shard-1-of-2.pt").unlink()
+    assert run.load(warnings.append)["update"] == 2
+    assert "no checkpoint" in warnings[0]
+    assert "shard-1-of-2.pt" in warnings[0]
+    shutil.copyfile(run.last / "shard-0-of-2.pt", run.last / "shard-1-of-2.pt")
+    with pytest.raises(RunError, match="shards do not belong together"):
+        load_checkpoint(run.last)

@@ -407,8 +407,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, tree, tmp_pa
 @pytest.mark.parametrize("every", [{"every_minutes": 1e-9}, {"every_updates": 1}])
 def test_a_run_is_saved_as_often_as_asked(tree, tmp_path, monkeypatch, every):
     saved = []
-    save = RunFolder.save
-    monkeypatch.setattr(RunFolder, "save", lambda run, state, *also: (saved.append(state["update"]), save(run, state)))
+    keep = RunFolder.keep_new
+
+    def noted(run, *also):
+        saved.append(load_checkpoint(run.new)["update"])
+        keep(run, *also)
+
+    monkeypatch.setattr(RunFolder, "keep_new", noted)
     train(plain(tree, tmp_path, checkpoint=CheckpointConfig(**every), schedule=ScheduleConfig(2, warmup_epochs=0)))
     assert saved == [1, 2, 3, 4, 4, 4, 5, 6, 7, 8, 8, 8]  # twice more around an evaluation
 

@@ -1,9 +1,16 @@
-"""Checkpoint files: written whole or not at all, loaded without running code from them."""
+"""Checkpoints: written whole or not at all, loaded without running code from them.
+
+A checkpoint is a file, or, of a model that is divided among processes, a folder with a file from each of them.
+(torch.distributed.checkpoint has such folders too, but unpickles whatever lies in their metadata, and keeps no
+checksums.)
+"""
 
 import errno
 import os
 import shutil
 import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +41,45 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         ) from error
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU.
+@dataclass
+class Piece:
+    """What a process has of a tensor that is cut along its first dimension; shape is that of the whole."""
 
-    Raises: RunError for a file that is missing, damaged, or holds anything but data.
+    tensor: torch.Tensor
+    shape: Sequence[int]
+
+
+def save_shard(state: dict[str, Any], folder: Path, process: int, processes: int) -> None:
+    """Write a process's part of a state to its file in a folder: as `save_checkpoint`, with pieces of tensors too."""
+    save_checkpoint(_pieces_as_dicts(state), _shard(folder, process, processes))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, with all its tensors whole, to the CPU.
+
+    Raises: RunError for one that is missing, damaged, incomplete, or holds anything but data.
     """
+    if not path.is_dir():
+        return _load_file(path)
+    found = sorted(path.glob("shard-*-of-*.pt"))
+    processes = int(found[0].stem.rpartition("-")[2]) if found else 1
+    return _joined([_load_file(_shard(path, process, processes)) for process in range(processes)])
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A model's state dict from a checkpoint: the averaged weights, where there are any.
+
+    Raises: as `load_checkpoint`.
+    """
+    state = load_checkpoint(path)
+    return state.get("model_ema", state.get("model", state))
+
+
+def _shard(folder: Path, process: int, processes: int) -> Path:
+    return folder / f"shard-{process}-of-{processes}.pt"
+
+
+def _load_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RunError(f"no checkpoint {path}")
     try:
@@ -52,13 +93,66 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def duplicate(source: Path, path: Path) -> None:
-    """Give a file, which nobody will change in place, another name."""
+    """Give a checkpoint, which nobody will change in place, another name."""
+    if not source.is_dir():
+        _duplicate_file(source, path)
+        return
+    unfinished = path.with_name(f".{path.name}.tmp")
+    remove(unfinished)
+    unfinished.mkdir()
+    for file in source.iterdir():
+        _duplicate_file(file, unfinished / file.name)
+    replace(unfinished, path)
+
+
+def replace(source: Path, path: Path) -> None:
+    """Rename a checkpoint, to a name that another may have. (No folder can take the place of another at once.)"""
+    if source.is_dir() or path.is_dir():
+        remove(path)
+    source.replace(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _duplicate_file(source: Path, path: Path) -> None:
     with whole_file(path) as unfinished:
         unfinished.unlink(missing_ok=True)
         try:
             os.link(source, unfinished)
         except OSError:  # a file system without links
             shutil.copyfile(source, unfinished)
+
+
+_PIECE = {"piece", "of_shape"}  # the keys of the dict that stands for one in a file
+
+
+def _pieces_as_dicts(state: Any) -> Any:
+    if isinstance(state, Piece):
+        return {"piece": state.tensor, "of_shape": list(state.shape)}
+    if isinstance(state, dict):
+        return {key: _pieces_as_dicts(value) for key, value in state.items()}
+    return [_pieces_as_dicts(value) for value in state] if isinstance(state, list) else state
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The state of which each process wrote a part."""
+    first = parts[0]
+    if isinstance(first, dict) and first.keys() == _PIECE:
+        whole = torch.cat([part["piece"] for part in parts])
+        if list(whole.shape) != first["of_shape"]:
+            raise RunError(f"shards do not belong together: they make {list(whole.shape)} of {first['of_shape']}")
+        return whole
+    if isinstance(first, dict):
+        return {key: _joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, list):
+        return [_joined(list(values)) for values in zip(*parts, strict=True)]
+    return first
 
 
 def _bytes(state: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from .checkpoint import save_checkpoint
+from .checkpoint import remove, save_checkpoint, save_shard
 from .config import CheckpointConfig
 from .errors import InterruptedRunError
 from .files import write_json
@@ -20,7 +20,7 @@ from .state import TrainingState
 class Checkpointer:
     """Saves a run between updates: as often as the configuration says, and before a signal ends it.
 
-    All processes call its methods together; the main one writes.
+    All processes call its methods together. The main one writes, or each its part of a sharded model.
     """
 
     def __init__(
@@ -64,10 +64,25 @@ class Checkpointer:
     def save(self, *also: Path) -> None:
         """Write last.pt, and the same under other names before."""
         self.state.bad_images = set().union(*gather_object([self.state.bad_images]))
-        state = self.state.state_dict()
+        self._write(self.run.new)
         if self.accelerator.is_main_process:
-            self.run.save(state, *also)
+            self.run.keep_new(*also)
         self._saved_at = time.monotonic()
+
+    def _write(self, path: Path) -> None:
+        """Write the state as it is now: one file, or, where it is sharded, a folder with a file from each process."""
+        accelerator, state = self.accelerator, self.state.state_dict()
+        main, sharded = accelerator.is_main_process, self.state.unsharded is not None
+        if main:
+            remove(path)  # what a save that did not end has left
+            (path if sharded else path.parent).mkdir(parents=True, exist_ok=True)
+        if not sharded:
+            if main:
+                save_checkpoint(state, path)
+            return
+        accelerator.wait_for_everyone()
+        save_shard(state, path, accelerator.process_index, accelerator.num_processes)
+        accelerator.wait_for_everyone()
 
     def save_diagnosis(self, report: dict[str, Any], batch: Any) -> Path:
         """Write what a run that cannot go on knows of its last update: a report and the batch of each process, and the
@@ -77,8 +92,6 @@ class Checkpointer:
         process = self.accelerator.process_index
         write_json(report, folder / f"report-{process}.json")
         save_checkpoint({"batch": batch}, folder / f"batch-{process}.pt")
-        state = self.state.state_dict()
-        if self.accelerator.is_main_process:
-            save_checkpoint(state, folder / "state.pt")
+        self._write(folder / "state.pt")
         self.accelerator.wait_for_everyone()
         return folder

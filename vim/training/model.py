@@ -10,6 +10,7 @@ from torch import nn
 
 from vim.data import EvalDataConfig
 
+from .checkpoint import load_weights
 from .config import LoadedModelConfig, ModelConfig
 from .errors import ConfigError, did_you_mean
 
@@ -32,13 +33,16 @@ def create_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
         kwargs["pretrained_cfg_overlay"] = _weights_from(config.checkpoint, config.name)
     pretrained = config.pretrained or config.checkpoint is not None
     try:
-        return timm.create_model(timm_name(config.name), pretrained=pretrained, **kwargs)
+        model = timm.create_model(timm_name(config.name), pretrained=pretrained, **kwargs)
     except TypeError as error:
         raise ConfigError(f"model.kwargs do not fit {config.name}: {error}") from error
     except RuntimeError as error:
         if not str(error).startswith("No pretrained weights exist"):
             raise
         raise ConfigError(f"{config.name} has no released weights; name a checkpoint or a run folder") from error
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    cfg.pop("state_dict", None)  # it would go into the model's config.json
+    return model
 
 
 def load_model(source: LoadedModelConfig) -> nn.Module:
@@ -109,10 +113,13 @@ def _per_channel(name: str, given: tuple[float, ...] | None, default: tuple[floa
 def _weights_from(checkpoint: str, name: str) -> dict[str, Any]:
     """A pretrained_cfg_overlay that makes timm load the file as it loads released weights: through the model's filter,
     and with a new head where the class counts differ. So timm must know the file's class count."""
-    if not Path(checkpoint).is_file():
+    path = Path(checkpoint)
+    if not path.exists():
         raise ConfigError(f"no file {checkpoint} to load weights from")
     cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     classifier = (cfg and cfg.classifier) or "head"
     classifier = classifier if isinstance(classifier, str) else classifier[0]
-    head = load_state_dict(checkpoint).get(f"{classifier}.weight")
-    return {"source": "", "file": checkpoint, "num_classes": 0 if head is None else head.shape[0]}
+    weights = load_weights(path) if path.is_dir() else load_state_dict(checkpoint)
+    head = weights.get(f"{classifier}.weight")
+    where = {"state_dict": weights} if path.is_dir() else {"file": checkpoint}
+    return {"source": "", "num_classes": 0 if head is None else head.shape[0], **where}

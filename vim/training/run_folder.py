@@ -16,7 +16,7 @@ import yaml
 from timm.models import save_for_hf
 from torch import nn
 
-from .checkpoint import duplicate, load_checkpoint, save_checkpoint
+from .checkpoint import duplicate, load_checkpoint, remove, replace
 from .config import RunConfig
 from .environment import device_name, git_revision, versions
 from .errors import RunError
@@ -40,7 +40,8 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.bad_images = self.path / "bad_images.txt"
         self.checkpoints = self.path / "checkpoints"
-        self.last, self.previous, self.best = (self.checkpoints / f"{n}.pt" for n in ("last", "previous", "best"))
+        names = ("new", "last", "previous", "best")
+        self.new, self.last, self.previous, self.best = (self.checkpoints / f"{name}.pt" for name in names)
 
     @property
     def resume_command(self) -> str:
@@ -79,20 +80,18 @@ class RunFolder:
         with self.starts.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def save(self, state: dict[str, Any], *also: Path) -> None:
-        """Write last.pt; the one before becomes previous.pt. At any moment one of both is whole.
+    def keep_new(self, *also: Path) -> None:
+        """Make new.pt, which is written, the last checkpoint; the one before becomes previous.pt. At any moment one of
+        them is whole.
 
         Args:
             also: other names for the same, which are there before.
         """
-        self.checkpoints.mkdir(exist_ok=True)
-        new = self.checkpoints / "new.pt"
-        save_checkpoint(state, new)
         for path in also:
-            duplicate(new, path)
+            duplicate(self.new, path)
         if self.last.exists():
-            self.last.replace(self.previous)
-        new.replace(self.last)
+            replace(self.last, self.previous)
+        replace(self.new, self.last)
 
     def load(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """The newest checkpoint that is whole; None if the run was never saved.
@@ -118,7 +117,7 @@ class RunFolder:
         kept = {self.epoch(number) for number in numbers}
         for path in self.checkpoints.glob("epoch-*.pt"):
             if path not in kept:
-                path.unlink()
+                remove(path)
 
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """Write log.jsonl, one line an epoch. Whole each time: a crash may have come between checkpoint and log."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .checkpoint import Piece
 from .diagnosis import block_of
 
 
@@ -23,13 +24,18 @@ def shard(model: nn.Module) -> None:
     fully_shard(model)
 
 
-def gathered(state: Any) -> Any:
-    """Nested dicts and lists with whole tensors in place of shards. All processes call this together."""
+def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with whole tensors in place of shards. All processes call this together."""
+    return {key: t.full_tensor().cpu() if isinstance(t, DTensor) else t for key, t in state.items()}
+
+
+def own_pieces(state: Any) -> Any:
+    """Nested dicts and lists with this process's pieces in place of sharded tensors."""
     if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
+        return Piece(state.to_local().cpu(), state.shape)
     if isinstance(state, dict):
-        return {key: gathered(value) for key, value in state.items()}
-    return [gathered(value) for value in state] if isinstance(state, list) else state
+        return {key: own_pieces(value) for key, value in state.items()}
+    return [own_pieces(value) for value in state] if isinstance(state, list) else state
 
 
 def scatter_optimizer_state(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:

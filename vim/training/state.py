@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from .errors import RunError
-from .sharding import gathered, load_whole, scatter_optimizer_state
+from .sharding import gathered, load_whole, own_pieces, scatter_optimizer_state
 
 
 @dataclass
@@ -127,10 +127,12 @@ class TrainingState:
         self.so_far = EpochSoFar(skipped_in_row=self.so_far.skipped_in_row)
 
     def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes, but of sharded tensors the pieces of this process."""
         # timm's loaders know the names model and model_ema, and prefer the latter.
-        state = {"model": gathered(self.model.state_dict()), "optimizer": gathered(self.optimizer.state_dict())}
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.ema is not None:
-            state["model_ema"] = gathered(self.ema.module.state_dict())
+            state["model_ema"] = self.ema.module.state_dict()
+        state = own_pieces(state)
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
         position = {"update": self.update, "so_far": asdict(self.so_far), "history": self.history}

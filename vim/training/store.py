@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .checkpoint import load_checkpoint
+from .checkpoint import load_weights
 from .errors import RunError
 from .files import whole_file, write_json
 
@@ -45,11 +45,7 @@ def load_trained(model: nn.Module, folder: Path, checkpoint: str | None) -> None
     Raises: RunError for weights that do not fit.
     """
     weights = Path(checkpoint) if checkpoint else folder / WEIGHTS
-    if weights.suffix == ".safetensors":
-        state = load_file(weights)
-    else:
-        training = load_checkpoint(weights)
-        state = training.get("model_ema", training.get("model", training))
+    state = load_file(weights) if weights.suffix == ".safetensors" else load_weights(weights)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
