@@ -57,15 +57,15 @@ def run(root, name, batch_size, fsdp=False, resume=False, stop=None):
         train(config(root, name, batch_size, fsdp), resume=resume)
 
 
-def start(processes, *args, stop=(None, None)):
-    """So many processes that call `run`. stop: of each."""
+def start(processes, *args, stop=(None, None), cpu=True):
+    """So many processes that call `run`, on the CPU or on a GPU each. stop: of each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
     started = []
     for rank in range(processes):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | group if processes > 1 else {}
-        env = os.environ | own | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        env = os.environ | own | {"ACCELERATE_USE_CPU": str(cpu).lower(), "OMP_NUM_THREADS": "1"}
         code = f"import vim, test_training_distributed as t; t.run(*{args!r}, stop={stop[rank]})"
         started.append(
             subprocess.Popen([sys.executable, "-c", code], env=env, cwd=Path(__file__).parent, stderr=subprocess.PIPE)
@@ -81,10 +81,22 @@ def codes(processes):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """A folder with images, and a run of one process."""
+    return run_alone(tmp_path_factory, cpu=True)
+
+
+def run_alone(tmp_path_factory, cpu):
     root = tmp_path_factory.mktemp("two")
     write_image_tree(root / "images", {"train": 66, "val": 9}, classes=3)
-    assert codes(start(1, str(root), "alone", 8)) == ([0], [""])
+    ended, errors = codes(start(1, str(root), "alone", 8, cpu=cpu))
+    assert ended == [0], errors
     return root
+
+
+@pytest.fixture(scope="module")
+def alone_on_a_gpu(tmp_path_factory):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return run_alone(tmp_path_factory, cpu=False)
 
 
 def assert_same_run(root, name):
@@ -134,6 +146,17 @@ def test_two_processes_with_shards_equal_one_alone(alone):
     averaged = load_checkpoint(best)["model_ema"]
     assert_close(loaded.state_dict(), averaged, atol=0, rtol=0)
     assert "state_dict" not in loaded.pretrained_cfg
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_gpus_stopped_and_resumed_on_one_equal_one_alone(alone_on_a_gpu, fsdp):
+    root, name = alone_on_a_gpu, f"fsdp-{fsdp}"
+    ended, errors = codes(start(2, str(root), name, 4, fsdp, stop=(None, 5), cpu=False))
+    assert ended == [143, 143], errors
+    ended, errors = codes(start(1, str(root), name, 8, fsdp, True, cpu=False))
+    assert ended == [0], errors
+    assert_same_run(root, name)
 
 
 def test_a_damaged_shard_is_found(tmp_path):

@@ -68,7 +68,7 @@ class Classification(Trainer):
             enable_grad_checkpointing(model, config.model.name)
         if config.model.compile:
             model.compile()  # in place: the names of the state dict stay
-        if wants_cuda_graph(model, config.model, self.accelerator):
+        if not self.sharded and wants_cuda_graph(model, config.model, self.accelerator):
             sample = torch.zeros(config.data.batch_size, *self.data_config["input_size"], device=device)
             capture_training(model, sample, AUTOCAST[config.precision])
 

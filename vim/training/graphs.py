@@ -13,8 +13,7 @@ def wants_cuda_graph(model: nn.Module, config: ModelConfig, accelerator: Acceler
     # Most models' checkpointing saves and restores the state of random numbers, which no capture can hold.
     capturable = not config.grad_checkpointing or getattr(model, "graph_safe_checkpointing", False)
     plain = not config.compile and accelerator.gradient_accumulation_steps == 1
-    one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-    return config.cuda_graph and capturable and plain and one_gpu
+    return config.cuda_graph and capturable and plain and accelerator.device.type == "cuda"
 
 
 def capture_training(model: nn.Module, images: Tensor, dtype: torch.dtype | None) -> None:
