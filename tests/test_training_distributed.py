@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from vim.data import AugmentConfig, DataConfig
 from vim.training import RunError, TrainConfig, plain_errors, train
-from vim.training.checkpoint import Piece, load_checkpoint, save_shard
+from vim.training.checkpoint import Piece, duplicate, load_checkpoint, save_checkpoint, save_shard
 from vim.training.classification import Classification
 from vim.training.config import EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
 from vim.training.model import create_model
@@ -175,6 +175,11 @@ def test_a_damaged_shard_is_found(tmp_path):
     write(run.new, 3)
     run.keep_new(run.best)
     assert_close(load_checkpoint(run.last), whole)
+    assert_close(load_checkpoint(run.best), whole)
+    save_checkpoint(whole, tmp_path / "one.pt")  # a file in the place of a folder, when one process goes on
+    duplicate(tmp_path / "one.pt", run.best)
+    assert run.best.is_file()
+    duplicate(run.last, run.best)
     assert_close(load_checkpoint(run.best), whole)
     warnings = []
     (run.last / "shard-1-of-2.pt").unlink()

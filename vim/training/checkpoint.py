@@ -93,15 +93,13 @@ def _load_file(path: Path) -> dict[str, Any]:
 
 
 def duplicate(source: Path, path: Path) -> None:
-    """Give a checkpoint, which nobody will change in place, another name."""
-    if not source.is_dir():
-        _duplicate_file(source, path)
-        return
+    """Give a checkpoint, which nobody will change in place, another name, which another may have."""
     unfinished = path.with_name(f".{path.name}.tmp")
     remove(unfinished)
-    unfinished.mkdir()
-    for file in source.iterdir():
-        _duplicate_file(file, unfinished / file.name)
+    if source.is_dir():
+        shutil.copytree(source, unfinished, copy_function=_link)
+    else:
+        _link(source, unfinished)
     replace(unfinished, path)
 
 
@@ -120,13 +118,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _duplicate_file(source: Path, path: Path) -> None:
-    with whole_file(path) as unfinished:
-        unfinished.unlink(missing_ok=True)
-        try:
-            os.link(source, unfinished)
-        except OSError:  # a file system without links
-            shutil.copyfile(source, unfinished)
+def _link(source: str | Path, path: str | Path) -> None:
+    try:
+        os.link(source, path)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, path)
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())
 
 
 _PIECE = {"piece", "of_shape"}  # the keys of the dict that stands for one in a file
