@@ -8,9 +8,11 @@ import timm
 import vim  # noqa: F401  (registers the models)
 from vim.detection import DetectionTrainConfig
 from vim.training import ConfigParser, TrainConfig
+from vim.training.config import CompareConfig
 
 FOLDER = Path(__file__).parent.parent / "configs"
-CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - set(FOLDER.glob("benchmark*.yaml")))
+COMPARISONS = sorted(FOLDER.glob("compare_*.yaml"))
+CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - set(FOLDER.glob("benchmark*.yaml")) - set(COMPARISONS))
 
 
 def load(path):
@@ -31,6 +33,21 @@ def test_the_header_says_command_cost_result_and_source(path):
     for word in ("# Command:", "# Cost:", "# Expected:", "# Source:"):
         assert word in header
     assert f"--config configs/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_a_comparison_is_fair(path):
+    """Parameters within one percent; what a contender changes is its model, nothing else."""
+    comparison, _ = ConfigParser(CompareConfig, "").parse_config(["--config", str(path)])
+    base = load(FOLDER.parent / comparison.train)
+    parameters = []
+    for changes in comparison.contenders.values():
+        assert changes.keys() <= {"model.name", "model.kwargs"}
+        name = changes.get("model.name", base.model.name)
+        model = timm.create_model(name, **changes.get("model.kwargs", base.model.kwargs))
+        parameters.append(sum(p.numel() for p in model.parameters()))
+    assert max(parameters) < 1.01 * min(parameters)
+    assert comparison.test_split not in (base.data.train_split, base.data.val_split)
 
 
 # GPUs x batch, peak learning rate, weight decay, drop path, epochs: the table of the authors' scripts.

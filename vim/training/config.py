@@ -327,3 +327,34 @@ class BenchmarkConfig:
             for text in self.models
             if text in (workload.models or self.models)
         ]
+
+
+@dataclass
+class CompareConfig:
+    """The comparison."""
+
+    train: str = "configs/quickstart.yaml"
+    """Configuration of the training, the same for all; data.val_split is the split to choose the learning rate on."""
+    contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name of each, and what it changes in that configuration: {vim: {model.name: vim_nano}}."""
+    lrs: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3])
+    """Learning rates to choose from, the same for all."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Of the runs that are tested; learning rates are chosen with the first."""
+    test_split: str = "test"
+    """Folder below data.root that nothing is chosen on."""
+    jobs: int = 1
+    """Runs side by side."""
+    output: str = "runs/comparison"
+    """Folder for the runs, comparison.json and comparison.png. What is finished there is not done again."""
+
+    def __post_init__(self):
+        if not self.contenders or not self.lrs or not self.seeds:
+            raise ConfigError("contenders, lrs and seeds must name at least one each")
+        for name, changes in self.contenders.items():
+            if taken := {"optim.lr", "seed", "run_dir"} & changes.keys():
+                raise ConfigError(
+                    f"contenders.{name} sets {', '.join(sorted(taken))}, which the comparison sets itself"
+                )
+        if self.jobs < 1:
+            raise ConfigError(f"jobs must be at least 1, got {self.jobs}")

@@ -64,6 +64,33 @@ def plot_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_comparison(report: dict, path: Path) -> str:
+    """What comparison.json says: accuracy by learning rate where it was chosen, and of each seed on the test split.
+
+    Returns: a line that says where the plot is, or why there is none.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        return f"no plot: {error}; pip install matplotlib"
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    choosing, testing = figure.subplots(1, 2)
+    contenders = report["contenders"]
+    for place, (name, result) in enumerate(contenders.items()):
+        rates = [float(rate) for rate in result["choosing"]]
+        choosing.plot(rates, list(result["choosing"].values()), marker="o", color=f"C{place}", label=name)
+        testing.plot([place] * len(result["test"]), result["test"], "o", color=f"C{place}", alpha=0.6)
+        testing.hlines(result["mean"], place - 0.2, place + 0.2, color=f"C{place}")
+    choosing.set(xlabel="learning rate", ylabel="top-1 on the split to choose on (%)", xscale="log")
+    choosing.legend()
+    testing.set(ylabel="top-1 on the test split (%): seeds and mean", xlim=(-0.5, len(contenders) - 0.5))
+    testing.set_xticks(range(len(contenders)), list(contenders))
+    for axes in (choosing, testing):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return f"plot: {path}"
+
+
 def workload_name(row: dict) -> str:
     """What a row of benchmark.json had to do."""
     return f"{row['mode']}, {row['img_size']} pixels, batch {row['batch_size']}"

@@ -1,0 +1,88 @@
+"""Comparisons of models: the learning rate is chosen on one split, and what counts is another."""
+
+import json
+import os
+
+import pytest
+import yaml
+from image_tree import write_image_tree
+from whole_runs import one_thread  # noqa: F401  (the fixture)
+
+from vim.training import ConfigError, RunError, comparison
+from vim.training.comparison import compare
+from vim.training.config import CompareConfig
+
+os.environ["ACCELERATE_USE_CPU"] = "true"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZE = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1}
+BASE = {
+    "model": {"name": "vit_tiny_patch16_224", "kwargs": SIZE | {"num_heads": 2}},
+    "data": {"val_split": "choose", "batch_size": 16, "num_workers": 0, "crop_pct": 1.0, "mean": [0.3], "std": [0.2]},
+    "augment": {"scale": [1, 1], "ratio": [1, 1], "hflip": 0.0},
+    "schedule": {"epochs": 6, "warmup_epochs": 0, "min_lr": 0.0},
+}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Two models on images that can be learned, in this process; and how often each function was called."""
+    write_image_tree(tmp_path / "images", {"train": 66, "choose": 15, "test": 9}, classes=3)
+    base = BASE | {"data": BASE["data"] | {"root": str(tmp_path / "images")}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    calls = []
+
+    def here(function, argument, log):
+        calls.append(function.__name__)
+        function(argument)
+
+    monkeypatch.setattr(comparison, "_in_a_process", here)
+    contenders = {"vit": {}, "vim": {"model.name": "vim_nano", "model.kwargs": SIZE}}
+    return (
+        CompareConfig(
+            train=str(tmp_path / "base.yaml"),
+            contenders=contenders,
+            lrs=[1e-9, 1e-2],
+            seeds=[0, 1],
+            output=str(tmp_path / "out"),
+        ),
+        calls,
+    )
+
+
+def test_the_rate_is_chosen_on_its_split_and_the_test_split_counts(config, tmp_path):
+    config, calls = config
+    report = compare(config)
+    assert (calls.count("_train"), calls.count("validate")) == (2 * (2 + 1), 2 * 2)  # the chosen run of seed 0 is there
+    for name, result in report["contenders"].items():
+        assert result["lr"] == 1e-2  # with the other one nothing changes
+        assert result["choosing"]["0.01"] > result["choosing"]["1e-09"]
+        for seed, top1 in zip(config.seeds, result["test"], strict=True):
+            folder = tmp_path / "out" / name / f"lr0.01-seed{seed}"
+            run = yaml.safe_load((folder / "config.yaml").read_text())
+            assert (run["seed"], run["optim"]["lr"]) == (seed, 1e-2)
+            tested = json.loads((folder / "test.json").read_text())
+            assert (tested["images"], tested["top1"]) == (9, top1)
+            assert tested["split"].endswith("test")
+        assert result["mean"] == pytest.approx(sum(result["test"]) / 2)
+    assert report["contenders"]["vim"]["parameters"] != report["contenders"]["vit"]["parameters"]
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == report
+    assert (tmp_path / "out" / "comparison.png").exists()
+
+    calls.clear()
+    assert compare(config) == report
+    assert not calls  # nothing is done twice
+
+
+def test_a_run_that_fails_says_where_to_look(tmp_path):
+    log = tmp_path / "logs" / "run.txt"
+    with pytest.raises(RunError, match=f"a run ended with 1; see {log}"):
+        comparison._in_a_process(comparison._train, ["--data.root", str(tmp_path / "nowhere")], log)
+    assert "no data set folder" in log.read_text()
+
+
+def test_what_a_comparison_refuses():
+    with pytest.raises(ConfigError, match="contenders, lrs and seeds must name at least one each"):
+        CompareConfig()
+    with pytest.raises(ConfigError, match=r"contenders.vit sets optim.lr, which the comparison sets itself"):
+        CompareConfig(contenders={"vit": {"optim.lr": 1}})

@@ -1,0 +1,34 @@
+"""Compare how models learn: the best of a grid of learning rates for each, chosen on one split, tested on another.
+
+python tools/compare.py --config configs/compare_mnist5k.yaml
+"""
+
+from rich.console import Console
+from rich.table import Table
+
+import vim  # noqa: F401  (registers the vim_* models)
+from vim.training import ConfigParser, plain_errors
+from vim.training.comparison import compare
+from vim.training.config import CompareConfig
+
+
+def main() -> None:
+    config, _ = ConfigParser(CompareConfig, __doc__).parse_config()
+    with plain_errors():
+        report = compare(config)
+    table = Table("", "parameters", "learning rate", "top-1 % by seed", "mean", "deviation", title=config.test_split)
+    for name, result in report["contenders"].items():
+        edge = " (end of the grid)" if result["lr"] in (min(config.lrs), max(config.lrs)) else ""
+        table.add_row(
+            name,
+            f"{result['parameters']:,}",
+            f"{result['lr']:g}{edge}",
+            ", ".join(f"{top1:.2f}" for top1 in result["test"]),
+            f"{result['mean']:.2f}",
+            f"{result['deviation']:.2f}" if len(config.seeds) > 1 else "",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

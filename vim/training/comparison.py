@@ -1,0 +1,127 @@
+"""Which of several models learns better, each with the learning rate that is best for it."""
+
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vim.data import EvalDataConfig
+
+from .cli import ConfigParser, plain_errors
+from .config import CompareConfig, TrainConfig, ValidateConfig
+from .errors import RunError
+from .files import write_json
+from .plots import plot_comparison
+from .progress import Progress
+from .train import train
+from .validate import validate
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A training run of a comparison."""
+
+    contender: str
+    lr: float
+    seed: int
+
+    def folder(self, config: CompareConfig) -> Path:
+        return Path(config.output) / self.contender / f"lr{self.lr:g}-seed{self.seed}"
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Train every contender with every learning rate, choose its best by the top-1 of the last epoch on data.val_split,
+    train that with every seed, and count on the test split.
+
+    Runs that are finished are not repeated, and unfinished ones go on, so a stopped comparison can be called again.
+
+    Returns: the content of comparison.json: for each contender its parameters, top-1 on the split to choose on by
+        learning rate, the rate that was chosen, and top-1 on the test split for each seed with mean and standard
+        deviation, in percent.
+    Raises: RunError for a run that failed.
+    """
+    progress, first = Progress(), config.seeds[0]
+    grid = {name: [_Run(name, lr, first) for lr in config.lrs] for name in config.contenders}
+    _train_all(config, [run for runs in grid.values() for run in runs], progress)
+    chosen = {name: max(runs, key=lambda run: _summary(config, run)["top1"]) for name, runs in grid.items()}
+    final = {name: [_Run(name, run.lr, seed) for seed in config.seeds] for name, run in chosen.items()}
+    _train_all(config, [run for runs in final.values() for run in runs], progress)
+    results = {}
+    for name, runs in final.items():
+        tested = [_test(config, run) for run in runs]
+        results[name] = {
+            "parameters": _summary(config, runs[0])["parameters"],
+            "choosing": {f"{run.lr:g}": _summary(config, run)["top1"] for run in grid[name]},
+            "lr": runs[0].lr,
+            "test": tested,
+            "mean": statistics.mean(tested),
+            "deviation": statistics.stdev(tested) if len(tested) > 1 else None,
+            "train_seconds": statistics.mean(_summary(config, run)["train_seconds"] for run in runs),
+        }
+    about = {"train": config.train, "seeds": config.seeds, "test_split": config.test_split}
+    summary = _summary(config, final[next(iter(final))][0])
+    report = about | {"device": summary["device"], "versions": summary["versions"], "contenders": results}
+    write_json(report, Path(config.output) / "comparison.json")
+    progress.line(plot_comparison(report, Path(config.output) / "comparison.png"))
+    return report
+
+
+def _train_all(config: CompareConfig, runs: Iterable[_Run], progress: Progress) -> None:
+    def train_one(run: _Run) -> None:
+        folder = run.folder(config)
+        if (folder / "summary.json").exists():
+            return
+        overrides = config.contenders[run.contender] | {"optim.lr": run.lr, "seed": run.seed, "run_dir": str(folder)}
+        _in_a_process(_train, ["--config", config.train, *_arguments(overrides)], folder.with_suffix(".txt"))
+        progress.line(f"{folder}: {_summary(config, run)['top1']:.2f} % to choose by")
+
+    with ThreadPoolExecutor(config.jobs) as pool:
+        list(pool.map(train_one, runs))
+
+
+def _test(config: CompareConfig, run: _Run) -> float:
+    """Top-1 on the test split, in percent."""
+    folder = run.folder(config)
+    output = folder / f"{config.test_split}.json"
+    if not output.exists():
+        root = yaml.safe_load((folder / "config.yaml").read_text())["data"]["root"]
+        data = EvalDataConfig(root, config.test_split)
+        test = ValidateConfig(str(folder), data=data, output=str(output))
+        _in_a_process(validate, test, folder.with_suffix(".txt"))
+    return json.loads(output.read_text())["top1"]
+
+
+def _summary(config: CompareConfig, run: _Run) -> dict[str, Any]:
+    return json.loads((run.folder(config) / "summary.json").read_text())
+
+
+def _arguments(overrides: dict[str, Any]) -> list[str]:
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in overrides.items()}
+    return [part for key, text in texts.items() for part in (f"--{key}", text)]
+
+
+def _train(arguments: list[str]) -> None:
+    config, _ = ConfigParser(TrainConfig, "").parse_config(arguments)
+    train(config, resume=(Path(config.run_dir) / "config.yaml").exists())
+
+
+def _in_a_process(function: Callable[[Any], Any], argument: Any, log: Path) -> None:
+    """Call a function in a process of its own, as accelerate and CUDA want it, with what it prints in a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = multiprocessing.get_context("spawn").Process(target=_logged, args=(function, argument, log))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RunError(f"a run ended with {process.exitcode}; see {log}")
+
+
+def _logged(function: Callable[[Any], Any], argument: Any, log: Path) -> None:
+    with log.open("a") as file, redirect_stdout(file), redirect_stderr(file), plain_errors():
+        function(argument)
