@@ -1,5 +1,6 @@
 """Configurations: nothing is swallowed, lost or unread, and errors name the key."""
 
+import multiprocessing
 import re
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vim.data.loaders import loader
 from vim.detection import DetectionTrainConfig, DetectionValidateConfig
-from vim.training import ConfigParser, TrainConfig, ValidateConfig
+from vim.training import ConfigParser, RunError, TrainConfig, ValidateConfig, plain_errors
 
 ROOT = Path(__file__).parent.parent
 
@@ -127,3 +129,17 @@ def test_every_field_is_read_somewhere():
     for key in {key for config_class in classes for key in leaves(config_class)}:
         name = key.split(".")[-1]
         assert re.search(rf"\.{name}\b", code), f"{key} is parsed and never read"
+
+
+def test_an_error_leaves_no_loading_processes(capsys):
+    """Which a program with a GPU would wait for at its end."""
+    batches = loader(range(8), 2, num_workers=2)
+    with pytest.raises(SystemExit), plain_errors():
+        first = next(iter(batches))
+        workers = multiprocessing.active_children()
+        raise RunError("the disk is full")
+    assert len(first) == len(workers) == 2
+    for worker in workers:
+        worker.join(2)
+        assert not worker.is_alive()
+    assert capsys.readouterr().err == "error: the disk is full\n"

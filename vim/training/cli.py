@@ -1,6 +1,7 @@
 """Configurations from YAML files and dotted overrides: jsonargparse, with hints for misspelt keys."""
 
 import argparse
+import multiprocessing
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -82,7 +83,7 @@ class ConfigParser(ArgumentParser):
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """End the program with the message alone, where that says all there is to know."""
+    """End the program with the message alone, where that says all there is to know, and at once."""
     try:
         yield
     except (ConfigError, DataError, RunError) as error:
@@ -90,6 +91,10 @@ def plain_errors() -> Iterator[None]:
         message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
         print(f"error: {message}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, InterruptedRunError) else 1)
+    finally:
+        # With a GPU torch would wait five seconds for each loading process that nobody has told to end, one by one.
+        for process in multiprocessing.active_children():
+            process.terminate()
 
 
 def _config_first(args: list[str]) -> list[str]:
