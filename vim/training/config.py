@@ -129,13 +129,13 @@ class DistillConfig:
     """soft: logits of both models are divided by it; above 1 more is learned of the less probable classes."""
 
     def __post_init__(self):
-        if self.teacher is None and (self.checkpoint or self.kwargs):
-            raise ValueError("distill.checkpoint and distill.kwargs belong to a distill.teacher; name one")
         if "num_classes" in self.kwargs:
             raise ValueError(
                 "distill.kwargs.num_classes could give the teacher a new head that knows nothing; leave it out, and "
                 "train the teacher on the data set's classes first"
             )
+        if self.teacher is None and (self.checkpoint or self.kwargs):
+            raise ValueError("distill.checkpoint and distill.kwargs belong to a distill.teacher; name one")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"distill.alpha must be in 0 .. 1, got {self.alpha}")
         if not self.temperature > 0:
