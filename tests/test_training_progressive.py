@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from image_tree import write_image_tree
+from torch import nn
 from whole_runs import interrupt, one_thread, timeless  # noqa: F401  (the fixture)
 
 import vim  # noqa: F401  (registers the models)
@@ -16,6 +17,7 @@ from vim.training.checkpoint import load_checkpoint
 from vim.training.classification import Classification
 from vim.training.config import DistillConfig, EmaConfig, ModelConfig, ScheduleConfig
 from vim.training.dry_run import dry_run
+from vim.training.graphs import capture_training
 from vim.training.progress import Progress
 from vim.training.trainer import create_accelerator
 
@@ -156,9 +158,55 @@ def test_a_dry_run_has_the_full_size(tree, tmp_path, monkeypatch):
     dry_run(config(tree, tmp_path), 1)
 
 
+def test_a_capture_is_for_batches_of_its_shape(monkeypatch):
+    """Here without a GPU: what torch would capture is noted, and a batch of another shape may not reach it."""
+    captured, replayed = [], []
+
+    def capture(module, sample, pool):
+        eager = module.forward
+
+        def forward(batch):
+            if not module.training:
+                return eager(batch)
+            assert batch.shape == sample[0].shape
+            replayed.append(batch.shape[-1])
+            return batch
+
+        assert torch.equal(module(sample[0]), 2 * sample[0])  # it is captured as it was, not as it is replayed
+        module.forward = forward
+        captured.append(pool)
+
+    class Double(nn.Module):
+        def forward(self, batch):
+            return 2 * batch
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    model = Double()
+    for size in (16, 8):
+        capture_training(model, torch.ones(2, size), None, memory="shared")
+    for size in (8, 16, 12):
+        model(torch.ones(2, size))
+    model.eval()
+    assert torch.equal(model(torch.ones(2, 8)), torch.full((2, 8), 2.0))
+    assert (captured, replayed) == (["shared"] * 2, [8, 16])
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"), [(torch.cuda.OutOfMemoryError, torch.cuda.OutOfMemoryError), (RuntimeError, ConfigError)]
+)
+def test_a_capture_that_fails_for_want_of_memory_says_so(monkeypatch, error, seen):
+    def fail(*_, **__):
+        raise error("no")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    with pytest.raises(seen, match="no"):
+        capture_training(nn.Linear(1, 1), torch.ones(1, 1), None)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_graph_for_each_size_trains_as_the_eager_step(tree, tmp_path, monkeypatch, precision):
+def test_a_graph_for_each_size_trains_as_the_eager_step(finished, tree, tmp_path, monkeypatch, precision):
+    """With a teacher, which is none of what is captured."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     kwargs = {"img_size": 16, "patch_size": 4, "in_chans": 1, "depth": 2, "drop_rate": 0.1}
@@ -166,8 +214,7 @@ def test_a_graph_for_each_size_trains_as_the_eager_step(tree, tmp_path, monkeypa
     for graph in (False, True):
         AcceleratorState._reset_state(reset_partial_state=True)
         run = config(tree, tmp_path / f"{graph}", "vim_nano", kwargs, precision=precision)
-        run.model.cuda_graph = graph
-        run.distill = DistillConfig(str(tmp_path / "False")) if graph else run.distill
+        run.model.cuda_graph, run.distill = graph, DistillConfig(str(finished[0]))
         train(run)
         logs.append(log(tmp_path / f"{graph}"))
     AcceleratorState._reset_state(reset_partial_state=True)

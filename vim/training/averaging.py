@@ -16,7 +16,7 @@ class AveragedWeights(ModelEmaV3):
     tensors: tuple[tuple[Tensors, Tensors], tuple[Tensors, Tensors]] | None = None
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        if self.tensors is None:  # not earlier, when parameters may still be sharded
+        if self.tensors is None:  # not earlier: sharding makes other parameters
             self.tensors = self._tensors(model, floats=True), self._tensors(model, floats=False)
         (averages, weights), (counters, counts) = self.tensors
         torch._foreach_lerp_(averages, weights, weight=1.0 - decay)
@@ -27,4 +27,4 @@ class AveragedWeights(ModelEmaV3):
         """Those of the average, and the model's."""
         pairs = zip(self.module.state_dict().values(), model.state_dict().values(), strict=True)
         chosen = [pair for pair in pairs if pair[0].is_floating_point() == floats]
-        return [own for own, _ in chosen], [others for _, others in chosen]
+        return [own for own, _ in chosen], [other for _, other in chosen]

@@ -40,6 +40,8 @@ def capture_training(model: nn.Module, images: Tensor, dtype: torch.dtype | None
         # A cast that autocast remembers from before a capture would be missing in the graph.
         with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
             torch.cuda.make_graphed_callables(model, (images,), pool=memory)
+    except torch.cuda.OutOfMemoryError:  # which has nothing to do with graphs: --find_batch_size looks for it
+        raise
     except RuntimeError as error:
         raise ConfigError(
             f"{type(model).__name__} cannot be captured as a CUDA graph; set model.cuda_graph to false: {error}"
