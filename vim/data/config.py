@@ -1,6 +1,6 @@
 """The `data` and `augment` sections of a training configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -55,6 +55,19 @@ class DataConfig(EvalDataConfig):
 
     train_split: str = "train"
     """Folder below root to train on."""
+    progressive: list[tuple[int, int]] = field(default_factory=list)
+    """Smaller images at first: pairs of pixels and epochs, in turn: [[128, 100], [160, 100]]; then their full size."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for pair in self.progressive:
+            if min(pair) < 1:
+                raise ValueError(f"data.progressive: want at least 1 pixel and 1 epoch in each pair, got {list(pair)}")
+
+    @property
+    def early_sizes(self) -> list[int]:
+        """Edge of the images in each of the epochs that `progressive` speaks of, in pixels."""
+        return [size for size, epochs in self.progressive for _ in range(epochs)]
 
 
 @dataclass

@@ -4,7 +4,7 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -31,14 +31,21 @@ MOST_REPLACEMENTS = 10  # in a row; then something else is wrong than single fil
 class TrainImages(Dataset[Sample]):
     """Augmented images (in_chans, H, W): a SampleKey gives the same tensor in any process and order.
 
-    With bad_images "skip", another image takes the place of one that cannot be read.
+    With bad_images "skip", another image takes the place of one that cannot be read. `early` holds the transforms of
+    the first epochs, one for each, where they are others.
     """
 
     def __init__(
-        self, folder: ImageFolder, transform: Transform, seed: int, in_chans: int = 3, bad_images: BadImages = "raise"
+        self,
+        folder: ImageFolder,
+        transform: Transform,
+        seed: int,
+        in_chans: int = 3,
+        bad_images: BadImages = "raise",
+        early: Sequence[Transform] = (),
     ):
         self.folder, self.transform, self.seed, self.in_chans = folder, transform, seed, in_chans
-        self.bad_images = bad_images
+        self.bad_images, self.early = bad_images, early
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -58,7 +65,8 @@ class TrainImages(Dataset[Sample]):
     def _augmented(self, key: SampleKey, load: Callable[[int], tuple[Image.Image, int]]) -> Sample:
         (image, label), bad = load_or_replace(load, self.folder.name, key, len(self), self.seed, self.bad_images)
         seed_cpu_generators(derive_seed("augment", self.seed, *key))
-        return self.transform(image), label, bad
+        transform = self.early[key.epoch] if key.epoch < len(self.early) else self.transform
+        return transform(image), label, bad
 
     def _load(self, index: int) -> tuple[Image.Image, int]:
         return self.folder.load(index, self.in_chans)

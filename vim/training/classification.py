@@ -21,12 +21,15 @@ from vim.data import (
     train_transform,
 )
 
+from .checkpointer import Checkpointer
 from .config import TrainConfig
+from .distillation import Teacher, distillation_loss
 from .evaluation import Evaluation, evaluate
 from .graphs import capture_training, wants_cuda_graph
 from .model import create_model, enable_grad_checkpointing, resolve_input
 from .plots import write_plots
 from .progress import Progress
+from .progressive import check_sizes, create_model_of_sizes
 from .run_folder import RunFolder
 from .trainer import AUTOCAST, Trainer
 
@@ -44,14 +47,30 @@ class Classification(Trainer):
         check_same_classes(train_folder, val_folder)
         self.classes = train_folder.classes
 
-        model = create_model(config.model, len(self.classes)).to(accelerator.device)
-        self.data_config = resolve_input(model, config.model.kwargs, data)
+        self.model_kwargs = config.model.kwargs
+        if data.progressive:
+            model, self.model_kwargs = create_model_of_sizes(config.model, len(self.classes))
+        else:
+            model = create_model(config.model, len(self.classes))
+        model = model.to(accelerator.device)
+        self.data_config = resolve_input(model, self.model_kwargs, data)
+        check_sizes(model, config.model.name, self.data_config["input_size"], [size for size, _ in data.progressive])
         in_chans = self.data_config["input_size"][0]
+        self.teacher = None
+        if config.distill.teacher is not None:  # made after the model, whose initial weights do not depend on it
+            self.teacher = Teacher(config.distill, self.classes, self.data_config, accelerator)
+            if hasattr(model, "set_distilled_training"):
+                model.set_distilled_training(True)  # type: ignore[operator]  # logits of both heads
 
         total_batch = self.images_per_update(data.batch_size)
         sampler = KeyedSampler(len(train_folder), config.seed, config.augment.repeats, multiple_of=total_batch)
         transform = train_transform(config.augment, self.data_config)
-        images = TrainImages(train_folder, transform, config.seed, in_chans, data.bad_images)
+        smaller = {
+            size: train_transform(config.augment, self.data_config | {"input_size": (in_chans, size, size)})
+            for size, _ in data.progressive
+        }
+        early = [smaller[size] for size in data.early_sizes]
+        images = TrainImages(train_folder, transform, config.seed, in_chans, data.bad_images, early)
         held_out = EvalImages(val_folder, eval_transform(self.data_config), in_chans, data.bad_images)
         self.mixup = create_mixup(config.augment, len(self.classes))
         self.loss = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(config.augment.smoothing)
@@ -69,12 +88,29 @@ class Classification(Trainer):
         if config.model.compile:
             model.compile()  # in place: the names of the state dict stay
         if not self.sharded and wants_cuda_graph(model, config.model, self.accelerator):
-            sample = torch.zeros(config.data.batch_size, *self.data_config["input_size"], device=device)
-            capture_training(model, sample, AUTOCAST[config.precision])
+            channels, height, width = self.data_config["input_size"]
+            shapes = {(height, width): None} | {(size, size): None for size, _ in config.data.progressive}
+            memory = torch.cuda.graph_pool_handle()
+            for shape in shapes:  # the largest first, in whose memory the others find room
+                sample = torch.zeros(config.data.batch_size, channels, *shape, device=device)
+                capture_training(model, sample, AUTOCAST[config.precision], memory)
 
     def batch_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, targets = self.mixup(*batch) if self.mixup is not None else batch
-        return self.loss(self.model(images), targets)
+        logits = self.model(images)
+        if self.teacher is None:
+            return self.loss(logits, targets)
+        logits, taught = logits if isinstance(logits, tuple) else (logits, logits)
+        alpha = self.config.distill.alpha
+        taught_loss = distillation_loss(taught, self.teacher(images), self.config.distill)
+        return (1 - alpha) * self.loss(logits, targets) + alpha * taught_loss
+
+    def train_epoch(self, checkpointer: Checkpointer) -> dict[str, Any]:
+        record, early = super().train_epoch(checkpointer), self.config.data.early_sizes
+        if early:
+            epoch = self.state.epoch
+            record["img_size"] = early[epoch] if epoch < len(early) else self.data_config["input_size"][1]
+        return record
 
     def evaluate_model(self, model: nn.Module) -> Evaluation:
         evaluation = evaluate(model, self.val_batches, self.accelerator, self.progress)
@@ -83,15 +119,18 @@ class Classification(Trainer):
 
     def describe(self) -> str:
         parameters = sum(p.numel() for p in self.state.model.parameters())
+        early = "".join(f" ({epochs} epochs with {size} pixels)" for size, epochs in self.config.data.progressive)
+        teacher = f", taught by {self.config.distill.teacher}" if self.teacher is not None else ""
         return (
             f"{self.config.model.name}: {parameters:,} parameters, {len(self.classes)} classes, input "
-            f"{'x'.join(map(str, self.data_config['input_size']))}, {self.images_per_epoch} images an epoch, "
-            f"{self.accelerator.num_processes} x {self.accelerator.device.type}"
+            f"{'x'.join(map(str, self.data_config['input_size']))}{early}, {self.images_per_epoch} images an epoch, "
+            f"{self.accelerator.num_processes} x {self.accelerator.device.type}{teacher}"
         )
 
     def headline(self, record: dict[str, Any]) -> str:
+        size = f"{record['img_size']} pixels  " if "img_size" in record else ""
         ema = f"  (averaged weights {record['ema_top1']:.2f})" if "ema_top1" in record else ""
-        return f"val loss {record['loss']:.3f}  top-1 {record['top1']:.2f} %{ema}"
+        return f"{size}val loss {record['loss']:.3f}  top-1 {record['top1']:.2f} %{ema}"
 
     def summary(self) -> dict[str, Any]:
         """Accuracies in percent, of the weights after the last epoch and of the best one."""
@@ -103,7 +142,7 @@ class Classification(Trainer):
 
     def write_results(self, run: RunFolder, models: dict[str, nn.Module]) -> str:
         for name, model in models.items():
-            run.export(model, self.config.model.kwargs, self.data_config, self.classes, name)
+            run.export(model, self.model_kwargs, self.data_config, self.classes, name)
         last = self.state.history[-1]
         return (
             f"top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % on {self.evaluation.images} images\n"

@@ -4,6 +4,7 @@ import copy
 import math
 import tempfile
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from vim.data import DataError
 
 from .checkpointer import Checkpointer
 from .classification import Classification
-from .config import CheckpointConfig, RunConfig
+from .config import CheckpointConfig, RunConfig, TrainConfig
 from .errors import ConfigError
 from .interruption import Interruption
 from .progress import Progress
@@ -48,7 +49,7 @@ class _Watch(Checkpointer):
 
 
 def dry_run(config: RunConfig, steps: int, task: type[Trainer] = Classification) -> dict[str, Any]:
-    """Do one update to warm up and `steps` more, and evaluate one batch.
+    """Do one update to warm up and `steps` more, and evaluate one batch. Images have their full size from the start.
 
     Returns: images_per_second over all processes; data_wait, the part of the time in which this process waited for its
         loader; loss; first_update_seconds; peak_memory_mib.
@@ -58,6 +59,8 @@ def dry_run(config: RunConfig, steps: int, task: type[Trainer] = Classification)
         raise ConfigError(f"--steps must be at least 1, got {steps}")
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
+    if isinstance(config, TrainConfig):
+        config = replace(config, data=replace(config.data, progressive=[]))
     accelerator = create_accelerator(config.precision, config.accumulate)
     progress = Progress(accelerator.is_main_process)
     with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:

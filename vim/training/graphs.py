@@ -1,5 +1,7 @@
 """A training step without its launch costs."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -16,29 +18,35 @@ def wants_cuda_graph(model: nn.Module, config: ModelConfig, accelerator: Acceler
     return config.cuda_graph and capturable and plain and accelerator.device.type == "cuda"
 
 
-def capture_training(model: nn.Module, images: Tensor, dtype: torch.dtype | None) -> None:
-    """Make `model`, in place, replay its forward and its backward as CUDA graphs while in training mode.
+def capture_training(model: nn.Module, images: Tensor, dtype: torch.dtype | None, memory: Any = None) -> None:
+    """Make `model`, in place, replay its forward and its backward as CUDA graphs while in training mode, for batches of
+    one shape; others run as before. Called again, it does the same for another shape.
 
     Gradients come in the same buffers at every step, so they must not be accumulated over steps.
 
     Args:
         model: on a GPU; parameters and buffers stay as they are.
-        images: a batch of the shape that every batch will have.
+        images: a batch of the shape.
         dtype: of autocast; None for none.
+        memory: a torch.cuda.graph_pool_handle() that shapes share, of which each step has but one; None for their own.
 
     Raises: ConfigError if the model cannot be captured.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    training = model.training
+    training, before = model.training, model.forward
     model.train()
     try:
         # A cast that autocast remembers from before a capture would be missing in the graph.
         with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
-            torch.cuda.make_graphed_callables(model, (images,))
+            torch.cuda.make_graphed_callables(model, (images,), pool=memory)
+    except torch.cuda.OutOfMemoryError:  # which has nothing to do with graphs: --find_batch_size looks for it
+        raise
     except RuntimeError as error:
         raise ConfigError(
             f"{type(model).__name__} cannot be captured as a CUDA graph; set model.cuda_graph to false: {error}"
         ) from error
+    replay, shape = model.forward, images.shape
+    model.forward = lambda batch: (replay if batch.shape == shape else before)(batch)  # type: ignore[method-assign]
     model.train(training)
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # the warm-up of a capture moves running statistics

@@ -13,12 +13,13 @@ def loader_speed(config: TrainConfig, workers: int, seconds: float) -> float:
     """Images per second that so many loading processes read, decode, augment and hand over.
 
     Args:
-        config: of the training; its model is only asked for the size of its images.
+        config: of the training; its model is only asked for the size of its images, which is the full one.
         seconds: of the measurement, after a first batch of every process.
     """
     config = copy.deepcopy(config)
     config.data.num_workers = workers
-    config.model.cuda_graph = False
+    config.data.progressive = []
+    config.model.cuda_graph, config.distill.teacher = False, None
     trainer = Classification(config, create_accelerator("fp32"), Progress(False))
     warm, epoch, images = max(workers, 1), 0, 0
     start = time.perf_counter()

@@ -11,13 +11,13 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import send_to_device, set_seed
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from vim.data import KeyedSampler, SampleKey, derive_seed
 
+from .averaging import AveragedWeights
 from .checkpointer import Checkpointer
 from .config import Precision, RunConfig
 from .diagnosis import first_not_finite, gradient_norms, largest_activations
@@ -100,7 +100,7 @@ class Trainer(ABC):
             total_batch: images in an update.
         """
         config, accelerator = self.config, self.accelerator
-        ema = ModelEmaV3(model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
+        ema = AveragedWeights(model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
         self.accelerate_model(model)
         assert isinstance(train_batches.sampler, KeyedSampler)
         self.sampler = train_batches.sampler

@@ -1,0 +1,30 @@
+"""Averaged weights: timm's, to the last bit."""
+
+import pytest
+import timm
+import torch
+from timm.utils import ModelEmaV3
+
+from vim.training.averaging import AveragedWeights
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_they_are_timms_to_the_last_bit(warmup):
+    """Of a model with batch norm, whose counters are copied, through all that changes its weights in a run."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ours, timms = (kind(model, 0.7, use_warmup=warmup) for kind in (AveragedWeights, ModelEmaV3))
+    for update in range(1, 6):
+        if update == 4:
+            model.load_state_dict(saved)
+        model(torch.randn(4, 3, 32, 32)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for average in (ours, timms):
+            average.update(model, update if warmup else None)
+        for name, tensor in timms.module.state_dict().items():
+            assert torch.equal(ours.module.state_dict()[name], tensor), name
+            assert "running" not in name or not torch.equal(tensor, saved[name])
+    assert ours.module.bn1.num_batches_tracked == 2
