@@ -79,28 +79,33 @@ def test_folders_of_imagenet_v2_are_numbers(tmp_path, results, names):
     assert found["labels"] == "imagenet-v2"
 
 
-def real_val(tmp_path, count):
-    """The first images of ImageNet's val, with answers of all kinds; (name, first, second) of each."""
+def real_val(tmp_path, count, place):
+    """The first images of ImageNet's val, with answers of all kinds; (name, logits) of each.
+
+    Args:
+        place: of ImageNet's classes among the model's.
+    """
     images = []
     for number, right in enumerate(REAL[:count], 1):
         last, wrong = (right or [5])[-1], 2 + number % 3
         first, second = [(last, wrong), (wrong, last), (wrong, 999), (last, (right or [5])[0])][number % 4]
         name = f"ILSVRC2012_val_{number:08d}.JPEG"
-        paint(tmp_path / "val" / WNIDS[number * 7 % 20] / name, first, second)
-        images.append((name, first, second))
+        paint(tmp_path / "val" / WNIDS[number * 7 % 20] / name, place[first], place[second])
+        images.append((name, known_logits(place[first], place[second])[place]))
     return images
 
 
-def test_real_labels_count_as_timm_counts_them(tmp_path, results):
-    images = real_val(tmp_path, count=60)
+@pytest.mark.parametrize("names", [None, WNIDS[::-1]])
+def test_real_labels_count_as_timm_counts_them(tmp_path, results, names):
+    images = real_val(tmp_path, count=60, place=[(names or WNIDS).index(wnid) for wnid in WNIDS])
     (tmp_path / "first.json").write_text(json.dumps(REAL[:60]))
-    timms = RealLabelsImagenet([name for name, *_ in images], real_json=tmp_path / "first.json")
-    logits = torch.stack([known_logits(first, second) for _, first, second in images])
+    timms = RealLabelsImagenet([name for name, _ in images], real_json=tmp_path / "first.json")
+    logits = torch.stack([logits for _, logits in images])
     timms.add_result(logits)
     counted = [i for i in range(60) if REAL[i]]
     assert len(counted) < 60
     assert max(len(REAL[i]) for i in counted) == 3
-    found = results("imagenet-real")
+    found = results("imagenet-real", names=names)
     assert found["images"] == len(counted)
     assert (found["top1"], found["top5"]) == pytest.approx((timms.get_accuracy(1), timms.get_accuracy(5)))
     assert 20 < found["top1"] < found["top5"] < 90
@@ -109,7 +114,7 @@ def test_real_labels_count_as_timm_counts_them(tmp_path, results):
 
 
 def test_real_labels_name_the_images_that_are_not_of_imagenets_val(tmp_path, results):
-    real_val(tmp_path, count=4)
+    real_val(tmp_path, count=4, place=range(1000))
     for name in ("ILSVRC2012_val_00050001.JPEG", "dog.png"):
         paint(tmp_path / "val" / WNIDS[0] / name, 0)
     with pytest.raises(ConfigError, match=r"2 of 6 images of \S+val are others: \S+dog.png, \S+_val_00050001.JPEG$"):

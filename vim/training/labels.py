@@ -58,7 +58,7 @@ def map_labels(labels: LabelSet, split: ImageFolder, where: str, model: nn.Modul
     Raises: ConfigError for folders or images that do not fit the model or the set, with their number and names.
     """
     names = label_names(model)
-    if names is None and (subset := infer_imagenet_subset(model)) is not None:
+    if names is None and (subset := infer_imagenet_subset({"num_classes": model.num_classes})) is not None:
         names = ImageNetInfo(subset).label_names()
         if labels == "folder" and set(names).isdisjoint(split.classes):
             names = None
