@@ -19,9 +19,9 @@ def parse(*args, config_class=TrainConfig):
     return ConfigParser(config_class, "").parse_config([str(arg) for arg in args])[0]
 
 
-def error_of(capsys, *args):
+def error_of(capsys, *args, config_class=TrainConfig):
     with pytest.raises(SystemExit) as exit_:
-        parse(*args)
+        parse(*args, config_class=config_class)
     assert exit_.value.code == 2
     return capsys.readouterr().err
 
@@ -116,6 +116,20 @@ def test_a_bad_value_fails_before_anything_runs(capsys, key, value, message):
 
 def test_mixing_needs_pairs(capsys):
     assert "data.batch_size must be even, got 7" in error_of(capsys, "--augment.mixup", 0.8, "--data.batch_size", 7)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--img_sizes", "[224]", "--data.img_size", 288], "img_sizes and data.img_size are both given"),
+        (["--crop_pcts", "[0.9]", "--data.crop_pct", 1], "crop_pcts and data.crop_pct are both given"),
+        (["--img_sizes", "[224, 0]"], "img_sizes must be at least 1 pixel, got [224, 0]"),
+        (["--crop_pcts", "[0.9, 1.1]"], "crop_pcts must be above 0 and at most 1, got [0.9, 1.1]"),
+        (["--labels", "imagenet-x"], "labels"),
+    ],
+)
+def test_a_bad_evaluation_fails_before_anything_runs(capsys, args, message):
+    assert message in error_of(capsys, *args, config_class=ValidateConfig)
 
 
 def leaves(config_class, prefix=""):

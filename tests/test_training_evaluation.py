@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from vim.data.loaders import collate
+from vim.data.loaders import NO_LABEL, collate
 from vim.training.evaluation import evaluate
 from vim.training.progress import Progress
 
@@ -24,12 +24,12 @@ def scores(images, classes):
     return torch.randn(images, classes, generator=generator), torch.randint(classes, (images,), generator=generator)
 
 
-def evaluated(images, classes, batch_size):
+def evaluated(images, classes, batch_size, answers=None, candidates=None):
     accelerator = Accelerator()
     loader = accelerator.prepare(
         DataLoader([(*pair, []) for pair in zip(*scores(images, classes), strict=True)], batch_size, collate_fn=collate)
     )
-    return evaluate(torch.nn.Identity(), loader, accelerator, Progress(False))
+    return evaluate(torch.nn.Identity(), loader, accelerator, Progress(False), answers, candidates)
 
 
 def check(result, images, classes):
@@ -51,10 +51,36 @@ def test_one_process(images, batch_size, classes):
     check(evaluated(images, classes, batch_size), images, classes)
 
 
+def check_several_right(images, classes, batch_size):
+    """Labels that mean sets of classes, of which the first does not take part; by hand, image by image."""
+    sets = [[1 + (label + i) % (classes - 1) for i in range(1 + label % 3)] for label in range(classes)]
+    answers = torch.tensor([right + [NO_LABEL] * (3 - len(right)) for right in sets])
+    result = evaluated(images, classes, batch_size, answers, candidates=torch.arange(classes) > 0)
+    losses, top1, top5 = [], [], []
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    for logits, label in zip(*scores(images, classes), strict=True):
+        right = sets[label]
+        order = [c for c in logits.argsort(descending=True).tolist() if c != 0]
+        top1.append(order[0] in right)
+        top5.append(bool(set(order[:5]) & set(right)))
+        losses.append(-logits[1:].softmax(0)[[c - 1 for c in right]].sum().log().item())
+        confusion[order[0] if top1[-1] else right[0], order[0]] += 1
+    assert result.images == images
+    assert result.top1 == pytest.approx(100 * sum(top1) / images)
+    assert result.top5 == pytest.approx(100 * sum(top5) / images)
+    assert result.loss == pytest.approx(sum(losses) / images, rel=1e-5)
+    assert torch.equal(result.confusion, confusion)
+
+
+def test_several_right_classes():
+    check_several_right(images=50, classes=11, batch_size=8)
+
+
 TWO_PROCESSES = """
 import test_training_evaluation as t
 for images, batch_size in ((23, 4), (5, 4), (24, 3), (1, 2)):
     t.check(t.evaluated(images, 7, batch_size), images, 7)
+    t.check_several_right(images, 11, batch_size)
 assert t.Accelerator().num_processes == 2
 t.Accelerator().end_training()
 """

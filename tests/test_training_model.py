@@ -6,9 +6,9 @@ import torch
 
 import vim  # noqa: F401  (registers the models)
 from vim.data import DataConfig
-from vim.training.config import ModelConfig
+from vim.training.config import LoadedModelConfig, ModelConfig
 from vim.training.errors import ConfigError
-from vim.training.model import create_model, resolve_input, timm_name
+from vim.training.model import at_size, create_model, resolve_input, timm_name
 
 
 @pytest.fixture
@@ -68,3 +68,36 @@ def test_input_comes_from_the_model_where_the_data_section_is_silent():
     assert (data_config["interpolation"], data_config["crop_pct"]) == ("bilinear", 1.0)
     with pytest.raises(ConfigError, match=r"data.mean needs one value for each of 1 channels"):
         resolve_input(model, kwargs, DataConfig(mean=(0.1, 0.2, 0.3)))
+
+
+def test_a_larger_test_size_of_timms_comes_with_its_crop():
+    model = timm.create_model("resnet18")  # of which timm says: test at 288 pixels with a crop of 1
+    crops = {size: resolve_input(model, {}, DataConfig(img_size=size))["crop_pct"] for size in (None, 256, 288)}
+    assert crops == {None: 0.95, 256: 0.95, 288: 1.0}
+    assert resolve_input(model, {}, DataConfig(img_size=288, crop_pct=0.9))["crop_pct"] == 0.9
+
+
+@pytest.mark.parametrize("name", ["vim_tiny", "deit_tiny_patch16_224"])
+@pytest.mark.parametrize("size", [64, 320])
+def test_a_model_at_another_size_equals_one_that_loads_its_weights_at_that_size(name, size, tmp_path):
+    path = str(tmp_path / "weights.pth")
+    model = create_model(ModelConfig(name, kwargs={"depth": 1}), 5).eval()
+    torch.save(model.state_dict(), path)
+    before = {key: weight.clone() for key, weight in model.state_dict().items()}
+    changed = at_size(model, LoadedModelConfig(name), size)
+    loaded = create_model(ModelConfig(name, checkpoint=path, kwargs={"depth": 1, "img_size": size}), 5).eval()
+    images = torch.randn(2, 3, size, size)
+    torch.testing.assert_close(changed(images), loaded(images), atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(model.state_dict()[key], weight) for key, weight in before.items())
+    assert at_size(model, LoadedModelConfig(name), 224) is model
+
+
+def test_models_without_tables_take_any_size_and_others_say_what_they_cannot():
+    convnet = timm.create_model("resnet18")
+    assert at_size(convnet, LoadedModelConfig("resnet18"), 256) is convnet
+    mixer = timm.create_model("mixer_s32_224")
+    assert at_size(mixer, LoadedModelConfig("mixer_s32_224"), 224) is mixer
+    with pytest.raises(ConfigError, match=r"mixer_s32_224 takes images of 224 x 224 pixels and cannot change to 256"):
+        at_size(mixer, LoadedModelConfig("mixer_s32_224"), 256)
+    with pytest.raises(ConfigError, match=r"vim_nano cannot take images of 2 x 2 pixels: .* at least the patch_size"):
+        at_size(timm.create_model("vim_nano"), LoadedModelConfig("vim_nano"), 2)

@@ -2,12 +2,14 @@
 
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
 import resource
 import shutil
 import signal
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +36,7 @@ from vim.training import (
 from vim.training.checkpoint import load_checkpoint, save_checkpoint
 from vim.training.classification import Classification
 from vim.training.config import CheckpointConfig, EmaConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from vim.training.evaluation import evaluate
 from vim.training.graphs import wants_cuda_graph
 from vim.training.kill_test import KillTest
 from vim.training.run_folder import RunFolder
@@ -138,6 +141,34 @@ def test_a_checkpoint_of_the_run_evaluates_too(finished, tree, tmp_path):
     data = EvalDataConfig(str(tree), batch_size=4, num_workers=0)
     results = validate(ValidateConfig(str(run_dir), best, data=data, output=str(tmp_path / "v.json")))
     assert results["top1"] == summary["best_top1"]
+
+
+def test_several_sizes_and_crops_are_as_many_evaluations(finished, tree, tmp_path, monkeypatch):
+    """Of a model whose position table is resampled when it is created, and when its size is changed."""
+    loaders = []
+
+    def counted(*args):
+        evaluation = evaluate(*args)
+        loaders.append(len(multiprocessing.active_children()))
+        return evaluation
+
+    monkeypatch.setattr(sys.modules["vim.training.validate"], "evaluate", counted)
+    run_dir, output = str(finished[0]), tmp_path / "v.json"
+    data = EvalDataConfig(str(tree), batch_size=4, num_workers=1)
+    both = ValidateConfig(run_dir, data=data, img_sizes=[20, 12], crop_pcts=[1.0, 0.6], output=str(output))
+    results = validate(both)
+    assert json.loads(output.read_text())["rows"] == json.loads(json.dumps(results["rows"]))
+    assert len({row["loss"] for row in results["rows"]}) == 4
+    for row, (size, crop_pct) in zip(results["rows"], [(20, 1.0), (20, 0.6), (12, 1.0), (12, 0.6)], strict=True):
+        single = EvalDataConfig(str(tree), batch_size=8, num_workers=0, crop_pct=crop_pct)
+        alone = validate(ValidateConfig(run_dir, data=single, kwargs={"img_size": size}, output=str(output)))
+        assert row["preprocessing"] == alone["preprocessing"]
+        assert row["preprocessing"]["input_size"] == (1, size, size)
+        for key in ("images", "bad_images", "top1", "top5", "parameters"):
+            assert row[key] == alone[key]
+        assert row["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert json.loads(output.read_text()).keys() == alone.keys()
+    assert loaders[:4] == [1, 1, 1, 1]  # those of the rows before are gone
 
 
 @pytest.mark.parametrize(("update", "number"), [(0, signal.SIGTERM), (3, signal.SIGINT), (9, signal.SIGTERM)])
@@ -339,11 +370,11 @@ def test_a_run_that_cannot_start_leaves_no_folder(tree, tmp_path):
 
 def test_other_classes_are_not_evaluated(finished, tree, tmp_path):
     other = write_image_tree(tmp_path / "other", {"val": 4}, classes=4)
-    with pytest.raises(ConfigError, match=r"has 3 classes, .* has 4"):
+    with pytest.raises(ConfigError, match=r"does not know 1 of the 4 classes of .*: d; it has 3: a, b, c"):
         validate(ValidateConfig(str(finished[0]), data=EvalDataConfig(str(other), num_workers=0)))
     renamed = write_image_tree(tmp_path / "renamed", {"val": 3}, classes=3)
     (renamed / "val" / "c").rename(renamed / "val" / "z")
-    with pytest.raises(ConfigError, match=r"trained on the classes \['a', 'b', 'c'\], .* has \['a', 'b', 'z'\]"):
+    with pytest.raises(ConfigError, match=r"does not know 1 of the 3 classes of .*: z; it has 3: a, b, c"):
         validate(ValidateConfig(str(finished[0]), data=EvalDataConfig(str(renamed), num_workers=0)))
 
 

@@ -10,6 +10,7 @@ from vim.data import AugmentConfig, DataConfig, EvalDataConfig
 from .errors import ConfigError, did_you_mean
 
 Precision = Literal["fp32", "bf16", "fp16"]
+LabelSet = Literal["folder", "imagenet-v2", "imagenet-real", "imagenet-a", "imagenet-r"]
 
 
 @dataclass
@@ -239,10 +240,27 @@ class ValidateConfig(LoadedModelConfig):
     """The evaluation."""
 
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
+    labels: LabelSet = "folder"
+    """Which images are of which class. folder: class folders are named as the model's classes. imagenet-v2: they are
+    numbers. imagenet-real: ImageNet's val, with a set of right labels for each image. imagenet-a, imagenet-r: they are
+    the set's 200 classes, and the model's others take no part."""
+    img_sizes: list[int] = field(default_factory=list)
+    """Edges of the images in pixels, to evaluate at each; position tables are resampled. Empty: data.img_size."""
+    crop_pcts: list[float] = field(default_factory=list)
+    """Parts that the centre crop keeps, 0..1, to evaluate with each, at each size. Empty: data.crop_pct."""
     precision: Precision = "fp32"
     """Of the forward pass."""
     output: str = "validate.json"
     """File for the results."""
+
+    def __post_init__(self):
+        for name, one in (("img_sizes", "img_size"), ("crop_pcts", "crop_pct")):
+            if getattr(self, name) and getattr(self.data, one) is not None:
+                raise ValueError(f"{name} and data.{one} are both given; give one of them")
+        if self.img_sizes and min(self.img_sizes) < 1:
+            raise ValueError(f"img_sizes must be at least 1 pixel, got {self.img_sizes}")
+        if not all(0 < crop_pct <= 1 for crop_pct in self.crop_pcts):
+            raise ValueError(f"crop_pcts must be above 0 and at most 1, got {self.crop_pcts}")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -18,8 +17,9 @@ from .progress import Progress
 
 @dataclass
 class Evaluation:
-    """Results over `images` images: top1 and top5 in percent, mean cross-entropy, and counts (true, predicted).
+    """Results over `images` images: top1 and top5 in percent, mean cross-entropy, and of each image the classes.
 
+    true, predicted: (images,), in the order of the split. classes: number that the model has.
     bad_images: files that could not be read and are not counted.
     """
 
@@ -27,51 +27,80 @@ class Evaluation:
     loss: float
     top1: float
     top5: float
-    confusion: Tensor
+    true: Tensor
+    predicted: Tensor
+    classes: int
     bad_images: list[str]
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         return {f"{prefix}{name}": getattr(self, name) for name in ("loss", "top1", "top5")}
 
+    @property
+    def confusion(self) -> Tensor:
+        """Counts of images (true, predicted)."""
+        pairs = torch.bincount(self.true * self.classes + self.predicted, minlength=self.classes**2)
+        return pairs.view(self.classes, self.classes)
+
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, accelerator: Accelerator, progress: Progress) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    accelerator: Accelerator,
+    progress: Progress,
+    answers: Tensor | None = None,
+    candidates: Tensor | None = None,
+) -> Evaluation:
     """Evaluate a model.
 
     Args:
         model: images (B, C, H, W) -> logits (B, classes). Left in eval mode.
         loader: prepared by the accelerator, whose padding of the last batches is taken off again.
+        answers: (labels, most) int64, the classes that are right for each label of the loader, filled up with NO_LABEL;
+            None: a label is its class.
+        candidates: (classes,) bool, those that take part, with the right ones among them; None: all do.
 
-    With fewer than five classes, top5 counts all of them.
+    Of several right classes, finding one is right, and the loss is -log of the probability that they have together. As
+    true counts the predicted class if it is right, else the first of them. With fewer than five classes, top5 counts
+    all of them.
     """
     model.eval()
-    images, bad = 0, set()
+    answers, candidates = (None if t is None else t.to(accelerator.device) for t in (answers, candidates))
+    bad: set[str] = set()
     loss = torch.zeros((), dtype=torch.float64)
     hits = torch.zeros(2, dtype=torch.int64)
-    confusion = torch.zeros(0)
+    classes, true, predicted = 0, [], []
     with progress.bar("evaluating", len(loader)) as advance:
-        for batch, target, unreadable in loader:
+        for batch, label, unreadable in loader:
             bad.update(unreadable)
             with accelerator.autocast():
                 logits = model(batch)
             logits = logits.float()
             classes = logits.shape[1]
-            losses = F.cross_entropy(logits, target, reduction="none", ignore_index=NO_LABEL)
+            if candidates is not None:
+                logits = logits.masked_fill(~candidates, -torch.inf)
+            right = label[:, None]
+            if answers is not None:
+                right = answers[label].masked_fill(right == NO_LABEL, NO_LABEL)
+            likelihoods = logits.log_softmax(1).gather(1, right.clamp(min=0))
+            losses = -likelihoods.masked_fill(right == NO_LABEL, -torch.inf).logsumexp(1)
             ranked = logits.topk(min(5, classes)).indices
-            losses, ranked, target = (t.cpu() for t in accelerator.gather_for_metrics((losses, ranked, target)))
-            labelled = target != NO_LABEL
-            losses, ranked, target = losses[labelled], ranked[labelled], target[labelled]
-            right = ranked == target[:, None]
-            images += len(target)
+            losses, ranked, right = (t.cpu() for t in accelerator.gather_for_metrics((losses, ranked, right)))
+            labelled = right[:, 0] != NO_LABEL
+            losses, ranked, right = losses[labelled], ranked[labelled], right[labelled]
+            found = (ranked[:, :, None] == right[:, None]).any(2)
             loss += losses.double().sum()
-            hits += torch.stack([right[:, 0].sum(), right.sum()])
-            pairs = torch.bincount(target * classes + ranked[:, 0], minlength=classes**2).view(classes, classes)
-            confusion = pairs + confusion if confusion.numel() else pairs
+            hits += torch.stack([found[:, 0].sum(), found.any(1).sum()])
+            true.append(ranked[:, 0].where(found[:, 0], right[:, 0]))
+            predicted.append(ranked[:, 0])
             advance("")
     bad = set().union(*gather_object([bad]))
+    images = sum(map(len, true))
     if images + len(bad) != len(loader.dataset):  # type: ignore[arg-type]
         raise RunError(f"evaluation counted {images} images of {len(loader.dataset)}")  # type: ignore[arg-type]
     if not images:
         raise DataError(f"no image could be read, {min(bad)} for one" if bad else "no images to evaluate on")
     top1, top5 = (100 * hits.double() / images).tolist()
-    return Evaluation(images, loss.item() / images, top1, top5, confusion, sorted(bad))
+    return Evaluation(
+        images, loss.item() / images, top1, top5, torch.cat(true), torch.cat(predicted), classes, sorted(bad)
+    )

@@ -1,5 +1,6 @@
 """Models by timm's factory, from a configuration."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +84,51 @@ def timm_name(name: str) -> str:
 
 def resolve_input(model: nn.Module, model_kwargs: dict[str, Any], data: EvalDataConfig) -> dict[str, Any]:
     """How images become the model's input: timm's data_config, with input_size (C, H, W), mean, std, interpolation,
-    crop_pct and crop_mode. What `data` leaves open comes from the model."""
+    crop_pct and crop_mode. What `data` leaves open comes from the model; some of timm's have a crop of their own for a
+    larger size to test at."""
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = cfg["input_size"]
     channels = model_kwargs.get("in_chans", channels)
     size = data.img_size or model_kwargs.get("img_size") or (height, width)
     height, width = (size, size) if isinstance(size, int) else size
+    input_size = (channels, height, width)
     return resolve_data_config(
         {
-            "input_size": (channels, height, width),
+            "input_size": input_size,
             "mean": _per_channel("mean", data.mean, cfg["mean"], channels),
             "std": _per_channel("std", data.std, cfg["std"], channels),
             "crop_pct": data.crop_pct,
             "interpolation": data.interpolation,
         },
         pretrained_cfg=cfg,
+        use_test_size=tuple(cfg.get("test_input_size") or ()) == input_size != tuple(cfg["input_size"]),
     )
+
+
+def at_size(model: nn.Module, config: LoadedModelConfig, size: int | None) -> nn.Module:
+    """The model for images of size x size pixels: itself where it takes any size or has this one, else a copy with its
+    position tables resampled. None: its own size.
+
+    Args:
+        config: that the model was loaded from.
+
+    Raises: ConfigError for a model that keeps its size, or cannot take this one.
+    """
+    own = resolve_input(model, config.kwargs, EvalDataConfig())["input_size"][1:]
+    if size is None or own == (size, size):
+        return model
+    if hasattr(model, "set_input_size"):
+        model = copy.deepcopy(model)
+        try:
+            model.set_input_size(img_size=(size, size))  # type: ignore[operator]
+        except (AssertionError, RuntimeError, ValueError) as error:  # timm has models of each kind
+            raise ConfigError(f"{config.model} cannot take images of {size} x {size} pixels: {error}") from error
+    elif model.pretrained_cfg["fixed_input_size"]:  # type: ignore[index]
+        raise ConfigError(
+            f"{config.model} takes images of {own[0]} x {own[1]} pixels and cannot change to {size}; some models can "
+            f"when they are created: try kwargs.img_size"
+        )
+    return model
 
 
 def _per_channel(name: str, given: tuple[float, ...] | None, default: tuple[float, ...], channels: int) -> tuple:

@@ -1,15 +1,17 @@
-"""Accuracy of a model on one split of a data set."""
+"""Accuracy of a model on one split of a data set, at one or several sizes and crops of the images."""
 
-import json
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from vim.data import EvalImages, ImageFolder, eval_loader, eval_transform
 
 from .config import ValidateConfig
-from .errors import ConfigError
 from .evaluation import evaluate
-from .model import label_names, load_model, resolve_input
+from .files import write_json
+from .labels import map_labels
+from .model import at_size, load_model, resolve_input
 from .progress import Progress
 from .trainer import create_accelerator
 
@@ -17,39 +19,56 @@ from .trainer import create_accelerator
 def validate(config: ValidateConfig) -> dict[str, Any]:
     """Evaluate a model on data.val_split and write the results to config.output.
 
-    Returns: the results: model, split, images, loss, top1, top5 (percent) and the preprocessing.
+    Returns: the results: model, split and, for each size and crop, images, loss, top1, top5 (percent) and the
+        preprocessing; of several, as a list `rows`.
     Raises: DataError or ConfigError, with a message for the user.
     """
     accelerator = create_accelerator(config.precision)
     progress = Progress(accelerator.is_main_process)
     folder = ImageFolder(config.data.root, config.data.val_split)
+    split = str(folder.path)
     model = load_model(config).to(accelerator.device)
-    _check_classes(model, folder, config.model)
-    data_config = resolve_input(model, config.kwargs, config.data)
-    images = EvalImages(folder, eval_transform(data_config), data_config["input_size"][0], config.data.bad_images)
-    batches = accelerator.prepare(eval_loader(images, config.data.batch_size, config.data.num_workers))
-    evaluation = evaluate(model, batches, accelerator, progress)
+    labels = map_labels(config.labels, folder, split, model, config.model)
+    if len(folder.classes) < model.num_classes:  # type: ignore[operator]
+        others = "may be predicted too" if labels.candidates is None else "take no part"
+        progress.line(f"{split} has {len(folder.classes)} of {model.num_classes} classes; the others {others}")
+
+    sizes: list[int | None] = [*config.img_sizes] or [config.data.img_size]
+    crops: list[float | None] = [*config.crop_pcts] or [config.data.crop_pct]
+    # All of them at first, so that a size that the model cannot take is found before hours of evaluation.
+    models = {size: at_size(model, config, size) for size in sizes}
+    rows: list[dict[str, Any]] = []
+    for size, crop_pct in product(sizes, crops):
+        data = replace(config.data, img_size=size, crop_pct=crop_pct)
+        data_config = resolve_input(model, config.kwargs, data)
+        in_chans = data_config["input_size"][0]
+        images = EvalImages(labels.images, eval_transform(data_config), in_chans, data.bad_images)  # type: ignore[arg-type]
+        batches = accelerator.prepare(eval_loader(images, data.batch_size, data.num_workers))
+        evaluation = evaluate(models[size], batches, accelerator, progress, labels.answers, labels.candidates)
+        accelerator.free_memory()  # and with the loader its processes
+        rows.append(
+            {
+                "images": evaluation.images,
+                "bad_images": evaluation.bad_images,
+                **evaluation.metrics(),
+                "parameters": sum(p.numel() for p in models[size].parameters()),
+                "preprocessing": data_config,
+            }
+        )
+        if len(sizes) * len(crops) > 1:
+            height, width = data_config["input_size"][1:]
+            progress.line(f"{height} x {width} pixels, crop {data_config['crop_pct']}: top-1 {evaluation.top1:.2f} %")
     results = {
         "model": config.model,
         "checkpoint": config.checkpoint,
-        "split": str(folder.path),
-        "images": evaluation.images,
-        "bad_images": evaluation.bad_images,
-        **evaluation.metrics(),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "split": split,
+        "labels": config.labels,
         "precision": config.precision,
-        "preprocessing": data_config,
+        **(rows[0] if len(rows) == 1 else {"rows": rows}),
     }
     if accelerator.is_main_process:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.output).write_text(json.dumps(results, indent=2) + "\n")
+        output = Path(config.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(results, output)
     accelerator.end_training()
     return results
-
-
-def _check_classes(model, folder: ImageFolder, name: str) -> None:
-    if model.num_classes != len(folder.classes):
-        raise ConfigError(f"{name} has {model.num_classes} classes, {folder.path} has {len(folder.classes)}")
-    names = label_names(model)
-    if names and list(names) != folder.classes:
-        raise ConfigError(f"{name} was trained on the classes {names}, {folder.path} has {folder.classes}")
