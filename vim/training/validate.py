@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vim.data import EvalImages, ImageFolder, eval_loader, eval_transform
+from vim.data import EvalImages, LabelledImages, eval_loader, eval_transform, open_images
 
 from .config import ValidateConfig
 from .errors import ConfigError
@@ -22,17 +22,17 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     """
     accelerator = create_accelerator(config.precision)
     progress = Progress(accelerator.is_main_process)
-    folder = ImageFolder(config.data.root, config.data.val_split)
+    source = open_images(config.data, config.data.val_split)
     model = load_model(config).to(accelerator.device)
-    _check_classes(model, folder, config.model)
+    _check_classes(model, source, config.model)
     data_config = resolve_input(model, config.kwargs, config.data)
-    images = EvalImages(folder, eval_transform(data_config), data_config["input_size"][0], config.data.bad_images)
+    images = EvalImages(source, eval_transform(data_config), data_config["input_size"][0], config.data.bad_images)
     batches = accelerator.prepare(eval_loader(images, config.data.batch_size, config.data.num_workers))
     evaluation = evaluate(model, batches, accelerator, progress)
     results = {
         "model": config.model,
         "checkpoint": config.checkpoint,
-        "split": str(folder.path),
+        "split": str(source.path),
         "images": evaluation.images,
         "bad_images": evaluation.bad_images,
         **evaluation.metrics(),
@@ -47,9 +47,9 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     return results
 
 
-def _check_classes(model, folder: ImageFolder, name: str) -> None:
-    if model.num_classes != len(folder.classes):
-        raise ConfigError(f"{name} has {model.num_classes} classes, {folder.path} has {len(folder.classes)}")
+def _check_classes(model, source: LabelledImages, name: str) -> None:
+    if model.num_classes != len(source.classes):
+        raise ConfigError(f"{name} has {model.num_classes} classes, {source.path} has {len(source.classes)}")
     names = label_names(model)
-    if names and list(names) != folder.classes:
-        raise ConfigError(f"{name} was trained on the classes {names}, {folder.path} has {folder.classes}")
+    if names and list(names) != source.classes:
+        raise ConfigError(f"{name} was trained on the classes {names}, {source.path} has {source.classes}")
