@@ -13,8 +13,6 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
@@ -46,12 +44,12 @@ def write_parquet(
 class LocalHub(ThreadingHTTPServer):
     """Serves a folder as the data set org/name, by those parts of the hub's API that reading one takes.
 
-    asked: paths that were asked for. failures: of so many files to come.
+    asked: paths that were asked for. failures: of so many files to come. commit: of the branch main.
     """
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.asked, self.failures = folder, [], 0
+        self.folder, self.asked, self.failures, self.commit = folder, [], 0, "0123abcd" * 5
 
     @property
     def address(self) -> str:
@@ -64,13 +62,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:  # the name is the library's
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append(path)
-        repository = "/datasets/org/name"
-        revisions = f"/api{repository}", f"/api{repository}/revision/main", f"/api{repository}/revision/{COMMIT}"
+        repository, commit = "/datasets/org/name", self.server.commit
+        revisions = f"/api{repository}", f"/api{repository}/revision/main", f"/api{repository}/revision/{commit}"
         if path in revisions:
-            self._answer(json.dumps({"id": "org/name", "sha": COMMIT}).encode())
-        elif path.startswith(tree := f"/api{repository}/tree/{COMMIT}"):
+            self._answer(json.dumps({"id": "org/name", "sha": commit}).encode())
+        elif path.startswith(tree := f"/api{repository}/tree/{commit}"):
             self._answer(json.dumps(self._listing(self.server.folder / path.removeprefix(tree).strip("/"))).encode())
-        elif path.startswith(files := f"{repository}/resolve/{COMMIT}/") and not self.server.failures:
+        elif path.startswith(files := f"{repository}/resolve/{commit}/") and not self.server.failures:
             self._answer((self.server.folder / path.removeprefix(files)).read_bytes())
         elif path.startswith(files):
             self.server.failures -= 1

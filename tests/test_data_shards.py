@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from image_shards import COMMIT, add, local_hub, parquet_table, write_parquet
+from image_shards import add, local_hub, parquet_table, write_parquet
 from image_tree import write_image_tree
 
 from vim.data import (
@@ -221,11 +221,11 @@ def test_the_hub(files, folder, tmp_path, cache, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
         source = open_images(DataConfig("hf://datasets/org/name"), "train")
-        assert source.path == f"hf://datasets/org/name@{COMMIT}/data/train*.parquet"
+        assert source.path == f"hf://datasets/org/name@{hub.commit}/data/train*.parquet"
         hub.asked.clear()
         hub.failures = 2
         assert_same_images(source, folder, folder.classes)
-        resolve = f"/datasets/org/name/resolve/{COMMIT}/data/"
+        resolve = f"/datasets/org/name/resolve/{hub.commit}/data/"
         assert sorted(set(hub.asked)) == [resolve + name for name in SHARDS]
         assert hub.failures == 0
         with pytest.raises(
@@ -234,6 +234,11 @@ def test_the_hub(files, folder, tmp_path, cache, monkeypatch):
             open_images(DataConfig("hf://datasets/org/name"), "val")
         with pytest.raises(DataError, match=r"cannot open data.root hf://datasets/org/nobody: "):
             open_images(DataConfig("hf://datasets/org/nobody"), "train")
+        hub.commit = "89ef" * 10  # in which these files are the same
+        source = open_images(DataConfig("hf://datasets/org/name"), "train")
+        hub.asked.clear()
+        source.load(0)
+        assert hub.asked == []
         for file in cache.iterdir():
             file.unlink()
         source = open_images(DataConfig("hf://datasets/org/name"), "train")
@@ -396,6 +401,10 @@ def test_columns(tmp_path, cache, files):
         DataError, match=r"no column of images \(a structure with bytes\); want one, or one called image"
     ):
         opened(number=label)
+    unnamed = pa.table({"image": image, "label": label})
+    pq.write_table(unnamed, tmp_path / "val.parquet", write_statistics=False)
+    with pytest.raises(DataError, match="column 'label' has neither names of classes nor a highest value"):
+        open_images(DataConfig(str(tmp_path)), "val")
     pq.write_table(table.replace_schema_metadata({"huggingface": "{"}), tmp_path / "val.parquet")
     with pytest.raises(DataError, match="its description by Hugging Face cannot be read"):
         open_images(DataConfig(str(tmp_path)), "val")

@@ -29,7 +29,7 @@ class EvalDataConfig:
     bad_images: BadImages = "raise"
     """Files that cannot be read: raise stops at the first; skip goes on without them, counts them and lists them."""
     cache_gib: float | None = None
-    """GiB of disk for fetched Parquet shards, in $HF_ASSETS_CACHE; the oldest give way. null: all stay."""
+    """GiB of disk for fetched Parquet shards, in $HF_ASSETS_CACHE; the longest unused give way. null: all stay."""
     img_size: int | None = None
     """Edge of the images in pixels, for models that take any size; null takes the model's."""
     mean: tuple[float, ...] | None = None
@@ -59,6 +59,7 @@ class DataConfig(EvalDataConfig):
 
     train_split: str = "train"
     """Split to train on."""
+    # The hub's shards hold up to 500 MB: eight of them are 4 GB, or 35 batches of 1024 images of ImageNet.
     window: int = 8
     """Parquet shards, taken at random, whose images are mixed; shards that are sorted by class want many."""
 

@@ -35,7 +35,7 @@ def open_images(data: EvalDataConfig, split: str, window: int = 1) -> LabelledIm
         shards = _find_shards(fs, folder, split)
         found = [Path(name).name for name in _names(fs, folder)]
     except (OSError, ValueError, ImportError, HTTPError) as error:
-        raise DataError(f"cannot open data.root {data.root}: {error or type(error).__name__}") from error
+        raise DataError(f"cannot open data.root {data.root}: {str(error) or type(error).__name__}") from error
     local = isinstance(fs, LocalFileSystem)
     tree = Path(folder, split)
     classes = local and tree.is_dir() and any(p.is_dir() and p.name[0] != "." for p in tree.iterdir())

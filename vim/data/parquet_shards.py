@@ -80,15 +80,15 @@ class ParquetImages:
     def __init__(self, urls: Sequence[str], path: str, window: int = 1, cache_gib: float | None = None):
         self.path, self.window = path, window
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            found = list(pool.map(_read_end, urls))
-        self._shards = [shard for shard in found if shard.rows]
-        if not self._shards:
+            found = [shard for shard in pool.map(_read_end, urls) if shard.rows]
+        if not found:
             raise DataError(f"no rows in {path}")
-        self.columns = self._shards[0].columns
-        for shard in self._shards:
+        self.columns = found[0].columns
+        for shard in found:
             if shard.columns != self.columns:
-                first, other = ([shard.columns.image, shard.columns.label] for shard in (self._shards[0], shard))
-                raise DataError(f"{self._shards[0].url} and {shard.url} differ in columns or classes: {first}, {other}")
+                first, other = ([s.columns.image, s.columns.label] for s in (found[0], shard))
+                raise DataError(f"{found[0].url} and {shard.url} differ in columns or classes: {first}, {other}")
+        self._shards = [shard._replace(columns=self.columns) for shard in found]  # one list of names, not hundreds
         highest = max(shard.highest for shard in self._shards)
         self.classes = list(self.columns.classes or numbered_classes(highest, path))
         self.shards = [shard.rows for shard in self._shards]
@@ -231,4 +231,4 @@ def _clear_errors(what: str, kind: type[DataError]) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, HTTPError) as error:
-        raise kind(f"{what}: {error or type(error).__name__}") from error
+        raise kind(f"{what}: {str(error) or type(error).__name__}") from error
