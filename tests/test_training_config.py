@@ -85,6 +85,8 @@ def test_an_unknown_or_shortened_argument_fails_with_a_hint(capsys, argument):
         ("optim.lr", -1, "optim.lr must be positive, got -1"),
         ("optim.clip_grad", 0, "optim.clip_grad must be positive, or null"),
         ("data.batch_size", 0, "data.batch_size must be at least 1, got 0"),
+        ("data.cache_gib", 0, "data.cache_gib must be positive, or null for no limit, got 0"),
+        ("data.window", 0, "data.window must be at least 1 shard, got 0"),
         ("data.crop_pct", 87.5, "data.crop_pct must be above 0 and at most 1, got 87.5"),
         ("augment.hflip", 2, "augment.hflip is a probability"),
         ("augment.scale", "[1.0, 0.5]", "augment.scale must be (low, high)"),

@@ -19,10 +19,11 @@ import timm
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from image_shards import write_parquet
 from image_tree import write_image_tree
 from whole_runs import interrupt, one_thread, timeless  # noqa: F401  (the fixture)
 
-from vim.data import AugmentConfig, DataConfig, DataError, EvalDataConfig
+from vim.data import AugmentConfig, DataConfig, DataError, EvalDataConfig, ImageFolder, parquet_shards
 from vim.training import (
     ConfigError,
     InterruptedRunError,
@@ -352,6 +353,44 @@ def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, monkeypatch)
     data = EvalDataConfig(str(tree), bad_images="skip")
     results = validate(ValidateConfig(str(tmp_path / "cut"), data=data, output=str(tmp_path / "v.json")))
     assert (results["images"], results["bad_images"], results["top1"]) == (14, [str(bad[2])], summary["top1"])
+
+
+def test_a_run_on_fetched_shards_resumes_bit_for_bit(tree, tmp_path, monkeypatch):
+    """With other loading processes, all that was fetched gone, and room for some of the shards."""
+    names = [f"train-{i}.parquet" for i in range(6)]
+    shards = {"train": dict(zip(names, (6, 9, 12, 15, 18, 6), strict=True)), "val": {"val.parquet": 15}}
+    for split, sizes in shards.items():
+        folder = ImageFolder(tree, split)
+        files = [(Path(path), label) for path, label in folder.samples]
+        write_parquet(files, folder.classes, tmp_path / "set", sizes)
+    monkeypatch.setattr(parquet_shards, "shard_folder", lambda: tmp_path / "cache")
+
+    def streamed(name, num_workers):
+        data = DataConfig(
+            str(tmp_path / "set"),
+            num_workers=num_workers,
+            window=2,
+            cache_gib=1.5e-5,
+            batch_size=16,
+            crop_pct=1.0,
+            mean=(0.3,),
+            std=(0.2,),
+        )
+        return config(tree, tmp_path / name, data=data)
+
+    summary = train(streamed("whole", 0))
+    assert 2 <= len(list((tmp_path / "cache").glob("*.arrow"))) < 7
+    with monkeypatch.context() as patch:
+        interrupt(patch, Classification, 5)
+        with pytest.raises(InterruptedRunError):
+            train(streamed("cut", 2))
+    shutil.rmtree(tmp_path / "cache")
+    train(streamed("cut", 1), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    data = EvalDataConfig(str(tmp_path / "set"))
+    results = validate(ValidateConfig(str(tmp_path / "cut"), data=data, output=str(tmp_path / "v.json")))
+    assert (results["images"], results["top1"]) == (15, summary["top1"])
+    assert results["split"] == f"file://{tmp_path}/set/val*.parquet"
 
 
 def test_a_model_without_gradient_checkpointing_says_so(tree, tmp_path, monkeypatch):

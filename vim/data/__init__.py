@@ -1,13 +1,16 @@
-"""Image folders, augmentation and loaders. timm reads and transforms; this package fixes order and randomness."""
+"""Images, augmentation and loaders. timm transforms; this package fixes order and randomness."""
 
 from .config import AugmentConfig, DataConfig, EvalDataConfig
 from .errors import DataError
-from .folder import ImageFolder, check_same_classes
+from .folder import ImageFolder
+from .labelled_images import LabelledImages, check_same_classes
 from .loaders import EvalImages, TrainImages, eval_loader, train_loader
 from .mnist import write_mnist5k
+from .open_images import open_images
 from .randomness import derive_seed
 from .sampler import KeyedSampler, SampleKey
-from .sources import ImageEntry, ImageSource
+from .sources import ImageSource
+from .tar_shards import ImageEntry
 from .transforms import Transform, eval_transform, train_transform
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "ImageFolder",
     "ImageSource",
     "KeyedSampler",
+    "LabelledImages",
     "SampleKey",
     "TrainImages",
     "Transform",
@@ -27,6 +31,7 @@ __all__ = [
     "derive_seed",
     "eval_loader",
     "eval_transform",
+    "open_images",
     "train_loader",
     "train_transform",
     "write_mnist5k",

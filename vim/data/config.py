@@ -16,18 +16,20 @@ BadImages = Literal["raise", "skip"]
 
 @dataclass
 class EvalDataConfig:
-    """Images: root/<split>/<class>/<image>."""
+    """Images: root/<split>/<class>/<image>, or tar or Parquet shards root/<split>-*."""
 
     root: str = "data/imagenet"
-    """Folder of the data set."""
+    """Folder of the data set; for Parquet also on the hub: hf://datasets/<organisation>/<name>[@<revision>][/<folder>]."""
     val_split: str = "val"
-    """Folder below root to evaluate on."""
+    """Split to evaluate on."""
     batch_size: int = 128
     """Images per process and step."""
     num_workers: int = 2
     """Processes that load images, for each training process; 0: it loads itself. Results do not depend on it."""
     bad_images: BadImages = "raise"
     """Files that cannot be read: raise stops at the first; skip goes on without them, counts them and lists them."""
+    cache_gib: float | None = None
+    """GiB of disk for fetched Parquet shards, in $HF_ASSETS_CACHE; the longest unused give way. null: all stay."""
     img_size: int | None = None
     """Edge of the images in pixels, for models that take any size; null takes the model's."""
     mean: tuple[float, ...] | None = None
@@ -41,6 +43,8 @@ class EvalDataConfig:
 
     def __post_init__(self):
         check_loading(self.batch_size, self.num_workers)
+        if self.cache_gib is not None and not self.cache_gib > 0:
+            raise ValueError(f"data.cache_gib must be positive, or null for no limit, got {self.cache_gib}")
         if self.img_size is not None and self.img_size < 1:
             raise ValueError(f"data.img_size must be at least 1 pixel, got {self.img_size}")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
@@ -51,15 +55,20 @@ class EvalDataConfig:
 
 @dataclass
 class DataConfig(EvalDataConfig):
-    """Images: root/<split>/<class>/<image>."""
+    """Images: root/<split>/<class>/<image>, or tar or Parquet shards root/<split>-*."""
 
     train_split: str = "train"
-    """Folder below root to train on."""
+    """Split to train on."""
+    # The hub's shards hold up to 500 MB: eight of them are 4 GB, or 35 batches of 1024 images of ImageNet.
+    window: int = 8
+    """Parquet shards, taken at random, whose images are mixed; shards that are sorted by class want many."""
     progressive: list[tuple[int, int]] = field(default_factory=list)
     """Smaller images at first: pairs of pixels and epochs, in turn: [[128, 100], [160, 100]]; then their full size."""
 
     def __post_init__(self):
         super().__post_init__()
+        if self.window < 1:
+            raise ValueError(f"data.window must be at least 1 shard, got {self.window}")
         for pair in self.progressive:
             if min(pair) < 1:
                 raise ValueError(f"data.progressive: want at least 1 pixel and 1 epoch in each pair, got {list(pair)}")

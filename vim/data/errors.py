@@ -3,3 +3,7 @@
 
 class DataError(ValueError):
     """A data set folder or file cannot be used as it is; the message names the path and says what to do."""
+
+
+class ShardError(DataError):
+    """A shard cannot be fetched or read. Thousands of images are missing then, so that nobody skips it as a bad one."""

@@ -20,6 +20,8 @@ class ImageFolder:
         DataError: for a folder that is missing, holds no images, or does not have this form.
     """
 
+    shards = None
+
     def __init__(self, root: str | Path, split: str):
         self.path = _split_folder(Path(root), split)
         folders = {p.name for p in self.path.iterdir() if p.is_dir() and not p.name.startswith(".")}
@@ -54,19 +56,15 @@ class ImageFolder:
         return decode_image(path, in_chans, path), label
 
 
-def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
-    """Raise DataError unless both splits have the same classes: labels are positions in the list of names."""
-    for name in sorted(set(train.classes) ^ set(val.classes)):
-        here, there = (train, val) if name in train.classes else (val, train)
-        raise DataError(f"class {name!r} is in {here.path} but not in {there.path}; splits need the same classes")
-
-
 def _split_folder(root: Path, split: str) -> Path:
     if not root.is_dir():
         raise DataError(f"no data set folder {root}; set data.root to a folder with {split}/<class>/<image> in it")
     if not (root / split).is_dir():
         found = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folders"
-        raise DataError(f"no split {split!r} in {root}: want the folder {root / split}, found {found}")
+        raise DataError(
+            f"no split {split!r} in {root}: want the folder {root / split}, found {found}; "
+            f"nor are there shards {split}-*.tar or {split}-*.parquet"
+        )
     return root / split
 
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .config import BadImages
 from .decode import IMAGE_MODES
-from .errors import DataError
-from .folder import ImageFolder
+from .errors import DataError, ShardError
+from .labelled_images import LabelledImages
 from .randomness import derive_seed, preserved_generators, seed_cpu_generators
 from .sampler import KeyedSampler, SampleKey
 from .transforms import Transform
@@ -37,21 +37,21 @@ class TrainImages(Dataset[Sample]):
 
     def __init__(
         self,
-        folder: ImageFolder,
+        source: LabelledImages,
         transform: Transform,
         seed: int,
         in_chans: int = 3,
         bad_images: BadImages = "raise",
         early: Sequence[Transform] = (),
     ):
-        self.folder, self.transform, self.seed, self.in_chans = folder, transform, seed, in_chans
+        self.source, self.transform, self.seed, self.in_chans = source, transform, seed, in_chans
         self.bad_images, self.early = bad_images, early
 
     def __len__(self) -> int:
-        return len(self.folder)
+        return len(self.source)
 
     def name(self, key: SampleKey) -> str:
-        return self.folder.name(key.image)
+        return self.source.name(key.image)
 
     def __getitem__(self, key: SampleKey) -> Sample:
         return self.__getitems__([key])[0]
@@ -63,35 +63,39 @@ class TrainImages(Dataset[Sample]):
             return [self._augmented(key, load) for key in keys]
 
     def _augmented(self, key: SampleKey, load: Callable[[int], tuple[Image.Image, int]]) -> Sample:
-        (image, label), bad = load_or_replace(load, self.folder.name, key, len(self), self.seed, self.bad_images)
+        (image, label), bad = load_or_replace(load, self.source.name, key, len(self), self.seed, self.bad_images)
         seed_cpu_generators(derive_seed("augment", self.seed, *key))
         transform = self.early[key.epoch] if key.epoch < len(self.early) else self.transform
         return transform(image), label, bad
 
     def _load(self, index: int) -> tuple[Image.Image, int]:
-        return self.folder.load(index, self.in_chans)
+        return self.source.load(index, self.in_chans)
 
 
 class EvalImages(Dataset[Sample]):
-    """Images (in_chans, H, W) in the order of the folder.
+    """Images (in_chans, H, W) in the order of the source.
 
     With bad_images "skip", one that cannot be read is black and has NO_LABEL.
     """
 
-    def __init__(self, folder: ImageFolder, transform: Transform, in_chans: int = 3, bad_images: BadImages = "raise"):
-        self.folder, self.transform, self.in_chans, self.bad_images = folder, transform, in_chans, bad_images
+    def __init__(
+        self, source: LabelledImages, transform: Transform, in_chans: int = 3, bad_images: BadImages = "raise"
+    ):
+        self.source, self.transform, self.in_chans, self.bad_images = source, transform, in_chans, bad_images
 
     def __len__(self) -> int:
-        return len(self.folder)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            image, label = self.folder.load(index, self.in_chans)
+            image, label = self.source.load(index, self.in_chans)
+        except ShardError:
+            raise
         except DataError:
             if self.bad_images == "raise":
                 raise
             black = Image.new(IMAGE_MODES[self.in_chans], (1, 1))
-            return self.transform(black), NO_LABEL, [self.folder.name(index)]
+            return self.transform(black), NO_LABEL, [self.source.name(index)]
         return self.transform(image), label, []
 
 
@@ -116,6 +120,8 @@ def load_or_replace(
         index = key.image if attempt == 0 else derive_seed("instead", seed, *key, attempt) % size
         try:
             return load(index), bad
+        except ShardError:
+            raise
         except DataError:
             if bad_images == "raise" or attempt == MOST_REPLACEMENTS:
                 raise
@@ -134,7 +140,7 @@ def train_loader(images: TrainImages, sampler: KeyedSampler, batch_size: int, nu
 
 
 def eval_loader(images: EvalImages, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """Batches in the folder's order, the last one as small as it is."""
+    """Batches in the source's order, the last one as small as it is."""
     return loader(images, batch_size, num_workers, shuffle=False, collate_fn=collate)
 
 

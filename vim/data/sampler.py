@@ -1,9 +1,10 @@
 """The order of the training samples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Generator, Tensor
 from torch.utils.data import Sampler
 
 from .errors import DataError
@@ -31,17 +32,28 @@ class KeyedSampler(Sampler[SampleKey]):
             sees fewer images (repeated augmentation, Hoffer et al. 2020, arXiv 1901.09335).
         multiple_of: samples in an update, over all processes and accumulated steps. What is left over at the end of
             the order waits for another epoch.
+        shards: images in each shard of a data set that is better read a few shards at a time: these come in random
+            order, and only the images of `window` shards that follow each other are mixed. None: all are mixed.
 
     Raises: DataError if there is not even one update.
     """
 
-    def __init__(self, size: int, seed: int, repeats: int = 1, multiple_of: int = 1):
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        repeats: int = 1,
+        multiple_of: int = 1,
+        shards: Sequence[int] | None = None,
+        window: int = 1,
+    ):
         if multiple_of > size:
             raise DataError(
                 f"an update takes {multiple_of} images (batch size x processes x accumulated steps), "
                 f"the training split has {size}; lower data.batch_size"
             )
-        self.size, self.seed, self.repeats = size, seed, repeats
+        assert shards is None or sum(shards) == size
+        self.size, self.seed, self.repeats, self.shards, self.window = size, seed, repeats, shards, window
         self.length = size // multiple_of * multiple_of
         self.epoch = self.start = 0
 
@@ -62,5 +74,14 @@ class KeyedSampler(Sampler[SampleKey]):
     def keys(self, first: int, end: int) -> list[SampleKey]:
         """The samples from one position of the epoch's order up to another."""
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
-        order = torch.randperm(self.size, generator=generator).tolist()
+        order = self._order(generator).tolist()
         return [SampleKey(self.epoch, order[i // self.repeats], i % self.repeats) for i in range(first, end)]
+
+    def _order(self, generator: Generator) -> Tensor:
+        """Of the images, in this epoch."""
+        if self.shards is None:
+            return torch.randperm(self.size, generator=generator)
+        images = torch.arange(self.size).split(list(self.shards))
+        shards = torch.randperm(len(images), generator=generator)
+        windows = [torch.cat([images[shard] for shard in window]) for window in shards.split(self.window)]
+        return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])

@@ -1,9 +1,6 @@
 """Images from wherever they lie: a folder tree, a list of paths, or tar shards; each with a name and maybe a label."""
 
-import io
-import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,26 +8,10 @@ from PIL import Image
 from timm.data import get_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
-from .decode import decode_image
 from .errors import DataError
+from .tar_shards import ImageEntry, load_entry, tar_entries
 
 LIST_SUFFIXES = (".txt", ".tsv")
-
-
-@dataclass(frozen=True)
-class ImageEntry:
-    """An image of a source.
-
-    path: as it is reported: relative to a folder or list, or <shard>/<member> of a tar file.
-    label: position of its class in the sorted names, or the number given for it; None if there is none.
-    file, offset, size: bytes of the image; the whole file if size is None.
-    """
-
-    path: str
-    label: int | None
-    file: str
-    offset: int = 0
-    size: int | None = None
 
 
 class ImageSource:
@@ -52,7 +33,7 @@ class ImageSource:
             raise DataError(f"no images at {where}: it does not exist; give a folder, a list (.txt, .tsv) or a .tar")
         self.entries: Sequence[ImageEntry]
         if shards:
-            self.entries = [entry for shard in shards for entry in _tar_entries(shard)]
+            self.entries = [entry for shard in shards for entry in tar_entries(shard)]
         elif where.is_dir():
             self.entries = _tree_entries(where)
         elif where.suffix in LIST_SUFFIXES:
@@ -75,16 +56,7 @@ class ImageSource:
 
         Raises: DataError with the path of an image that cannot be read.
         """
-        entry = self.entries[index]
-        if entry.size is None:
-            return decode_image(entry.file, in_chans, entry.path)
-        try:
-            with open(entry.file, "rb") as file:
-                file.seek(entry.offset)
-                content = file.read(entry.size)
-        except OSError as error:
-            raise DataError(f"cannot read image {entry.path}: {error}") from error
-        return decode_image(io.BytesIO(content), in_chans, entry.path)
+        return load_entry(self.entries[index], in_chans)
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -110,24 +82,3 @@ def _list_entries(file: Path) -> list[ImageEntry]:
             raise DataError(f"{file}, line {number}: a label is a number from 0 up, got {label!r}")
         entries.append(ImageEntry(path, int(label) if tab else None, str(file.parent / path)))
     return entries
-
-
-def _tar_entries(shard: Path) -> list[ImageEntry]:
-    images, labels = [], {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                stem, dot, kind = member.name.rpartition(".")
-                if member.isfile() and dot + kind.lower() in get_img_extensions():
-                    images.append((stem, member))
-                elif member.isfile() and kind == "cls":
-                    text = tar.extractfile(member).read().decode()  # type: ignore[union-attr]
-                    if not text.strip().isdecimal():
-                        raise DataError(f"{shard}/{member.name}: a label is a number from 0 up, got {text!r}")
-                    labels[stem] = int(text)
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"cannot read {shard}: {error}; shards are plain tar files, not compressed ones") from error
-    return [
-        ImageEntry(f"{shard.name}/{member.name}", labels.get(stem), str(shard), member.offset_data, member.size)
-        for stem, member in images
-    ]

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from vim.data import (
     AugmentConfig,
     EvalImages,
-    ImageFolder,
     KeyedSampler,
     TrainImages,
     check_same_classes,
     eval_loader,
     eval_transform,
+    open_images,
     train_loader,
     train_transform,
 )
@@ -43,9 +43,9 @@ class Classification(Trainer):
     def __init__(self, config: TrainConfig, accelerator: Accelerator, progress: Progress):
         super().__init__(config, accelerator, progress)
         data = config.data
-        train_folder, val_folder = (ImageFolder(data.root, split) for split in (data.train_split, data.val_split))
-        check_same_classes(train_folder, val_folder)
-        self.classes = train_folder.classes
+        train, val = open_images(data, data.train_split, data.window), open_images(data, data.val_split)
+        check_same_classes(train, val)
+        self.classes = train.classes
 
         self.model_kwargs = config.model.kwargs
         if data.progressive:
@@ -63,15 +63,15 @@ class Classification(Trainer):
                 model.set_distilled_training(True)  # type: ignore[operator]  # logits of both heads
 
         total_batch = self.images_per_update(data.batch_size)
-        sampler = KeyedSampler(len(train_folder), config.seed, config.augment.repeats, multiple_of=total_batch)
+        sampler = KeyedSampler(len(train), config.seed, config.augment.repeats, total_batch, train.shards, data.window)
         transform = train_transform(config.augment, self.data_config)
         smaller = {
             size: train_transform(config.augment, self.data_config | {"input_size": (in_chans, size, size)})
             for size, _ in data.progressive
         }
         early = [smaller[size] for size in data.early_sizes]
-        images = TrainImages(train_folder, transform, config.seed, in_chans, data.bad_images, early)
-        held_out = EvalImages(val_folder, eval_transform(self.data_config), in_chans, data.bad_images)
+        images = TrainImages(train, transform, config.seed, in_chans, data.bad_images, early)
+        held_out = EvalImages(val, eval_transform(self.data_config), in_chans, data.bad_images)
         self.mixup = create_mixup(config.augment, len(self.classes))
         self.loss = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(config.augment.smoothing)
         self.prepare(

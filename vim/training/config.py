@@ -30,9 +30,8 @@ class ModelConfig:
     compile: bool = False
     """torch.compile the model."""
     cuda_graph: bool = True
-    """Replay the forward and backward of a training step as CUDA graphs: launching small kernels one by one can take
-    longer than running them. On one GPU, without accumulate, compile and, but for Vim, grad_checkpointing; else without
-    effect."""
+    """Replay training steps as CUDA graphs: launching small kernels one by one can take longer than running them. On
+    one GPU, without accumulate, compile and, but for Vim, grad_checkpointing; else without effect."""
 
     def __post_init__(self):
         if self.pretrained and self.checkpoint:

@@ -12,7 +12,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from vim.data import ImageFolder
+from vim.data import LabelledImages
 from vim.data.loaders import NO_LABEL
 
 from .config import LabelSet
@@ -24,7 +24,7 @@ from .model import label_names
 class LabelMap:
     """images: those that count. answers, candidates: what their labels mean, see `evaluate`."""
 
-    images: "ImageFolder | RealImages"
+    images: "LabelledImages | RealImages"
     answers: Tensor | None = None
     candidates: Tensor | None = None
 
@@ -32,7 +32,7 @@ class LabelMap:
 class RealImages:
     """Some of a split's images; the label of each is its position."""
 
-    def __init__(self, split: ImageFolder, chosen: list[int]):
+    def __init__(self, split: LabelledImages, chosen: list[int]):
         self.split, self.chosen = split, chosen
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class RealImages:
         return self.split.load(self.chosen[index], in_chans)[0], index
 
 
-def map_labels(labels: LabelSet, split: ImageFolder, where: str, model: nn.Module, name: str) -> LabelMap:
+def map_labels(labels: LabelSet, split: LabelledImages, where: str, model: nn.Module, name: str) -> LabelMap:
     """What the labels of a split mean to a model.
 
     Classes are found by their names: those that the model keeps, or WordNet's numbers (n01440764), in timm's order, for
@@ -93,7 +93,7 @@ def map_labels(labels: LabelSet, split: ImageFolder, where: str, model: nn.Modul
     return LabelMap(split, answers[:, None], candidates)
 
 
-def _real_labels(split: ImageFolder, where: str, positions: list[int]) -> LabelMap:
+def _real_labels(split: LabelledImages, where: str, positions: list[int]) -> LabelMap:
     """Beyer et al. 2020, arXiv 2006.07159: a set of right labels for each image of ImageNet's val; images with none do
     not count.
 
@@ -121,7 +121,7 @@ def _real_labels(split: ImageFolder, where: str, positions: list[int]) -> LabelM
     return LabelMap(RealImages(split, chosen), torch.tensor(answers))
 
 
-def _check_folders(split: ImageFolder, where: str, labels: LabelSet, folders: Iterable[str]) -> None:
+def _check_folders(split: LabelledImages, where: str, labels: LabelSet, folders: Iterable[str]) -> None:
     want, have = set(folders), set(split.classes)
     if have != want:
         wrong, missing = sorted(have - want), sorted(want - have)

@@ -25,7 +25,7 @@ from .files import whole_file
 # Where the data lie and how they are loaded does not change results, so that a resumed run may change it.
 # (The batch is divided among processes and steps; their product is checked with the checkpoint.)
 FREE_ON_RESUME = re.compile(
-    r"run_dir|data\.(root|num_workers|batch_size|bad_images)|accumulate|checkpoint\..*|max_skipped|trackers"
+    r"run_dir|data\.(root|num_workers|batch_size|bad_images|cache_gib)|accumulate|checkpoint\..*|max_skipped|trackers"
 )
 
 

@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from vim.data import EvalImages, ImageFolder, eval_loader, eval_transform
+from vim.data import EvalImages, eval_loader, eval_transform, open_images
 
 from .config import ValidateConfig
 from .evaluation import evaluate
@@ -25,13 +25,13 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     """
     accelerator = create_accelerator(config.precision)
     progress = Progress(accelerator.is_main_process)
-    folder = ImageFolder(config.data.root, config.data.val_split)
-    split = str(folder.path)
+    source = open_images(config.data, config.data.val_split)
+    split = str(source.path)
     model = load_model(config).to(accelerator.device)
-    labels = map_labels(config.labels, folder, split, model, config.model)
-    if len(folder.classes) < model.num_classes:  # type: ignore[operator]
+    labels = map_labels(config.labels, source, split, model, config.model)
+    if len(source.classes) < model.num_classes:  # type: ignore[operator]
         others = "may be predicted too" if labels.candidates is None else "take no part"
-        progress.line(f"{split} has {len(folder.classes)} of {model.num_classes} classes; the others {others}")
+        progress.line(f"{split} has {len(source.classes)} of {model.num_classes} classes; the others {others}")
 
     sizes: list[int | None] = [*config.img_sizes] or [config.data.img_size]
     crops: list[float | None] = [*config.crop_pcts] or [config.data.crop_pct]

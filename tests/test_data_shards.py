@@ -1,0 +1,424 @@
+"""Images in tar and Parquet shards: the same as in folders, fetched when wanted, and clear when something is wrong."""
+
+import json
+import pickle
+import re
+import sys
+import tarfile
+from pathlib import Path
+
+import fsspec
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from image_shards import add, local_hub, parquet_table, write_parquet
+from image_tree import write_image_tree
+
+from vim.data import (
+    AugmentConfig,
+    DataConfig,
+    DataError,
+    EvalImages,
+    ImageFolder,
+    KeyedSampler,
+    SampleKey,
+    TrainImages,
+    check_same_classes,
+    derive_seed,
+    eval_transform,
+    open_images,
+    parquet_shards,
+    train_loader,
+    train_transform,
+)
+from vim.data.errors import ShardError
+from vim.data.tar_shards import TarImages
+
+GREY = {"input_size": (1, 12, 12), "mean": (0.2,), "std": (0.5,), "interpolation": "bilinear", "crop_pct": 1.0}
+AUGMENT = AugmentConfig(affine_degrees=20, auto_augment="rand-m9-mstd0.5-inc1", erasing=0.5)
+SHARDS = {"train-00000-of-00003.parquet": 8, "train-00001-of-00003.parquet": 6, "train-00002-of-00003.parquet": 7}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return ImageFolder(write_image_tree(tmp_path_factory.mktemp("tree"), {"train": 21}, classes=3), "train")
+
+
+@pytest.fixture(scope="module")
+def files(folder):
+    return [(Path(path), label) for path, label in folder.samples]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder of fetched shards."""
+    monkeypatch.setattr(parquet_shards, "shard_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def parquet(files, folder, tmp_path, cache):
+    write_parquet(files, folder.classes, tmp_path / "set" / "data", SHARDS)
+    return tmp_path / "set"
+
+
+def fetched(cache):
+    return sorted(path.name.split("-of-")[0] for path in cache.glob("*.arrow"))
+
+
+def write_tars(files, root, members):
+    """Two shards; members(path, label, number) gives the (name, content) pairs of an image."""
+    root.mkdir(parents=True)
+    for shard, part in enumerate((files[:10], files[10:])):
+        with tarfile.open(root / f"train-{shard:04}.tar", "w") as tar:
+            for number, (path, label) in enumerate(part):
+                for name, content in members(path, label, number):
+                    add(tar, name, content)
+
+
+def in_folders(path, label, number):
+    return [(f"./{path.parent.name}/{path.name}", path.read_bytes())]
+
+
+def with_numbers(path, label, number):
+    return [
+        (f"{number:06}.cls", str(label).encode()),
+        (f"{number:06}.png", path.read_bytes()),
+        (f"{number:06}.json", b"{}"),
+    ]
+
+
+def assert_same_images(source, folder, classes):
+    assert (len(source), source.classes) == (len(folder), classes)
+    got, want = (TrainImages(s, train_transform(AUGMENT, GREY), 0, in_chans=1) for s in (source, folder))
+    for index in (0, 3, 9, 10, 13, 14, 20):
+        key = SampleKey(1, index, 0)
+        (image, label, _), (image_, label_, _) = got[key], want[key]
+        assert torch.equal(image, image_)
+        assert label == label_
+    labels = [EvalImages(s, eval_transform(GREY), 1)[20][1] for s in (source, folder)]
+    assert labels[0] == labels[1]
+
+
+@pytest.mark.parametrize("place", ["train", ""])
+def test_tar_files_of_class_folders(files, folder, tmp_path, place):
+    write_tars(files, tmp_path / "tars" / place, in_folders)
+    source = open_images(DataConfig(str(tmp_path / "tars")), "train")
+    assert_same_images(source, folder, folder.classes)
+    assert source.shards is None
+    assert source.name(10) == "train-0001.tar/./b/10.png"
+
+
+@pytest.mark.parametrize("names", [None, ["cat", "sparrow hawk", "dog", "none has it"]])
+def test_tar_files_in_webdataset_form(files, folder, tmp_path, names):
+    write_tars(files, tmp_path / "tars", with_numbers)
+    if names:
+        (tmp_path / "tars" / "classnames.txt").write_text("\n".join(names) + "\n")
+    source = open_images(DataConfig(str(tmp_path / "tars")), "train")
+    assert_same_images(source, folder, names or ["0", "1", "2"])
+
+
+def test_classes_of_folders_in_tar_files_stand_in_natural_order(files, tmp_path):
+    write_tars(files, tmp_path / "tars", lambda path, label, number: [(f"{label + 8}/{number}.png", path.read_bytes())])
+    assert open_images(DataConfig(str(tmp_path / "tars")), "train").classes == ["8", "9", "10"]
+
+
+@pytest.mark.parametrize("place", ["", "train", "data"])
+def test_parquet_files(files, folder, tmp_path, cache, place):
+    write_parquet(files, folder.classes, tmp_path / "set" / place, SHARDS)
+    source = open_images(DataConfig(str(tmp_path / "set")), "train")
+    assert_same_images(source, folder, folder.classes)
+    assert source.shards == [8, 6, 7]
+    assert source.name(13) == "train-00001-of-00003.parquet/5"
+
+
+def test_a_shard_is_fetched_when_its_first_image_is_wanted_and_then_kept(parquet, cache):
+    source = open_images(DataConfig(str(parquet)), "train", window=2)
+    assert fetched(cache) == []
+    source.load(9)
+    source.load(10)
+    assert fetched(cache) == ["train-00001"]
+    for file in (parquet / "data").iterdir():
+        file.write_bytes(b"")  # whatever is read from now on was kept
+    assert source.load(13, 1)[1] == 1
+    with pytest.raises(ShardError, match=r"cannot fetch file://.*train-00000-of-00003.parquet into .*cache: "):
+        source.load(0)
+
+
+def test_a_changed_shard_is_fetched_anew(parquet, files, folder, cache):
+    before = open_images(DataConfig(str(parquet)), "train").load(0, 1)[0]
+    write_parquet(files[::-1], folder.classes, parquet / "data", SHARDS)
+    after = open_images(DataConfig(str(parquet)), "train").load(0, 1)[0]
+    assert not np.array_equal(before, after)
+    assert np.array_equal(after, folder.load(20, 1)[0])
+
+
+def test_a_shard_that_is_gone_is_no_bad_image(parquet):
+    source = open_images(DataConfig(str(parquet)), "train")
+    (parquet / "data" / "train-00000-of-00003.parquet").unlink()
+    with pytest.raises(ShardError, match="cannot fetch"):
+        TrainImages(source, train_transform(AUGMENT, GREY), 0, 1, bad_images="skip")[SampleKey(0, 0, 0)]
+    with pytest.raises(ShardError, match="cannot fetch"):
+        EvalImages(source, eval_transform(GREY), 1, bad_images="skip")[0]
+
+
+def test_loading_processes_read_shards(parquet, folder):
+    source = open_images(DataConfig(str(parquet)), "train", window=2)
+    source.load(0)
+    assert len(pickle.dumps(source)) < 3000  # what is mapped stays behind when a process is spawned
+    assert pickle.loads(pickle.dumps(source)).load(9)[1] == 1
+    images = TrainImages(source, train_transform(AUGMENT, GREY), 0, in_chans=1)
+    loader = train_loader(images, KeyedSampler(21, 0, multiple_of=7), 7, num_workers=1)
+    labels = torch.cat([labels for _, labels, _ in loader]).tolist()
+    assert labels == [folder.samples[key.image][1] for key in loader.sampler]
+
+
+def test_the_order_of_folders_and_tar_files_is_the_permutation_that_it_always_was():
+    for epoch in (0, 5):
+        sampler = KeyedSampler(50, seed=3, multiple_of=8)
+        sampler.set_epoch(epoch)
+        want = torch.randperm(50, generator=torch.Generator().manual_seed(derive_seed("order", 3, epoch)))
+        assert [key.image for key in sampler] == want.tolist()[:48]
+
+
+@pytest.mark.parametrize("window", [1, 3, 20])
+def test_the_order_of_streamed_shards_has_few_of_them_open_at_a_time(window):
+    shards = [5, 1, 17, 30, 4, 2, 25, 16]
+    sampler = KeyedSampler(100, seed=0, shards=shards, window=window)
+    first, second = [], []
+    for epoch, order in enumerate((first, second)):
+        sampler.set_epoch(epoch)
+        order += [key.image for key in sampler]
+        assert sorted(order) == list(range(100))
+    shard_of = np.repeat(np.arange(8), shards)
+    for order in (first, second):
+        places = [np.flatnonzero(shard_of[order] == shard) for shard in range(8)]
+        open_at = [sum(p[0] <= at <= p[-1] for p in places) for at in range(100)]
+        assert max(open_at) <= window
+        largest = order[places[3][0] : places[3][-1] + 1]
+        assert largest != sorted(largest)
+    turns = [list(dict.fromkeys(shard_of[order])) for order in (first, second)]
+    assert turns[0] != turns[1]
+
+
+def test_repeats_and_whole_updates_of_streamed_shards():
+    keys = list(KeyedSampler(21, 0, repeats=3, multiple_of=6, shards=[8, 6, 7], window=2))
+    assert len(keys) == len(set(keys)) == 18
+    assert [key.repeat for key in keys] == [0, 1, 2] * 6
+    assert len({key.image for key in keys}) == 6
+
+
+def test_the_hub(files, folder, tmp_path, cache, monkeypatch):
+    """Its own client, and a server on this machine."""
+    write_parquet(files, folder.classes, tmp_path / "hub" / "data", SHARDS)
+    constants = huggingface_hub.constants
+    with local_hub(tmp_path / "hub") as hub:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
+        source = open_images(DataConfig("hf://datasets/org/name"), "train")
+        assert source.path == f"hf://datasets/org/name@{hub.commit}/data/train*.parquet"
+        hub.asked.clear()
+        hub.failures = 2
+        assert_same_images(source, folder, folder.classes)
+        resolve = f"/datasets/org/name/resolve/{hub.commit}/data/"
+        assert sorted(set(hub.asked)) == [resolve + name for name in SHARDS]
+        assert hub.failures == 0
+        with pytest.raises(
+            DataError, match=r"no Parquet shards of split 'val' in .*: want val-\*.parquet, found data;"
+        ):
+            open_images(DataConfig("hf://datasets/org/name"), "val")
+        with pytest.raises(DataError, match=r"cannot open data.root hf://datasets/org/nobody: "):
+            open_images(DataConfig("hf://datasets/org/nobody"), "train")
+        hub.commit = "89ef" * 10  # in which these files are the same
+        source = open_images(DataConfig("hf://datasets/org/name"), "train")
+        hub.asked.clear()
+        source.load(0)
+        assert hub.asked == []
+        for file in cache.iterdir():
+            file.unlink()
+        source = open_images(DataConfig("hf://datasets/org/name"), "train")
+    with pytest.raises(ShardError, match=r"cannot fetch hf://datasets/org/name@.*parquet into .*: .*refused"):
+        source.load(0)
+
+
+def test_another_file_system(files, folder, cache):
+    fs = fsspec.filesystem("memory")
+    for name, part in zip(("train", "more-train-of-it"), (files[:5], files[5:]), strict=True):
+        with fs.open(f"/set/{name}.parquet", "wb") as file:
+            pq.write_table(parquet_table([p.read_bytes() for p, _ in part], [n for _, n in part], "abc"), file)
+    try:
+        source = open_images(DataConfig("memory://set"), "train")
+        assert source.shards == [16, 5]  # more-train-of-it, train
+        assert source.load(16, 1)[0].tobytes() == folder.load(0, 1)[0].tobytes()
+        with fs.open("/set/val-0.tar", "wb") as file:
+            file.write(b"")
+        with pytest.raises(DataError, match="tar shards must lie on a local disk"):
+            open_images(DataConfig("memory://set"), "val")
+    finally:
+        fs.rm("/set", recursive=True)
+
+
+def test_a_cache_that_is_too_small_says_what_it_needs(parquet, cache):
+    want = (
+        r"data.cache_gib 1e-09 does not hold the 2 shards of .* at a time; give at least .*e-06, or lower data.window"
+    )
+    with pytest.raises(DataError, match=want):
+        open_images(DataConfig(str(parquet), cache_gib=1e-9), "train", window=2)
+    two = DataConfig(str(parquet), cache_gib=5e-6)  # 5,400 bytes; a shard has some 2,000
+    source = open_images(two, "train", window=1)
+    for index in (0, 9, 20, 0):
+        source.load(index)
+    assert fetched(cache) == ["train-00000", "train-00002"]
+
+
+def test_a_split_must_be_there_once(parquet, files, folder, tmp_path):
+    with pytest.raises(
+        DataError, match=r"no split 'val' in .*set: want the folder .*; nor are there shards val-\*.tar"
+    ):
+        open_images(DataConfig(str(parquet)), "val")
+    write_tars(files, parquet / "train", in_folders)
+    with pytest.raises(
+        DataError, match=r"split 'train' is there more than once: .*train/\*.tar and .*data/train\*.parq"
+    ):
+        open_images(DataConfig(str(parquet)), "train")
+    root = folder.path.parent
+    (root / "train-0.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"is there more than once: .*train/<class> and .*/train\*.tar; leave one"):
+        open_images(DataConfig(str(root)), "train")
+    (root / "train-0.tar").unlink()
+
+
+def test_classes_must_stand_in_one_order(parquet, files, folder):
+    write_parquet(files, folder.classes[::-1], parquet / "data", {"val.parquet": 21})
+    data = DataConfig(str(parquet))
+    with pytest.raises(
+        DataError, match=r"label 0 is 'a' in .*train\*.parquet and 'c' in .*val\*.parquet; give both one"
+    ):
+        check_same_classes(open_images(data, "train"), open_images(data, "val"))
+
+
+def tar_error(files, tmp_path, members, match):
+    write_tars(files, tmp_path / "tars", members)
+    with pytest.raises(DataError, match=match):
+        open_images(DataConfig(str(tmp_path / "tars")), "train")
+
+
+def test_tar_files_that_cannot_be_used(files, tmp_path):
+    def some(path, label, number):
+        return with_numbers(path, label, number)[number == 3 :]
+
+    tar_error(files, tmp_path / "1", some, r"image train-0000.tar/000003.png has no .cls file beside it, others have")
+    tar_error(
+        files, tmp_path / "2", lambda path, label, n: [(path.name, b"x")], r"image .*0.png has no class: want a .cls"
+    )
+    tar_error(files, tmp_path / "3", lambda path, label, n: [("a/x.txt", b"x")], r"no images in .*/train\*.tar: want")
+    for number, label in enumerate((b"-1", b"cat", b"9" * 5000, b"\xff"), 4):
+        wrong = [("x.png", b"x"), ("x.cls", label)]
+        tar_error(
+            files, tmp_path / str(number), lambda *_, w=wrong: w, r"train-0000.tar/x.cls: a label is a number from 0"
+        )
+    large = [("x.png", b"x"), ("x.cls", b"99999999999")]
+    tar_error(
+        files, tmp_path / "8", lambda *_: large, r"has the label 99999999999; labels are numbers from 0 up, below"
+    )
+    (tmp_path / "8" / "tars" / "classnames.txt").write_text("a\nb\n")
+    with pytest.raises(DataError, match=r"x.png has the label 99999999999, .*classnames.txt has 2 names, from 0 up"):
+        open_images(DataConfig(str(tmp_path / "8" / "tars")), "train")
+
+
+def test_a_tar_file_that_ends_early(files, tmp_path):
+    write_tars(files, tmp_path / "tars", in_folders)
+    tar = tmp_path / "tars" / "train-0001.tar"
+    whole = tar.read_bytes()
+    entry = TarImages([tar], tmp_path, "").entries[4]
+    damaged = whole[: entry.offset - 500] + b"?" + whole[entry.offset - 499 :]  # in a header
+    early = [whole[: entry.offset + end] for end in (20, -200, -512)]  # in an image, in a header, before one
+    for content in (*early, damaged):
+        tar.write_bytes(content)
+        with pytest.raises(DataError, match=r"cannot read .*train-0001.tar: .*; shards are plain tar files"):
+            open_images(DataConfig(str(tmp_path / "tars")), "train")
+
+
+def test_a_parquet_file_that_ends_early_or_is_damaged(parquet, cache):
+    shard = parquet / "data" / "train-00001-of-00003.parquet"
+    whole = shard.read_bytes()
+    for content in (whole[:-20], b""):
+        shard.write_bytes(content)
+        with pytest.raises(DataError, match=r"cannot read file://.*train-00001-of-00003.parquet: "):
+            open_images(DataConfig(str(parquet)), "train")
+    shard.write_bytes(whole[:4] + b"\xff" * 400 + whole[404:])
+    source = open_images(DataConfig(str(parquet)), "train")
+    source.load(0)
+    with pytest.raises(ShardError, match=r"cannot fetch file://.*train-00001-of-00003.parquet into .*: "):
+        source.load(9)
+    assert fetched(cache) == ["train-00000"]
+
+
+def test_rows_that_cannot_be_used(tmp_path, cache, files):
+    good = files[0][0].read_bytes()
+    table = parquet_table([good, None, good, good, b"no image"], [0, 0, -1, None, 1], ["a", "b"])
+    pq.write_table(table, tmp_path / "val.parquet")
+    source = open_images(DataConfig(str(tmp_path)), "val")
+    source.load(0)
+    for row, match in (
+        (1, "row val.parquet/1 has no image bytes; remove it"),
+        (2, "row val.parquet/2 has the label -1, want 0 to 1"),
+        (3, "row val.parquet/3 has the label None, want 0 to 1"),
+        (4, "cannot read image val.parquet/4: "),
+    ):
+        with pytest.raises(DataError, match=match):
+            source.load(row)
+        assert EvalImages(source, eval_transform(GREY), 1, "skip")[row][2] == [f"val.parquet/{row}"]
+
+
+def test_columns(tmp_path, cache, files):
+    table = parquet_table([files[0][0].read_bytes()] * 3, [2, 0, 1], "abc")
+    image, label = table["image"], table["label"]
+
+    def opened(**columns):
+        features = {name: {"names": list("xyz")} for name in columns if name.endswith("label")}
+        described = pa.table(columns).replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
+        pq.write_table(described, tmp_path / "val.parquet")
+        source = open_images(DataConfig(str(tmp_path)), "val")
+        return source.columns.image, source.columns.label, source.classes, source.load(0)[1]
+
+    zero = pa.array([0, 0, 0])
+    assert opened(img=image, number=label) == ("img", "number", ["0", "1", "2"], 2)
+    assert opened(img=image, fine_label=label, coarse_label=zero) == ("img", "fine_label", ["x", "y", "z"], 2)
+    assert opened(img=image, a_label=label, label_id=zero)[1:3] == ("a_label", ["x", "y", "z"])
+    assert opened(image=image, image_id=zero, label=label)[1] == "label"
+    columns = re.escape("Its columns: photo (struct<bytes: binary, path: string>), a (int64), b (int64)")
+    with pytest.raises(DataError, match=rf"several columns of labels \(whole numbers\): a, b; want one, .*{columns}"):
+        opened(photo=image, a=label, b=zero)
+    with pytest.raises(
+        DataError, match=r"no column of images \(a structure with bytes\); want one, or one called image"
+    ):
+        opened(number=label)
+    unnamed = pa.table({"image": image, "label": label})
+    pq.write_table(unnamed, tmp_path / "val.parquet", write_statistics=False)
+    with pytest.raises(DataError, match="column 'label' has neither names of classes nor a highest value"):
+        open_images(DataConfig(str(tmp_path)), "val")
+    pq.write_table(table.replace_schema_metadata({"huggingface": "{"}), tmp_path / "val.parquet")
+    with pytest.raises(DataError, match="its description by Hugging Face cannot be read"):
+        open_images(DataConfig(str(tmp_path)), "val")
+
+
+def test_shards_must_be_of_one_kind(parquet, files):
+    write_parquet(files, ["a", "b", "x"], parquet / "data", {"train-00003-of-00003.parquet": 21})
+    with pytest.raises(
+        DataError, match=r"train-00000-of-00003.parquet and .*train-00003-of-.* differ in columns or cl"
+    ):
+        open_images(DataConfig(str(parquet)), "train")
+
+
+def test_without_pyarrow_it_says_what_to_install(parquet, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vim.data.parquet_shards", None)
+    with pytest.raises(DataError, match=r"Parquet shards need pyarrow: pip install 'vim-mamba\[features\]'"):
+        open_images(DataConfig(str(parquet)), "train")

@@ -1,0 +1,59 @@
+"""What training and evaluation read from: images with labels and names, at random access, however they are stored."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from .errors import DataError
+
+MOST_CLASSES = 1_000_000
+
+
+class LabelledImages(Protocol):
+    """The images of one split. A label is a position in the list of class names."""
+
+    @property
+    def path(self) -> str | Path:
+        """Where they lie, for messages."""
+
+    @property
+    def classes(self) -> list[str]: ...
+
+    @property
+    def shards(self) -> Sequence[int] | None:
+        """Images in each shard, in order, where a shard comes as a whole and from far away; else None."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Of an image, for messages and lists."""
+
+    def load(self, index: int, in_chans: int = 3) -> tuple[Image.Image, int]:
+        """Image with so many channels, 1 (grey) or 3, and its label.
+
+        Raises: DataError with the name of an image that cannot be read.
+        """
+
+
+def check_same_classes(train: LabelledImages, val: LabelledImages) -> None:
+    """Raise DataError unless both splits have the same classes: labels are positions in the list of names."""
+    for name in sorted(set(train.classes) ^ set(val.classes)):
+        here, there = (train, val) if name in train.classes else (val, train)
+        raise DataError(f"class {name!r} is in {here.path} but not in {there.path}; splits need the same classes")
+    for label, (name, other) in enumerate(zip(train.classes, val.classes, strict=True)):
+        if name != other:
+            raise DataError(
+                f"label {label} is {name!r} in {train.path} and {other!r} in {val.path}; give both one order"
+            )
+
+
+def numbered_classes(highest: int, where: str) -> list[str]:
+    """Names of classes that have none but their numbers: "0" up to the highest.
+
+    Raises: DataError for a number that no set of images reaches; a damaged one would fill the memory with names.
+    """
+    if highest >= MOST_CLASSES:
+        raise DataError(f"{where} has the label {highest}; labels are numbers from 0 up, below {MOST_CLASSES}")
+    return [str(label) for label in range(highest + 1)]
