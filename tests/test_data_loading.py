@@ -43,20 +43,26 @@ def train_images(folder, seed=0, augment=EVERYTHING):
     return TrainImages(folder, train_transform(augment, GREY), seed, in_chans=1)
 
 
+def tensor(images, key):
+    """One augmented image, as a model takes it."""
+    packed, _, _ = images.collate([images[key]])
+    return packed.to("cpu")[0]
+
+
 def epochs(folder, num_workers, count=2):
     """All batches of some epochs, from one loader whose workers live on."""
     loader = train_loader(train_images(folder), KeyedSampler(len(folder), 0, multiple_of=4), 4, num_workers)
     out = []
     for epoch in range(count):
         loader.sampler.set_epoch(epoch)
-        out += list(loader)
+        out += [(packed.to("cpu"), labels) for packed, labels, _ in loader]
     return out
 
 
 def test_workers_do_not_change_the_batches(folder):
     alone, helped = epochs(folder, 0), epochs(folder, 2)
     assert len(alone) == len(helped) == 10
-    for (images, labels, _), (images_, labels_, _) in zip(alone, helped, strict=True):
+    for (images, labels), (images_, labels_) in zip(alone, helped, strict=True):
         assert torch.equal(images, images_)
         assert torch.equal(labels, labels_)
     assert not torch.equal(alone[0][0], alone[5][0])  # the second epoch is another
@@ -64,22 +70,23 @@ def test_workers_do_not_change_the_batches(folder):
 
 def test_augmentation_depends_on_every_part_of_the_key(folder):
     images = train_images(folder)
-    same, again = images[SampleKey(1, 2, 0)][0], images[SampleKey(1, 2, 0)][0]
+    same, again = tensor(images, SampleKey(1, 2, 0)), tensor(images, SampleKey(1, 2, 0))
     assert torch.equal(same, again)
-    others = [images[SampleKey(0, 2, 0)], images[SampleKey(1, 2, 1)], train_images(folder, seed=1)[SampleKey(1, 2, 0)]]
-    assert all(not torch.equal(same, other) for other, *_ in others)
+    others = [tensor(images, SampleKey(0, 2, 0)), tensor(images, SampleKey(1, 2, 1))]
+    others.append(tensor(train_images(folder, seed=1), SampleKey(1, 2, 0)))
+    assert all(not torch.equal(same, other) for other in others)
 
 
 def test_neither_depends_on_the_surrounding_generators_nor_disturbs_them(folder):
     images = train_images(folder)
-    before = images[SampleKey(0, 0, 0)][0]
+    before = tensor(images, SampleKey(0, 0, 0))
     draws = []
     for look in (False, True):
         random.seed(5)
         np.random.seed(5)
         torch.manual_seed(5)
         if look:
-            assert torch.equal(images[SampleKey(0, 0, 0)][0], before)
+            assert torch.equal(tensor(images, SampleKey(0, 0, 0)), before)
         draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1]
 
@@ -119,7 +126,8 @@ def test_a_data_set_smaller_than_an_update_is_refused():
 
 
 def test_without_augmentation_a_pixel_is_only_normalised(folder):
-    image, label, _ = TrainImages(folder, train_transform(AugmentConfig(**WHOLE), GREY), 0, 1)[SampleKey(0, 3, 0)]
+    images = TrainImages(folder, train_transform(AugmentConfig(**WHOLE), GREY), 0, 1)
+    image, label = tensor(images, SampleKey(0, 3, 0)), images[SampleKey(0, 3, 0)][1]
     path, want_label = folder.samples[3]
     want = (np.asarray(Image.open(path)) / 255 - 0.2) / 0.5
     torch.testing.assert_close(image[0].double(), torch.from_numpy(want), atol=1e-6, rtol=0)
@@ -130,7 +138,7 @@ def test_without_augmentation_a_pixel_is_only_normalised(folder):
 @pytest.mark.parametrize("change", [{"affine_degrees": 30}, {"affine_shear": 30}, {"affine_scale": 0.4}])
 def test_affine_options_move_pixels(folder, change):
     plain, moved = (
-        TrainImages(folder, train_transform(AugmentConfig(**WHOLE, **options), GREY), 0, 1)[SampleKey(0, 0, 0)][0]
+        tensor(TrainImages(folder, train_transform(AugmentConfig(**WHOLE, **options), GREY), 0, 1), SampleKey(0, 0, 0))
         for options in ({}, change)
     )
     assert not torch.equal(plain, moved)
@@ -146,7 +154,7 @@ def test_policies_survive_their_extremes(policy, mode, channels):
     for seed in range(60):
         random.seed(seed)
         np.random.seed(seed)
-        assert transform(image).shape == (channels, 12, 12)
+        assert transform(image).pixels.shape == (12, 12, channels)
 
 
 def test_affine_translation_stays_within_its_part_of_the_edge():
@@ -156,7 +164,7 @@ def test_affine_translation_stays_within_its_part_of_the_edge():
     places = set()
     for seed in range(50):
         torch.manual_seed(seed)
-        row, column = divmod(transform(dot)[0].argmax().item(), 12)
+        row, column = divmod(transform(dot).pixels.argmax().item(), 12)
         places.add((row - 6, column - 6))
     rows, columns = zip(*places, strict=True)
     assert (min(rows), max(rows), min(columns), max(columns)) == (-3, 3, -3, 3)

@@ -16,20 +16,25 @@ from .config import BadImages
 from .decode import IMAGE_MODES
 from .errors import DataError, ShardError
 from .labelled_images import LabelledImages
+from .packed import Augmented, PackedImages
 from .randomness import derive_seed, preserved_generators, seed_cpu_generators
 from .sampler import KeyedSampler, SampleKey
-from .transforms import Transform
+from .transforms import TrainTransform, Transform
 
-Sample = tuple[Tensor, int, list[str]]  # image, label, and the paths of files that could not be read
-Batch = tuple[Tensor, Tensor, list[str]]  # (B, C, H, W), (B,), and these paths of all samples
+# Image, label, and the paths of files that could not be read.
+TrainSample = tuple[Augmented, int, list[str]]
+Sample = tuple[Tensor, int, list[str]]
+# (B, C, H, W), (B,), and these paths of all samples.
+TrainBatch = tuple[PackedImages, Tensor, list[str]]
+Batch = tuple[Tensor, Tensor, list[str]]
 Loaded = TypeVar("Loaded")
 
 NO_LABEL = -1  # of an image to evaluate on that could not be read
 MOST_REPLACEMENTS = 10  # in a row; then something else is wrong than single files
 
 
-class TrainImages(Dataset[Sample]):
-    """Augmented images (in_chans, H, W): a SampleKey gives the same tensor in any process and order.
+class TrainImages(Dataset[TrainSample]):
+    """Augmented images: a SampleKey gives the same one in any process and order.
 
     With bad_images "skip", another image takes the place of one that cannot be read. `early` holds the transforms of
     the first epochs, one for each, where they are others.
@@ -38,11 +43,11 @@ class TrainImages(Dataset[Sample]):
     def __init__(
         self,
         source: LabelledImages,
-        transform: Transform,
+        transform: TrainTransform,
         seed: int,
         in_chans: int = 3,
         bad_images: BadImages = "raise",
-        early: Sequence[Transform] = (),
+        early: Sequence[TrainTransform] = (),
     ):
         self.source, self.transform, self.seed, self.in_chans = source, transform, seed, in_chans
         self.bad_images, self.early = bad_images, early
@@ -53,16 +58,20 @@ class TrainImages(Dataset[Sample]):
     def name(self, key: SampleKey) -> str:
         return self.source.name(key.image)
 
-    def __getitem__(self, key: SampleKey) -> Sample:
+    def __getitem__(self, key: SampleKey) -> TrainSample:
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
+    def __getitems__(self, keys: list[SampleKey]) -> list[TrainSample]:
         # torch's loader asks for a batch at once: saving the generators costs as much as augmenting a small image.
         with preserved_generators():
             load = functools.lru_cache(1)(self._load)  # repeats of an image follow each other: decode it once
             return [self._augmented(key, load) for key in keys]
 
-    def _augmented(self, key: SampleKey, load: Callable[[int], tuple[Image.Image, int]]) -> Sample:
+    def collate(self, samples: list[TrainSample]) -> TrainBatch:
+        images, labels, bad = _transposed(samples)
+        return PackedImages.pack(images, self.transform.mean, self.transform.std), labels, bad
+
+    def _augmented(self, key: SampleKey, load: Callable[[int], tuple[Image.Image, int]]) -> TrainSample:
         (image, label), bad = load_or_replace(load, self.source.name, key, len(self), self.seed, self.bad_images)
         seed_cpu_generators(derive_seed("augment", self.seed, *key))
         transform = self.early[key.epoch] if key.epoch < len(self.early) else self.transform
@@ -130,13 +139,20 @@ def load_or_replace(
 
 
 def collate(samples: list[Sample]) -> Batch:
+    images, labels, bad = _transposed(samples)
+    return torch.stack(images), labels, bad
+
+
+def _transposed(samples: list[tuple[Loaded, int, list[str]]]) -> tuple[tuple[Loaded, ...], Tensor, list[str]]:
+    """Images, labels (B,), and the paths of files that could not be read."""
     images, labels, bad = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels), [path for paths in bad for path in paths]
+    return images, torch.tensor(labels), [path for paths in bad for path in paths]
 
 
 def train_loader(images: TrainImages, sampler: KeyedSampler, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """Batches in the sampler's order. `accelerator.prepare` deals them out to the processes."""
-    return loader(images, batch_size, num_workers, sampler=sampler, collate_fn=collate)
+    """Batches in the sampler's order. `accelerator.prepare` deals them out to the processes, and moves them to the
+    device, which makes tensors of PackedImages."""
+    return loader(images, batch_size, num_workers, sampler=sampler, collate_fn=images.collate)
 
 
 def eval_loader(images: EvalImages, batch_size: int, num_workers: int = 0) -> DataLoader:

@@ -307,7 +307,7 @@ class Trainer(ABC):
             "largest_activation_by_block": peaks,
             "files": [dataset.name(key) for key in keys],
         }
-        folder = checkpointer.save_diagnosis(report, collate(samples))
+        folder = checkpointer.save_diagnosis(report, send_to_device(collate(samples), "cpu"))
         raise RunError(
             f"loss is {loss} and the norm of the gradient {norm} in epoch {state.epoch + 1}, update {state.update}, as "
             f"in the {self.config.max_skipped} updates before, at learning rate {lr:.2g} and precision "
