@@ -20,6 +20,7 @@ ALLOWED = {
         "vim.data",
         "timm",
         "accelerate",
+        "huggingface_hub",
         "torchvision",
         "jsonargparse",
         "rich",
