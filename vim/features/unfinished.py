@@ -24,7 +24,7 @@ class UnfinishedProbe:
 
     Args:
         path: of the file. One that is damaged is as none.
-        identity: what the results depend on.
+        identity: what the results depend on, epochs among it.
         interruption: entered.
         warn: told what is wrong with the file.
 

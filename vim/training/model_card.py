@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -201,5 +202,5 @@ def _name(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
-def _each(values: Any) -> str:
+def _each(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
