@@ -60,10 +60,9 @@ def _push(run: FinishedRun, config: PushConfig, folder: Path) -> str:
         # None, not False: an organisation may have it that its repositories are private.
         url = api.create_repo(config.repo, private=config.private or None, exist_ok=True)
         if config.private and not api.model_info(config.repo).private:
-            raise RunError(f"{config.repo} is there already and is public; make it private on its page, or leave out "
-                           "private")  # fmt: skip
-        message = f"{run.model['architecture']}, {run.summary['epochs']} epochs, top-1 {run.summary['top1']:.2f} %"
+            raise RunError(f"{config.repo} is there already and public; make it private there, or give private false")
+        message = f"{run.model['architecture']} after {run.summary['epochs']} epochs"
         api.upload_folder(repo_id=config.repo, folder_path=folder, commit_message=message)
     except (HTTPError, OSError, ValueError) as error:  # ValueError: the hub does not take the card's metadata
         raise RunError(f"cannot push to {config.repo}: {error}") from error
-    return url
+    return str(url)
