@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,9 +21,9 @@ from torch.testing import assert_close
 import vim
 import vim.features
 from vim.data import DataError, ImageSource, eval_transform
-from vim.features import FeaturesConfig, export_features
+from vim.features import FeaturesConfig, export, export_features
 from vim.features.extract import FeatureExtractor
-from vim.training import ConfigError, RunError
+from vim.training import ConfigError, InterruptedRunError, RunError
 
 pytest.importorskip("pyarrow")
 ROOT = Path(__file__).parent.parent
@@ -191,6 +192,29 @@ def test_a_killed_export_goes_on_to_the_same_bytes(setting, tmp_path):
     finished(start(setting, tmp_path / "killed"))
     whole, killed = bytes_of(tmp_path / "whole"), bytes_of(tmp_path / "killed")
     assert {name: killed[name] for name in whole} == whole
+
+
+@pytest.mark.parametrize(("batch", "number", "shards"), [(4, signal.SIGTERM, 2), (3, signal.SIGINT, 1)])
+def test_a_stopped_export_says_so_and_goes_on_to_the_same_bytes(setting, tmp_path, monkeypatch, batch, number, shards):
+    """In the last of a shard's two batches, which is then still written, and in the first."""
+    batches, check = 0, export._check_finite
+
+    def stop(*args):
+        nonlocal batches
+        batches += 1
+        if batches == batch:
+            os.kill(os.getpid(), number)
+        check(*args)
+
+    monkeypatch.setattr(export, "_check_finite", stop)
+    where = f"stopped by {number.name} with {shards} of 5 shards in {tmp_path / 'out'}; run it again to go on"
+    with pytest.raises(InterruptedRunError, match=f"^{re.escape(where)}$") as stopped:
+        export_features(config(setting, tmp_path / "out"))
+    assert stopped.value.exit_code == 128 + number
+    monkeypatch.setattr(export, "_check_finite", check)
+    assert export_features(config(setting, tmp_path / "out"))["made_now"] == 5 - shards
+    export_features(config(setting, tmp_path / "whole"))
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
 def test_what_an_export_refuses(setting, tmp_path):

@@ -1,6 +1,11 @@
 """Nearest neighbours and linear probe against scikit-learn, and their runs over exports."""
 
 import json
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +15,11 @@ from safetensors.torch import save_file
 
 import vim  # noqa: F401 (registers the vim_* models)
 import vim.features.judge as judge
+import vim.features.unfinished as unfinished
 from vim.data import DataError
 from vim.features import FeaturesConfig, KnnConfig, LinearProbeConfig, export_features, knn, probe
-from vim.training import ConfigError
+from vim.training import ConfigError, InterruptedRunError, RunError
+from vim.training.checkpoint import load_checkpoint, save_checkpoint
 
 pytest.importorskip("pyarrow")
 sklearn = pytest.importorskip("sklearn")
@@ -81,6 +88,44 @@ def test_the_probe_is_as_good_as_logistic_regression(digits):
     assert abs(tops[1.0] - want) <= 0.5, (tops, want)
 
 
+class Killed(BaseException):
+    """The process is no more."""
+
+
+@pytest.mark.parametrize("update", [1, 7, 8, 15])
+def test_a_training_goes_on_to_the_same_bits_from_any_update(digits, tmp_path, update):
+    x, y, queries, _ = digits
+    train, held_out = ({"all": x.float(), "half": x[:, ::2].float()} for x in (x, queries))
+    options = {"learning_rates": [0.01, 1.0], "epochs": 2, "batch_size": 160, "seed": 3}  # 8 updates an epoch
+    whole = judge.linear_probe(train, y, held_out, 10, **options)
+    seen = 0
+
+    def stop(state):
+        nonlocal seen
+        seen += 1
+        if seen == update:
+            save_checkpoint(state(), tmp_path / "state.pt")
+            raise Killed
+
+    with pytest.raises(Killed):
+        judge.linear_probe(train, y, held_out, 10, after_update=stop, **options)
+    torch.manual_seed(99)  # whatever the process drew before does not matter
+    rest = judge.linear_probe(train, y, held_out, 10, saved=load_checkpoint(tmp_path / "state.pt"), **options)
+    assert whole.keys() == rest.keys()
+    for which in whole:
+        assert torch.equal(whole[which], rest[which]), which
+
+
+def test_a_classifier_that_diverges_leaves_the_others_alone(digits):
+    x, y, queries, _ = digits
+    train, held_out = {"pixels": x.float()}, {"pixels": queries.float()}
+    options = {"epochs": 3, "batch_size": 256, "seed": 0}
+    alone = judge.linear_probe(train, y, held_out, 10, learning_rates=[0.1], **options)
+    beside = judge.linear_probe(train, y, held_out, 10, learning_rates=[0.1, 1e38], **options)
+    assert not beside[judge.Probe("pixels", 1e38)].isfinite().all()
+    assert torch.equal(alone[judge.Probe("pixels", 0.1)], beside[judge.Probe("pixels", 0.1)])
+
+
 KWARGS = {"img_size": 12, "patch_size": 4, "in_chans": 1, "depth": 2, "num_classes": 3}
 
 
@@ -145,6 +190,124 @@ def test_the_probe_chooses_without_the_images_it_reports_on(exports, tmp_path):
     swapped = LinearProbeConfig(str(exports / "train"), str(exports / "train"), output=str(tmp_path / "b"), **settings)
     again = probe(swapped)["results"][0]
     assert (again["inputs"], again["lr"], again["grid"]) == (result["inputs"], result["lr"], result["grid"])
+
+
+SHORT = {"learning_rates": [1e-3, 0.1], "epochs": 4, "batch_size": 16, "select": 0.25, "shots": [2], "draws": 1}
+
+
+def short(exports, output, **changes):
+    """Of 32 updates: 3 x 4 of the grid, 3 x 4 of the choice, and 1 x 4 of each with 2 images a class."""
+    return LinearProbeConfig(str(exports / "train"), str(exports / "val"), output=str(output), **SHORT | changes)
+
+
+@pytest.fixture(scope="module")
+def whole(exports, tmp_path_factory):
+    """Results of a probe that was left alone."""
+    return probe(short(exports, tmp_path_factory.mktemp("whole")))["results"]
+
+
+@pytest.fixture
+def before_update(monkeypatch):
+    """before_update(n, act): call act when update n, counted from 1 over all trainings, is done and not yet saved."""
+
+    def before_update(n, act):
+        count, after_update = 0, unfinished.UnfinishedProbe._after_update
+
+        def counted(self, state):
+            nonlocal count
+            count += state() is not None  # None: the end of a training
+            if count == n:
+                act()
+            after_update(self, state)
+
+        monkeypatch.setattr(unfinished.UnfinishedProbe, "_after_update", counted)
+
+    return before_update
+
+
+@pytest.mark.parametrize(
+    ("update", "number"), [(1, signal.SIGTERM), (5, signal.SIGINT), *((n, signal.SIGTERM) for n in (12, 13, 26, 32))]
+)
+def test_a_stopped_probe_ends_with_the_results_of_one_left_alone(
+    exports, whole, tmp_path, before_update, monkeypatch, update, number
+):
+    before_update(update, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(InterruptedRunError, match=f"^stopped by {number.name}; run it again to go on$") as stopped:
+        probe(short(exports, tmp_path))
+    assert stopped.value.exit_code == 128 + number
+    assert [file.name for file in tmp_path.iterdir()] == ["unfinished.pt"]
+    monkeypatch.undo()
+    made = []
+    linear_probe = unfinished.linear_probe
+    monkeypatch.setattr(unfinished, "linear_probe", lambda *args, **kw: made.append(0) or linear_probe(*args, **kw))
+    assert probe(short(exports, tmp_path))["results"] == whole
+    assert len(made) == sum(update <= last for last in (12, 24, 28, 32))  # no training is done twice
+    assert {file.name for file in tmp_path.iterdir()} == {"linear_probe.json", "linear_probe.png"}
+
+
+@pytest.mark.parametrize("update", [2, 9, 14, 30])
+def test_a_killed_probe_goes_on_from_what_it_saved_last(exports, whole, tmp_path, before_update, monkeypatch, update):
+    def kill():
+        raise Killed
+
+    monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_SAVES", 0)
+    before_update(update, kill)
+    with pytest.raises(Killed):
+        probe(short(exports, tmp_path))
+    monkeypatch.undo()
+    assert (tmp_path / "unfinished.pt").is_file()
+    assert probe(short(exports, tmp_path))["results"] == whole
+
+
+def test_the_tool_ends_with_143_after_sigterm(exports, tmp_path, before_update, monkeypatch, capsys):
+    before_update(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    tool = Path(__file__).parent.parent / "tools" / "linear_probe.py"
+    args = ["--train", str(exports / "train"), "--val", str(exports / "val"), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [tool.name, *args])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(tool), run_name="__main__")
+    assert exit_.value.code == 143
+    assert capsys.readouterr().err == "error: stopped by SIGTERM; run it again to go on\n"
+
+
+def test_a_damaged_file_begins_the_probe_anew_and_that_of_another_probe_is_refused(
+    exports, whole, tmp_path, before_update, monkeypatch, capsys
+):
+    before_update(20, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(InterruptedRunError):
+        probe(short(exports, tmp_path))
+    monkeypatch.undo()
+    with pytest.raises(RunError, match=r"not finished and had another epochs, another seed; choose another --output"):
+        probe(short(exports, tmp_path, epochs=5, seed=1))
+    with pytest.raises(RunError, match="had another val;"):
+        probe(LinearProbeConfig(str(exports / "train"), str(exports / "train"), output=str(tmp_path), **SHORT))
+    file = tmp_path / "unfinished.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    assert probe(short(exports, tmp_path))["results"] == whole
+    out = capsys.readouterr().out
+    assert f"warning: cannot load checkpoint {file}" in out
+    assert "beginning anew" in out
+
+
+def test_classifiers_that_diverge_are_named_and_never_chosen(exports, tmp_path, monkeypatch, capsys):
+    report = probe(short(exports, tmp_path, learning_rates=[1e38, 0.1], pools=["avg"], last_blocks=[1]))
+    for result in report["results"]:
+        assert [cell["top1"] is None for cell in result["grid"]] == [True, False]
+        assert result["lr"] == 0.1
+    warning = "warning: left out of the choice: 1 block, avg with learning rate 1e+38 diverged\n"
+    assert capsys.readouterr().out.count(warning) == 2
+    with pytest.raises(RunError, match=r"1 block, avg with .* 1e\+38 diverged, and there is no other .*; give smaller"):
+        probe(short(exports, tmp_path, learning_rates=[1e38], pools=["avg"], last_blocks=[1]))
+
+    def diverging_choice(*args, learning_rates, **options):
+        found = judge.linear_probe(*args, learning_rates=learning_rates, **options)
+        return {p: logits + torch.nan if len(learning_rates) == 1 else logits for p, logits in found.items()}
+
+    monkeypatch.setattr(unfinished, "linear_probe", diverging_choice)
+    with pytest.raises(RunError, match="diverged on all training images; leave that learning rate out"):
+        probe(short(exports, tmp_path))
 
 
 def test_clear_errors(exports, tmp_path):

@@ -32,6 +32,7 @@ ALLOWED = {
         "vim.data",
         "timm",
         "accelerate",
+        "huggingface_hub",
         "torchvision",
         "jsonargparse",
         "rich",

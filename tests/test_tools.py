@@ -91,6 +91,7 @@ def test_train_resume_and_validate(setting, monkeypatch, capsys, call):
         "linear_probe",
         "visualize",
         "export_model",
+        "push_to_hub",
         "demo",
         "kill_and_resume",
     ],

@@ -2,6 +2,8 @@
 
 python tools/linear_probe.py --train runs/features_train --val runs/features_val
 python tools/linear_probe.py --train runs/features_train --val runs/features_val --last_blocks [1,4] --shots [1,10]
+
+One that was stopped goes on where it was when the same command is given again.
 """
 
 from rich.console import Console

@@ -168,12 +168,12 @@ def loader(images: Dataset, batch_size: int, num_workers: int, **options) -> Dat
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=leave_signals_to_the_parent,
         **options,
     )
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach every process of a group, and the parent still needs its loaders to end
     the step that it is in. A worker ends when its parent says so, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

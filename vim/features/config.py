@@ -112,7 +112,8 @@ class LinearProbeConfig:
     seed: int = 0
     """Of weights, order and draws."""
     output: str = "runs/linear_probe"
-    """Folder for linear_probe.json and linear_probe.png; those of an earlier run are overwritten."""
+    """Folder for linear_probe.json and linear_probe.png; those of an earlier run are overwritten. An unfinished probe
+    of the same configuration is gone on with."""
 
     def __post_init__(self):
         for name in ("last_blocks", "pools", "learning_rates"):

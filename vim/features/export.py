@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vim.data import EvalDataConfig, ImageSource, Transform, eval_transform
+from vim.data.loaders import leave_signals_to_the_parent
 from vim.training.environment import versions
 from vim.training.errors import InterruptedRunError, RunError
+from vim.training.interruption import Interruption
 from vim.training.model import load_model, resolve_input
 from vim.training.progress import Progress
 from vim.training.trainer import create_accelerator
@@ -47,8 +49,17 @@ def export_features(config: FeaturesConfig) -> dict[str, Any]:
     any number of processes, and a killed export goes on with the shards that are missing. Every process calls this.
 
     Returns: rows, shards, of these made_now, seconds, images_per_second over all processes.
-    Raises: DataError, ConfigError or RunError, with a message for the user.
+    Raises: DataError, ConfigError or RunError, with a message for the user; InterruptedRunError after SIGTERM or
+        Ctrl-C.
     """
+    try:
+        with Interruption() as interruption:
+            return _export(config, interruption)
+    except InterruptedRunError as error:
+        raise InterruptedRunError(f"{error}; run it again to go on", error.number) from None
+
+
+def _export(config: FeaturesConfig, interruption: Interruption) -> dict[str, Any]:
     accelerator = create_accelerator(config.precision)
     progress = Progress(accelerator.is_main_process)
     source = ImageSource(config.images)
@@ -69,11 +80,13 @@ def export_features(config: FeaturesConfig) -> dict[str, Any]:
     images = SourceImages(source, eval_transform(data_config), data_config["input_size"][0])
     start = time.perf_counter()
     try:
-        _export_shards(mine, images, extractor, config, manifest, accelerator, progress)
-    except KeyboardInterrupt:
+        with interruption.postponed():
+            _export_shards(mine, images, extractor, config, manifest, accelerator, progress, interruption)
+    except InterruptedRunError as error:
         done = sum(shard_file(folder, i, config.format).is_file() for i in range(manifest["shards"]))
-        text = f"interrupted with {done} of {manifest['shards']} shards in {folder}; run it again to go on"
-        raise InterruptedRunError(text) from None
+        raise InterruptedRunError(
+            f"{error} with {done} of {manifest['shards']} shards in {folder}", error.number
+        ) from None
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - start
     rows = sum(len(_rows_of(shard, manifest)) for shard in missing)
@@ -95,6 +108,7 @@ def _export_shards(
     manifest: dict[str, Any],
     accelerator: Accelerator,
     progress: Progress,
+    interruption: Interruption,
 ) -> None:
     ranges = [_rows_of(shard, manifest) for shard in shards]
     batches = [list(rows[i : i + config.batch_size]) for rows in ranges for i in range(0, len(rows), config.batch_size)]
@@ -103,6 +117,7 @@ def _export_shards(
         batch_sampler=batches,
         num_workers=config.num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_parent,
     )
     parts: list[dict[str, np.ndarray]] = []
     held, todo = 0, iter(zip(shards, ranges, strict=True))
@@ -121,6 +136,7 @@ def _export_shards(
                 parts, held = [], 0
                 shard, rows = next(todo, (0, range(0)))
             advance("")
+            interruption.obey()  # between batches; a shard that is being written is finished first
         if writing is not None:
             writing.result()
 

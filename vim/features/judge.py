@@ -3,11 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vim.data import derive_seed
 
 CHUNK = 1024  # queries at a time: of 1.3 million neighbours' similarities 5 GB in fp32
 
@@ -72,6 +75,8 @@ def linear_probe(
     epochs: int,
     batch_size: int,
     seed: int,
+    saved: dict[str, Any] | None = None,
+    after_update: Callable[[Callable[[], dict[str, Any]]], None] = lambda state: None,
     advance: Callable[[str], None] = lambda news: None,
 ) -> dict[Probe, Tensor]:
     """Train a linear classifier for every input and learning rate, all of them in one pass over the data.
@@ -83,38 +88,56 @@ def linear_probe(
 
     Args:
         train, held_out: name -> features (images, D).
+        saved: a state to go on from; what follows is, on a CPU, as if nothing had come between.
+        after_update: called after each update with a function that gives the state: tensors and numbers, with `epoch`,
+            the epochs that are done.
         advance: called after each epoch.
 
     Returns: logits (images, classes) of the held-out images.
     """
-    generator = torch.Generator().manual_seed(seed)
     device = train_labels.device
     scaled = {name: _standardised(features, held_out[name]) for name, features in train.items()}
     heads = {
-        Probe(name, lr): nn.Linear(features.shape[1], classes, device=device)
+        Probe(name, lr): nn.Linear(features.shape[1], classes)
         for name, (features, _) in scaled.items()
         for lr in learning_rates
     }
-    for head in heads.values():
-        nn.init.normal_(head.weight, std=0.01, generator=None if device.type == "cuda" else generator)
+    generator = torch.Generator().manual_seed(derive_seed("probe weights", seed))
+    for head in heads.values():  # on the CPU, which draws the same numbers for any device
+        nn.init.normal_(head.weight, std=0.01, generator=generator)
         nn.init.zeros_(head.bias)
+    together = nn.ModuleList(heads.values()).to(device)
     groups: list[dict] = []
     for probe, head in heads.items():
         lr = probe.lr * batch_size / 256
         groups.append({"params": [head.weight], "lr": lr, "weight_decay": 1 / len(train_labels)})
         groups.append({"params": [head.bias], "lr": lr})
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    updates = epochs * math.ceil(len(train_labels) / batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(train_labels), generator=generator).to(device).split(batch_size):
+    per_epoch, update = math.ceil(len(train_labels) / batch_size), 0
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
+    parts: dict[str, Any] = {"heads": together, "optimizer": optimizer, "schedule": schedule}
+    if saved is not None:
+        update = saved["update"]
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+
+    def state() -> dict[str, Any]:
+        position = {"update": update, "epoch": update // per_epoch}
+        return position | {name: part.state_dict() for name, part in parts.items()}
+
+    for epoch in range(update // per_epoch, epochs):
+        generator.manual_seed(derive_seed("probe order", seed, epoch))
+        order = torch.randperm(len(train_labels), generator=generator).to(device)
+        for batch in order.split(batch_size)[update % per_epoch :]:
             inputs = {name: features[batch] for name, (features, _) in scaled.items()}
-            # A sum: each head has the gradient of its own loss.
+            # A sum: each head has the gradient of its own loss, also beside one that diverges.
             loss = sum(F.cross_entropy(h(inputs[probe.inputs]), train_labels[batch]) for probe, h in heads.items())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[union-attr]
             optimizer.step()
             schedule.step()
+            update += 1
+            after_update(state)
         advance("")
     with torch.no_grad():
         return {probe: head(scaled[probe.inputs][1]) for probe, head in heads.items()}

@@ -34,15 +34,17 @@ def plot_knn(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_linear_probe(result: dict[str, Any], path: Path) -> None:
-    """top-1 of the grid on the images that chose, a line for each input; a ring around the choice."""
+    """top-1 of the grid on the images that chose, a line for each input, without those that diverged; a ring around
+    the choice."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
-    for inputs in dict.fromkeys(cell["inputs"] for cell in result["grid"]):
-        cells = [cell for cell in result["grid"] if cell["inputs"] == inputs]
+    grid = [cell for cell in result["grid"] if cell["top1"] is not None]
+    for inputs in dict.fromkeys(cell["inputs"] for cell in grid):
+        cells = [cell for cell in grid if cell["inputs"] == inputs]
         axes.plot([cell["lr"] for cell in cells], [cell["top1"] for cell in cells], marker="o", ms=4, label=inputs)
-    best = next(c for c in result["grid"] if (c["inputs"], c["lr"]) == (result["inputs"], result["lr"]))
+    best = next(c for c in grid if (c["inputs"], c["lr"]) == (result["inputs"], result["lr"]))
     axes.plot(best["lr"], best["top1"], "o", ms=12, mfc="none", mec="black")
     axes.set(xlabel="learning rate for 256 images an update", ylabel="top-1 on held-out training images (%)")
     axes.set_xscale("log")

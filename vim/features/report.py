@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from vim.data import DataError, ImageSource
-from vim.training.errors import ConfigError, did_you_mean
+from vim.training.errors import ConfigError, InterruptedRunError, RunError, did_you_mean
 from vim.training.files import whole_file, write_json
+from vim.training.interruption import Interruption
 from vim.training.progress import Progress
 
 from .config import KnnConfig, LinearProbeConfig
-from .judge import Probe, accuracy, few_shot, knn_scores, linear_probe, nearest
+from .judge import Probe, accuracy, few_shot, knn_scores, nearest
 from .plots import plot_knn, plot_linear_probe, plot_neighbours, plot_projection
 from .store import NO_LABEL, Features, load
+from .unfinished import UnfinishedProbe
 
 
 def knn(config: KnnConfig) -> dict[str, Any]:
@@ -70,51 +72,75 @@ def probe(config: LinearProbeConfig) -> dict[str, Any]:
     """Train linear classifiers on one export and report on another.
 
     Inputs and learning rate are chosen on a part of the training images; the choice is trained on all of them.
+    A probe that was stopped, and is called again, goes on where it was saved last.
 
     Returns: content of linear_probe.json: for each number of shots and draw the choice, its top1 and top5 on val in
-        percent, and the grid's top1 on the part that chose.
-    Raises: DataError, ConfigError, with a message for the user.
+        percent, and those of the grid on the part that chose, null for classifiers that diverged.
+    Raises: DataError, ConfigError or RunError, with a message for the user; InterruptedRunError after SIGTERM or
+        Ctrl-C, when the state is saved.
     """
+    try:
+        with Interruption() as interruption:
+            return _probe(config, interruption)
+    except InterruptedRunError as error:
+        raise InterruptedRunError(f"{error}; run it again to go on", error.number) from None
+
+
+def _probe(config: LinearProbeConfig, interruption: Interruption) -> dict[str, Any]:
     train, val, classes = _exports(config.train, config.val)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = _inputs(train, config)
     x, y = ({name: _features(f, columns).to(device) for name, columns in inputs.items()} for f in (train, val))
-    labels = torch.from_numpy(train.labels.copy()).to(device)
+    labels, val_labels = (torch.from_numpy(f.labels.copy()).to(device) for f in (train, val))
     common = {"epochs": config.epochs, "batch_size": config.batch_size, "seed": config.seed}
     plan = list(_draws(train.labels, config.shots, config.draws, config.seed))
-    results = []
-    with Progress().bar("linear probe", 2 * config.epochs * len(plan)) as advance:
+    results, progress = [], Progress()
+    identity = asdict(config) | {"train": train.manifest, "val": val.manifest}
+    del identity["output"]
+    trainings = UnfinishedProbe(Path(config.output) / "unfinished.pt", identity, interruption, progress.line)
+    with progress.bar("linear probe", 2 * config.epochs * len(plan), trainings.epochs_done) as advance:
         for shots, draw, rows in plan:
             order = torch.from_numpy(np.random.RandomState(config.seed).permutation(rows)).to(device)
             held = order[: max(1, round(config.select * len(rows)))]
             fit = order[len(held) :] if len(rows) > len(held) else order
-            grid = linear_probe(
+            grid = trainings.train(
                 {name: f[fit] for name, f in x.items()}, labels[fit], {name: f[held] for name, f in x.items()},
-                classes, learning_rates=config.learning_rates, advance=advance, **common,
+                labels[held], classes, learning_rates=config.learning_rates, advance=advance, **common,
             )  # fmt: skip
-            scores = {p: accuracy(logits.cpu(), labels[held].cpu())["top1"] for p, logits in grid.items()}
-            # Of equal ones the smallest learning rate, and the first of the inputs.
-            best: Probe = max(scores, key=lambda p: (scores[p], -p.lr))
+            best = _choice(grid)
             every = torch.from_numpy(rows).to(device)
-            (logits,) = linear_probe(
+            (found,) = trainings.train(
                 {best.inputs: x[best.inputs][every]}, labels[every], {best.inputs: y[best.inputs]},
-                classes, learning_rates=[best.lr], advance=advance, **common,
-            ).values()  # fmt: skip
-            found = accuracy(logits.cpu(), torch.from_numpy(val.labels.copy()))
-            results.append(
-                {
-                    "shots": shots,
-                    "draw": draw,
-                    **asdict(best),
-                    **found,
-                    "grid": [{**asdict(p), "top1": top1} for p, top1 in scores.items()],
-                }
-            )
+                val_labels, classes, learning_rates=[best.lr], advance=advance, **common,
+            )  # fmt: skip
+            if found["top1"] is None:
+                raise RunError(f"{_diverged([found])} on all training images; leave that learning rate out")
+            results.append({"shots": shots, "draw": draw, **found, "grid": grid})
+    for result in results:
+        if diverged := [cell for cell in result["grid"] if cell["top1"] is None]:
+            progress.line(f"warning: left out of the choice: {_diverged(diverged)}")
     report = {"config": asdict(config), "inputs": inputs, "classes": classes, "results": results}
     folder = _write(config.output, "linear_probe.json", report)
     with whole_file(folder / "linear_probe.png") as path:
         plot_linear_probe(results[0], path)
+    trainings.remove()
     return report
+
+
+def _choice(grid: list[dict[str, Any]]) -> Probe:
+    """The best of the classifiers; of equal ones the smallest learning rate, and the first of the inputs.
+
+    Raises: RunError if all of them diverged.
+    """
+    finite = [cell for cell in grid if cell["top1"] is not None]
+    if not finite:
+        raise RunError(f"{_diverged(grid)}, and there is no other to choose; give smaller learning_rates")
+    best = max(finite, key=lambda cell: (cell["top1"], -cell["lr"]))
+    return Probe(best["inputs"], best["lr"])
+
+
+def _diverged(cells: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{cell['inputs']} with learning rate {cell['lr']:g}" for cell in cells) + " diverged"
 
 
 def _exports(train: str, val: str) -> tuple[Features, Features, int]:

@@ -1,0 +1,220 @@
+"""Runs on the hub: the card parses back to the run's numbers, the files are the model, and nothing else leaves.
+
+No test reaches the hub: what would be sent to it is looked at instead.
+"""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCard
+from image_tree import write_image_tree
+from safetensors.torch import save_file
+from whole_runs import interrupt, one_thread  # noqa: F401  (the fixture)
+
+import vim  # noqa: F401  (registers the vim_* models)
+from vim.data import AugmentConfig, DataConfig
+from vim.training import Classification, ConfigError, InterruptedRunError, PushConfig, RunError, push_to_hub, train
+from vim.training.config import EmaConfig, ModelConfig, ScheduleConfig, TrainConfig
+from vim.training.model_card import shareable
+
+KWARGS = {"img_size": 12, "patch_size": 4, "in_chans": 1, "depth": 1}
+FILES = {
+    "README.md", "config.json", "config.yaml", "confusion_matrix.png", "learning_curve.png", "log.jsonl",
+    "model.safetensors", "summary.json",
+}  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def config(folder, **changes):
+    defaults = {
+        "run_dir": str(folder / "run"),
+        "model": ModelConfig("vim_nano", checkpoint=str(folder / "first.safetensors"), kwargs=KWARGS),
+        "data": DataConfig(str(folder / "corners"), batch_size=8, num_workers=0, mean=(0.3,), std=(0.2,)),
+        "augment": AugmentConfig(scale=(1, 1), ratio=(1, 1), hflip=0.0),
+        "schedule": ScheduleConfig(epochs=2, warmup_epochs=0),
+        "ema": EmaConfig(0.9),
+    }
+    return TrainConfig(**defaults | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder with a run, and its summary. Its owner gave all paths from the root."""
+    folder = tmp_path_factory.mktemp("owner")
+    write_image_tree(folder / "corners", {"train": 24, "val": 9}, classes=3)
+    save_file(timm.create_model("vim_nano", **KWARGS).state_dict(), folder / "first.safetensors")
+    command = [f"{folder}/vim/tools/train.py", "--config", "configs/corners.yaml", f"--data.root={folder}/c d"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(sys, "argv", command)
+        return folder, train(config(folder))
+
+
+def push_config(folder, **changes):
+    return PushConfig(**{"run_dir": str(folder / "run"), "repo": "ann/corners-vim", "license": "cc0-1.0"} | changes)
+
+
+@pytest.mark.parametrize(("weights", "prefix", "trained"), [("last", "", ""), ("ema", "ema_", "ema")])
+def test_the_card_has_the_numbers_of_the_weights_beside_it(finished, tmp_path, weights, prefix, trained):
+    folder, summary = finished
+    output = tmp_path / "new" / "files"
+    push_to_hub(push_config(folder, weights=weights, datasets=["ann/corners"], output=str(output)))
+    assert {file.name for file in output.iterdir()} == FILES
+    card = ModelCard.load(output / "README.md")
+    assert (card.data.license, card.data.library_name, card.data.datasets) == ("cc0-1.0", "timm", ["ann/corners"])
+    assert {"image-classification", "vision-mamba"} <= set(card.data.tags)
+    for result, key in zip(card.data.eval_results, ("top1", "top5"), strict=True):
+        assert result.metric_value == pytest.approx(summary[prefix + key] / 100, abs=1e-6)
+        assert (result.dataset_type, result.dataset_name, result.dataset_split) == ("ann/corners", "corners", "val")
+    for key, name in {"": "after the last epoch", "ema_": "their moving average"}.items():
+        here = ", in this repository" if key == prefix else ""
+        assert f"| {name}{here} | {summary[key + 'top1']:.2f} | {summary[key + 'top5']:.2f} |" in card.text
+    assert "| epochs | 2 |" in card.text
+    assert "| initial weights | first.safetensors |" in card.text
+    assert "train.py --config configs/corners.yaml '--data.root=c d'" in card.text
+    assert "![Learning curve](learning_curve.png)" in card.text
+
+    # The code on the card, with the folder in the repository's place, gives the model of the run.
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert '"hf-hub:ann/corners-vim"' in code
+    names = {}
+    exec(code.replace("hf-hub:ann/corners-vim", f"local-dir:{output}"), names)
+    assert list(names["classes"]) == ["a", "b", "c"]
+    model = timm.create_model(f"local-dir:{folder / 'run' / trained}", pretrained=True).eval()
+    images = torch.randn(3, 1, 12, 12)
+    assert torch.equal(names["model"](images), model(images))
+
+
+def test_no_file_says_where_its_owner_keeps_things(finished, tmp_path):
+    folder, _ = finished
+    push_to_hub(push_config(folder, output=str(tmp_path / "files")))
+    for file in (tmp_path / "files").iterdir():
+        assert str(folder).encode() not in file.read_bytes(), file.name
+    published = yaml.safe_load((tmp_path / "files" / "config.yaml").read_text())
+    assert (published["data"]["root"], published["run_dir"]) == ("corners", "run")
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("/home/ann/x", "x"),
+        ("~/x/", "x"),
+        ("../../ann/x", "x"),
+        (r"C:\Users\ann\x y", "x y"),
+        ("local-dir:/home/ann/my runs/x", "local-dir:x"),
+        ('--data={"root": "/home/ann/x", "val_split": "v"}', '--data={"root": "x", "val_split": "v"}'),
+        ("configs/quickstart.yaml", "configs/quickstart.yaml"),
+        ("hf-hub:timm/x", "hf-hub:timm/x"),
+        ("https://host/x", "https://host/x"),
+        ("rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1"),
+    ],
+)
+def test_paths_are_cut_and_names_are_not(text, want):
+    assert shareable({"key": [text, 3]}) == {"key": [want, 3]}
+
+
+def test_a_model_of_timm_needs_no_vim_and_a_run_without_its_start_still_has_a_card(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    small = KWARGS | {"embed_dim": 16, "num_heads": 2}
+    given = config(finished[0], run_dir=str(tmp_path / "run"), model=ModelConfig("vit_tiny_patch16_224", kwargs=small))
+    train(given)
+    (tmp_path / "run" / "starts.jsonl").unlink()
+    (tmp_path / "run" / "confusion_matrix.png").unlink()
+    push_to_hub(push_config(tmp_path, output=str(tmp_path / "files")))
+    card = ModelCard.load(tmp_path / "files" / "README.md")
+    assert "vision-mamba" not in card.data.tags
+    assert "vim" not in re.findall(r"```python\n(.*?)\n\n", card.text, re.DOTALL)[0]
+    assert "| initial weights | random |" in card.text
+    assert "git revision" not in card.text
+    assert "confusion" not in card.text
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The calls that would reach the hub; `hub.private` is what an existing repository is."""
+    hub = SimpleNamespace(private=True, created=[], uploaded=[])
+
+    def create_repo(self, repo_id, **arguments):
+        hub.created.append((repo_id, arguments))
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload_folder(self, *, folder_path, **arguments):
+        hub.uploaded.append(({file.name for file in folder_path.iterdir()}, arguments))
+
+    monkeypatch.setattr("vim.training.hub.get_token", lambda: "a token")
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "model_info", lambda self, repo_id: SimpleNamespace(private=hub.private))
+    return hub
+
+
+@pytest.mark.parametrize(("private", "asked"), [(True, True), (False, None)])
+def test_a_push_is_one_commit_of_all_files(finished, hub, private, asked):
+    assert push_to_hub(push_config(finished[0], private=private)) == "https://huggingface.co/ann/corners-vim"
+    assert hub.created == [("ann/corners-vim", {"private": asked, "exist_ok": True})]
+    upload = {"repo_id": "ann/corners-vim", "commit_message": "vim_nano after 2 epochs"}
+    assert hub.uploaded == [(FILES, upload)]
+
+
+def test_private_files_do_not_go_to_a_public_repository(finished, hub):
+    hub.private = False
+    with pytest.raises(RunError, match=r"ann/corners-vim is there already and public; make it private"):
+        push_to_hub(push_config(finished[0], private=True))
+    assert not hub.uploaded
+
+
+def test_a_hub_that_says_no_or_is_out_of_reach(finished, hub, monkeypatch):
+    def refuse(self, **arguments):
+        raise ValueError('Invalid metadata in README.md.\n- "license" must be one of [...]')
+
+    monkeypatch.setattr(HfApi, "upload_folder", refuse)
+    with pytest.raises(RunError, match=r'cannot push to ann/corners-vim: Invalid metadata .*\n- "license" must be'):
+        push_to_hub(push_config(finished[0], license="apache2"))
+    monkeypatch.undo()
+    monkeypatch.setattr("vim.training.hub.get_token", lambda: "a token")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(RunError, match=r"cannot push to ann/corners-vim: .*refused"):
+        push_to_hub(push_config(finished[0]))
+
+
+def test_what_is_refused(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    with pytest.raises(RunError, match=r"no run in .*nowhere: .*config.yaml is missing"):
+        push_to_hub(push_config(folder, run_dir=str(tmp_path / "nowhere")))
+    for repo in ("ann/vim/x", "ann/vim digits", "ann/vim--x"):
+        with pytest.raises(ConfigError, match=f"repo '{repo}' cannot be on the hub: "):
+            push_to_hub(push_config(folder, repo=repo))
+    with pytest.raises(ConfigError, match="repo must be owner/name, got 'vim'"):
+        push_to_hub(push_config(folder, repo="vim"))
+    with pytest.raises(RunError, match="exists; choose another --output"):
+        push_to_hub(push_config(folder, output=str(folder)))
+    with pytest.raises(ValueError, match="license must not be empty"):
+        push_config(folder, license=" ")
+    monkeypatch.setattr("vim.training.hub.get_token", lambda: None)
+    with pytest.raises(RunError, match="not logged in to the hub: run `hf auth login`, or set HF_TOKEN"):
+        push_to_hub(push_config(folder))
+
+    (tmp_path / "detector").mkdir()
+    (tmp_path / "detector" / "config.yaml").write_text("model: {name: vim_nano, detector: fcos}")
+    with pytest.raises(RunError, match="holds a detector, which timm does not load from the hub"):
+        push_to_hub(push_config(folder, run_dir=str(tmp_path / "detector")))
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    plain = config(folder, run_dir=str(tmp_path / "run"), ema=EmaConfig())
+    interrupt(monkeypatch, Classification, 4)
+    with pytest.raises(InterruptedRunError):
+        train(plain)
+    with pytest.raises(RunError, match=r"is not finished: .*summary.json is missing; go on: python tools/train.py"):
+        push_to_hub(push_config(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    train(plain, resume=True)
+    with pytest.raises(ConfigError, match=r"weights is ema, but the run in .* averaged none"):
+        push_to_hub(push_config(tmp_path, weights="ema", output=str(tmp_path / "files")))

@@ -1,0 +1,101 @@
+"""A linear probe that is not finished: what it has found, and where it is, in a file to go on from."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vim.training.checkpoint import load_checkpoint, save_checkpoint
+from vim.training.errors import RunError
+from vim.training.interruption import Interruption
+
+from .judge import accuracy, linear_probe
+
+SECONDS_BETWEEN_SAVES = 60
+
+
+class UnfinishedProbe:
+    """Trains linear classifiers, set after set; of a probe that was stopped, only those that are left.
+
+    The file is written once a minute, and when a signal comes.
+
+    Args:
+        path: of the file. One that is damaged is as none.
+        identity: what the results depend on, epochs among it.
+        interruption: entered.
+        warn: told what is wrong with the file.
+
+    Raises: RunError for a file with another identity.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], interruption: Interruption, warn: Callable[[str], None]):
+        self.path, self.identity, self.interruption = path, identity, interruption
+        self.done: list[list[dict[str, Any]]] = []  # what `train` returned, in order
+        self.at_hand: dict[str, Any] | None = None  # state of the training after those
+        self._trained = 0
+        self._saved_at = time.monotonic()
+        if not path.exists():
+            return
+        try:
+            saved = load_checkpoint(path)
+        except RunError as error:
+            warn(f"warning: {error}\nbeginning anew")
+            return
+        if changed := [key for key in identity if saved["identity"].get(key) != identity[key]]:
+            raise RunError(
+                f"{path} is of a probe that is not finished and had another {', another '.join(changed)}; choose "
+                "another --output, or remove it"
+            )
+        self.done, self.at_hand = saved["done"], saved["at_hand"]
+
+    @property
+    def epochs_done(self) -> int:
+        at_hand = 0 if self.at_hand is None else self.at_hand["epoch"]
+        return len(self.done) * self.identity["epochs"] + at_hand
+
+    def train(
+        self,
+        train: dict[str, Tensor],
+        train_labels: Tensor,
+        held_out: dict[str, Tensor],
+        held_out_labels: Tensor,
+        classes: int,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """`linear_probe` with these options.
+
+        Returns: for each input and learning rate inputs, lr, and top1 and top5 of the held-out images in percent, None
+            where the classifier diverged.
+        Raises: InterruptedRunError after a signal, when all is saved.
+        """
+        self._trained += 1
+        if self._trained > len(self.done):
+            saved, self.at_hand = self.at_hand, None
+            with self.interruption.postponed():
+                logits = linear_probe(
+                    train, train_labels, held_out, classes, saved=saved, after_update=self._after_update, **options
+                )
+                labels = held_out_labels.cpu()
+                self.done.append(
+                    [{**asdict(probe), **_figures(found.cpu(), labels)} for probe, found in logits.items()]
+                )
+                self._after_update(lambda: None)
+        return self.done[self._trained - 1]
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _after_update(self, state: Callable[[], dict[str, Any] | None]) -> None:
+        if self.interruption.asked is None and time.monotonic() - self._saved_at < SECONDS_BETWEEN_SAVES:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint({"identity": self.identity, "done": self.done, "at_hand": state()}, self.path)
+        self._saved_at = time.monotonic()
+        self.interruption.obey()
+
+
+def _figures(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    return accuracy(logits, labels) if logits.isfinite().all() else {"top1": None, "top5": None}
