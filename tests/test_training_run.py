@@ -600,12 +600,12 @@ def test_a_graph_trains_as_the_eager_step(tree, tmp_path, monkeypatch, precision
 
 
 def test_what_a_graph_is_not_for():
-    gpu = {"device": torch.device("cuda"), "num_processes": 1, "gradient_accumulation_steps": 1}
+    gpu = {"device": torch.device("cuda"), "gradient_accumulation_steps": 1}
     vit = timm.create_model("vit_tiny_patch16_224", **TINY)
     assert wants_cuda_graph(vit, ModelConfig(), SimpleNamespace(**gpu))
     for config in (ModelConfig(cuda_graph=False), ModelConfig(compile=True), ModelConfig(grad_checkpointing=True)):
         assert not wants_cuda_graph(vit, config, SimpleNamespace(**gpu))
-    for other in ({"device": torch.device("cpu")}, {"num_processes": 2}, {"gradient_accumulation_steps": 2}):
+    for other in ({"device": torch.device("cpu")}, {"gradient_accumulation_steps": 2}):
         assert not wants_cuda_graph(vit, ModelConfig(), SimpleNamespace(**gpu | other))
     vim = timm.create_model("vim_nano", depth=1)
     assert wants_cuda_graph(vim, ModelConfig(grad_checkpointing=True), SimpleNamespace(**gpu))
