@@ -42,8 +42,8 @@ def config(root, name, batch_size, fsdp=False):
 
 
 def run(root, name, batch_size, fsdp=False, resume=False, stop=None):
-    """What a process does. stop: an update of which this process gets a SIGTERM."""
-    batch_loss = Classification.batch_loss
+    """What a process does. stop: an update in which this process gets a SIGTERM, or "evaluation"."""
+    batch_loss, evaluate_model = Classification.batch_loss, Classification.evaluate_model
 
     def stopped(self, batch):
         divided = fsdp and self.accelerator.num_processes > 1
@@ -52,7 +52,12 @@ def run(root, name, batch_size, fsdp=False, resume=False, stop=None):
             os.kill(os.getpid(), 15)
         return batch_loss(self, batch)
 
-    Classification.batch_loss = stopped
+    def stopped_later(self, *args):
+        if stop == "evaluation":
+            os.kill(os.getpid(), 15)
+        return evaluate_model(self, *args)
+
+    Classification.batch_loss, Classification.evaluate_model = stopped, stopped_later
     with plain_errors():
         train(config(root, name, batch_size, fsdp), resume=resume)
 
@@ -66,7 +71,7 @@ def start(processes, *args, stop=(None, None), cpu=True):
     for rank in range(processes):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | group if processes > 1 else {}
         env = os.environ | own | {"ACCELERATE_USE_CPU": str(cpu).lower(), "OMP_NUM_THREADS": "1"}
-        code = f"import vim, test_training_distributed as t; t.run(*{args!r}, stop={stop[rank]})"
+        code = f"import vim, test_training_distributed as t; t.run(*{args!r}, stop={stop[rank]!r})"
         started.append(
             subprocess.Popen([sys.executable, "-c", code], env=env, cwd=Path(__file__).parent, stderr=subprocess.PIPE)
         )
@@ -132,6 +137,16 @@ def test_two_processes_stopped_and_resumed_on_one_equal_one_alone(alone, fsdp):
     assert "the run has 16 images an update, now they would be 8" in errors[0]
     assert codes(start(1, str(alone), name, 8, fsdp, True)) == ([0], [""])
     assert_same_run(alone, name)
+
+
+def test_a_signal_during_evaluation_stops_both(alone):
+    """Each at the same batch: one alone would leave the other waiting for it."""
+    ended, errors = codes(start(2, str(alone), "evaluating", 4, stop=(None, "evaluation")))
+    assert ended == [143, 143], errors
+    saved = load_checkpoint(alone / "runs" / "evaluating" / "checkpoints" / "last.pt")
+    assert (saved["update"], saved["history"]) == (4, [])
+    assert codes(start(2, str(alone), "evaluating", 4, False, True)) == ([0, 0], ["", ""])
+    assert_same_run(alone, "evaluating")
 
 
 def test_two_processes_with_shards_equal_one_alone(alone):

@@ -1,5 +1,6 @@
 """Average precision as COCO counts it, each image once for any number of processes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -81,13 +82,19 @@ def _silent(*_: Any) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader, data: CocoData, accelerator: Accelerator, progress: Progress
+    model: nn.Module,
+    loader: DataLoader,
+    data: CocoData,
+    accelerator: Accelerator,
+    progress: Progress,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Detect on all images, and measure.
 
     Args:
         model: see `Detector`. Left in eval mode.
         loader: of `data`, prepared by the accelerator.
+        after_batch: called after each batch, on all processes; may raise.
 
     Returns: the same on all processes.
     """
@@ -100,6 +107,7 @@ def evaluate(
             for detected, target in zip(detections, targets, strict=True):
                 mine[target["image_id"]] = as_results(detected, target["image_id"], data.category_ids)
             advance("")
+            after_batch()
     # An image may be in twice: the last batches are filled up to one for each process.
     images_of = dict(gather_object(list(mine.items())))
     if len(images_of) != len(data):

@@ -1,5 +1,6 @@
 """Detection: its parts of a training run."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class Detection(Trainer):
     def batch_loss(self, batch: tuple[list[Tensor], list[Target]]) -> Tensor:
         return sum(self.model(*batch).values(), torch.zeros((), device=self.accelerator.device))
 
-    def evaluate_model(self, model: nn.Module) -> Evaluation:
-        return evaluate(model, self.val_batches, self.data, self.accelerator, self.progress)
+    def evaluate_model(self, model: nn.Module, after_batch: Callable[[], None]) -> Evaluation:
+        return evaluate(model, self.val_batches, self.data, self.accelerator, self.progress, after_batch)
 
     def describe(self) -> str:
         model, parameters = self.config.model, sum(p.numel() for p in self.state.model.parameters())

@@ -3,8 +3,9 @@
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -57,9 +58,23 @@ class Checkpointer:
         if save or stop or self.wants(self.state.update):
             self.save()
         if stop:
-            self.accelerator.wait_for_everyone()  # a launcher may end the others when the first process ends
-            self.interruption.obey()
-            raise InterruptedRunError("stopped with another process", signal.SIGTERM)
+            self.stop()
+
+    def stop_if_asked(self) -> None:
+        """Raise InterruptedRunError on all processes if a signal has come to any of them; nothing is saved.
+
+        One that stopped alone would leave the others waiting for it.
+        """
+        asked = torch.tensor(float(self.interruption.asked is not None), device=self.accelerator.device)
+        if self.accelerator.reduce(asked, "sum") > 0:  # type: ignore[operator]
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        """End the run, on all processes together."""
+        self.accelerator.wait_for_everyone()  # a launcher may end the others when the first process ends
+        self.accelerator.end_training()
+        self.interruption.obey()
+        raise InterruptedRunError("stopped with another process", signal.SIGTERM)
 
     def save(self, *also: Path) -> None:
         """Write last.pt, and the same under other names before."""

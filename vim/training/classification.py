@@ -1,5 +1,6 @@
 """Image classification: its parts of a training run."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,8 +113,8 @@ class Classification(Trainer):
             record["img_size"] = early[epoch] if epoch < len(early) else self.data_config["input_size"][1]
         return record
 
-    def evaluate_model(self, model: nn.Module) -> Evaluation:
-        evaluation = evaluate(model, self.val_batches, self.accelerator, self.progress)
+    def evaluate_model(self, model: nn.Module, after_batch: Callable[[], None]) -> Evaluation:
+        evaluation = evaluate(model, self.val_batches, self.accelerator, self.progress, after_batch=after_batch)
         self.state.bad_images.update(evaluation.bad_images)
         return evaluation
 

@@ -40,7 +40,7 @@ class _Watch(Checkpointer):
 
     def after_update(self, save: bool, stop: bool) -> None:
         if stop:
-            self.interruption.obey()
+            self.stop()
         if self.wants(self.state.update):
             self.ends.append(time.perf_counter())
             self.state.so_far.waited = 0.0 if len(self.ends) == 1 else self.state.so_far.waited

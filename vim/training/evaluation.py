@@ -1,5 +1,6 @@
 """Accuracy on a split, each image counted once for any number of processes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,7 @@ def evaluate(
     progress: Progress,
     answers: Tensor | None = None,
     candidates: Tensor | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate a model.
 
@@ -59,6 +61,7 @@ def evaluate(
         answers: (labels, most) int64, the classes that are right for each label of the loader, filled up with NO_LABEL;
             None: a label is its class.
         candidates: (classes,) bool, those that take part, with the right ones among them; None: all do.
+        after_batch: called after each batch, on all processes; may raise.
 
     Of several right classes, finding one is right, and the loss is -log of the probability that they have together. As
     true counts the predicted class if it is right, else the first of them. With fewer than five classes, top5 counts
@@ -94,6 +97,7 @@ def evaluate(
             true.append(ranked[:, 0].where(found[:, 0], right[:, 0]))
             predicted.append(ranked[:, 0])
             advance("")
+            after_batch()
     bad = set().union(*gather_object([bad]))
     images = sum(map(len, true))
     if images + len(bad) != len(loader.dataset):  # type: ignore[arg-type]

@@ -40,7 +40,6 @@ def train(config: RunConfig, resume: bool = False, task: type[Trainer] = Classif
         with Interruption() as interruption:
             summary = _train(config, resume, task, accelerator, run, interruption)
     except InterruptedRunError as error:
-        accelerator.end_training()
         how = f"go on with: {run.resume_command}" if run.config.is_file() else "it had not begun"
         raise InterruptedRunError(f"{error}; {how}", error.number) from None
     accelerator.end_training()
@@ -72,13 +71,12 @@ def _train(
 
     checkpointer = Checkpointer(run, config.checkpoint, interruption, accelerator, state)
     complete = state.epoch == epochs
-    for _ in range(state.epoch, epochs):
-        with interruption.postponed():
+    with interruption.postponed():
+        for _ in range(state.epoch, epochs):
             record = {"epoch": state.epoch + 1, **trainer.train_epoch(checkpointer)}
             checkpointer.save()  # an evaluation that is stopped can be done again
-        start = time.perf_counter()
-        record |= trainer.evaluate()
-        with interruption.postponed():
+            start = time.perf_counter()
+            record |= trainer.evaluate(checkpointer.stop_if_asked)
             state.end_epoch(record | {"seconds": state.so_far.seconds + time.perf_counter() - start})
             kept = [record["epoch"] for record in state.ranking()[: config.checkpoint.keep]]
             also = [run.best] if state.best() is state.history[-1] else []
@@ -89,9 +87,9 @@ def _train(
                 run.write_bad_images(state.bad_images)
             accelerator.log(record, step=state.epoch)
             progress.line(epoch_line(state, epochs, trainer.headline(state.history[-1])))
-
-    if complete:
-        trainer.evaluate()
+            checkpointer.stop_if_asked()
+        if complete:
+            trainer.evaluate(checkpointer.stop_if_asked)
     summary, models = trainer.summary(), state.models()
     if main:
         run.write_log(state.history)  # the run may have been stopped right before it wrote them

@@ -3,7 +3,7 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
@@ -130,15 +130,19 @@ class Trainer(ABC):
         read. A task may mix its images first."""
 
     @abstractmethod
-    def evaluate_model(self, model: nn.Module) -> Any:
+    def evaluate_model(self, model: nn.Module, after_batch: Callable[[], None]) -> Any:
         """The task's evaluation of a model on the validation split, with `metrics(prefix)`: numbers by name."""
 
-    def evaluate(self) -> dict[str, float]:
-        """Results on the validation split, those of the averaged weights with ema_ before their names."""
-        self.evaluation = self.evaluate_model(self.model)
+    def evaluate(self, after_batch: Callable[[], None]) -> dict[str, float]:
+        """Results on the validation split, those of the averaged weights with ema_ before their names.
+
+        Args:
+            after_batch: called after each batch, on all processes; may raise.
+        """
+        self.evaluation = self.evaluate_model(self.model, after_batch)
         metrics = self.evaluation.metrics()
         if self.state.ema is not None:
-            metrics |= self.evaluate_model(self.state.ema.module).metrics("ema_")
+            metrics |= self.evaluate_model(self.state.ema.module, after_batch).metrics("ema_")
         return metrics
 
     @abstractmethod
