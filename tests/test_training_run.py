@@ -21,6 +21,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from image_shards import write_parquet
 from image_tree import write_image_tree
+from safetensors.torch import load_file
 from whole_runs import interrupt, one_thread, timeless  # noqa: F401  (the fixture)
 
 from vim.data import AugmentConfig, DataConfig, DataError, EvalDataConfig, ImageFolder, parquet_shards
@@ -40,6 +41,7 @@ from vim.training.config import CheckpointConfig, EmaConfig, ModelConfig, OptimC
 from vim.training.evaluation import evaluate
 from vim.training.graphs import wants_cuda_graph
 from vim.training.kill_test import KillTest
+from vim.training.model import create_model
 from vim.training.run_folder import RunFolder
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # on a CPU, equal means equal to the last bit
@@ -119,6 +121,22 @@ def test_the_folder_holds_what_it_should(finished):
     assert summary["top1"] == records[-1]["top1"]
     assert summary["best_top1"] == max(record["ema_top1"] for record in records)
     assert state(run_dir, "best")["history"] == state(run_dir)["history"][: summary["best_epoch"]]
+
+
+def test_a_run_is_where_another_one_with_other_classes_and_sizes_begins(finished):
+    """Fine-tuning: the body's weights, a resized position table, a new head."""
+    run_dir, _ = finished
+    trained = load_file(run_dir / "model.safetensors")
+    kwargs = {"img_size": 20, "drop_path_rate": 0.1}
+    model = create_model(ModelConfig(str(run_dir), pretrained=True, kwargs=kwargs), num_classes=5)
+    loaded = model.state_dict()
+    assert {name for name in trained if loaded[name].shape != trained[name].shape} == {
+        "pos_embed", "head.weight", "head.bias",
+    }  # fmt: skip
+    assert loaded["head.weight"].shape == (5, 16)
+    assert torch.equal(loaded["pos_embed"][:, 0], trained["pos_embed"][:, 0])
+    body = [name for name in trained if not name.startswith(("pos_embed", "head."))]
+    assert all(torch.equal(loaded[name], trained[name]) for name in body)
 
 
 @pytest.mark.parametrize(("folder", "key"), [("", "top1"), ("ema", "ema_top1")])

@@ -31,7 +31,7 @@ class ModelConfig:
     """torch.compile the model."""
     cuda_graph: bool = True
     """Replay training steps as CUDA graphs: launching small kernels one by one can take longer than running them. On
-    one GPU, without accumulate, compile and, but for Vim, grad_checkpointing; else without effect."""
+    GPUs, without accumulate, compile, fsdp and, but for Vim, grad_checkpointing; else without effect."""
 
     def __post_init__(self):
         if self.pretrained and self.checkpoint:

@@ -10,14 +10,17 @@ from .environment import device_name, versions
 from .state import TrainingState
 
 
-def epoch_line(state: TrainingState, epochs: int, results: str) -> str:
-    """The last epoch in one line, with the results of its evaluation and the time that the rest will take."""
+def epoch_line(state: TrainingState, epochs: int, results: str, device: torch.device) -> str:
+    """The last epoch in one line, with the results of its evaluation, the most memory so far on the main process, and
+    the time that the rest will take."""
     record = state.history[-1]
     rate = record["images_per_second"]
     left = timedelta(seconds=round(record["seconds"] * (epochs - state.epoch)))
+    peak = peak_memory_mib(device)
+    memory = "" if peak is None else f"{peak:,.0f} MiB  "
     return (
         f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  train loss {record['train_loss']:.3f}  {results}  "
-        f"lr {record['lr']:.1e}  {rate:.{0 if rate >= 10 else 1}f} images/s  {left} left"
+        f"lr {record['lr']:.1e}  {rate:.{0 if rate >= 10 else 1}f} images/s  {memory}{left} left"
     )
 
 

@@ -86,7 +86,7 @@ def _train(
                 run.write_log(state.history)
                 run.write_bad_images(state.bad_images)
             accelerator.log(record, step=state.epoch)
-            progress.line(epoch_line(state, epochs, trainer.headline(state.history[-1])))
+            progress.line(epoch_line(state, epochs, trainer.headline(state.history[-1]), accelerator.device))
             checkpointer.stop_if_asked()
         if complete:
             trainer.evaluate(checkpointer.stop_if_asked)
