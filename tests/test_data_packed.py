@@ -75,7 +75,9 @@ def test_crops_are_timms_and_scaled_as_by_pillow(channels, interpolation, size):
     ours, want = ours_and_timms(AugmentConfig(), config, photographs(channels, 24))
     levels = (ours - want).abs() * torch.tensor(config["std"]).view(1, -1, 1, 1) * 255
     assert levels.max() < 2.01
-    assert (levels > 0.5).float().mean() < 0.02
+    # Older torch has fewer bits for the weights: one level more or less in 8 % of the values (2.11), not in 0.4 % (2.14).
+    assert (levels > 0.5).float().mean() < 0.1
+    assert (ours - want).mean().abs() < 1e-3
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "lanczos"])

@@ -152,4 +152,5 @@ def _weights_from(checkpoint: str, name: str) -> dict[str, Any]:
     weights = load_weights(path) if path.is_dir() else load_state_dict(checkpoint)
     head = weights.get(f"{classifier}.weight")
     where = {"state_dict": weights} if path.is_dir() else {"file": checkpoint}
-    return {"source": "", "num_classes": 0 if head is None else head.shape[0], **where}
+    # (custom_load: timm would read some models' weights as of another framework.)
+    return {"source": "", "custom_load": False, "num_classes": 0 if head is None else head.shape[0], **where}
