@@ -75,7 +75,7 @@ def test_crops_are_timms_and_scaled_as_by_pillow(channels, interpolation, size):
     ours, want = ours_and_timms(AugmentConfig(), config, photographs(channels, 24))
     levels = (ours - want).abs() * torch.tensor(config["std"]).view(1, -1, 1, 1) * 255
     assert levels.max() < 2.01
-    # Older torch has fewer bits for the weights: one level more or less in 8 % of the values (2.11), not in 0.4 % (2.14).
+    # Older torch has fewer bits for the weights: 8 % of values are one level off with 2.11, 0.4 % with 2.14.
     assert (levels > 0.5).float().mean() < 0.1
     assert (ours - want).mean().abs() < 1e-3
 
