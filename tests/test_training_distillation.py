@@ -12,20 +12,19 @@ from image_tree import write_image_tree
 from timm.task import LogitDistillationTask
 from torch import nn
 from torchvision.transforms import InterpolationMode, Resize
-from whole_runs import interrupt, one_thread, timeless  # noqa: F401  (the fixture)
+from whole_runs import TINY, config, interrupt, one_thread, timeless  # noqa: F401  (the fixture)
 
 from vim.data import AugmentConfig, DataConfig
-from vim.training import ConfigError, InterruptedRunError, TrainConfig, classification, train
+from vim.training import ConfigError, InterruptedRunError, classification, train
 from vim.training.checkpoint import load_checkpoint
 from vim.training.classification import Classification
-from vim.training.config import DistillConfig, EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
+from vim.training.config import DistillConfig, EmaConfig, ModelConfig, ScheduleConfig
 from vim.training.distillation import Teacher, distillation_loss
 from vim.training.dry_run import dry_run
 from vim.training.progress import Progress
 from vim.training.trainer import create_accelerator
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
-TINY = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 CLASSES = ["a", "b", "c"]
 STUDENT_INPUT = {"input_size": (1, 12, 12), "mean": (0.3,), "std": (0.2,)}
 
@@ -35,20 +34,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     return write_image_tree(tmp_path_factory.mktemp("run") / "images", {"train": 66, "val": 15}, classes=3)
-
-
-def config(tree, run_dir, **changes):
-    """A run with everything random in it: augmentation, mixing, drop path, dropout, and averaged weights."""
-    defaults = {
-        "run_dir": str(run_dir),
-        "model": ModelConfig("vit_tiny_patch16_224", kwargs=TINY | {"drop_path_rate": 0.2, "drop_rate": 0.1}),
-        "data": DataConfig(str(tree), batch_size=16, num_workers=0, crop_pct=1.0, mean=(0.3,), std=(0.2,)),
-        "augment": AugmentConfig(scale=(0.8, 1.0), hflip=0.0, mixup=0.2, cutmix=0.2, smoothing=0.1),
-        "optim": OptimConfig(lr=3e-3, clip_grad=1.0),
-        "schedule": ScheduleConfig(epochs=2, warmup_epochs=0.5),
-        "ema": EmaConfig(0.9),
-    }
-    return TrainConfig(**defaults | changes)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from image_shards import write_parquet
 from image_tree import write_image_tree
 from safetensors.torch import load_file
-from whole_runs import interrupt, one_thread, timeless  # noqa: F401  (the fixture)
+from whole_runs import TINY, config, interrupt, one_thread, timeless  # noqa: F401  (the fixture)
 
 from vim.data import AugmentConfig, DataConfig, DataError, EvalDataConfig, ImageFolder, parquet_shards
 from vim.training import (
@@ -37,7 +37,7 @@ from vim.training import (
 )
 from vim.training.checkpoint import load_checkpoint, save_checkpoint
 from vim.training.classification import Classification
-from vim.training.config import CheckpointConfig, EmaConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from vim.training.config import CheckpointConfig, EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
 from vim.training.evaluation import evaluate
 from vim.training.graphs import wants_cuda_graph
 from vim.training.kill_test import KillTest
@@ -45,8 +45,6 @@ from vim.training.model import create_model
 from vim.training.run_folder import RunFolder
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # on a CPU, equal means equal to the last bit
-TINY = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,20 +52,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     return write_image_tree(tmp_path_factory.mktemp("run") / "images", {"train": 66, "val": 15}, classes=3)
-
-
-def config(tree, run_dir, **changes):
-    """A run with everything random in it: augmentation, mixing, drop path, dropout, and averaged weights."""
-    defaults = {
-        "run_dir": str(run_dir),
-        "model": ModelConfig("vit_tiny_patch16_224", kwargs=TINY | {"drop_path_rate": 0.2, "drop_rate": 0.1}),
-        "data": DataConfig(str(tree), batch_size=16, num_workers=0, crop_pct=1.0, mean=(0.3,), std=(0.2,)),
-        "augment": AugmentConfig(scale=(0.8, 1.0), hflip=0.0, erasing=0.2, mixup=0.2, cutmix=0.2, smoothing=0.1),
-        "optim": OptimConfig(lr=3e-3, clip_grad=1.0),
-        "schedule": ScheduleConfig(epochs=3, warmup_epochs=0.5),
-        "ema": EmaConfig(0.9),
-    }
-    return TrainConfig(**defaults | changes)
 
 
 def state(run_dir, name="last"):
@@ -621,8 +605,8 @@ def test_what_a_graph_is_not_for():
     gpu = {"device": torch.device("cuda"), "gradient_accumulation_steps": 1}
     vit = timm.create_model("vit_tiny_patch16_224", **TINY)
     assert wants_cuda_graph(vit, ModelConfig(), SimpleNamespace(**gpu))
-    for config in (ModelConfig(cuda_graph=False), ModelConfig(compile=True), ModelConfig(grad_checkpointing=True)):
-        assert not wants_cuda_graph(vit, config, SimpleNamespace(**gpu))
+    for other in (ModelConfig(cuda_graph=False), ModelConfig(compile=True), ModelConfig(grad_checkpointing=True)):
+        assert not wants_cuda_graph(vit, other, SimpleNamespace(**gpu))
     for other in ({"device": torch.device("cpu")}, {"gradient_accumulation_steps": 2}):
         assert not wants_cuda_graph(vit, ModelConfig(), SimpleNamespace(**gpu | other))
     vim = timm.create_model("vim_nano", depth=1)

@@ -6,7 +6,12 @@ import signal
 import pytest
 import torch
 
+from vim.data import AugmentConfig, DataConfig
+from vim.training import TrainConfig
+from vim.training.config import EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
 from vim.training.kill_test import TIME_FIELDS
+
+TINY = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +21,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def config(tree, run_dir, **changes):
+    """A run with everything random in it: augmentation, mixing, drop path, dropout, and averaged weights."""
+    defaults = {
+        "run_dir": str(run_dir),
+        "model": ModelConfig("vit_tiny_patch16_224", kwargs=TINY | {"drop_path_rate": 0.2, "drop_rate": 0.1}),
+        "data": DataConfig(str(tree), batch_size=16, num_workers=0, crop_pct=1.0, mean=(0.3,), std=(0.2,)),
+        "augment": AugmentConfig(scale=(0.8, 1.0), hflip=0.0, erasing=0.2, mixup=0.2, cutmix=0.2, smoothing=0.1),
+        "optim": OptimConfig(lr=3e-3, clip_grad=1.0),
+        "schedule": ScheduleConfig(epochs=3, warmup_epochs=0.5),
+        "ema": EmaConfig(0.9),
+    }
+    return TrainConfig(**defaults | changes)
 
 
 def timeless(history):

@@ -17,7 +17,7 @@ from vim.data import EvalDataConfig, ImageSource, Transform, eval_transform
 from vim.data.loaders import leave_signals_to_the_parent
 from vim.training.environment import versions
 from vim.training.errors import InterruptedRunError, RunError
-from vim.training.interruption import Interruption
+from vim.training.interruption import Interruption, interruptible
 from vim.training.model import load_model, resolve_input
 from vim.training.progress import Progress
 from vim.training.trainer import create_accelerator
@@ -52,11 +52,8 @@ def export_features(config: FeaturesConfig) -> dict[str, Any]:
     Raises: DataError, ConfigError or RunError, with a message for the user; InterruptedRunError after SIGTERM or
         Ctrl-C.
     """
-    try:
-        with Interruption() as interruption:
-            return _export(config, interruption)
-    except InterruptedRunError as error:
-        raise InterruptedRunError(f"{error}; run it again to go on", error.number) from None
+    with interruptible(lambda: "run it again to go on") as interruption:
+        return _export(config, interruption)
 
 
 def _export(config: FeaturesConfig, interruption: Interruption) -> dict[str, Any]:

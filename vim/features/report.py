@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vim.data import DataError, ImageSource
-from vim.training.errors import ConfigError, InterruptedRunError, RunError, did_you_mean
+from vim.training.errors import ConfigError, RunError, did_you_mean
 from vim.training.files import whole_file, write_json
-from vim.training.interruption import Interruption
+from vim.training.interruption import Interruption, interruptible
 from vim.training.progress import Progress
 
 from .config import KnnConfig, LinearProbeConfig
@@ -79,11 +79,8 @@ def probe(config: LinearProbeConfig) -> dict[str, Any]:
     Raises: DataError, ConfigError or RunError, with a message for the user; InterruptedRunError after SIGTERM or
         Ctrl-C, when the state is saved.
     """
-    try:
-        with Interruption() as interruption:
-            return _probe(config, interruption)
-    except InterruptedRunError as error:
-        raise InterruptedRunError(f"{error}; run it again to go on", error.number) from None
+    with interruptible(lambda: "run it again to go on") as interruption:
+        return _probe(config, interruption)
 
 
 def _probe(config: LinearProbeConfig, interruption: Interruption) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
@@ -50,3 +50,13 @@ class Interruption:
         self.asked = number
         if not self._postponed:
             self.obey()
+
+
+@contextmanager
+def interruptible(how_to_go_on: Callable[[], str]) -> Iterator[Interruption]:
+    """An Interruption, entered, whose error ends with what to do next."""
+    try:
+        with Interruption() as interruption:
+            yield interruption
+    except InterruptedRunError as error:
+        raise InterruptedRunError(f"{error}; {how_to_go_on()}", error.number) from None

@@ -9,8 +9,7 @@ from accelerate import Accelerator
 from .checkpointer import Checkpointer
 from .classification import Classification
 from .config import RunConfig
-from .errors import InterruptedRunError
-from .interruption import Interruption
+from .interruption import Interruption, interruptible
 from .progress import Progress
 from .run_folder import RunFolder, flat, plain
 from .summary import epoch_line
@@ -36,12 +35,12 @@ def train(config: RunConfig, resume: bool = False, task: type[Trainer] = Classif
     accelerator = create_accelerator(config.precision, config.accumulate, config.trackers, config.run_dir)
     run = RunFolder(config.run_dir, config.TOOL)
     run.check(config, resume)
-    try:
-        with Interruption() as interruption:
-            summary = _train(config, resume, task, accelerator, run, interruption)
-    except InterruptedRunError as error:
-        how = f"go on with: {run.resume_command}" if run.config.is_file() else "it had not begun"
-        raise InterruptedRunError(f"{error}; {how}", error.number) from None
+
+    def how_to_go_on() -> str:
+        return f"go on with: {run.resume_command}" if run.config.is_file() else "it had not begun"
+
+    with interruptible(how_to_go_on) as interruption:
+        summary = _train(config, resume, task, accelerator, run, interruption)
     accelerator.end_training()
     return summary
 
