@@ -88,6 +88,7 @@ class Trainer(ABC):
         self.clock = 0.0
         self.unsettled: tuple[Tensor, torch.cuda.Event | None, float] | None = None
         set_seed(config.seed)
+        torch.backends.cudnn.deterministic = True  # its gradients of weights may differ from run to run
 
     def images_per_update(self, batch_size: int) -> int:
         """Over all processes and accumulated steps."""
