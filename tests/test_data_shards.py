@@ -5,6 +5,8 @@ import pickle
 import re
 import sys
 import tarfile
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import fsspec
@@ -22,6 +24,7 @@ from vim.data import (
     DataConfig,
     DataError,
     EvalImages,
+    FetchAhead,
     ImageFolder,
     KeyedSampler,
     SampleKey,
@@ -131,7 +134,7 @@ def test_parquet_files(files, folder, tmp_path, cache, place):
     write_parquet(files, folder.classes, tmp_path / "set" / place, SHARDS)
     source = open_images(DataConfig(str(tmp_path / "set")), "train")
     assert_same_images(source, folder, folder.classes)
-    assert source.shards == [8, 6, 7]
+    assert source.shards.lengths == [8, 6, 7]
     assert source.name(13) == "train-00001-of-00003.parquet/5"
 
 
@@ -211,6 +214,42 @@ def test_repeats_and_whole_updates_of_streamed_shards():
     assert len({key.image for key in keys}) == 6
 
 
+@pytest.mark.parametrize(("window", "repeats", "start"), [(1, 1, 0), (3, 1, 40), (2, 3, 0), (20, 1, 8)])
+def test_a_shard_is_asked_for_a_window_before_it_is_wanted(window, repeats, start):
+    shards = [5, 1, 17, 30, 4, 2, 25, 16]
+    asked, wanted = [], []
+    sampler = KeyedSampler(100, 0, repeats, 4, shards, window, ahead=lambda shards: asked.append((len(wanted), shards)))
+    shard_of = np.repeat(np.arange(8), shards)
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        sampler.start_at(start if epoch == 0 else 0)
+        for key in sampler:
+            wanted.append(shard_of[key.image])
+            assert wanted[-1] in asked[-1][1]
+    for (_, shards), (at, following) in pairwise(asked):
+        assert len(shards) <= 2 * window
+        assert set(wanted[at:]) <= set(range(8))
+        assert wanted[at] in shards[len(shards) // 2 :] or window >= 8  # when the next window began, it was asked for
+        assert set(following) != set(shards) or window >= 8
+
+
+def test_what_is_fetched_ahead_waits_for_nobody(parquet, cache):
+    source = open_images(DataConfig(str(parquet)), "train", window=2)
+    (parquet / "data" / "train-00001-of-00003.parquet").write_bytes(b"damaged")
+    ahead = FetchAhead(source.shards.fetch)
+    ahead([1, 2])
+    ahead([0])
+    for _ in range(300):
+        if len(fetched(cache)) == 2:
+            break
+        time.sleep(0.1)
+    assert fetched(cache) == ["train-00000", "train-00002"]  # and what is damaged is for those to tell who want it
+    process = ahead.process
+    del ahead
+    process.join(10)
+    assert not process.is_alive()
+
+
 def test_the_hub(files, folder, tmp_path, cache, monkeypatch):
     """Its own client, and a server on this machine."""
     write_parquet(files, folder.classes, tmp_path / "hub" / "data", SHARDS)
@@ -253,7 +292,7 @@ def test_another_file_system(files, folder, cache):
             pq.write_table(parquet_table([p.read_bytes() for p, _ in part], [n for _, n in part], "abc"), file)
     try:
         source = open_images(DataConfig("memory://set"), "train")
-        assert source.shards == [16, 5]  # more-train-of-it, train
+        assert source.shards.lengths == [16, 5]  # more-train-of-it, train
         assert source.load(16, 1)[0].tobytes() == folder.load(0, 1)[0].tobytes()
         with fs.open("/set/val-0.tar", "wb") as file:
             file.write(b"")

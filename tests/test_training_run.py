@@ -366,12 +366,14 @@ def test_a_run_on_fetched_shards_resumes_bit_for_bit(tree, tmp_path, monkeypatch
         files = [(Path(path), label) for path, label in folder.samples]
         write_parquet(files, folder.classes, tmp_path / "set", sizes)
     monkeypatch.setattr(parquet_shards, "shard_folder", lambda: tmp_path / "cache")
+    here = lambda fetch: lambda shards: [fetch(shard) for shard in shards]  # noqa: E731
+    monkeypatch.setattr(classification, "FetchAhead", here)
 
     def streamed(name, num_workers):
         data = DataConfig(
             str(tmp_path / "set"),
             num_workers=num_workers,
-            window=2,
+            window=1,
             cache_gib=1.5e-5,
             batch_size=16,
             crop_pct=1.0,

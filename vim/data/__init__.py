@@ -2,6 +2,7 @@
 
 from .config import AugmentConfig, DataConfig, EvalDataConfig
 from .errors import DataError
+from .fetch_ahead import FetchAhead
 from .folder import ImageFolder
 from .labelled_images import LabelledImages, check_same_classes
 from .loaders import EvalImages, TrainImages, eval_loader, train_loader
@@ -19,6 +20,7 @@ __all__ = [
     "DataError",
     "EvalDataConfig",
     "EvalImages",
+    "FetchAhead",
     "ImageEntry",
     "ImageFolder",
     "ImageSource",

@@ -1,14 +1,24 @@
 """What training and evaluation read from: images with labels and names, at random access, however they are stored."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from PIL import Image
 
 from .errors import DataError
 
 MOST_CLASSES = 1_000_000
+
+
+class Shards(NamedTuple):
+    """Of images that come shard by shard from far away.
+
+    lengths: images in each, in order. fetch: puts one, by its number, where its images are read from.
+    """
+
+    lengths: Sequence[int]
+    fetch: Callable[[int], None]
 
 
 class LabelledImages(Protocol):
@@ -22,8 +32,8 @@ class LabelledImages(Protocol):
     def classes(self) -> list[str]: ...
 
     @property
-    def shards(self) -> Sequence[int] | None:
-        """Images in each shard, in order, where a shard comes as a whole and from far away; else None."""
+    def shards(self) -> Shards | None:
+        """None if single images can be read where they lie."""
 
     def __len__(self) -> int: ...
 

@@ -25,7 +25,7 @@ def open_images(data: EvalDataConfig, split: str, window: int = 1) -> LabelledIm
     root/*-<split>-* or root/data/<split>-*. Parquet shards may lie at any place that fsspec reaches.
 
     Args:
-        window: Parquet shards that are read from at a time.
+        window: Parquet shards that are wanted at a time, and must find room together.
 
     Raises: DataError for a split that is missing, damaged, or there in more than one form.
     """

@@ -21,7 +21,7 @@ from PIL import Image
 
 from .decode import decode_image
 from .errors import DataError, ShardError
-from .labelled_images import numbered_classes
+from .labelled_images import Shards, numbered_classes
 from .shard_cache import ShardCache, shard_folder
 
 # What they are called in most data sets, for those that have several that could be meant.
@@ -61,8 +61,8 @@ class ParquetImages:
     Images are the only column of structures with `bytes`, labels the only one with names of classes, or else of whole
     numbers. Names decide among several, see IMAGE_NAMES and LABEL_NAMES.
 
-    A shard is fetched when its first image is wanted. Since Parquet has no single rows, it is rewritten once, as an
-    uncompressed Arrow file in a folder that all processes of the machine share.
+    A shard is fetched when its first image is wanted, if not before. Since Parquet has no single rows, it is rewritten
+    once, as an uncompressed Arrow file in a folder that all processes of the machine share.
 
     timm reads such data sets by the package datasets: hfds fetches all of it before it begins and keeps all of it, and
     the stream of hfids comes in an order that depends on the numbers of processes, and has no way back to its midst.
@@ -70,7 +70,7 @@ class ParquetImages:
     Args:
         urls: the files, in order.
         path: of all of them, for messages.
-        window: shards that are read from at a time.
+        window: shards that are wanted at a time.
         cache_gib: GiB of disk space for fetched shards; None for no limit.
 
     Raises: DataError for files that cannot be read, differ in their columns or have none for images and labels, and for
@@ -91,12 +91,11 @@ class ParquetImages:
         self._shards = [shard._replace(columns=self.columns) for shard in found]  # one list of names, not hundreds
         highest = max(shard.highest for shard in self._shards)
         self.classes = list(self.columns.classes or numbered_classes(highest, path))
-        self.shards = [shard.rows for shard in self._shards]
-        self._starts = np.cumsum([0, *self.shards])
+        self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
         needed = sum(sorted(shard.size for shard in self._shards)[-window:]) / GIB
         if cache_gib is not None and needed > cache_gib:
             raise DataError(
-                f"data.cache_gib {cache_gib} does not hold the {window} shards of {path} that are read from at a time; "
+                f"data.cache_gib {cache_gib} does not hold the {window} shards of {path} that are wanted at a time; "
                 f"give at least {needed:.3g}, or lower data.window"
             )
         self._cache = ShardCache(shard_folder(), None if cache_gib is None else int(cache_gib * GIB))
@@ -107,6 +106,17 @@ class ParquetImages:
 
     def __getstate__(self):
         return self.__dict__ | {"_open": OrderedDict()}  # another process maps its own
+
+    @property
+    def shards(self) -> Shards:
+        return Shards([shard.rows for shard in self._shards], self.fetch)
+
+    def fetch(self, shard: int) -> None:
+        """Put a shard into the cache, if it is not there.
+
+        Raises: ShardError if it cannot be fetched.
+        """
+        self._fetched(self._shards[shard])
 
     def name(self, index: int) -> str:
         """<shard>/<row>."""

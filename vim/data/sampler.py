@@ -1,6 +1,7 @@
 """The order of the training samples."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ class KeyedSampler(Sampler[SampleKey]):
             the order waits for another epoch.
         shards: images in each shard of a data set that is better read a few shards at a time: these come in random
             order, and only the images of `window` shards that follow each other are mixed. None: all are mixed.
+        ahead: told as a window begins which shards it has, and after them those of the next.
 
     Raises: DataError if there is not even one update.
     """
@@ -46,6 +48,7 @@ class KeyedSampler(Sampler[SampleKey]):
         multiple_of: int = 1,
         shards: Sequence[int] | None = None,
         window: int = 1,
+        ahead: Callable[[list[int]], None] | None = None,
     ):
         if multiple_of > size:
             raise DataError(
@@ -53,7 +56,8 @@ class KeyedSampler(Sampler[SampleKey]):
                 f"the training split has {size}; lower data.batch_size"
             )
         assert shards is None or sum(shards) == size
-        self.size, self.seed, self.repeats, self.shards, self.window = size, seed, repeats, shards, window
+        self.size, self.seed, self.repeats = size, seed, repeats
+        self.shards, self.window, self.ahead = shards, window, ahead
         self.length = size // multiple_of * multiple_of
         self.epoch = self.start = 0
 
@@ -69,19 +73,43 @@ class KeyedSampler(Sampler[SampleKey]):
         return self.length - self.start
 
     def __iter__(self) -> Iterator[SampleKey]:
-        return iter(self.keys(self.start, self.length))
+        keys = self.keys(self.start, self.length)
+        return iter(keys) if self.ahead is None else self._announced(keys, self.ahead)
 
     def keys(self, first: int, end: int) -> list[SampleKey]:
         """The samples from one position of the epoch's order up to another."""
-        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
-        order = self._order(generator).tolist()
+        order = self._order(self.epoch).tolist()
         return [SampleKey(self.epoch, order[i // self.repeats], i % self.repeats) for i in range(first, end)]
 
-    def _order(self, generator: Generator) -> Tensor:
-        """Of the images, in this epoch."""
+    def _announced(self, keys: list[SampleKey], ahead: Callable[[list[int]], None]) -> Iterator[SampleKey]:
+        windows = self._windows(self._generator(self.epoch))
+        assert self.shards is not None
+        begins = [0, *accumulate(self.repeats * sum(self.shards[s] for s in window) for window in windows)]
+        windows = [window for window, begin in zip(windows, begins, strict=False) if begin < self.length]
+        windows.append(self._windows(self._generator(self.epoch + 1))[0])
+        place = -1
+        for position, key in enumerate(keys, self.start):
+            before = place
+            while place + 2 < len(windows) and position >= begins[place + 1]:
+                place += 1
+            if place > before:
+                ahead([*windows[place], *windows[place + 1]])
+            yield key
+
+    def _generator(self, epoch: int) -> Generator:
+        return torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
+
+    def _windows(self, generator: Generator) -> list[list[int]]:
+        """The shards, by windows, in order."""
+        assert self.shards is not None
+        order = torch.randperm(len(self.shards), generator=generator).tolist()
+        return [order[first : first + self.window] for first in range(0, len(order), self.window)]
+
+    def _order(self, epoch: int) -> Tensor:
+        """Of the images."""
+        generator = self._generator(epoch)
         if self.shards is None:
             return torch.randperm(self.size, generator=generator)
         images = torch.arange(self.size).split(list(self.shards))
-        shards = torch.randperm(len(images), generator=generator)
-        windows = [torch.cat([images[shard] for shard in window]) for window in shards.split(self.window)]
+        windows = [torch.cat([images[s] for s in window]) for window in self._windows(generator)]
         return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])

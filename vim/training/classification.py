@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vim.data import (
     AugmentConfig,
     EvalImages,
+    FetchAhead,
     KeyedSampler,
     TrainImages,
     check_same_classes,
@@ -44,7 +45,8 @@ class Classification(Trainer):
     def __init__(self, config: TrainConfig, accelerator: Accelerator, progress: Progress):
         super().__init__(config, accelerator, progress)
         data = config.data
-        train, val = open_images(data, data.train_split, data.window), open_images(data, data.val_split)
+        # One window is read from while the next is fetched.
+        train, val = open_images(data, data.train_split, 2 * data.window), open_images(data, data.val_split)
         check_same_classes(train, val)
         self.classes = train.classes
 
@@ -64,7 +66,10 @@ class Classification(Trainer):
                 model.set_distilled_training(True)  # type: ignore[operator]  # logits of both heads
 
         total_batch = self.images_per_update(data.batch_size)
-        sampler = KeyedSampler(len(train), config.seed, config.augment.repeats, total_batch, train.shards, data.window)
+        lengths, ahead = (train.shards.lengths, FetchAhead(train.shards.fetch)) if train.shards else (None, None)
+        sampler = KeyedSampler(
+            len(train), config.seed, config.augment.repeats, total_batch, lengths, data.window, ahead
+        )
         transform = train_transform(config.augment, self.data_config)
         smaller = {
             size: train_transform(config.augment, self.data_config | {"input_size": (in_chans, size, size)})
