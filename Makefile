@@ -37,7 +37,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-timm: $(INSTALLED)
 	$(BIN)/python tests/timm_suite/run.py vim_nano

@@ -164,8 +164,9 @@ def test_every_field_is_read_somewhere():
 def test_an_error_leaves_no_loading_processes(capsys):
     """Which a program with a GPU would wait for at its end."""
     batches = loader(range(8), 2, num_workers=2)
+    before = set(multiprocessing.active_children())
     first = next(iter(batches))
-    workers = multiprocessing.active_children()
+    workers = set(multiprocessing.active_children()) - before
     assert len(first) == len(workers) == 2
     with pytest.raises(SystemExit), plain_errors():
         raise RunError("the disk is full")

@@ -529,8 +529,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tree, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     command = [str(Path(__file__).parent.parent / "tools" / "train.py"), "--config", str(tmp_path / "config.yaml")]
     for number in (signal.SIGKILL, signal.SIGTERM):
-        killed = KillTest(command, tmp_path / number.name, number, kills=1).run(0)
-        assert killed.moments
+        test = KillTest(command, tmp_path / number.name, number, kills=1)
+        # A run that is faster than the one that was left alone may be over before its moment.
+        killed = next(killed for killed in map(test.run, range(5)) if killed.moments)
         assert killed.differences == []
         assert killed.exit_seconds < 5
 
