@@ -26,14 +26,15 @@ BASE = {
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """Two models on images that can be learned, in this process; and how often each function was called."""
+    """Two models on images that can be learned, in this process; the functions called, and names of their logs."""
     write_image_tree(tmp_path / "images", {"train": 66, "choose": 15, "test": 9}, classes=3)
     base = BASE | {"data": BASE["data"] | {"root": str(tmp_path / "images")}}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    calls = []
+    calls, logs = [], set()
 
     def here(function, argument, log):
         calls.append(function.__name__)
+        logs.add(log.name)
         function(argument)
 
     monkeypatch.setattr(comparison, "_in_a_process", here)
@@ -47,13 +48,15 @@ def config(tmp_path, monkeypatch):
             output=str(tmp_path / "out"),
         ),
         calls,
+        logs,
     )
 
 
 def test_the_rate_is_chosen_on_its_split_and_the_test_split_counts(config, tmp_path):
-    config, calls = config
+    config, calls, logs = config
     report = compare(config)
     assert (calls.count("_train"), calls.count("validate")) == (2 * (2 + 1), 2 * 2)  # the chosen run of seed 0 is there
+    assert logs == {"lr1e-09-seed0.txt", "lr0.01-seed0.txt", "lr0.01-seed1.txt"}
     for name, result in report["contenders"].items():
         assert result["lr"] == 1e-2  # with the other one nothing changes
         assert result["choosing"]["0.01"] > result["choosing"]["1e-09"]

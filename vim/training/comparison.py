@@ -35,6 +35,10 @@ class _Run:
     def folder(self, config: CompareConfig) -> Path:
         return Path(config.output) / self.contender / f"lr{self.lr:g}-seed{self.seed}"
 
+    def log(self, config: CompareConfig) -> Path:
+        folder = self.folder(config)
+        return folder.with_name(f"{folder.name}.txt")
+
 
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Train every contender with every learning rate, choose its best by the top-1 of the last epoch on data.val_split,
@@ -79,7 +83,7 @@ def _train_all(config: CompareConfig, runs: Iterable[_Run], progress: Progress) 
         if (folder / "summary.json").exists():
             return
         overrides = config.contenders[run.contender] | {"optim.lr": run.lr, "seed": run.seed, "run_dir": str(folder)}
-        _in_a_process(_train, ["--config", config.train, *_arguments(overrides)], folder.with_suffix(".txt"))
+        _in_a_process(_train, ["--config", config.train, *_arguments(overrides)], run.log(config))
         progress.line(f"{folder}: {_summary(config, run)['top1']:.2f} % to choose by")
 
     with ThreadPoolExecutor(config.jobs) as pool:
@@ -94,7 +98,7 @@ def _test(config: CompareConfig, run: _Run) -> float:
         root = yaml.safe_load((folder / "config.yaml").read_text())["data"]["root"]
         data = EvalDataConfig(root, config.test_split)
         test = ValidateConfig(str(folder), data=data, output=str(output))
-        _in_a_process(validate, test, folder.with_suffix(".txt"))
+        _in_a_process(validate, test, run.log(config))
     return json.loads(output.read_text())["top1"]
 
 
