@@ -366,8 +366,11 @@ def test_a_run_on_fetched_shards_resumes_bit_for_bit(tree, tmp_path, monkeypatch
         files = [(Path(path), label) for path, label in folder.samples]
         write_parquet(files, folder.classes, tmp_path / "set", sizes)
     monkeypatch.setattr(parquet_shards, "shard_folder", lambda: tmp_path / "cache")
-    here = lambda fetch: lambda shards: [fetch(shard) for shard in shards]  # noqa: E731
-    monkeypatch.setattr(classification, "FetchAhead", here)
+
+    def at_once(fetch):
+        return lambda shards: [fetch(shard) for shard in shards]
+
+    monkeypatch.setattr(classification, "FetchAhead", at_once)
 
     def streamed(name, num_workers):
         data = DataConfig(
