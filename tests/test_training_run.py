@@ -622,10 +622,11 @@ def test_a_graph_trains_as_the_eager_step(tree, tmp_path, monkeypatch, precision
 def test_what_a_graph_is_not_for():
     gpu = {"device": torch.device("cuda"), "gradient_accumulation_steps": 1}
     vit = timm.create_model("vit_tiny_patch16_224", **TINY)
-    assert wants_cuda_graph(vit, ModelConfig(), SimpleNamespace(**gpu))
+    assert wants_cuda_graph(vit, ModelConfig(), SimpleNamespace(**gpu), False)
+    assert not wants_cuda_graph(vit, ModelConfig(), SimpleNamespace(**gpu), True)
     for other in (ModelConfig(cuda_graph=False), ModelConfig(compile=True), ModelConfig(grad_checkpointing=True)):
-        assert not wants_cuda_graph(vit, other, SimpleNamespace(**gpu))
+        assert not wants_cuda_graph(vit, other, SimpleNamespace(**gpu), False)
     for other in ({"device": torch.device("cpu")}, {"gradient_accumulation_steps": 2}):
-        assert not wants_cuda_graph(vit, ModelConfig(), SimpleNamespace(**gpu | other))
+        assert not wants_cuda_graph(vit, ModelConfig(), SimpleNamespace(**gpu | other), False)
     vim = timm.create_model("vim_nano", depth=1)
-    assert wants_cuda_graph(vim, ModelConfig(grad_checkpointing=True), SimpleNamespace(**gpu))
+    assert wants_cuda_graph(vim, ModelConfig(grad_checkpointing=True), SimpleNamespace(**gpu), False)

@@ -1,13 +1,11 @@
 """Splits of an image folder tree into parts, for data that come without one to choose on or to test on."""
 
-import os
 import random
-import shutil
 from pathlib import Path
 
 from .errors import DataError
 from .folder import ImageFolder
-from .whole_folder import whole_folder
+from .whole_folder import link_or_copy, whole_folder
 
 
 def split_folder(root: str | Path, split: str, parts: dict[str, float], seed: int = 0) -> dict[str, int]:
@@ -45,12 +43,5 @@ def split_folder(root: str | Path, split: str, parts: dict[str, float], seed: in
         with whole_folder(root / part) as unfinished:
             for path in paths:
                 (unfinished / path.parent.name).mkdir(exist_ok=True)
-                _link(path, unfinished / path.parent.name / path.name)
+                link_or_copy(path, unfinished / path.parent.name / path.name)
     return {part: len(paths) for part, paths in of_part.items()}
-
-
-def _link(source: Path, path: Path) -> None:
-    try:
-        os.link(source, path)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, path)

@@ -72,7 +72,8 @@ def eval_transform(data_config: dict[str, Any]) -> Transform:
 class _Crop(RandomResizedCropAndInterpolation):
     """timm's random crop, scaled by torch where torch can, in a third of Pillow's time.
 
-    One value of some 250 is another than Pillow's, by 1 or 2 of 255 levels; both are as near to exact arithmetic.
+    One value of some 250 (torch 2.14) or 13 (2.11) is another than Pillow's, by 1 or 2 of 255 levels; with 2.14 both
+    are as near to exact arithmetic.
     """
 
     def __call__(self, image: Image.Image) -> Image.Image:

@@ -1,5 +1,6 @@
 """Folders that are whole or not there."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,3 +20,11 @@ def whole_folder(root: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def link_or_copy(source: str | Path, path: str | Path) -> None:
+    """Give a file, which nobody will change in place, another name."""
+    try:
+        os.link(source, path)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, path)

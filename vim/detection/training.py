@@ -64,7 +64,7 @@ class Detection(Trainer):
             model.set_grad_checkpointing()
         if config.model.compile:
             backbone.compile()  # the heads' shapes change with every image
-        if not self.sharded and wants_cuda_graph(model, config.model, self.accelerator):
+        if wants_cuda_graph(model, config.model, self.accelerator, self.sharded):
             size = config.model.img_size
             sample = torch.zeros(config.data.batch_size, 3, size, size, device=self.accelerator.device)
             capture_training(backbone, sample, AUTOCAST[config.precision])

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from vim.data.whole_folder import link_or_copy
+
 from .errors import RunError
 from .files import whole_file
 
@@ -119,12 +121,9 @@ def remove(path: Path) -> None:
 
 
 def _link(source: str | Path, path: str | Path) -> None:
-    try:
-        os.link(source, path)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, path)
-        with open(path, "r+b") as file:
-            os.fsync(file.fileno())
+    link_or_copy(source, path)
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())  # a copy; the rename must not reach the disk before it
 
 
 _PIECE = {"piece", "of_shape"}  # the keys of the dict that stands for one in a file

@@ -93,7 +93,7 @@ class Classification(Trainer):
             enable_grad_checkpointing(model, config.model.name)
         if config.model.compile:
             model.compile()  # in place: the names of the state dict stay
-        if not self.sharded and wants_cuda_graph(model, config.model, self.accelerator):
+        if wants_cuda_graph(model, config.model, self.accelerator, self.sharded):
             channels, height, width = self.data_config["input_size"]
             shapes = {(height, width): None} | {(size, size): None for size, _ in config.data.progressive}
             memory = torch.cuda.graph_pool_handle()

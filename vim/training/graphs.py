@@ -10,11 +10,11 @@ from .config import ModelConfig
 from .errors import ConfigError
 
 
-def wants_cuda_graph(model: nn.Module, config: ModelConfig, accelerator: Accelerator) -> bool:
+def wants_cuda_graph(model: nn.Module, config: ModelConfig, accelerator: Accelerator, sharded: bool) -> bool:
     """Whether the run is one that `capture_training` is for: see ModelConfig.cuda_graph."""
     # Most models' checkpointing saves and restores the state of random numbers, which no capture can hold.
     capturable = not config.grad_checkpointing or getattr(model, "graph_safe_checkpointing", False)
-    plain = not config.compile and accelerator.gradient_accumulation_steps == 1
+    plain = not sharded and not config.compile and accelerator.gradient_accumulation_steps == 1
     return config.cuda_graph and capturable and plain and accelerator.device.type == "cuda"
 
 
