@@ -16,21 +16,22 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from vim.data import AugmentConfig, DataConfig
-from vim.training import RunError, TrainConfig, plain_errors, train
+from vim.training import RunError, TrainConfig, classification, plain_errors, train
 from vim.training.checkpoint import Piece, duplicate, load_checkpoint, save_checkpoint, save_shard
 from vim.training.classification import Classification
 from vim.training.config import EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
+from vim.training.graphs import average_gradients
 from vim.training.model import create_model
 from vim.training.run_folder import RunFolder
 
 MODEL = ModelConfig("vim_nano", kwargs={"img_size": 12, "patch_size": 4, "in_chans": 1, "depth": 2})
 
 
-def config(root, name, batch_size, fsdp=False):
-    """Updates of 16 images, each in two steps; chance only where it does not depend on the number of processes."""
+def config(root, name, batch_size, fsdp=False, accumulate=2):
+    """Updates of 16 images; chance only where it does not depend on the number of processes."""
     return TrainConfig(
         run_dir=str(Path(root) / "runs" / name),
-        accumulate=2,
+        accumulate=accumulate,
         fsdp=fsdp,
         model=MODEL,
         data=DataConfig(str(Path(root) / "images"), batch_size=batch_size, crop_pct=1.0, mean=(0.3,), std=(0.2,)),
@@ -41,8 +42,12 @@ def config(root, name, batch_size, fsdp=False):
     )
 
 
-def run(root, name, batch_size, fsdp=False, resume=False, stop=None):
+def run(root, name, batch_size, fsdp=False, resume=False, accumulate=2, stop=None):
     """What a process does. stop: an update in which this process gets a SIGTERM, or "evaluation"."""
+    if accumulate == 1 and os.environ["ACCELERATE_USE_CPU"] == "true":  # all of a captured run but the CUDA graph
+        classification.wants_cuda_graph = lambda *_: True
+        classification.capture_training = lambda *_: None
+        torch.cuda.graph_pool_handle = lambda: None
     batch_loss, evaluate_model = Classification.batch_loss, Classification.evaluate_model
 
     def stopped(self, batch):
@@ -59,7 +64,7 @@ def run(root, name, batch_size, fsdp=False, resume=False, stop=None):
 
     Classification.batch_loss, Classification.evaluate_model = stopped, stopped_later
     with plain_errors():
-        train(config(root, name, batch_size, fsdp), resume=resume)
+        train(config(root, name, batch_size, fsdp, accumulate), resume=resume)
 
 
 def start(processes, *args, stop=(None, None), cpu=True):
@@ -139,6 +144,39 @@ def test_two_processes_stopped_and_resumed_on_one_equal_one_alone(alone, fsdp):
     assert_same_run(alone, name)
 
 
+def test_two_processes_that_capture_equal_one_alone(alone):
+    """They average their gradients themselves."""
+    assert codes(start(2, str(alone), "captured", 8, False, False, 1)) == ([0, 0], ["", ""])
+    assert_same_run(alone, "captured")
+
+
+def average(rank, address):
+    """A process of the test below."""
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 2), "norm": torch.nn.BatchNorm1d(2)})
+    model["unused"], model["frozen"] = torch.nn.Linear(1, 2), torch.nn.Linear(1, 1).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (rank == 0 or "unused" not in name):
+            parameter.grad = torch.arange(float(parameter.numel())).view_as(parameter) + 10 * rank
+    model["norm"].running_mean += rank + 1
+    average_gradients(model)
+    for name, parameter in model.named_parameters():
+        numbers = torch.arange(float(parameter.numel())).view_as(parameter)
+        if "frozen" in name:
+            assert parameter.grad is None
+        else:
+            assert_close(parameter.grad, numbers / 2 if "unused" in name else numbers + 5, atol=0, rtol=0)
+    assert model["norm"].running_mean.tolist() == [1, 1]
+
+
+def test_averaging_of_gradients():
+    """A gradient that one process lacks is zero there; buffers are the first process's."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    torch.multiprocessing.start_processes(average, (address,), nprocs=2, start_method="spawn")
+
+
 def test_a_signal_during_evaluation_stops_both(alone):
     """Each at the same batch: one alone would leave the other waiting for it."""
     ended, errors = codes(start(2, str(alone), "evaluating", 4, stop=(None, "evaluation")))
@@ -164,12 +202,14 @@ def test_two_processes_with_shards_equal_one_alone(alone):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_two_gpus_stopped_and_resumed_on_one_equal_one_alone(alone_on_a_gpu, fsdp):
-    root, name = alone_on_a_gpu, f"fsdp-{fsdp}"
-    ended, errors = codes(start(2, str(root), name, 4, fsdp, stop=(None, 5), cpu=False))
+@pytest.mark.parametrize(("fsdp", "accumulate"), [(True, 2), (False, 1), (False, 2)])  # 1: with a CUDA graph
+def test_two_gpus_stopped_and_resumed_on_one_equal_one_alone(alone_on_a_gpu, fsdp, accumulate):
+    root, name = alone_on_a_gpu, f"{fsdp}-{accumulate}"
+    ended, errors = codes(
+        start(2, str(root), name, 8 // accumulate, fsdp, False, accumulate, stop=(None, 5), cpu=False)
+    )
     assert ended == [143, 143], errors
-    ended, errors = codes(start(1, str(root), name, 8, fsdp, True, cpu=False))
+    ended, errors = codes(start(1, str(root), name, 16 // accumulate, fsdp, True, accumulate, cpu=False))
     assert ended == [0], errors
     assert_same_run(root, name)
 

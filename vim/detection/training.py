@@ -57,17 +57,19 @@ class Detection(Trainer):
             total_batch,
         )
 
-    def accelerate_model(self, model: nn.Module) -> None:
+    def accelerate_model(self, model: nn.Module) -> bool:
         assert isinstance(model, Detector)
         config, backbone = self.config, model.backbone
         if config.model.grad_checkpointing:
             model.set_grad_checkpointing()
         if config.model.compile:
             backbone.compile()  # the heads' shapes change with every image
-        if wants_cuda_graph(model, config.model, self.accelerator, self.sharded):
+        captured = wants_cuda_graph(model, config.model, self.accelerator, self.sharded)
+        if captured:
             size = config.model.img_size
             sample = torch.zeros(config.data.batch_size, 3, size, size, device=self.accelerator.device)
             capture_training(backbone, sample, AUTOCAST[config.precision])
+        return captured
 
     def batch_loss(self, batch: tuple[list[Tensor], list[Target]]) -> Tensor:
         return sum(self.model(*batch).values(), torch.zeros((), device=self.accelerator.device))

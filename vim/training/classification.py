@@ -87,19 +87,21 @@ class Classification(Trainer):
             total_batch,
         )
 
-    def accelerate_model(self, model: nn.Module) -> None:
+    def accelerate_model(self, model: nn.Module) -> bool:
         config, device = self.config, self.accelerator.device
         if config.model.grad_checkpointing:
             enable_grad_checkpointing(model, config.model.name)
         if config.model.compile:
             model.compile()  # in place: the names of the state dict stay
-        if wants_cuda_graph(model, config.model, self.accelerator, self.sharded):
+        captured = wants_cuda_graph(model, config.model, self.accelerator, self.sharded)
+        if captured:
             channels, height, width = self.data_config["input_size"]
             shapes = {(height, width): None} | {(size, size): None for size, _ in config.data.progressive}
             memory = torch.cuda.graph_pool_handle()
             for shape in shapes:  # the largest first, in whose memory the others find room
                 sample = torch.zeros(config.data.batch_size, channels, *shape, device=device)
                 capture_training(model, sample, AUTOCAST[config.precision], memory)
+        return captured
 
     def batch_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, targets = self.mixup(*batch) if self.mixup is not None else batch

@@ -1,8 +1,10 @@
 """A training step without its launch costs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -51,3 +53,33 @@ def capture_training(model: nn.Module, images: Tensor, dtype: torch.dtype | None
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # the warm-up of a capture moves running statistics
             buffer.copy_(buffers[name])
+
+
+@torch.no_grad()
+def average_gradients(model: nn.Module) -> None:
+    """Replace gradients by their mean over the processes, and buffers by the first process's, as
+    DistributedDataParallel does it, which all processes do together.
+
+    That has nothing to overlap with a backward that is replayed whole, and launches two copies for each parameter
+    after it: for Vim-S on two H200 GPUs 3 ms in an update of 38 (2026-11-26). Here all go in one message.
+
+    Args:
+        model: the same on all processes. A parameter without a gradient, on some of them, counts as zero there.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    _through_one_message(gradients, lambda message: (dist.all_reduce(message), message.div_(dist.get_world_size())))
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if buffers:
+        _through_one_message(buffers, lambda message: dist.broadcast(message, src=0))
+
+
+def _through_one_message(tensors: list[Tensor], send: Callable[[Tensor], Any]) -> None:
+    """Change tensors of one type in place by what `send` does to all their numbers in a row."""
+    message = torch.cat([tensor.flatten() for tensor in tensors])
+    send(message)
+    pieces = message.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)])

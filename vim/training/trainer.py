@@ -22,6 +22,7 @@ from .checkpointer import Checkpointer
 from .config import Precision, RunConfig
 from .diagnosis import first_not_finite, gradient_norms, largest_activations
 from .errors import ConfigError, RunError
+from .graphs import average_gradients
 from .optim import create_optimizer, create_schedule
 from .progress import Progress
 from .run_folder import RunFolder
@@ -102,7 +103,8 @@ class Trainer(ABC):
         """
         config, accelerator = self.config, self.accelerator
         ema = AveragedWeights(model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
-        self.accelerate_model(model)
+        captured = self.accelerate_model(model)
+        self.averages = captured and accelerator.num_processes > 1
         assert isinstance(train_batches.sampler, KeyedSampler)
         self.sampler = train_batches.sampler
         self.images_per_epoch = len(self.sampler)
@@ -114,7 +116,7 @@ class Trainer(ABC):
         optimizer = create_optimizer(model, config.optim, total_batch, fused=not self.sharded)
         self.skips_on_gpu = optimizer if optimizer.defaults.get("fused") else None
         # (With evaluation_mode accelerate gives the model its autocast and nothing else.)
-        self.model = accelerator.prepare_model(model, evaluation_mode=self.sharded)
+        self.model = accelerator.prepare_model(model, evaluation_mode=self.sharded or self.averages)
         optimizer, self.train_batches, self.val_batches = accelerator.prepare(optimizer, train_batches, val_batches)
         schedule = create_schedule(optimizer, config.schedule, self.images_per_epoch // total_batch)
         self.state = TrainingState(
@@ -122,8 +124,11 @@ class Trainer(ABC):
         )
 
     @abstractmethod
-    def accelerate_model(self, model: nn.Module) -> None:
-        """Recompute, compile or capture what is to be, in place. (The copy for the averaged weights is made before.)"""
+    def accelerate_model(self, model: nn.Module) -> bool:
+        """Recompute, compile or capture what is to be, in place. (The copy for the averaged weights is made before.)
+
+        Returns: whether it is captured.
+        """
 
     @abstractmethod
     def batch_loss(self, batch: Any) -> Tensor:
@@ -223,6 +228,8 @@ class Trainer(ABC):
             self.model.set_requires_gradient_sync(self.accelerator.sync_gradients)
         loss = self.batch_loss(inputs)
         self.accelerator.backward(loss)
+        if self.averages:
+            average_gradients(self.state.model)
         return loss
 
     def _update(self, loss: Tensor, checkpointer: Checkpointer) -> None:
