@@ -1,9 +1,24 @@
 """State-space layers: sequence mixers on tensors (batch, length, channels)."""
 
 from .bimamba import BiMamba
+from .gated_conv import GatedConv
 from .mamba import Mamba, MambaCache
 from .norm import RMSNorm
 from .recompute import recompute_all_but_scans
+from .s4 import S4
+from .s4d import S4D
+from .s4nd import S4ND
 from .selective_ssm import SelectiveSSM
 
-__all__ = ["BiMamba", "Mamba", "MambaCache", "RMSNorm", "SelectiveSSM", "recompute_all_but_scans"]
+__all__ = [
+    "S4",
+    "S4D",
+    "S4ND",
+    "BiMamba",
+    "GatedConv",
+    "Mamba",
+    "MambaCache",
+    "RMSNorm",
+    "SelectiveSSM",
+    "recompute_all_but_scans",
+]

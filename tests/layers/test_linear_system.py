@@ -1,0 +1,221 @@
+"""Discretisation and the three views of a linear system, against each other, an ODE solver and closed forms."""
+
+import math
+
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+from torch.testing import assert_close
+
+from vim.layers.discretize import RULES, discretize_dense, discretize_diagonal
+from vim.layers.hippo import DIAGONALS, MEASURES, diagonal, hippo, low_rank, nplr
+from vim.layers.linear_system import LinearSystem, fast_length, fft_convolve, vandermonde
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def stable(channels=3, states=4):
+    """A random dense real system and its input: A, B, C."""
+    A = torch.randn(channels, states, states, dtype=torch.float64)
+    A = A - A.mT - torch.diag_embed(torch.rand(channels, states, dtype=torch.float64) + 0.2)
+    return A, torch.randn(channels, states, dtype=torch.float64), torch.randn(channels, states, dtype=torch.float64)
+
+
+def stable_diagonal(channels=3, states=4):
+    A = torch.complex(-torch.rand(channels, states) - 0.1, 3 * torch.randn(channels, states)).to(torch.complex128)
+    return A, *(torch.randn(channels, states, dtype=torch.complex128) for _ in range(2))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_dense_and_diagonal_rules_agree(rule):
+    A, B, _ = stable_diagonal()
+    delta = torch.rand(3, dtype=torch.float64)
+    dA, dB = discretize_dense(torch.diag_embed(A), B, delta, rule)
+    diagonal_dA, diagonal_dB = discretize_diagonal(A, B, delta[:, None], rule)
+    assert_close(dA, torch.diag_embed(diagonal_dA))
+    assert_close(dB, diagonal_dB)
+
+
+def test_zero_order_hold_of_an_integrator():
+    """Poles at zero: A cannot be inverted."""
+    delta = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    zero, one = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True), torch.ones(1, 1, dtype=torch.float64)
+    for dA, dB in (
+        discretize_dense(zero.unsqueeze(0), one, delta, "zoh"),
+        discretize_diagonal(zero, one, delta[:, None], "zoh"),
+    ):
+        assert (dA.item(), dB.item()) == (1, pytest.approx(0.3))
+        (gradient,) = torch.autograd.grad(dA.sum() + dB.sum(), zero)
+        assert gradient.isfinite().all()
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="rule must be one of zoh, bilinear, euler, got 'tustin'"):
+        discretize_diagonal(torch.ones(1), torch.ones(1), torch.ones(1), "tustin")
+
+
+def after(A, B, C, u, steps, rule, time=2.0):
+    """Output at a time, of an input sampled in the middle of so many steps."""
+    delta = time / steps
+    middles = (torch.arange(steps, dtype=torch.float64) + 0.5) * delta
+    dA, dB = discretize_dense(A, B, torch.full(A.shape[:1], delta, dtype=torch.float64), rule)
+    y, _ = LinearSystem(dA, dB, C).recurrent(u(middles)[None, :, None].expand(1, steps, len(A)))
+    return y[0, -1]
+
+
+def solved(A, B, C, u, time=2.0):
+    ends = []
+    for a, b, c in zip(A.numpy(), B.numpy(), C.numpy(), strict=True):
+        solution = solve_ivp(lambda t, x: a @ x + b * u(t), (0, time), [0.0] * len(b), rtol=1e-11, atol=1e-12)  # noqa: B023
+        ends.append(c @ solution.y[:, -1])
+    return torch.tensor(ends, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("rule", "order"), [("euler", 1), ("bilinear", 2), ("zoh", 2)])
+def test_orders_of_convergence(rule, order):
+    """To an ODE solver's answer, for a smooth input."""
+    A, B, C = stable()
+    truth = solved(A, B, C, lambda t: math.sin(3 * t) + t)
+    errors = torch.stack(
+        [(after(A, B, C, lambda t: (3 * t).sin() + t, n, rule) - truth).abs().max() for n in (256, 512, 1024)]
+    )
+    assert errors[-1] < 0.05
+    assert_close(
+        torch.log2(errors[:-1] / errors[1:]), torch.full((2,), float(order), dtype=torch.float64), atol=0.1, rtol=0
+    )
+
+
+def test_zero_order_hold_is_exact_for_held_inputs():
+    A, B, C = stable()
+    held = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    ends = torch.zeros(len(A), A.shape[-1], dtype=torch.float64)
+    for value in held:  # each piece by the solver, from where the last one ended
+        for channel in range(len(A)):
+            a, b = A[channel].numpy(), (B[channel] * value).numpy()
+            piece = solve_ivp(lambda t, x: a @ x + b, (0, 0.5), ends[channel].numpy(), rtol=1e-12, atol=1e-12)  # noqa: B023
+            ends[channel] = torch.from_numpy(piece.y[:, -1])
+    dA, dB = discretize_dense(A, B, torch.full((3,), 0.5, dtype=torch.float64), "zoh")
+    y, state = LinearSystem(dA, dB, C).recurrent(held[None, :, None].expand(1, 4, 3))
+    assert_close(state[0], ends, atol=1e-9, rtol=1e-9)
+    assert_close(y[0, -1], (C * ends).sum(-1), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("length", [1, 2, 37])
+@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
+@pytest.mark.parametrize("make", [stable, stable_diagonal])
+def test_three_views(make, rule, length):
+    A, B, C = make()
+    delta = torch.rand(3, dtype=torch.float64) * 0.2
+    dense = A.ndim == 3
+    rules = discretize_dense(A, B, delta, rule) if dense else discretize_diagonal(A, B, delta[:, None], rule)
+    system = LinearSystem(*rules, C)
+    u = torch.randn(2, length, 3, dtype=torch.float64)
+    y, _ = system.recurrent(u)
+    assert_close(system.unrolled(u), y)
+    assert_close(system.convolution(u), y)
+    head, state = system.recurrent(u[:, :1])
+    tail, _ = system.recurrent(u[:, 1:], state)
+    assert_close(torch.cat((head, tail), 1), y)
+
+
+def test_views_of_nothing():
+    A, B, C = stable_diagonal()
+    y, state = LinearSystem(A.exp(), B, C).recurrent(torch.zeros(2, 0, 3))
+    assert y.shape == (2, 0, 3)
+    assert not state.any()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 100])
+def test_vandermonde(length):
+    log_dA = torch.complex(-torch.rand(2, 5) * 0.1, torch.randn(2, 5)).to(torch.complex128).requires_grad_()
+    weight = torch.randn(3, 2, 5, dtype=torch.complex128, requires_grad=True)
+    terms = weight.unsqueeze(-1) * (log_dA.unsqueeze(-1) * torch.arange(length)).exp()
+    assert_close(vandermonde(log_dA, weight, length), terms.sum(-2).real)
+    assert torch.autograd.gradcheck(lambda a, w: vandermonde(a, w, length), (log_dA, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_fft_convolution_in_both_directions(dtype):
+    u = torch.randn(2, 11, 3, dtype=torch.float64).to(dtype)
+    kernels = torch.randn(2, 3, 11, dtype=torch.float64)
+    want = torch.zeros(2, 11, 3, dtype=torch.float64)
+    for k in range(11):
+        for j in range(11):
+            want[:, k] += (kernels[0, :, k - j] if j <= k else kernels[1, :, j - k - 1]) * u[:, j]
+    y = fft_convolve(u, [kernels])
+    assert y.dtype == dtype
+    assert_close(
+        y.double(), want, **({"atol": 1e-12, "rtol": 1e-12} if dtype == torch.float64 else {"atol": 0.1, "rtol": 0.02})
+    )
+
+
+def test_fast_lengths():
+    for length in (1, 2, 7, 394, 1570, 2187):
+        fast = fast_length(length)
+        assert length <= fast < 1.1 * length + 10
+        assert fast % 2 == 0
+        assert 60**20 % fast == 0  # 2, 3 and 5 alone
+
+
+@pytest.mark.parametrize("d_state", [8, 16, 64])
+def test_hippo_golden(golden, d_state):
+    t = golden("ssm_hippo_init", f"N{d_state}.")
+    for measure, names in (("legs", ("A", "B")), ("fout", ("fout.A", "fout.B"))):
+        A, B = hippo(measure, d_state)
+        assert_close(A, t[names[0]])
+        assert_close(B, t[names[1]][:, 0])
+
+    def complex_of(name):
+        return torch.complex(t[f"{name}.real"], t[f"{name}.imag"]).to(torch.complex128)
+
+    system = nplr("legs", d_state)
+    limit = {"atol": 1e-4, "rtol": 1e-6}
+    assert_close(system.w, complex_of("nplr_w"), **limit)
+    assert_close(system.P.abs(), t["nplr_P_abs"].double(), **limit)
+    assert_close(system.B.abs(), t["nplr_B_abs"].double(), **limit)
+    assert_close(system.B * system.P[0].conj(), complex_of("nplr_BPconj"), **limit)
+    for name in DIAGONALS:
+        assert_close(diagonal(name, d_state)[0], complex_of(f"diag_{name}.A"), **limit)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_normal_plus_low_rank_is_the_same_system(measure):
+    """In its basis as before: the same response, with the whole B."""
+    A, _ = hippo(measure, 8)
+    P = low_rank(measure, 8)
+    normal = A + P.T @ P
+    assert_close(normal @ normal.T, normal.T @ normal)
+    w, p, _ = (torch.cat((half, half.conj()), -1) for half in nplr(measure, 8))
+    poles = torch.linalg.eigvals(torch.diag(w) - torch.einsum("rn, rm -> nm", p, p.conj()))
+    assert_close(poles.sum().real, A.trace())
+    characteristic = torch.stack([torch.prod(s - poles) for s in (0.3, 1.0, 2.0)]).real
+    assert_close(
+        characteristic, torch.stack([torch.linalg.det(s * torch.eye(8).double() - A) for s in (0.3, 1.0, 2.0)])
+    )
+
+
+def test_hippo_reads_back_the_past():
+    """LegT's coefficients are those of the last window in Legendre polynomials, at its newest end the input itself."""
+    A, B = hippo("legt", 32)
+    time, steps = 3.0, 6000
+    middles = (torch.arange(steps, dtype=torch.float64) + 0.5) * time / steps
+    dA, dB = discretize_dense(A[None], B[None], torch.tensor([time / steps], dtype=torch.float64), "bilinear")
+    _, state = LinearSystem(dA, dB, B[None]).recurrent((3 * middles).sin()[None, :, None])
+    root = (2 * torch.arange(32, dtype=torch.float64) + 1).sqrt()
+    window = 2.0  # A and B are halved for it
+    newest = (state[0, 0] * root).sum()
+    oldest = (state[0, 0] * root * (1 - 2 * (torch.arange(32) % 2))).sum()
+    assert newest.item() == pytest.approx(math.sin(3 * time), abs=0.02)
+    assert oldest.item() == pytest.approx(math.sin(3 * (time - window)), abs=0.02)
+
+
+def test_bad_names_and_sizes():
+    with pytest.raises(ValueError, match="measure must be one of legs, legt, fout, got 'lmu'"):
+        hippo("lmu", 8)
+    with pytest.raises(ValueError, match="init must be one of lin, inv, real, quad, legs, got 'line'"):
+        diagonal("line", 8)
+    with pytest.raises(ValueError, match="d_state must be even and positive, for conjugate pairs, got 7"):
+        nplr("legs", 7)

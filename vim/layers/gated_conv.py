@@ -1,0 +1,36 @@
+"""GatedConv: a mixer with all of BiMamba but the scan, to see what the scan is good for."""
+
+from torch import Tensor, nn
+
+from vim_kernels import bidirectional_causal_conv1d
+
+
+class GatedConv(nn.Module):
+    """Mix each token with its neighbours, (batch, length, d_model) -> the same shape: the mean of a convolution in
+    each direction, through BiMamba's gate and projections.
+
+    Args:
+        d_model: channels of the sequence. d_conv: taps of each convolution. expand: d_inner = expand * d_model.
+
+    Source: the ablation of Yu & Wang 2024, arXiv 2405.07992 (MambaOut), over a sequence.
+    """
+
+    def __init__(self, d_model: int, d_conv: int = 4, expand: int = 2, *, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        d_inner = expand * d_model
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False, **dd)
+        self.forward_conv = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, **dd)
+        self.backward_conv = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, **dd)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        convolutions = self.forward_conv, self.backward_conv
+        forward, backward = bidirectional_causal_conv1d(
+            x,
+            [conv.weight.squeeze(1) for conv in convolutions],
+            [conv.bias for conv in convolutions if conv.bias is not None],
+            activation="silu",
+        )
+        return self.out_proj(0.5 * (forward + backward) * nn.functional.silu(z))

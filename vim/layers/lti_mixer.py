@@ -1,0 +1,91 @@
+"""What the layers of linear time-invariant systems have in common: everything but their kernels."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import official_s4
+from .linear_system import LinearSystem, fft_convolve
+
+
+class LTIMixer(nn.Module):
+    """Mix along axes, x (batch, *sizes, d_model) -> the same shape: GLU(W gelu(kernel * x + D x)), where the kernel is
+    a product of one for each axis.
+
+    Args:
+        d_model: channels, each with systems of its own.
+        kernel: a module for one axis, a list of modules for several; called with a length and a rate, each gives
+            (directions, d_model, length).
+        dropout: of the outputs before the last product.
+    """
+
+    def __init__(self, d_model: int, kernel: nn.Module, dropout: float, *, device=None, dtype=None):
+        super().__init__()
+        self.kernel = kernel
+        self.D = nn.Parameter(torch.empty(d_model, device=device, dtype=dtype))
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = nn.Linear(d_model, 2 * d_model, device=device, dtype=dtype)
+        self.register_load_state_dict_pre_hook(official_s4.translate)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.D)
+
+    def forward(self, x: Tensor, rate: float = 1.0) -> Tensor:
+        """x: (batch, *sizes, d_model). rate: its steps, or pixels, are so many times as long as those trained on: 0.5
+        for twice the resolution.
+
+        Raises: ValueError for another number of axes.
+        """
+        return self._out(self.convolve(x, rate))
+
+    def convolve(self, x: Tensor, rate: float = 1.0) -> Tensor:
+        """The linear part, kernel * x + D x."""
+        kernels = list(self.kernel) if isinstance(self.kernel, nn.ModuleList) else [self.kernel]
+        sizes = x.shape[1:-1]
+        if len(sizes) != len(kernels) or x.shape[-1] != len(self.D):
+            want = ", ".join(["batch", *["size"] * len(kernels), str(len(self.D))])
+            raise ValueError(f"x must be ({want}), got {tuple(x.shape)}")
+        if x.numel() == 0:
+            return torch.zeros_like(x)
+        with torch.autocast(x.device.type, enabled=False):  # half precision has no FFT, and kernels lose their phase
+            lags = [kernel(size, rate) for kernel, size in zip(kernels, sizes, strict=True)]
+            return fft_convolve(x, lags) + self.D * x
+
+    def _out(self, y: Tensor) -> Tensor:
+        return F.glu(self.out_proj(self.dropout(F.gelu(y))), dim=-1)
+
+
+class LTICache:
+    """What a layer remembers of the steps that it has seen, and its system as it was when the cache was made. `step`
+    changes the state."""
+
+    def __init__(self, system: LinearSystem, batch_size: int):
+        self.system, self.state = system, system.initial_state(batch_size)
+
+
+class SequenceLTIMixer(LTIMixer):
+    """An LTIMixer over sequences (batch, length, d_model), which can also run step by step:
+
+        cache = mixer.default_state(batch_size)
+        y = mixer.step(x, cache)  # (batch, d_model), in turn what mixer(sequence) gives
+
+    The kernel has a `system(rate)`, the same as a recurrence.
+    """
+
+    @torch.no_grad()
+    def default_state(self, batch_size: int, rate: float = 1.0) -> LTICache:
+        """A cache that has seen nothing.
+
+        Raises: ValueError for a layer of two directions.
+        """
+        if self.kernel.C.shape[0] > 1:  # type: ignore[union-attr, index]
+            raise ValueError(
+                "a bidirectional layer has no step, because it sees the future; make it with one direction"
+            )
+        return LTICache(self.kernel.system(rate), batch_size)  # type: ignore[operator, union-attr]
+
+    def step(self, x: Tensor, cache: LTICache) -> Tensor:
+        """One step, x: (batch, d_model) -> (batch, d_model). The cache is updated in place."""
+        y, cache.state = cache.system.step(x, cache.state)
+        return self._out(y + self.D * x)

@@ -1,0 +1,190 @@
+"""S4: a linear state-space layer whose matrices are diagonal but for a low rank."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .discretize import discretize_dense
+from .hippo import Measure, nplr
+from .linear_system import LinearSystem
+from .lti_mixer import SequenceLTIMixer
+
+MAX_ELEMENTS = 2**24  # of a tensor of H x N / 2 x frequencies: more are computed in chunks, and again in the backward
+
+
+class DPLRKernel(nn.Module):
+    """The convolution kernels of systems A = diag(w) - P P^H by the bilinear rule, each with its own step size.
+
+    A kernel of L steps is evaluated where its generating function is cheap, at the L-th roots of unity, for which C is
+    kept as C (I - dA^L). A longer sequence changes it in place; of a shorter one the kernel is cut.
+
+    Args:
+        d_model: kernels H. d_state: N, of which one half is kept, the other being its conjugate.
+        measure, l_max: see S4. directions: 1, or 2 with outputs C of their own.
+    """
+
+    l_kernel: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        measure: Measure = "legs",
+        directions: int = 1,
+        l_max: int | None = None,
+        *,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.measure, self.l_max, self.dt_min, self.dt_max = measure, l_max, dt_min, dt_max
+        half, rank = d_state // 2, nplr(measure, d_state).P.shape[0]
+        self.log_dt = nn.Parameter(torch.empty(d_model, **dd))
+        self.A_log = nn.Parameter(torch.empty(d_model, half, **dd))
+        self.A_imag = nn.Parameter(torch.empty(d_model, half, **dd))
+        self.P = nn.Parameter(torch.empty(rank, d_model, half, 2, **dd))
+        self.B = nn.Parameter(torch.empty(d_model, half, 2, **dd))
+        self.C = nn.Parameter(torch.empty(directions, d_model, half, 2, **dd))
+        self.register_buffer("l_kernel", torch.zeros((), dtype=torch.int64, device=device))
+        self.length = 0  # what l_kernel says, which a CUDA graph could not read
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "length", int(module.l_kernel)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        w, P, B = nplr(self.measure, 2 * self.A_log.shape[1])
+        # FouT's modes do not decay at all, which a logarithm cannot hold; the authors start there, too.
+        self.A_log.copy_((-w.real).clamp(min=1e-4).log().expand_as(self.A_log))
+        self.A_imag.copy_(w.imag.expand_as(self.A_imag))
+        self.P.copy_(torch.view_as_real(P).unsqueeze(1).expand_as(self.P))
+        self.B.copy_(torch.view_as_real(B).expand_as(self.B))
+        nn.init.normal_(self.C, std=math.sqrt(0.5))  # of modulus 1 in the mean square
+        nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
+        self._set_length(0)
+        if self.l_max is not None:
+            self.lengthen(self.l_max)
+
+    def forward(self, length: int, rate: float = 1.0) -> Tensor:
+        """(directions, H, L)."""
+        self.lengthen(math.ceil(length * rate))
+        size = round(self.length / rate)  # the same span of time in other steps
+        turn = torch.arange(size // 2 + 1, device=self.log_dt.device) * (-2 * math.pi / size)
+        chunk = max(1, MAX_ELEMENTS // self.A_log.numel())
+        if len(turn) <= chunk:
+            spectrum = self._generating_function(turn, rate)
+        else:
+            parts = (checkpoint(self._generating_function, p, rate, use_reentrant=False) for p in turn.split(chunk))
+            spectrum = torch.cat(list(parts), -1)
+        return torch.fft.irfft(spectrum, n=size)[..., :length]
+
+    def _generating_function(self, turn: Tensor, rate: float) -> Tensor:
+        """sum_k kernel[k] z^k at z = exp(i turn), L-th roots of unity (F,), as (directions, H, F).
+
+        With d = (1 - z) - (1 + z) delta / 2 w and s = (1 + z) delta / 2,
+            delta C (diag(d) + s P P^H)^-1 B = delta (C d^-1 B - s C d^-1 P (1 + s P^H d^-1 P)^-1 P^H d^-1 B),
+        which, unlike the form with (1 - z) / (1 + z), is finite at z = -1.
+        """
+        delta = rate * self.log_dt.exp()[:, None, None]
+        w = torch.complex(-self.A_log.exp(), self.A_imag).unsqueeze(-1)  # (H, N / 2, 1)
+        P, B, C = (torch.view_as_complex(value) for value in (self.P, self.B, self.C))
+        z = torch.polar(torch.ones_like(turn), turn)
+        one, s = 1 - z, (1 + z) * delta / 2  # (F,) and (H, 1, F)
+        inverse = 1 / ((one - s * w) * (one - s * w.conj()))  # (H, N / 2, F)
+        # All sums over n of left_n right_n / d_n, each with its conjugate: v / d + conj(v) / conj(d)'s is, over the
+        # common denominator, 2 Re(v) (1 - z) - 2 Re(v conj(w)) s; so the products are real.
+        left, right = torch.cat((C, P.conj())), torch.cat((B.unsqueeze(0), P))
+        v = (left.unsqueeze(1) * right).flatten(0, 1)  # ((directions + rank) x (1 + rank), H, N / 2)
+        v = 2 * torch.cat((v.real, (v * w.squeeze(-1).conj()).real)).transpose(0, 1)
+        sums = torch.complex(v @ inverse.real, v @ inverse.imag).transpose(0, 1)
+        plain, slanted = sums.unflatten(0, (2, len(left), len(right)))
+        sums, s = one * plain - s.squeeze(1) * slanted, s.squeeze(1)  # (directions + rank, 1 + rank, H, F)
+        through, back = sums[: len(C), 1:], sums[len(C) :, 0]
+        middle = s * sums[len(C) :, 1:] + torch.eye(len(P), device=s.device)[:, :, None, None]
+        if len(P) == 1:
+            back = back / middle[0]
+        else:
+            back = torch.linalg.solve(middle.permute(2, 3, 0, 1), back.permute(1, 2, 0).unsqueeze(-1))
+            back = back.squeeze(-1).permute(2, 0, 1)
+        return delta.squeeze(-1) * (sums[: len(C), 0] - s * (through * back).sum(1))
+
+    def system(self, rate: float = 1.0) -> LinearSystem:
+        """All N states, with a full dA."""
+        dA, dB, C = self._dense(rate)
+        C = self._cut(self._dense(1.0)[0], C, self.length, 0)
+        kept = self.log_dt.dtype.to_complex()
+        return LinearSystem(dA.to(kept), dB.to(kept), C[0].to(kept))
+
+    @torch.no_grad()
+    def lengthen(self, length: int) -> None:
+        """Keep C for kernels of so many steps, if it is not kept for as many yet."""
+        if length > self.length:
+            dA, _, C = self._dense(1.0)
+            C = self._cut(dA, C, self.length, length)
+            self.C.copy_(torch.view_as_real(C[..., : self.C.shape[2]]))
+            self._set_length(length)
+
+    def _set_length(self, length: int) -> None:
+        self.length = length
+        self.l_kernel.fill_(length)
+
+    @staticmethod
+    def _cut(dA: Tensor, C: Tensor, old: int, new: int) -> Tensor:
+        """From C (I - dA^old), or C for 0, the same with new."""
+        identity = torch.eye(dA.shape[-1], dtype=dA.dtype, device=dA.device)
+        if old:
+            C = torch.linalg.solve(identity - torch.linalg.matrix_power(dA, old), C.unsqueeze(-2), left=False)[
+                ..., 0, :
+            ]
+        if new:
+            C = C - (C.unsqueeze(-2) @ torch.linalg.matrix_power(dA, new))[..., 0, :]
+        return C
+
+    def _dense(self, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        """dA (H, N, N), dB (H, N) and C as it is kept (directions, H, N), of all N states, in double precision."""
+        w = torch.complex(-self.A_log.double().exp(), self.A_imag.double())
+        w, P, B, C = (
+            torch.cat((half, half.conj()), -1)
+            for half in (w, *(torch.view_as_complex(value.double()) for value in (self.P, self.B, self.C)))
+        )
+        A = torch.diag_embed(w) - torch.einsum("rhn, rhm -> hnm", P, P.conj())
+        dA, dB = discretize_dense(A, B, rate * self.log_dt.double().exp(), "bilinear")
+        return dA, dB, C
+
+
+class S4(SequenceLTIMixer):
+    """Mix a sequence by linear systems that begin as HiPPO's; see SequenceLTIMixer.
+
+    Args:
+        d_model: channels. d_state: states N of a channel, even.
+        measure: "legs", "legt" or "fout", see `hippo.hippo`.
+        l_max: length of the longest sequence; None lets the first forward pass set it. Give it where weights are
+            averaged or shared from the start, because setting it changes C in place; so does a longer sequence.
+        bidirectional: a second kernel looks at what comes after.
+        dropout: before the output's product. dt_min, dt_max: initial step sizes are log-uniform between them.
+
+    Raises: ValueError for an odd d_state or another measure.
+    Source: Gu et al. 2022, arXiv 2111.00396, Algorithm 1. State dicts of state-spaces/s4's s4.py load.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        *,
+        measure: Measure = "legs",
+        l_max: int | None = None,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        kernel = DPLRKernel(d_model, d_state, measure, 1 + bidirectional, l_max, dt_min=dt_min, dt_max=dt_max, **dd)
+        super().__init__(d_model, kernel, dropout, **dd)

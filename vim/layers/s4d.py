@@ -1,0 +1,110 @@
+"""S4D: a linear state-space layer whose matrices are diagonal."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .discretize import Rule, check_rule, discretize_diagonal
+from .hippo import Diagonal, diagonal
+from .linear_system import LinearSystem, vandermonde
+from .lti_mixer import SequenceLTIMixer
+
+
+class DiagonalKernel(nn.Module):
+    """The convolution kernels of diagonal systems, each with its own step size.
+
+    Args:
+        d_model: kernels H. d_state: N, of which one half is kept, the other being its conjugate.
+        init, rule: see S4D. directions: 1, or 2 with outputs C of their own.
+        bandlimit: modes that a kernel's step cannot hold are left out: those with delta |Im A| / 2 pi >= bandlimit / 2.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        init: Diagonal = "lin",
+        rule: Rule = "zoh",
+        directions: int = 1,
+        bandlimit: float | None = None,
+        *,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        check_rule(rule)
+        dd = {"device": device, "dtype": dtype}
+        self.init, self.rule, self.bandlimit, self.dt_min, self.dt_max = init, rule, bandlimit, dt_min, dt_max
+        half = d_state // 2
+        self.log_dt = nn.Parameter(torch.empty(d_model, **dd))
+        self.A_log = nn.Parameter(torch.empty(d_model, half, **dd))
+        self.A_imag = nn.Parameter(torch.empty(d_model, half, **dd))
+        # Complex numbers as pairs: optimizers, averages and reductions know no others in some versions.
+        self.B = nn.Parameter(torch.empty(d_model, half, 2, **dd))
+        self.C = nn.Parameter(torch.empty(directions, d_model, half, 2, **dd))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        A, B = diagonal(self.init, 2 * self.A_log.shape[1])
+        self.A_log.copy_((-A.real).log().expand_as(self.A_log))
+        self.A_imag.copy_(A.imag.expand_as(self.A_imag))
+        self.B.copy_(torch.view_as_real(B).expand_as(self.B))
+        nn.init.normal_(self.C, std=math.sqrt(0.5))  # of modulus 1 in the mean square
+        nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
+
+    def forward(self, length: int, rate: float = 1.0) -> Tensor:
+        """(directions, H, L)."""
+        log_dA, dB, C = self._discrete(rate)
+        return vandermonde(log_dA, C * dB, length)
+
+    def system(self, rate: float = 1.0) -> LinearSystem:
+        log_dA, dB, C = self._discrete(rate)
+        return LinearSystem(log_dA.exp(), dB, C[0])
+
+    def _discrete(self, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        """log dA, dB (H, N / 2) and C (directions, H, N / 2), doubled for the conjugates."""
+        delta = rate * self.log_dt.unsqueeze(-1).exp()
+        A = torch.complex(-self.A_log.exp(), self.A_imag)
+        dA, dB = discretize_diagonal(A, torch.view_as_complex(self.B), delta, self.rule)
+        log_dA = delta * A if self.rule == "zoh" else dA.log()
+        C = 2 * torch.view_as_complex(self.C)
+        if self.bandlimit is not None:
+            C = C * (delta * self.A_imag.abs() / (2 * math.pi) < self.bandlimit / 2)
+        return log_dA, dB, C
+
+
+class S4D(SequenceLTIMixer):
+    """Mix a sequence by diagonal linear systems; see SequenceLTIMixer.
+
+    Args:
+        d_model: channels. d_state: states N of a channel, even.
+        init: of A: "lin", "inv", "real", "quad" or "legs", see `hippo.diagonal`.
+        rule: "zoh", "bilinear" or "euler", see `discretize`.
+        bidirectional: a second kernel looks at what comes after.
+        dropout: before the output's product. dt_min, dt_max: initial step sizes are log-uniform between them.
+
+    Raises: ValueError for an odd d_state or another init or rule.
+    Source: Gu et al. 2022, arXiv 2206.11893. State dicts of state-spaces/s4 load: s4d.py's, and s4.py's of mode "diag".
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        *,
+        init: Diagonal = "lin",
+        rule: Rule = "zoh",
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        kernel = DiagonalKernel(d_model, d_state, init, rule, 1 + bidirectional, dt_min=dt_min, dt_max=dt_max, **dd)
+        super().__init__(d_model, kernel, dropout, **dd)
