@@ -5,7 +5,8 @@ T prefix tokens, D embed_dim.
 """
 
 import math
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,11 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vim.layers import BiMamba, RMSNorm, recompute_all_but_scans
+from vim.layers import S4ND, RMSNorm, recompute_all_but_scans
 
 from . import official
+from .mixers import Mixer, create_mixer
+from .scan_order import SCAN_ORDERS, ScanOrder, order_of_block, token_order
 
 try:
     # Records the new size for save_for_hf; older versions of timm keep no such record.
@@ -41,7 +44,7 @@ except ImportError:
 
 Size = int | tuple[int, int]
 GLOBAL_POOLS = ("", "token", "avg", "max", "avgmax")
-CLASS_TOKENS = {"middle": 1, "first": 1, "both": 2, "none": 0}  # name -> number of tokens
+CLASS_TOKENS = ("middle", "first", "both", "registers", "none")
 
 
 class PatchEmbed(nn.Module):
@@ -127,26 +130,46 @@ class PatchEmbed(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
+class Layout(NamedTuple):
+    """Where tokens come from: the grid of the patches, and by the name of a scan order where its tokens stand in the
+    sequence, and back, as indices (L,)."""
+
+    grid: tuple[int, int]
+    orders: dict[str, tuple[Tensor, Tensor] | None]
+
+
 class Block(nn.Module):
     """x + drop_path(mixer(norm(x))), (B, L, D) -> (B, L, D).
 
     Under autocast the mixer returns low precision and the residual stream stays in fp32.
+
+    Args:
+        mixer: of (B, L, D), or of (B, height, width, D) if it is an S4ND.
+        order: name of the scan order in which the mixer gets the tokens.
     """
 
-    def __init__(self, dim: int, d_state: int, d_conv: int, expand: int, drop_path: float, *, device=None, dtype=None):
+    def __init__(self, dim: int, mixer: nn.Module, order: str, drop_path: float, *, device=None, dtype=None):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm = RMSNorm(dim, eps=1e-5, **dd)
-        self.mixer = BiMamba(dim, d_state=d_state, d_conv=d_conv, expand=expand, **dd)
+        self.norm = RMSNorm(dim, eps=1e-5, device=device, dtype=dtype)
+        self.mixer = mixer
+        self.order = order
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.grad_checkpointing = False
 
-    def _mix(self, x: Tensor) -> Tensor:
-        return self.mixer(self.norm(x))
+    def _mix(self, x: Tensor, layout: Layout | None) -> Tensor:
+        x = self.norm(x)
+        if layout is None:
+            return self.mixer(x)
+        if isinstance(self.mixer, S4ND):
+            return self.mixer(x.unflatten(1, layout.grid)).flatten(1, 2)
+        order = layout.orders[self.order]
+        return self.mixer(x) if order is None else self.mixer(x[:, order[0]])[:, order[1]]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        """layout: None where tokens are mixed as they stand."""
+        mix = partial(self._mix, layout=layout)
         recompute = self.grad_checkpointing and self.training
-        return x + self.drop_path(recompute_all_but_scans(self._mix, x) if recompute else self._mix(x))
+        return x + self.drop_path(recompute_all_but_scans(mix, x) if recompute else mix(x))
 
 
 class VisionMamba(nn.Module):
@@ -158,12 +181,21 @@ class VisionMamba(nn.Module):
         patch_size: edge of a patch in pixels. patch_stride: pixels between patches, patch_size if None.
         in_chans: image channels. num_classes: classes of the head; 0 for no head.
         embed_dim, depth: width and number of blocks. d_state, d_conv, expand: see `BiMamba`.
+        mixer: what mixes the tokens, see `create_mixer`; "bimamba" is Vim's. "s4nd" works on the grid of the patches,
+            and takes no class token.
+        scan_order: how patches become a sequence, see `patch_order`; "raster" is Vim's. "cross" goes along rows and
+            along columns in turn, block by block.
         class_token: where class tokens stand in the sequence: "middle" (the paper's), "first", "both" (one at each
-            end, averaged by token pooling), or "none".
+            end, averaged by token pooling), "registers" (spread evenly, one behind the other by token pooling), or
+            "none".
+        num_registers: of class_token "registers". register_dim: channels that each of them is projected to for the
+            head; None for all of them.
         global_pool: "token", "avg", "max" or "avgmax" over the patches, or "" for none.
         dynamic_img_size: take images of any size, resampling the position table at every call.
         drop_rate: dropout before the head. drop_path_rate: stochastic depth of the last block, rising linearly from 0.
         weight_init: "skip" leaves the tables and the head uninitialised, for a model that will load its weights.
+
+    Source: registers Wang et al. 2024, arXiv 2405.14858 (Mamba-R).
     """
 
     # A CUDA graph can hold its checkpointing, which draws no random numbers.
@@ -181,7 +213,11 @@ class VisionMamba(nn.Module):
         d_state: int = 16,
         d_conv: int = 4,
         expand: int = 2,
-        class_token: Literal["middle", "first", "both", "none"] = "middle",
+        mixer: Mixer = "bimamba",
+        scan_order: ScanOrder = "raster",
+        class_token: Literal["middle", "first", "both", "registers", "none"] = "middle",
+        num_registers: int = 12,
+        register_dim: int | None = None,
         global_pool: Literal["", "token", "avg", "max", "avgmax"] = "token",
         dynamic_img_size: bool = False,
         drop_rate: float = 0.0,
@@ -192,14 +228,24 @@ class VisionMamba(nn.Module):
     ):
         super().__init__()
         if class_token not in CLASS_TOKENS:
-            raise ValueError(f"class_token must be one of {tuple(CLASS_TOKENS)}, got {class_token!r}")
+            raise ValueError(f"class_token must be one of {CLASS_TOKENS}, got {class_token!r}")
+        if class_token == "registers" and num_registers < 1:
+            raise ValueError(f"num_registers must be at least 1, got {num_registers}")
+        if scan_order not in SCAN_ORDERS:
+            raise ValueError(f"scan_order must be one of {SCAN_ORDERS}, got {scan_order!r}")
+        if mixer == "s4nd" and (class_token, scan_order) != ("none", "raster"):
+            raise ValueError(
+                f"mixer 's4nd' works on the grid of the patches: it wants class_token 'none' and scan_order 'raster', "
+                f"got {class_token!r} and {scan_order!r}"
+            )
         if weight_init not in ("", "skip"):
             raise ValueError(f"weight_init must be '' or 'skip', got {weight_init!r}")
         dd = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.class_token = class_token
-        self.num_prefix_tokens = CLASS_TOKENS[class_token]
+        prefixes = {"middle": 1, "first": 1, "both": 2, "registers": num_registers, "none": 0}
+        self.num_prefix_tokens = prefixes[class_token]
         self.global_pool = self._checked_pool(global_pool)
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
@@ -212,14 +258,38 @@ class VisionMamba(nn.Module):
         # The class entries come first in the table, wherever the tokens stand in the sequence.
         self.pos_embed = nn.Parameter(torch.empty(1, prefix + self.patch_embed.num_patches, embed_dim, **dd))
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.Sequential(*(Block(embed_dim, d_state, d_conv, expand, rate, **dd) for rate in rates))
+        tokens = prefix + self.patch_embed.num_patches
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    embed_dim,
+                    create_mixer(mixer, embed_dim, tokens, d_state=d_state, d_conv=d_conv, expand=expand, **dd),
+                    order_of_block(scan_order, i),
+                    rate,
+                    **dd,
+                )
+                for i, rate in enumerate(rates)
+            )
+        )
+        self.scan_orders: list[str] = sorted({order_of_block(scan_order, i) for i in range(depth)} - {"raster"})
+        self._keep_orders()
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": self.patch_embed.feat_ratio()}
             for i in range(depth)
         ]
         self.norm: nn.Module = nn.RMSNorm(embed_dim, eps=1e-5, **dd)
+        self.neck: nn.Module = nn.Identity()
+        if class_token == "registers" and global_pool == "token":
+            width = embed_dim if register_dim is None else register_dim
+            self.head_hidden_size = num_registers * width
+            if register_dim is not None:
+                self.neck = nn.Sequential(
+                    nn.Linear(embed_dim, width, bias=False, **dd),
+                    nn.Flatten(1),
+                    nn.RMSNorm(self.head_hidden_size, eps=1e-5, **dd),
+                )
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
         self.register_load_state_dict_pre_hook(_translate_official)
         if weight_init != "skip":
@@ -238,8 +308,9 @@ class VisionMamba(nn.Module):
         if needs_reset:
             # Children first: SelectiveSSM sets its dt_proj after the Linear has set itself.
             self.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
+            self._keep_orders()
         for name, p in self.named_parameters():
-            if name in ("pos_embed", "cls_token", "head.weight"):
+            if name in ("pos_embed", "cls_token", "head.weight", "neck.0.weight"):
                 trunc_normal_(p, std=0.02)
             elif name == "patch_embed.proj.weight":
                 lecun_normal_(p)
@@ -250,7 +321,7 @@ class VisionMamba(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names and patterns of the parameters to spare from weight decay, as the authors meant to."""
-        return {"pos_embed", "cls_token", "*.A_log", "*.D", "*.dt_proj.bias", "*norm.weight"}
+        return {"pos_embed", "cls_token", "*.A_log", "*.D", "*.dt_proj.bias", "*norm.weight", "*.mixer.kernel.*"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for layer-wise learning rates."""
@@ -272,7 +343,7 @@ class VisionMamba(nn.Module):
         if global_pool is not None:
             self.global_pool = self._checked_pool(global_pool)
         self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
     def _checked_pool(self, global_pool: str) -> str:
@@ -289,6 +360,7 @@ class VisionMamba(nn.Module):
         if self.patch_embed.grid_size != old_grid:
             table = self._resampled_table(self.patch_embed.grid_size, old_grid)
             self.pos_embed = nn.Parameter(table.detach(), requires_grad=self.pos_embed.requires_grad)
+            self._keep_orders()
         for info in self.feature_info:
             info["reduction"] = self.patch_embed.feat_ratio()
         if _update_model_input_size is not None:
@@ -307,23 +379,48 @@ class VisionMamba(nn.Module):
         if self.cls_token is None:
             return x
         cls = (self.cls_token + pos_embed[:, : self.num_prefix_tokens]).expand(x.shape[0], -1, -1)
-        if self.class_token == "both":
-            return torch.cat([cls[:, :1], x, cls[:, 1:]], 1)
-        at = self._class_index(x.shape[1])
-        return torch.cat([x[:, :at], cls, x[:, at:]], 1)
+        pieces, done = [], 0
+        for i, place in enumerate(self._prefix_places(x.shape[1])):
+            pieces += [x[:, done : place - i], cls[:, i : i + 1]]
+            done = place - i
+        return torch.cat([*pieces, x[:, done:]], 1)
 
-    def _class_index(self, num_patches: int) -> int:
-        """Where the single class token stands among `num_patches` patches."""
-        return num_patches // 2 if self.class_token == "middle" else 0
+    def _prefix_places(self, num_patches: int) -> tuple[int, ...]:
+        """Where the class tokens stand in the sequence with `num_patches` patches."""
+        if self.class_token == "registers":  # as many patches between them as at the ends
+            n = self.num_prefix_tokens
+            return tuple((i + 1) * num_patches // (n + 1) + i for i in range(n))
+        places = {"middle": (num_patches // 2,), "first": (0,), "both": (0, num_patches + 1), "none": ()}
+        return places[self.class_token]
 
     def prefix_first(self, x: Tensor) -> Tensor:
         """Tokens in sequence order -> class tokens in front, as timm's models return them."""
-        if self.class_token == "both":
-            return torch.cat([x[:, :1], x[:, -1:], x[:, 1:-1]], 1)
-        if self.class_token == "middle":
-            at = self._class_index(x.shape[1] - 1)
-            return torch.cat([x[:, at : at + 1], x[:, :at], x[:, at + 1 :]], 1)
-        return x
+        if self.class_token in ("first", "none"):
+            return x
+        places = self._prefix_places(x.shape[1] - self.num_prefix_tokens)
+        prefix = [x[:, place : place + 1] for place in places]
+        starts, ends = (0, *(place + 1 for place in places)), (*places, x.shape[1])
+        return torch.cat([*prefix, *(x[:, start:end] for start, end in zip(starts, ends, strict=True))], 1)
+
+    def _keep_orders(self) -> None:
+        """Note where tokens stand in an image of the usual size; not part of the state dict."""
+        for name in self.scan_orders:
+            for buffer, indices in zip(("to", "from"), self._order(name, self.patch_embed.grid_size), strict=True):
+                self.register_buffer(f"_{buffer}_{name}", indices.to(self.pos_embed.device), persistent=False)
+
+    def _order(self, name: str, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return token_order(name, grid, self._prefix_places(grid[0] * grid[1]))
+
+    def _layout(self, images: Tensor) -> Layout:
+        grid = self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+        orders: dict[str, tuple[Tensor, Tensor] | None] = {"raster": None}
+        for name in self.scan_orders:
+            if self.dynamic_img_size:
+                to, back = self._order(name, grid)
+                orders[name] = to.to(images.device), back.to(images.device)
+            else:
+                orders[name] = getattr(self, f"_to_{name}"), getattr(self, f"_from_{name}")
+        return Layout(grid, orders)
 
     def forward_intermediates(
         self,
@@ -350,16 +447,16 @@ class VisionMamba(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         taken, last = feature_take_indices(len(self.blocks), indices)
-        grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        layout = self._layout(x)
         x = self._embed(x)
         intermediates = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = block(x)
+            x = block(x, layout=layout)
             if i in taken:
                 tokens = self.prefix_first(self.norm(x) if norm else x)
                 prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
                 if output_fmt == "NCHW":
-                    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2)
+                    patches = patches.unflatten(1, layout.grid).permute(0, 3, 1, 2)
                 intermediates.append((patches, prefix) if return_prefix_tokens else patches)
         return intermediates if intermediates_only else (self.prefix_first(self.norm(x)), intermediates)
 
@@ -391,11 +488,17 @@ class VisionMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) -> normalised tokens (B, T + P, D), class tokens first."""
-        return self.prefix_first(self.norm(self.blocks(self._embed(x))))
+        layout = self._layout(x)
+        x = self._embed(x)
+        for block in self.blocks:
+            x = block(x, layout=layout)
+        return self.prefix_first(self.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, T + P, D) -> logits (B, num_classes), or with pre_logits the pooled features (B, D)."""
-        if self.global_pool == "token":
+        if self.global_pool == "token" and self.class_token == "registers":
+            x = self.neck(x[:, : self.num_prefix_tokens]).flatten(1)
+        elif self.global_pool == "token":
             x = x[:, : self.num_prefix_tokens].mean(1)
         else:
             x = global_pool_nlc(x, self.global_pool, num_prefix_tokens=self.num_prefix_tokens)
@@ -462,7 +565,7 @@ def _create(variant: str, pretrained: bool, **kwargs) -> VisionMamba:
     )
 
 
-def _cfg(repo: str = "", file: str = "") -> dict:
+def _cfg(repo: str = "", file: str = "", **changes) -> dict:
     # Crop, mean and std are those of the authors' evaluation transform, not of their model configuration (which says
     # 0.9, 0.5 and 0.5). The hub's pages give two contradictory licences for the weights, so none is stated here.
     return {
@@ -481,7 +584,7 @@ def _cfg(repo: str = "", file: str = "") -> dict:
         "paper_ids": "arXiv:2401.09417",
         "paper_name": "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
         "origin_url": "https://github.com/hustvl/Vim",
-    }
+    } | changes
 
 
 default_cfgs = generate_default_cfgs(
@@ -492,17 +595,33 @@ default_cfgs = generate_default_cfgs(
         "vim_small.hustvl_in1k": _cfg("hustvl/Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth"),
         "vim_small_stride8.hustvl_ft_in1k": _cfg("hustvl/Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"),
         "vim_base.hustvl_in1k": _cfg("hustvl/Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth"),
+        "vim_small_registers.untrained": _cfg(paper_ids="arXiv:2405.14858"),
+        "s4nd_tiny.untrained": _cfg(paper_ids="arXiv:2210.06583"),
+        "vim_pixels.untrained": _cfg(input_size=(1, 28, 28), num_classes=10, crop_pct=1.0, mean=(0.5,), std=(0.5,)),
     }
 )
 
 # What sets a variant apart; keyword arguments of timm.create_model override it.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "vim_nano": {"embed_dim": 64, "depth": 4},  # for tests and the quick start
     "vim_tiny": {"embed_dim": 192},
     "vim_tiny_stride8": {"embed_dim": 192, "patch_stride": 8},
     "vim_small": {"embed_dim": 384},
     "vim_small_stride8": {"embed_dim": 384, "patch_stride": 8},
     "vim_base": {"embed_dim": 768},
+    "vim_small_registers": {"embed_dim": 384, "class_token": "registers", "register_dim": 192},
+    "s4nd_tiny": {"embed_dim": 192, "mixer": "s4nd", "d_state": 64, "class_token": "none", "global_pool": "avg"},
+    # A sequence of pixels, row by row; for another mixer, set it.
+    "vim_pixels": {
+        "img_size": 28,
+        "patch_size": 1,
+        "in_chans": 1,
+        "num_classes": 10,
+        "embed_dim": 64,
+        "depth": 4,
+        "class_token": "none",
+        "global_pool": "avg",
+    },
 }
 
 
@@ -534,3 +653,18 @@ def vim_small_stride8(pretrained: bool = False, **kwargs) -> VisionMamba:
 @register_model
 def vim_base(pretrained: bool = False, **kwargs) -> VisionMamba:
     return _create("vim_base", pretrained, **VARIANTS["vim_base"] | kwargs)
+
+
+@register_model
+def vim_small_registers(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create("vim_small_registers", pretrained, **VARIANTS["vim_small_registers"] | kwargs)
+
+
+@register_model
+def s4nd_tiny(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create("s4nd_tiny", pretrained, **VARIANTS["s4nd_tiny"] | kwargs)
+
+
+@register_model
+def vim_pixels(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create("vim_pixels", pretrained, **VARIANTS["vim_pixels"] | kwargs)

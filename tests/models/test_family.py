@@ -1,0 +1,178 @@
+"""VisionMamba with other mixers, orders of its patches, and registers."""
+
+import pytest
+import timm
+import torch
+from torch.testing import assert_close
+
+import vim  # noqa: F401 (registers the models)
+from vim.layers import S4
+from vim.models.scan_order import patch_order
+from vim.models.vision_mamba import VisionMamba
+
+TINY = {"img_size": (24, 16), "patch_size": 4, "in_chans": 1, "num_classes": 3, "embed_dim": 16, "depth": 2}
+PLAIN = {"class_token": "none", "global_pool": "avg"}
+MIXERS = ["bimamba", "mamba", "s4d", "s4", "s4nd", "none"]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def transposed(model, **changes):
+    """The same weights for images with rows and columns exchanged."""
+    height, width = TINY["img_size"]
+    other = VisionMamba(**TINY | changes | {"img_size": (width, height)}).eval()
+    weights = model.state_dict()
+    prefix = model.num_prefix_tokens
+    table = weights["pos_embed"][:, prefix:].unflatten(1, model.patch_embed.grid_size).transpose(1, 2).flatten(1, 2)
+    weights["pos_embed"] = torch.cat((weights["pos_embed"][:, :prefix], table), 1)
+    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].mT.contiguous()
+    other.load_state_dict(weights)
+    return other
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_mixers(mixer):
+    """Every parameter has a gradient; images of another size, and a batch in parts, give what they should."""
+    options = PLAIN if mixer == "s4nd" else {}
+    model = timm.create_model("vim_nano", **TINY, **options, mixer=mixer)
+    x = torch.randn(2, 1, 24, 16)
+    y = model(x)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    assert_close(model(x[1:]), y[1:], atol=1e-5, rtol=1e-4)
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    assert [m.shape for m in maps] == [(2, 16, 6, 4)] * 2
+    sized = timm.create_model("vim_nano", **TINY, **options, mixer=mixer, dynamic_img_size=True).eval()
+    sized.load_state_dict(model.state_dict())
+    larger = torch.randn(1, 1, 32, 20)
+    model.eval().set_input_size((32, 20))
+    assert_close(sized(larger), model(larger), atol=1e-5, rtol=1e-4)
+
+
+def test_mamba_sees_the_past_alone():
+    model = timm.create_model("vim_nano", **TINY, **PLAIN, mixer="mamba")
+    x = torch.randn(1, 1, 24, 16, requires_grad=True)
+    tokens = model.forward_features(x)
+    (gradient,) = torch.autograd.grad(tokens[0, 7].sum(), x)  # the last patch of the second row of patches
+    assert gradient[..., :8, :].any()
+    assert not gradient[..., 8:, :].any()
+
+
+def test_s4nd_is_equal_along_both_axes():
+    """Rows and columns exchanged, kernels too: the same features."""
+    model = VisionMamba(**TINY, **PLAIN, mixer="s4nd").eval()
+    other = transposed(model, **PLAIN, mixer="s4nd")
+    for block in other.blocks:
+        block.mixer.kernel = block.mixer.kernel[::-1]
+    x = torch.randn(2, 1, 24, 16)
+    assert_close(other(x.mT), model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_s4_keeps_its_kernels_for_the_sequence_from_the_start():
+    """Averaged weights are copied before the first step, and would average C of different meanings."""
+    model = VisionMamba(**TINY, mixer="s4")
+    assert all(m.kernel.length == 25 for m in model.modules() if isinstance(m, S4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(torch.randn(1, 1, 24, 16))
+    assert_close(model.state_dict(), before, atol=0, rtol=0)
+
+
+def test_patch_orders():
+    grid = (3, 4)
+    assert patch_order("column", grid) == (0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11)
+    assert patch_order("zigzag", grid) == (0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11)
+    assert patch_order("window", grid) == tuple(range(12))
+    window = patch_order("window", (8, 9))
+    assert window[:8] == (0, 1, 2, 3, 4, 5, 6, 9)  # seven patches and the next row of the window
+    assert window[49:51] == (7, 8)
+    assert sorted(window) == list(range(72))
+
+
+@pytest.mark.parametrize("options", [{}, PLAIN, {"class_token": "registers", "num_registers": 3}])
+def test_columns_are_rows_of_the_transposed_image(options):
+    model = VisionMamba(**TINY, **options, scan_order="column").eval()
+    x = torch.randn(2, 1, 24, 16)
+    assert_close(model(x), transposed(model, **options)(x.mT), atol=1e-5, rtol=1e-4)
+    features, (last,) = model.forward_intermediates(x, 1, norm=True)
+    patches = features[:, model.num_prefix_tokens :]
+    assert_close(patches.mT.unflatten(2, (6, 4)), last)
+
+
+@pytest.mark.parametrize("scan_order", ["zigzag", "window"])
+def test_orders_differ_and_keep_the_class_token_in_the_middle(scan_order):
+    """A sequence brought into the order by hand, through a model that leaves it."""
+    kwargs = TINY | {"img_size": 36}  # 9 x 9 patches
+    model = VisionMamba(**kwargs, scan_order=scan_order).eval()
+    raster = VisionMamba(**kwargs).eval()
+    raster.load_state_dict(model.state_dict())
+    tokens = torch.randn(1, 82, 16)
+    order = torch.tensor(patch_order(scan_order, (9, 9)))
+    patches = torch.cat((tokens[:, :40], tokens[:, 41:]), 1)[:, order]
+    ordered = torch.cat((patches[:, :40], tokens[:, 40:41], patches[:, 40:]), 1)
+    want = raster.blocks[0](ordered)
+    got = model.blocks[0](tokens, layout=model._layout(torch.zeros(1, 1, 36, 36)))
+    assert_close(got[:, 40], want[:, 40])
+    back = torch.cat((got[:, :40], got[:, 41:]), 1)[:, order]
+    assert_close(back, torch.cat((want[:, :40], want[:, 41:]), 1))
+    assert not torch.allclose(got, raster.blocks[0](tokens), atol=1e-3)
+
+
+def test_cross_goes_along_rows_and_columns_in_turn():
+    model = VisionMamba(**TINY | {"depth": 3}, scan_order="cross").eval()
+    assert [block.order for block in model.blocks] == ["raster", "column", "raster"]
+    x = torch.randn(1, 1, 24, 16)
+    fixed = model(x)
+    assert not any("_to_" in name or "_from_" in name for name in model.state_dict())
+    moved = VisionMamba(**TINY | {"depth": 3}, scan_order="cross", dynamic_img_size=True).eval()
+    moved.load_state_dict(model.state_dict())
+    assert_close(moved(x), fixed)
+    model.set_input_size((16, 32))
+    x = torch.randn(1, 1, 16, 32)
+    assert_close(moved(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("registers", "places"), [(1, [12]), (2, [8, 17]), (5, [4, 9, 14, 19, 24])])
+def test_registers_are_spread_evenly(registers, places):
+    model = VisionMamba(**TINY, class_token="registers", num_registers=registers).eval()
+    assert list(model._prefix_places(24)) == places
+    x = torch.randn(2, 1, 24, 16)
+    tokens = model._embed(x)
+    want = (model.cls_token + model.pos_embed[:, :registers])[0]
+    assert_close(tokens[0, places], want)
+    assert_close(model.prefix_first(tokens)[0, :registers], want)
+    features = model.forward_features(x)
+    assert_close(model.forward_head(features, pre_logits=True), features[:, :registers].flatten(1))
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+
+
+def test_registers_through_a_neck():
+    model = VisionMamba(**TINY, class_token="registers", num_registers=4, register_dim=6)
+    x = torch.randn(2, 1, 24, 16)
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, 24) == (2, model.head_hidden_size)
+    each = features[:, :4] @ model.neck[0].weight.T
+    assert_close(pooled, torch.nn.functional.rms_norm(each.flatten(1), (24,), model.neck[2].weight, 1e-5))
+    average = VisionMamba(**TINY, class_token="registers", num_registers=4, global_pool="avg")
+    assert average.head.in_features == 16
+    assert average(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixer": "attention"}, "mixer must be one of bimamba, mamba, s4d, s4, s4nd, none, got 'attention'"),
+        ({"mixer": "s4nd"}, "mixer 's4nd' works on the grid of the patches: it wants class_token 'none'"),
+        ({"mixer": "s4nd", "scan_order": "column"} | PLAIN, "scan_order 'raster', got 'none' and 'column'"),
+        ({"scan_order": "hilbert"}, "scan_order must be one of .*'cross'.*, got 'hilbert'"),
+        ({"class_token": "registers", "num_registers": 0}, "num_registers must be at least 1, got 0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        VisionMamba(**TINY, **options)

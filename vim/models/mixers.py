@@ -1,0 +1,37 @@
+"""The layers that a vision or sequence model can mix its tokens with."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import nn
+
+from vim.layers import S4, S4D, S4ND, BiMamba, GatedConv, Mamba
+
+Mixer = Literal["bimamba", "mamba", "s4d", "s4", "s4nd", "none"]
+
+
+def create_mixer(
+    name: Mixer, dim: int, tokens: int, *, d_state: int, d_conv: int, expand: int, device=None, dtype=None
+) -> nn.Module:
+    """A module (batch, tokens, dim) -> the same shape; S4ND's is (batch, height, width, dim) -> the same shape.
+
+    Args:
+        name: bimamba: Vim's. mamba: one direction, each token sees those before it. s4d, s4: time-invariant, both
+            directions. s4nd: both directions along each axis of the image. none: no state space, convolutions alone.
+        dim: channels. tokens: in a sequence of the usual length.
+        d_state: states of a channel. d_conv, expand: of the Mambas and of none.
+
+    Raises: ValueError for another name.
+    """
+    dd = {"device": device, "dtype": dtype}
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "bimamba": lambda: BiMamba(dim, d_state, d_conv, expand, **dd),
+        "mamba": lambda: Mamba(dim, d_state, d_conv, expand, **dd),
+        "s4d": lambda: S4D(dim, d_state, bidirectional=True, **dd),
+        "s4": lambda: S4(dim, d_state, bidirectional=True, l_max=tokens, **dd),
+        "s4nd": lambda: S4ND(dim, d_state, **dd),
+        "none": lambda: GatedConv(dim, d_conv, expand, **dd),
+    }
+    if name not in makers:
+        raise ValueError(f"mixer must be one of {', '.join(makers)}, got {name!r}")
+    return makers[name]()
