@@ -20,7 +20,7 @@ help:
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[quickstart,features,detection,export,demo,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[quickstart,features,detection,export,demo,lm,dev]'
 	@touch $@
 
 install: $(INSTALLED)

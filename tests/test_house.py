@@ -14,7 +14,7 @@ NUMERIC = {"torch", "einops", "numpy"}
 ALLOWED = {
     "vim_kernels": {"torch", "triton"},
     "vim.layers": {"vim_kernels", *NUMERIC},
-    "vim.models": {"vim.layers", "timm", *NUMERIC},
+    "vim.models": {"vim.layers", "timm", "safetensors", "huggingface_hub", "tokenizers", *NUMERIC},
     "vim.data": {
         "timm",
         "accelerate",
@@ -65,7 +65,7 @@ ALLOWED = {
         *NUMERIC,
     },
     "vim.export": {"vim_kernels", "vim.data", "vim.training", "onnxruntime", *NUMERIC},
-    "vim.visualize": {"vim.data", "vim.training", "timm", "matplotlib", *NUMERIC},
+    "vim.visualize": {"vim.layers", "vim.data", "vim.training", "timm", "matplotlib", *NUMERIC},
     "vim.demo": {
         "vim.data",
         "vim.features",

@@ -101,3 +101,24 @@ def test_help(tool, call, capsys):
         call(tool, "--help")
     assert exit_.value.code == 0
     assert f"python tools/{tool}.py" in capsys.readouterr().out
+
+
+def test_generate(call, tmp_path, capsys):
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from vim.models.mamba_lm import MambaLM
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    torch.manual_seed(0)
+    MambaLM(256, 16, 1).save_pretrained(tmp_path / "lm")
+    common = ["--model", tmp_path / "lm", "--tokenizer", tmp_path / "tokenizer.json", "--max_new_tokens", "4"]
+    call("generate", *common, "--prompts", '["Snakes"]')
+    one = capsys.readouterr()
+    assert one.out.startswith("Snakes")
+    assert "4 tokens after each prompt" in one.err
+    call("generate", *common, "--prompts", '["Snakes", "Eels"]', "--temperature", "1.0", "--seed", "3")
+    assert capsys.readouterr().out.count("\n---\n") == 2

@@ -13,6 +13,9 @@ from .selective_ssm import SelectiveSSM
 torch.fx.wrap("selective_scan")
 
 
+NO_STEP = -1e4  # softplus of it is 0, also with a bias and in half precision
+
+
 class MambaCache(NamedTuple):
     """What a Mamba layer remembers of the steps it has seen. The layer updates it in place."""
 
@@ -64,12 +67,21 @@ class Mamba(nn.Module):
             self.ssm.A_log.new_zeros(batch_size, d_inner, self.ssm.d_state, dtype=torch.float32),
         )
 
-    def forward(self, x: Tensor, cache: MambaCache | None = None) -> Tensor:
-        """x: (batch, length, d_model). A cache is read, and updated in place."""
+    def forward(self, x: Tensor, cache: MambaCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """Args:
+        x: (batch, length, d_model).
+        cache: read, and updated in place.
+        mask: (batch, length), False at steps that are to change no state, as if the sequence did not have them;
+            in front of a sequence, because the convolution sees zeros there. Their own outputs mean nothing.
+        """
         x, z = self.in_proj(x).chunk(2, dim=-1)
         ssm = self.ssm
+        if mask is not None:
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)
         u = ssm.convolve(x, conv_state=None if cache is None else cache.conv_state)
         dt, A, B, C = ssm.project(u)
+        if mask is not None:
+            dt = dt.masked_fill(~mask.unsqueeze(-1), NO_STEP)
         y = selective_scan(
             u,
             dt,

@@ -263,6 +263,32 @@ class ValidateConfig(LoadedModelConfig):
 
 
 @dataclass
+class GenerateConfig:
+    """Text from a language model."""
+
+    prompts: list[str]
+    """Texts to go on from, at once."""
+    model: str = "state-spaces/mamba-130m"
+    """Folder with config.json and weights, or a repository on the Hugging Face hub."""
+    tokenizer: str = "EleutherAI/gpt-neox-20b"
+    """File tokenizer.json, or a repository on the hub that has one; the default is that of the authors' models."""
+    max_new_tokens: int = 100
+    """At most, after each prompt."""
+    temperature: float = 0.0
+    """Logits are divided by it before sampling; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Sample among so many likeliest tokens; null for all."""
+    top_p: float | None = None
+    """Sample among the fewest tokens that have this probability together, 0..1; null for all."""
+    seed: int = 0
+    """Of the sampling."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of weights and activations; states of the scan are fp32."""
+    device: str | None = None
+    """cpu, cuda ...; null for the GPU if there is one."""
+
+
+@dataclass
 class PushConfig:
     """The upload of a finished run to the Hugging Face hub."""
 

@@ -1,0 +1,51 @@
+"""Continue texts with a Mamba language model, token by token.
+
+python tools/generate.py --prompts '["Mamba is a"]' --temperature 0.7 --top_p 0.9
+"""
+
+import sys
+import time
+
+import torch
+
+from vim.models.mamba_lm import MambaLM
+from vim.models.text import load_tokenizer, stream_text
+from vim.training import ConfigParser, plain_errors
+from vim.training.config import GenerateConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main() -> None:
+    config, _ = ConfigParser(GenerateConfig, __doc__).parse_config()
+    with plain_errors():
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = load_tokenizer(config.tokenizer)
+        model = MambaLM.from_pretrained(config.model, device=device, dtype=DTYPES[config.precision])
+        texts, start = [""] * len(config.prompts), time.perf_counter()
+        steps = 0
+        for pieces in stream_text(
+            model,
+            tokenizer,
+            config.prompts,
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            generator=torch.Generator(device).manual_seed(config.seed),
+        ):
+            if len(pieces) == 1:  # shown as it comes
+                print(pieces[0] if steps else config.prompts[0] + pieces[0], end="", flush=True)
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+            steps += 1
+        if len(texts) == 1:
+            print()
+        else:
+            for prompt, text in zip(config.prompts, texts, strict=True):
+                print(prompt + text, end="\n---\n")
+        seconds = time.perf_counter() - start
+        print(f"{steps} tokens after each prompt in {seconds:.1f} s: {steps / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""A figure of linear state spaces: how they start, one system run in three ways, and what steps of time cost."""
+
+import math
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from vim.layers.discretize import RULES, discretize_diagonal
+from vim.layers.hippo import diagonal
+from vim.layers.linear_system import LinearSystem
+
+INITS = ("lin", "inv", "legs", "real")
+SLOWEST = 4  # states drawn of each
+
+
+def plot_state_spaces(path: str | Path) -> str:
+    """Write a PNG: the slowest states of S4D's initialisations after an impulse; recurrence, sum and convolution of one
+    system, with what they differ by; and the error of each rule of discretisation by the size of its steps.
+
+    Returns: a line that says where it is.
+    """
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    above, below = figure.subfigures(2, 1)  # type: ignore[misc]
+    for axes, init in zip(above.subplots(1, len(INITS), sharey=True), INITS, strict=True):
+        _plot_states(axes, init)
+    views, differences, errors = below.subplots(1, 3)
+    _plot_views(views, differences)
+    _plot_errors(errors)
+    figure.savefig(path, dpi=110)
+    return f"plot: {path}"
+
+
+def _plot_states(axes: Axes, init: str) -> None:
+    time = torch.arange(1000, dtype=torch.float64) * 0.005
+    A, _ = diagonal(init, 64)  # type: ignore[arg-type]
+    for state in (A.real.abs() if init == "real" else A.imag.abs()).argsort()[:SLOWEST]:
+        axes.plot(time, (A[state] * time).exp().real, linewidth=1)
+    axes.set(title=f"S4D, {init}: slowest states", xlabel="time")
+    axes.grid(alpha=0.3)
+
+
+def _system(delta: float, rule: str) -> LinearSystem:
+    A, B = diagonal("lin", 16)
+    C = torch.polar(torch.ones(8), torch.arange(8.0)).to(A.dtype)
+    dA, dB = discretize_diagonal(A, B, torch.tensor(delta, dtype=torch.float64), rule)  # type: ignore[arg-type]
+    return LinearSystem(dA[None], dB[None], 2 * C[None])
+
+
+def _input(time: Tensor) -> Tensor:
+    return ((4 * time).sin() + (9 * time).cos())[None, :, None]
+
+
+def _plot_views(views: Axes, differences: Axes) -> None:
+    time = torch.arange(250, dtype=torch.float64) * 0.02
+    system, u = _system(0.02, "zoh"), _input(time)
+    recurrence = system.recurrent(u)[0][0, :, 0]
+    views.plot(time, recurrence, label="recurrence", linewidth=3, alpha=0.4)
+    for name, y, style in (("sum", system.unrolled(u), "--"), ("convolution", system.convolution(u), ":")):
+        views.plot(time, y[0, :, 0], style, label=name)
+        differences.semilogy(time, (y[0, :, 0] - recurrence).abs().clamp(min=1e-18), label=name, linewidth=1)
+    views.set(title="one system, three ways to run it", xlabel="time", ylim=(-5, 8))
+    differences.set(title="difference to the recurrence", xlabel="time", ylim=(1e-18, 1e-12))
+    for axes in (views, differences):
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+
+
+def _plot_errors(axes: Axes) -> None:
+    """At time 2, by the number of steps; the truth is zero-order hold with very many."""
+
+    def at_the_end(steps: int, rule: str) -> float:
+        delta = 2 / steps
+        middles = (torch.arange(steps, dtype=torch.float64) + 0.5) * delta
+        return _system(delta, rule).convolution(_input(middles))[0, -1, 0].item()
+
+    truth = at_the_end(2**17, "zoh")
+    steps = [2**k for k in range(7, 13)]
+    for rule in RULES:
+        errors = [abs(at_the_end(n, rule) - truth) for n in steps]
+        order = math.log2(errors[-2] / errors[-1])
+        axes.loglog([2 / n for n in steps], errors, marker="o", label=f"{rule}: order {order:.2f}")
+    axes.set(title="error by size of steps", xlabel="step")
+    axes.legend()
+    axes.grid(alpha=0.3)
