@@ -450,4 +450,4 @@ def test_saved_model_loads_from_a_folder(tmp_path):
 
 
 def test_entrypoints_cover_the_table():
-    assert set(VARIANTS) == set(timm.list_models("vim_*"))
+    assert set(VARIANTS) == set(timm.list_models(module="vision_mamba"))
