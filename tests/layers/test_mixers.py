@@ -158,3 +158,29 @@ def test_a_padded_rank_gives_the_same_projections_and_gradients():
     assert padded[1].shape == (7, 8)
     for got, want in zip(found[1], found[0], strict=True):
         assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_million_steps(relative_error):
+    """Whole, and in two halves joined by the state; in pieces the memory does not grow with the length."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.manual_seed(0)
+    mixer = Mamba(192, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1, 1_000_000, 192, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = mixer(x)
+    whole = (torch.cuda.max_memory_allocated() - before) / 2**30
+    cache = mixer.allocate_cache(1)
+    halves = torch.cat([mixer(half, cache) for half in x.split(500_000, 1)], 1)
+    assert relative_error(halves, y) < 0.02
+    torch.cuda.reset_peak_memory_stats()
+    before, cache, pieces = torch.cuda.memory_allocated(), mixer.allocate_cache(1), torch.empty_like(x)
+    for piece, out in zip(x.split(50_000, 1), pieces.split(50_000, 1), strict=True):
+        out.copy_(mixer(piece, cache))
+    in_pieces = (torch.cuda.max_memory_allocated() - before - pieces.nbytes) / 2**30
+    assert relative_error(pieces, y) < 0.02
+    print(f"{whole:.2f} GiB for the whole, {in_pieces:.2f} GiB in pieces of 50,000 steps")
+    assert in_pieces < whole / 10

@@ -1,5 +1,7 @@
 """VisionMamba with other mixers, orders of its patches, and registers."""
 
+from fnmatch import fnmatch
+
 import pytest
 import timm
 import torch
@@ -78,6 +80,16 @@ def test_s4_keeps_its_kernels_for_the_sequence_from_the_start():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model(torch.randn(1, 1, 24, 16))
     assert_close(model.state_dict(), before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("mixer", ["s4d", "s4", "s4nd"])
+def test_kernels_have_no_weight_decay(mixer):
+    model = timm.create_model("vim_nano", **TINY, **PLAIN, mixer=mixer)
+    kernels = [name for name, _ in model.named_parameters() if ".kernel." in name or name.endswith(".D")]
+    assert len(kernels) >= 2 * 6
+    for name in kernels:
+        assert any(fnmatch(name, pattern) for pattern in model.no_weight_decay())
+    assert not any(fnmatch("blocks.0.mixer.out_proj.weight", pattern) for pattern in model.no_weight_decay())
 
 
 def test_patch_orders():
