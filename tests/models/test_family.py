@@ -54,6 +54,22 @@ def test_mixers(mixer):
     assert_close(sized(larger), model(larger), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_without_memory_at_first(mixer):
+    """On the meta device, then with memory and initialised: as a model made at once."""
+    options = TINY | (PLAIN if mixer == "s4nd" else {"scan_order": "cross"}) | {"mixer": mixer}
+    with torch.device("meta"):
+        model = VisionMamba(**options)
+    model.to_empty(device="cpu")
+    torch.manual_seed(3)
+    model.init_weights()
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    other = VisionMamba(**options)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(1, 1, 24, 16)
+    assert_close(other(x), model(x), atol=0, rtol=0)
+
+
 def test_mamba_sees_the_past_alone():
     model = timm.create_model("vim_nano", **TINY, **PLAIN, mixer="mamba")
     x = torch.randn(1, 1, 24, 16, requires_grad=True)
@@ -170,6 +186,10 @@ def test_registers_through_a_neck():
     assert pooled.shape == (2, 24) == (2, model.head_hidden_size)
     each = features[:, :4] @ model.neck[0].weight.T
     assert_close(pooled, torch.nn.functional.rms_norm(each.flatten(1), (24,), model.neck[2].weight, 1e-5))
+    model.reset_classifier(5, "avg")
+    assert (model.head.in_features, model(x).shape) == (16, (2, 5))
+    model.reset_classifier(5, "token")
+    assert (model.head.in_features, model(x).shape) == (24, (2, 5))
     average = VisionMamba(**TINY, class_token="registers", num_registers=4, global_pool="avg")
     assert average.head.in_features == 16
     assert average(x).shape == (2, 3)

@@ -27,16 +27,15 @@ def patch_order(order: str, grid: tuple[int, int]) -> tuple[int, ...]:
     Source: Yang et al. 2024, arXiv 2403.17695 (PlainMamba) for zigzag; Huang et al. 2024, arXiv 2403.09338 (LocalMamba)
         for window; Liu et al. 2024, arXiv 2401.10166 (VMamba) for both axes.
     """
-    at = torch.arange(grid[0] * grid[1]).view(grid)
-    if order == "column":
-        at = at.T
-    elif order == "zigzag":
-        at[1::2] = at[1::2].flip(1)
-    elif order == "window":
-        return tuple(
-            int(i) for rows in at.split(WINDOW) for window in rows.split(WINDOW, 1) for i in window.reshape(-1)
-        )
-    return tuple(at.reshape(-1).tolist())
+    height, width = grid
+    places = [(row, column) for row in range(height) for column in range(width)]
+    key = {
+        "raster": lambda row, column: (row, column),
+        "column": lambda row, column: (column, row),
+        "zigzag": lambda row, column: (row, -column if row % 2 else column),
+        "window": lambda row, column: (row // WINDOW, column // WINDOW, row, column),
+    }[order]
+    return tuple(row * width + column for row, column in sorted(places, key=lambda place: key(*place)))
 
 
 def token_order(order: str, grid: tuple[int, int], prefix_places: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -46,8 +45,11 @@ def token_order(order: str, grid: tuple[int, int], prefix_places: tuple[int, ...
     Args:
         prefix_places: theirs.
     """
-    places = torch.ones(grid[0] * grid[1] + len(prefix_places), dtype=torch.bool)
-    places[list(prefix_places)] = False
-    taken = torch.arange(len(places))
-    taken[places] = taken[places][list(patch_order(order, grid))]
-    return taken, taken.argsort()
+    length = grid[0] * grid[1] + len(prefix_places)
+    patches = [place for place in range(length) if place not in prefix_places]
+    taken, back = list(range(length)), list(range(length))
+    for place, patch in zip(patches, patch_order(order, grid), strict=True):
+        taken[place] = patches[patch]
+        back[patches[patch]] = place
+    # Not on the default device, which is "meta" where a model is made without memory.
+    return torch.tensor(taken, device="cpu"), torch.tensor(back, device="cpu")

@@ -242,11 +242,11 @@ class VisionMamba(nn.Module):
             raise ValueError(f"weight_init must be '' or 'skip', got {weight_init!r}")
         dd = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_features = self.embed_dim = embed_dim
         self.class_token = class_token
         prefixes = {"middle": 1, "first": 1, "both": 2, "registers": num_registers, "none": 0}
         self.num_prefix_tokens = prefixes[class_token]
-        self.global_pool = self._checked_pool(global_pool)
+        self.register_dim = register_dim
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
 
@@ -278,16 +278,7 @@ class VisionMamba(nn.Module):
             for i in range(depth)
         ]
         self.norm: nn.Module = nn.RMSNorm(embed_dim, eps=1e-5, **dd)
-        self.neck: nn.Module = nn.Identity()
-        if class_token == "registers" and global_pool == "token":
-            width = embed_dim if register_dim is None else register_dim
-            self.head_hidden_size = num_registers * width
-            if register_dim is not None:
-                self.neck = nn.Sequential(
-                    nn.Linear(embed_dim, width, bias=False, **dd),
-                    nn.Flatten(1),
-                    nn.RMSNorm(self.head_hidden_size, eps=1e-5, **dd),
-                )
+        self._set_pool(global_pool, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
@@ -340,18 +331,31 @@ class VisionMamba(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head for `num_classes` (0: none), and another pooling if given."""
         dd = get_device_dtype(self)
-        if global_pool is not None:
-            self.global_pool = self._checked_pool(global_pool)
+        if global_pool is not None and global_pool != self.global_pool:
+            self._set_pool(global_pool, **dd)
         self.num_classes = num_classes
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
-    def _checked_pool(self, global_pool: str) -> str:
+    def _set_pool(self, global_pool: str, *, device=None, dtype=None) -> None:
+        """Set global_pool, head_hidden_size and the neck, which registers alone have."""
         if global_pool not in GLOBAL_POOLS:
             raise ValueError(f"global_pool must be one of {GLOBAL_POOLS}, got {global_pool!r}")
         if global_pool == "token" and self.num_prefix_tokens == 0:
             raise ValueError("global_pool='token' needs a class token, got class_token='none'; use 'avg' or 'max'")
-        return global_pool
+        self.global_pool, self.head_hidden_size = global_pool, self.embed_dim
+        self.neck: nn.Module = nn.Identity()
+        if global_pool != "token" or self.class_token != "registers":
+            return
+        width = self.embed_dim if self.register_dim is None else self.register_dim
+        self.head_hidden_size = self.num_prefix_tokens * width
+        if self.register_dim is not None:
+            dd = {"device": device, "dtype": dtype}
+            self.neck = nn.Sequential(
+                nn.Linear(self.embed_dim, width, bias=False, **dd),
+                nn.Flatten(1),
+                nn.RMSNorm(self.head_hidden_size, eps=1e-5, **dd),
+            )
 
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Change the image or patch size and resample the position table to the new grid."""
