@@ -73,7 +73,7 @@ class DPLRKernel(nn.Module):
         """(directions, H, L)."""
         self.lengthen(math.ceil(length * rate))
         size = round(self.length / rate)  # the same span of time in other steps
-        turn = torch.arange(size // 2 + 1, device=self.log_dt.device) * (-2 * math.pi / size)
+        turn = torch.arange(size // 2 + 1, device=self.log_dt.device, dtype=self.log_dt.dtype) * (-2 * math.pi / size)
         chunk = max(1, MAX_ELEMENTS // self.A_log.numel())
         if len(turn) <= chunk:
             spectrum = self._generating_function(turn, rate)
@@ -92,8 +92,10 @@ class DPLRKernel(nn.Module):
         delta = rate * self.log_dt.exp()[:, None, None]
         w = torch.complex(-self.A_log.exp(), self.A_imag).unsqueeze(-1)  # (H, N / 2, 1)
         P, B, C = (torch.view_as_complex(value) for value in (self.P, self.B, self.C))
-        z = torch.polar(torch.ones_like(turn), turn)
-        one, s = 1 - z, (1 + z) * delta / 2  # (F,) and (H, 1, F)
+        # 1 - z and 1 + z by half the angle: near z = 1 and -1 the differences would have no digits left.
+        sine, cosine = (turn / 2).sin(), (turn / 2).cos()
+        one = 2 * torch.complex(sine.square(), -sine * cosine)  # (F,)
+        s = torch.complex(cosine.square(), sine * cosine) * delta  # (H, 1, F)
         inverse = 1 / ((one - s * w) * (one - s * w.conj()))  # (H, N / 2, F)
         # All sums over n of left_n right_n / d_n, each with its conjugate: v / d + conj(v) / conj(d)'s is, over the
         # common denominator, 2 Re(v) (1 - z) - 2 Re(v conj(w)) s; so the products are real.
@@ -137,11 +139,11 @@ class DPLRKernel(nn.Module):
         """From C (I - dA^old), or C for 0, the same with new."""
         identity = torch.eye(dA.shape[-1], dtype=dA.dtype, device=dA.device)
         if old:
-            C = torch.linalg.solve(identity - torch.linalg.matrix_power(dA, old), C.unsqueeze(-2), left=False)[
-                ..., 0, :
-            ]
+            C = torch.linalg.solve(identity - torch.linalg.matrix_power(dA, old), C.unsqueeze(-2), left=False).squeeze(
+                -2
+            )
         if new:
-            C = C - (C.unsqueeze(-2) @ torch.linalg.matrix_power(dA, new))[..., 0, :]
+            C = C - (C.unsqueeze(-2) @ torch.linalg.matrix_power(dA, new)).squeeze(-2)
         return C
 
     def _dense(self, rate: float) -> tuple[Tensor, Tensor, Tensor]:
