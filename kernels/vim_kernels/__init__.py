@@ -1,16 +1,19 @@
 """State-space kernels: the selective scan, its single step, and the convolution and norm in front of it."""
 
 from .backends import available_backends
+from .block_step import MambaBlockWeights, mamba_block_step
 from .causal_conv import bidirectional_causal_conv1d, causal_conv1d
 from .rms_norm import rms_norm
 from .selective_scan import bidirectional_selective_scan, selective_scan
 from .state_update import selective_state_update
 
 __all__ = [
+    "MambaBlockWeights",
     "available_backends",
     "bidirectional_causal_conv1d",
     "bidirectional_selective_scan",
     "causal_conv1d",
+    "mamba_block_step",
     "rms_norm",
     "selective_scan",
     "selective_state_update",

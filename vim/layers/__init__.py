@@ -3,6 +3,7 @@
 from .bimamba import BiMamba
 from .gated_conv import GatedConv
 from .mamba import Mamba, MambaCache
+from .mamba_block import MambaBlock
 from .norm import RMSNorm
 from .recompute import recompute_all_but_scans
 from .s4 import S4
@@ -17,6 +18,7 @@ __all__ = [
     "BiMamba",
     "GatedConv",
     "Mamba",
+    "MambaBlock",
     "MambaCache",
     "RMSNorm",
     "SelectiveSSM",

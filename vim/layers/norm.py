@@ -10,7 +10,8 @@ torch.fx.wrap("norm_for_autocast")
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` over the last dimension that hands on low precision under autocast, where torch's returns fp32."""
+    """`nn.RMSNorm` over the last dimension that hands on the dtype of the layers behind it: that of autocast, where
+    torch's returns fp32, or else that of the weight, where a residual stream may be wider."""
 
     def forward(self, x: Tensor) -> Tensor:
         return norm_for_autocast(x, self.weight, self.eps)
@@ -21,4 +22,4 @@ def norm_for_autocast(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     device = x.device.type
     low = device != "meta" and torch.is_autocast_enabled(device)  # for meta tensors torch raises
     assert eps is not None
-    return rms_norm(x, weight, eps, dtype=torch.get_autocast_dtype(device) if low else None)
+    return rms_norm(x, weight, eps, dtype=torch.get_autocast_dtype(device) if low else weight.dtype)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vim.layers import Mamba, MambaCache, RMSNorm
+from vim.layers import MambaBlock, MambaCache, RMSNorm
 
 # Official name -> ours; transformers has embeddings for embedding.
 OFFICIAL = (
@@ -27,22 +27,6 @@ OFFICIAL = (
 )
 # What the authors' configurations must say for a model of this kind, where they say it.
 EXPECTED = {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True}
-
-
-class LMBlock(nn.Module):
-    """x + mixer(norm(x)), (B, L, D) -> (B, L, D); the residual stream stays in fp32 under autocast."""
-
-    def __init__(self, d_model: int, d_state: int, d_conv: int, expand: int, *, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm = RMSNorm(d_model, eps=1e-5, **dd)
-        self.mixer = Mamba(d_model, d_state, d_conv, expand, **dd)
-
-    def forward(self, x: Tensor, cache: MambaCache | None = None, mask: Tensor | None = None) -> Tensor:
-        return x + self.mixer(self.norm(x.to(self.norm.weight.dtype)), cache, mask)
-
-    def step(self, x: Tensor, cache: MambaCache) -> Tensor:
-        return x + self.mixer.step(self.norm(x.to(self.norm.weight.dtype)), cache)
 
 
 class MambaLM(nn.Module):
@@ -84,7 +68,7 @@ class MambaLM(nn.Module):
         }
         rows = -(-vocab_size // vocab_multiple) * vocab_multiple
         self.embedding = nn.Embedding(rows, d_model, **dd)
-        self.blocks = nn.ModuleList(LMBlock(d_model, d_state, d_conv, expand, **dd) for _ in range(depth))
+        self.blocks = nn.ModuleList(MambaBlock(d_model, d_state, d_conv, expand, **dd) for _ in range(depth))
         self.norm = RMSNorm(d_model, eps=1e-5, **dd)
         self.head = nn.Linear(d_model, rows, bias=False, **dd)
         if tie_embeddings:
@@ -106,6 +90,10 @@ class MambaLM(nn.Module):
         """A cache that has seen nothing; its size does not depend on how much it will see."""
         return [block.mixer.allocate_cache(batch_size) for block in self.blocks]  # type: ignore[union-attr, operator]
 
+    def _embed(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        return x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream
+
     def forward_features(
         self, ids: Tensor, cache: list[MambaCache] | None = None, mask: Tensor | None = None
     ) -> Tensor:
@@ -115,7 +103,7 @@ class MambaLM(nn.Module):
             cache: read, and updated in place: calls with parts of a sequence are one call with the whole.
             mask: (B, L), False where there is no token: such places change no state. Their own outputs mean nothing.
         """
-        x = self.embedding(ids)
+        x = self._embed(ids)
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[i], mask)
         return self.norm(x)
@@ -126,7 +114,7 @@ class MambaLM(nn.Module):
 
     def step(self, ids: Tensor, cache: list[MambaCache]) -> Tensor:
         """Logits (B, V) of what follows one more token of each sequence, ids (B,)."""
-        x = self.embedding(ids)
+        x = self._embed(ids)
         for block, one in zip(self.blocks, cache, strict=True):
             x = block.step(x, one)  # type: ignore[operator]
         return self.head(self.norm(x))[..., : self.vocab_size]

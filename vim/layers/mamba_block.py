@@ -1,0 +1,45 @@
+"""MambaBlock: a Mamba in a residual stream, as language models stack it."""
+
+from torch import Tensor, nn
+
+from vim_kernels import MambaBlockWeights, mamba_block_step
+
+from .mamba import Mamba, MambaCache
+from .norm import RMSNorm
+
+
+class MambaBlock(nn.Module):
+    """x + mixer(norm(x)), (batch, length, d_model) -> the same shape.
+
+    The residual stream may be wider than the weights: in fp32 it keeps what bf16 would round away layer by layer.
+
+    Args: as of `Mamba`.
+    """
+
+    def __init__(self, d_model: int, d_state: int, d_conv: int, expand: int, *, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm = RMSNorm(d_model, eps=1e-5, **dd)
+        self.mixer = Mamba(d_model, d_state, d_conv, expand, **dd)
+
+    def forward(self, x: Tensor, cache: MambaCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """x: (batch, length, d_model). cache, mask: see `Mamba.forward`."""
+        return x + self.mixer(self.norm(x), cache, mask)
+
+    def step(self, x: Tensor, cache: MambaCache) -> Tensor:
+        """One step, x: (batch, d_model) -> (batch, d_model), without gradients. The cache is updated in place."""
+        mixer, ssm = self.mixer, self.mixer.ssm
+        weights = MambaBlockWeights(
+            norm=self.norm.weight,
+            in_proj=mixer.in_proj.weight,
+            conv=ssm.conv1d.weight.squeeze(1),
+            conv_bias=ssm.conv1d.bias,  # type: ignore[arg-type]
+            x_proj=ssm.x_proj.weight,
+            dt_proj=ssm.dt_proj.weight,
+            dt_bias=ssm.dt_proj.bias,
+            A_log=ssm.A_log,
+            D=ssm.D,
+            out_proj=mixer.out_proj.weight,
+        )
+        assert self.norm.eps is not None
+        return mamba_block_step(x, cache.conv_state, cache.ssm_state, weights, eps=self.norm.eps)
