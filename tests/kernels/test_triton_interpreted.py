@@ -38,6 +38,10 @@ NAMES = [
     "conv_pair",
     "norm",
     "norm_in_bf16",
+    "step_of_one",
+    "step_of_few",
+    "step_of_many",
+    "step_bf16",
 ]
 
 
@@ -51,6 +55,7 @@ def cases() -> dict[str, dict[str, float]]:
         norm_excess,
         pair_excess,
         scan_excess,
+        step_excess,
         uneven_pair,
     )
 
@@ -98,6 +103,10 @@ def cases() -> dict[str, dict[str, float]]:
         "conv_width_1": conv_excess(length=3, width=1, absent=("bias",), dtype=torch.float32, limit=1e-5),
         "norm": norm_excess(),
         "norm_in_bf16": norm_excess((5, 20), out=torch.bfloat16, limit=bf16),
+        "step_of_one": step_excess(1, d_model=520, d_inner=530, rank=1, d_state=16),  # more than a tile of each
+        "step_of_few": step_excess(3),
+        "step_of_many": step_excess(6, taps=2, d_state=1),
+        "step_bf16": step_excess(2, dtype=torch.bfloat16, limit=2 * bf16),
         "conv_bf16": conv_excess(length=5, absent=("initial_state",), dtype=torch.bfloat16, limit=bf16),
     }
     # Windows of 16 steps and states kept every 8, for a long sequence in few of them.

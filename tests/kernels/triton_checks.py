@@ -132,3 +132,34 @@ def norm_excess(shape=(3, 7, 192), *, dtype=torch.float32, out=None, device="cpu
     y = torch.nn.functional.rms_norm(leaves[0], shape[-1:], leaves[1], 1e-5)
     want = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
     return {name: error(g, w) / limit for name, g, w in zip(("y", "x", "weight"), got, want, strict=True)}
+
+
+def step_excess(
+    batch=2, d_model=24, d_inner=40, d_state=5, rank=3, taps=4, *, dtype=torch.float32, device="cpu", limit=1e-5
+) -> dict[str, float]:
+    """`mamba_block_step` by its kernels against torch's operators in fp64, as fractions of what is allowed."""
+    from vim_kernels import MambaBlockWeights, block_step, triton_step
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator)).to(device, dtype)
+
+    weights = MambaBlockWeights(
+        norm=random(d_model),
+        in_proj=random(2 * d_inner, d_model, scale=d_model**-0.5),
+        conv=random(d_inner, taps),
+        conv_bias=random(d_inner),
+        x_proj=random(rank + 2 * d_state, d_inner, scale=d_inner**-0.5),
+        dt_proj=random(d_inner, rank),
+        dt_bias=random(d_inner),
+        A_log=random(d_inner, d_state),
+        D=random(d_inner),
+        out_proj=random(d_model, d_inner, scale=d_inner**-0.5),
+    )
+    x, conv_state = random(batch, d_model).float(), random(batch, taps - 1, d_inner)
+    ssm_state = random(batch, d_inner, d_state).float()
+    wide = [t.double() for t in (x, conv_state, ssm_state)]
+    want = [block_step.torch_step(*wide, MambaBlockWeights(*(w.double() for w in weights)), 1e-5), *wide[1:]]
+    got = [triton_step.block_step(x, conv_state, ssm_state, weights, 1e-5), conv_state, ssm_state]
+    return {name: error(g, w) / limit for name, g, w in zip(("x", "conv", "ssm"), got, want, strict=True)}

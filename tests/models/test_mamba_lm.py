@@ -214,3 +214,17 @@ def test_bad_prompts_and_options():
             model.generate([[1]], 3, **options)
     ids, mask = pad_left([[1, 2], [3, 4]], torch.device("cpu"))
     assert (ids.tolist(), mask) == ([[1, 2], [3, 4]], None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_a_gpu_generates_what_a_cpu_does(batch):
+    """With a CUDA graph, by kernels for few sequences and for many; a second call has a cache of its own."""
+    model = tiny()
+    prompts = [[3], [7, 1, 4, 9, 2], [5, 5, 8], [1, 2], [40], [30, 20, 10]][:batch]
+    want = model.generate(prompts, 12)
+    model.cuda()
+    for _ in range(2):
+        assert model.generate(prompts, 12).tolist() == want.tolist()
+    half = model.to(torch.bfloat16).generate(prompts, 12)
+    assert half.shape == (batch, 12)
