@@ -4,7 +4,7 @@ import pytest
 import torch
 from scan_inputs import scan_inputs
 
-from vim_kernels import selective_scan, selective_state_update
+from vim_kernels import MambaBlockWeights, mamba_block_step, selective_scan, selective_state_update
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -64,3 +64,31 @@ def test_bad_arguments_are_named(change, message):
     step = {"state": state} | {name: t[:, 0] if t.dim() == 3 else t for name, t in inputs.items()}
     with pytest.raises(ValueError, match=message):
         selective_state_update(**step | change)
+
+
+def test_a_block_step_says_what_is_wrong():
+    d_model, d_inner, d_state, rank, taps = 4, 6, 3, 2, 4
+    shapes = (
+        (d_model,),
+        (2 * d_inner, d_model),
+        (d_inner, taps),
+        (d_inner,),
+        (rank + 2 * d_state, d_inner),
+        (d_inner, rank),
+        (d_inner,),
+        (d_inner, d_state),
+        (d_inner,),
+        (d_model, d_inner),
+    )
+    weights = MambaBlockWeights(*(torch.zeros(shape) for shape in shapes))
+    x, conv_state, ssm_state = torch.zeros(2, 4), torch.zeros(2, 3, 6), torch.zeros(2, 6, 3)
+    assert mamba_block_step(x, conv_state, ssm_state, weights).shape == (2, 4)
+    assert mamba_block_step(x[:0], conv_state[:0], ssm_state[:0], weights).shape == (0, 4)
+    with pytest.raises(
+        ValueError, match=r"conv_state must be \(batch, taps - 1, d_inner\) = \(2, 3, 6\), got \(2, 4, 6\)"
+    ):
+        mamba_block_step(x, torch.zeros(2, 4, 6), ssm_state, weights)
+    with pytest.raises(ValueError, match=r"weights.x_proj must be of the block's sizes = \(8, 6\), got \(7, 6\)"):
+        mamba_block_step(x, conv_state, ssm_state, weights._replace(x_proj=torch.zeros(7, 6)))
+    with pytest.raises(ValueError, match=r"x must be \(batch, d_model\), got \(4,\)"):
+        mamba_block_step(x[0], conv_state, ssm_state, weights)

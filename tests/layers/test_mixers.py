@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from vim.layers import BiMamba, Mamba, MambaCache, RMSNorm
+from vim.layers import BiMamba, Mamba, MambaBlock, MambaCache, RMSNorm
 from vim.layers.selective_ssm import pad_rank, project_by
 from vim.models.official import native_name
 from vim_kernels import rms_norm
@@ -158,6 +158,21 @@ def test_a_padded_rank_gives_the_same_projections_and_gradients():
     assert padded[1].shape == (7, 8)
     for got, want in zip(found[1], found[0], strict=True):
         assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_block_keeps_its_residual_stream_wide(dtype, relative_error):
+    """Also step by step; in bf16 within the error of the block in bf16."""
+    torch.manual_seed(0)
+    block = MambaBlock(24, 4, 3, 2).to(dtype)
+    x = torch.randn(2, 9, 24)
+    y, cache = block(x), block.mixer.allocate_cache(2)
+    steps = torch.stack([block.step(one, cache) for one in x.unbind(1)], 1)
+    assert y.dtype == steps.dtype == torch.float32
+    assert relative_error(steps - x, y - x) < (0.03 if dtype == torch.bfloat16 else 1e-5)
+    narrow = block(x.to(dtype))
+    assert narrow.dtype == dtype
 
 
 @pytest.mark.gpu
