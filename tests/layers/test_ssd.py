@@ -1,0 +1,218 @@
+"""State-space duality against the plain recurrence and against the selective scan of which it is a special case."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vim.layers.ssd import ssd
+from vim_kernels import selective_scan
+
+NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def inputs(length, batch=2, heads=4, head_dim=3, groups=2, d_state=5, dtype=torch.float64):
+    """What a trained layer has: decays of 1 to 16, steps around 0.1."""
+    shapes = {
+        "x": (batch, length, heads, head_dim),
+        "dt": (batch, length, heads),
+        "A": (heads,),
+        "B": (batch, length, groups, d_state),
+        "C": (batch, length, groups, d_state),
+        "D": (heads,),
+        "dt_bias": (heads,),
+        "initial_state": (batch, heads, head_dim, d_state),
+    }
+    tensors = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    tensors["A"] = -15 * torch.rand(heads, dtype=torch.float64) - 1
+    tensors["dt_bias"] = tensors["dt_bias"] - 2
+    return {name: t.to(dtype).requires_grad_() for name, t in tensors.items()}
+
+
+def recurrence(x, dt, A, B, C, D, dt_bias, initial_state, reverse=False, dt_softplus=True):
+    """Step by step; the state is (batch, heads, head_dim, d_state)."""
+    each = x.shape[2] // B.shape[2]
+    delta = F.softplus(dt + dt_bias) if dt_softplus else dt + dt_bias
+    h, outputs = initial_state, {}
+    steps = range(x.shape[1])
+    for t in reversed(steps) if reverse else steps:
+        B_t, C_t = (m[:, t].repeat_interleave(each, 1) for m in (B, C))
+        added = torch.einsum("bh, bhn, bhp -> bhpn", delta[:, t], B_t, x[:, t])
+        h = (delta[:, t] * A).exp()[..., None, None] * h + added
+        outputs[t] = torch.einsum("bhpn, bhn -> bhp", h, C_t) + D[:, None] * x[:, t]
+    return torch.stack([outputs[t] for t in steps], 1) if outputs else x, h
+
+
+def scan(x, dt, A, B, C, D, dt_bias, initial_state, reverse=False):
+    """The selective scan, where the channels of a head have the same dt, A, D and bias."""
+
+    def repeat(t):
+        return t.repeat_interleave(x.shape[3], -1)
+
+    y, state = selective_scan(
+        x.flatten(2),
+        repeat(dt),
+        repeat(A)[:, None].expand(-1, B.shape[3]),
+        B,
+        C,
+        D=repeat(D),
+        dt_bias=repeat(dt_bias),
+        initial_state=initial_state.flatten(1, 2),
+        return_last_state=True,
+        reverse=reverse,
+        backend="reference",
+    )
+    return y.view_as(x), state.view_as(initial_state)
+
+
+# The last one has more chunks than one product carries over.
+@pytest.mark.parametrize(("length", "chunk_size"), [(0, 4), (1, 64), (23, 5), (130, 16), (150, 2)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_outputs_and_gradients(length, chunk_size, reverse, relative_error):
+    given = inputs(length)
+
+    def results(run, **options):
+        y, state = run(**given, reverse=reverse, **options)
+        loss = (y * y.detach().cos()).sum() + (state * state.detach().sin()).sum()
+        return y, state, *torch.autograd.grad(loss, list(given.values()), materialize_grads=True)
+
+    got = results(ssd, chunk_size=chunk_size, return_last_state=True)
+    for truth in (recurrence, scan):
+        for name, a, b in zip(("y", "state", *NAMES), got, results(truth), strict=True):
+            assert relative_error(a, b) < 1e-12, (truth.__name__, name)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradcheck(reverse):
+    given = inputs(7, batch=1, heads=2, head_dim=2, d_state=2)
+
+    def run(*tensors):
+        return ssd(**dict(zip(NAMES, tensors, strict=True)), chunk_size=3, return_last_state=True, reverse=reverse)
+
+    assert torch.autograd.gradcheck(run, tuple(given.values()))
+
+
+def test_steps_without_softplus_and_without_what_is_optional(relative_error):
+    given = inputs(23)
+    given |= {name: given[name].detach().abs() for name in ("dt", "dt_bias")}
+    got = ssd(**given, chunk_size=5, dt_softplus=False)
+    assert relative_error(got, recurrence(**given, dt_softplus=False)[0]) < 1e-12
+    bare = {name: given[name] for name in NAMES[:5]}
+    zeros = {name: torch.zeros_like(given[name]) for name in NAMES[5:]}
+    assert relative_error(ssd(**bare, chunk_size=5), recurrence(**bare, **zeros)[0]) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reverse", [False, True])
+def test_parts_equal_the_whole(reverse, relative_error):
+    given = inputs(41)
+    y, last = ssd(**given, chunk_size=8, reverse=reverse, return_last_state=True)
+    state, parts = given["initial_state"], {}
+    bounds = [(0, 13), (13, 14), (14, 41)]
+    for start, stop in reversed(bounds) if reverse else bounds:
+        part = {name: t[:, start:stop] if name in ("x", "dt", "B", "C") else t for name, t in given.items()}
+        part["initial_state"] = state
+        parts[start], state = ssd(**part, chunk_size=8, reverse=reverse, return_last_state=True)
+    assert relative_error(torch.cat([parts[start] for start, _ in bounds], 1), y) < 1e-13
+    assert relative_error(state, last) < 1e-13
+
+
+@torch.no_grad()
+def test_reverse_is_a_flip(relative_error):
+    given = inputs(41)
+    flipped = {name: t.flip(1) if name in ("x", "dt", "B", "C") else t for name, t in given.items()}
+    y, state = ssd(**given, chunk_size=8, return_last_state=True)
+    y_flipped, state_flipped = ssd(**flipped, chunk_size=8, reverse=True, return_last_state=True)
+    assert relative_error(y_flipped.flip(1), y) < 1e-13
+    assert relative_error(state_flipped, state) < 1e-13
+
+
+@pytest.mark.parametrize("forgetting", [100, 1e9])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_single_precision_behind_steps_that_forget(device, forgetting, relative_error):
+    """Large steps here and there, and small decays between them: sums of both would lose the small ones' digits."""
+    given = inputs(200, head_dim=8)
+    with torch.no_grad():
+        given["dt_bias"] -= 1
+        given["dt"][:, ::9] = forgetting
+        given["x"][:, ::9] = 0
+        given = {name: t.float().to(device) for name, t in given.items()}
+        want, want_state = recurrence(**{name: t.double() for name, t in given.items()})
+        got, state = ssd(**given, return_last_state=True)
+    assert relative_error(got, want) < 1e-6
+    assert relative_error(state, want_state) < 1e-6
+
+
+def test_no_overflow():
+    given = inputs(100, dtype=torch.float32)
+    with torch.no_grad():
+        given["dt"][:, ::7] = 1e6
+        given["dt"][:, 3::7] = -1e6
+    y, state = ssd(**given, return_last_state=True)
+    gradients = torch.autograd.grad(y.sum() + state.sum(), list(given.values()))
+    assert all(t.isfinite().all() for t in (y, state, *gradients))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, device):
+    """Products in half precision, states in fp32; autocast changes nothing."""
+    given = {name: t.detach().to(device) for name, t in inputs(300, head_dim=16, dtype=torch.float32).items()}
+    low = {name: t.to(dtype) if name in ("x", "dt", "B", "C") else t for name, t in given.items()}
+    want, want_state = recurrence(**{name: t.double() for name, t in low.items()})
+    y, state = ssd(**low, return_last_state=True)
+    assert (y.dtype, state.dtype) == (dtype, torch.float32)
+    limit = 3 * torch.finfo(dtype).eps
+    assert (y - want).norm() < limit * want.norm()
+    assert (state - want_state).norm() < limit * want_state.norm()
+    with torch.autocast(device, dtype):
+        single = ssd(**given)
+    assert torch.equal(single, ssd(**given))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of a tensor that an operator gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (list, tuple)) else [out]:
+            self.elements = max(self.elements, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return out
+
+
+def test_memory_is_linear_in_the_length():
+    """Also that of the carry from chunk to chunk."""
+    found = []
+    for length in (2048, 16384):
+        given = inputs(length, batch=1, heads=2, head_dim=2, d_state=2, dtype=torch.float32)
+        with Largest() as largest:
+            torch.autograd.grad(ssd(**given, chunk_size=8).sum(), list(given.values()))
+        found.append(largest.elements)
+    assert found[1] <= 8.1 * found[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(2, 9, 12)}, r"x must be \(batch, length, heads, head_dim\), got \(2, 9, 12\)"),
+        ({"dt": torch.zeros(2, 9, 12)}, r"dt must be \(batch, length, heads\) = \(2, 9, 4\), got \(2, 9, 12\)"),
+        ({"A": torch.zeros(4, 5)}, r"A must be \(heads,\) = \(4,\), got \(4, 5\)"),
+        ({"B": torch.zeros(2, 9, 5)}, r"B must be \(2, 9, groups, d_state\), got \(2, 9, 5\)"),
+        ({"B": torch.zeros(2, 9, 3, 5)}, "B must have groups that divide heads = 4"),
+        ({"C": torch.zeros(2, 9, 2, 6)}, "C must be the shape of B"),
+        ({"initial_state": torch.zeros(2, 4, 5, 3)}, r"initial_state must be .* = \(2, 4, 3, 5\)"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ssd(**inputs(9) | changes)
