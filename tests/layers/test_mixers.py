@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from vim.layers import BiMamba, Mamba, MambaBlock, MambaCache, RMSNorm
+from vim.layers import BiMamba, BiMamba2, Mamba, Mamba2, MambaBlock, MambaCache, RMSNorm
 from vim.layers.selective_ssm import pad_rank, project_by
 from vim.models.official import native_name
 from vim_kernels import rms_norm
@@ -115,7 +115,7 @@ def test_initial_values():
         assert torch.equal(ssm.D, torch.ones(80))
 
 
-@pytest.mark.parametrize("mixer_class", [Mamba, BiMamba])
+@pytest.mark.parametrize("mixer_class", [Mamba, BiMamba, Mamba2, BiMamba2])
 def test_autocast_error_and_bf16_weights(mixer_class, relative_error):
     torch.manual_seed(0)
     mixer = mixer_class(32)

@@ -3,8 +3,9 @@
 from .bimamba import BiMamba
 from .gated_conv import GatedConv
 from .mamba import Mamba, MambaCache
+from .mamba2 import BiMamba2, Mamba2, Mamba2Cache
 from .mamba_block import MambaBlock
-from .norm import RMSNorm
+from .norm import GatedRMSNorm, RMSNorm
 from .recompute import recompute_all_but_scans
 from .s4 import S4
 from .s4d import S4D
@@ -16,8 +17,12 @@ __all__ = [
     "S4D",
     "S4ND",
     "BiMamba",
+    "BiMamba2",
     "GatedConv",
+    "GatedRMSNorm",
     "Mamba",
+    "Mamba2",
+    "Mamba2Cache",
     "MambaBlock",
     "MambaCache",
     "RMSNorm",

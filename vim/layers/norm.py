@@ -1,11 +1,13 @@
-"""Normalisation in front of a mixer."""
+"""Normalisation in front of a mixer, and within one."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vim_kernels import rms_norm
 
-# FX keeps the call as a leaf; inside, it asks for the device.
+# FX keeps these calls as leaves; inside, they ask for device and dtype.
+torch.fx.wrap("gated_norm")
 torch.fx.wrap("norm_for_autocast")
 
 
@@ -17,9 +19,36 @@ class RMSNorm(nn.RMSNorm):
         return norm_for_autocast(x, self.weight, self.eps)
 
 
+class GatedRMSNorm(nn.Module):
+    """RMS norm of y * silu(z), (..., channels) -> the same shape in y's dtype; computed in fp32 at least.
+
+    Args: channels: of y and z. groups: the channels are normalised in so many blocks, each by itself.
+
+    Source: Dao & Gu 2024, arXiv 2405.21060, section 7.
+    """
+
+    def __init__(self, channels: int, groups: int, *, device=None, dtype=None):
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        return gated_norm(y, z, self.weight, self.groups)
+
+
 def norm_for_autocast(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     """`rms_norm` in the dtype that a Linear behind it would cast to."""
     device = x.device.type
     low = device != "meta" and torch.is_autocast_enabled(device)  # for meta tensors torch raises
     assert eps is not None
     return rms_norm(x, weight, eps, dtype=torch.get_autocast_dtype(device) if low else weight.dtype)
+
+
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int) -> Tensor:
+    wide = torch.promote_types(y.dtype, torch.float32)
+    gated = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (groups, -1))
+    return (F.rms_norm(gated, gated.shape[-1:], eps=1e-5).flatten(-2) * weight).to(y.dtype)

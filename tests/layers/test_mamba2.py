@@ -1,0 +1,122 @@
+"""Mamba2 and BiMamba2 against their equations written out, with the authors' names and layouts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+from vim.layers import BiMamba2, Mamba2, Mamba2Cache
+
+SIZES = {"d_model": 12, "d_state": 5, "d_conv": 3, "head_dim": 4, "groups": 2}  # d_inner 24, 6 heads
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def shaken(mixer):
+    """In fp64, and no parameter at a value that hides an error, such as D = 1."""
+    for p in mixer.double().parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return mixer
+
+
+def one_direction(xBC, dt, conv_weight, conv_bias, A_log, D, dt_bias):
+    """(B, L, 24 + 2 * 2 * 5) and (B, L, 6) -> (B, L, 24), before gate and norm."""
+    batch, length, channels = xBC.shape
+    xBC = F.silu(F.conv1d(F.pad(xBC.mT, (2, 0)), conv_weight, conv_bias, groups=channels)).mT
+    x = xBC[..., :24].reshape(batch, length, 6, 4)
+    B, C = (t.reshape(batch, length, 2, 5).repeat_interleave(3, 2) for t in xBC[..., 24:].split(10, -1))
+    delta = F.softplus(dt + dt_bias)
+    h, y = torch.zeros(batch, 6, 4, 5, dtype=x.dtype), []
+    for t in range(length):
+        h = (-delta[:, t] * A_log.exp())[..., None, None].exp() * h
+        h = h + delta[:, t, :, None, None] * x[:, t, :, :, None] * B[:, t, :, None]
+        y.append((h * C[:, t, :, None]).sum(-1) + D[:, None] * x[:, t])
+    return torch.stack(y, 1).flatten(2)
+
+
+def gate_and_norm(y, z, weight):
+    """Each group of heads is normalised by itself."""
+    y = (y * F.silu(z)).unflatten(-1, (2, 12))
+    return (y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * weight
+
+
+DIRECTION = ("conv1d.weight", "conv1d.bias", "A_log", "D", "dt_bias")
+
+
+def test_mamba2_with_the_authors_names(relative_error):
+    shapes = {
+        "in_proj.weight": (24 + 24 + 2 * 2 * 5 + 6, 12),
+        "conv1d.weight": (24 + 2 * 2 * 5, 1, 3),
+        "conv1d.bias": (24 + 2 * 2 * 5,),
+        "A_log": (6,),
+        "D": (6,),
+        "dt_bias": (6,),
+        "norm.weight": (24,),
+        "out_proj.weight": (12, 24),
+    }
+    official = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    mixer = Mamba2(**SIZES).double()
+    mixer.load_state_dict(official)
+    x = torch.randn(2, 19, 12, dtype=torch.float64)
+    z, xBC, dt = (x @ official["in_proj.weight"].T).split([24, 24 + 2 * 2 * 5, 6], -1)
+    y = one_direction(xBC, dt, *(official[name] for name in DIRECTION))
+    want = gate_and_norm(y, z, official["norm.weight"]) @ official["out_proj.weight"].T
+    assert relative_error(mixer(x), want) < 1e-12
+    own = Mamba2(**SIZES).double()
+    own.load_state_dict(mixer.state_dict())
+    assert torch.equal(own(x), mixer(x))
+
+
+def test_bimamba2(relative_error):
+    mixer = shaken(BiMamba2(**SIZES))
+    weights = mixer.state_dict()
+    x = torch.randn(2, 19, 12, dtype=torch.float64)
+    z, xBC, dt = (x @ weights["in_proj.weight"].T).split([24, 24 + 2 * 2 * 5, 6], -1)
+    forward = one_direction(xBC, dt, *(weights[f"forward_ssm.{name}"] for name in DIRECTION))
+    backward = one_direction(xBC.flip(1), dt.flip(1), *(weights[f"backward_ssm.{name}"] for name in DIRECTION)).flip(1)
+    want = gate_and_norm((forward + backward) / 2, z, weights["norm.weight"]) @ weights["out_proj.weight"].T
+    assert relative_error(mixer(x), want) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("d_conv", [1, 2, 4])
+def test_pieces_and_steps_equal_the_whole(d_conv, relative_error):
+    mixer = shaken(Mamba2(**SIZES | {"d_conv": d_conv}))
+    x = torch.randn(3, 23, 12, dtype=torch.float64)
+    cache = Mamba2Cache(*(t.double() for t in mixer.allocate_cache(3)))
+    outputs = [mixer(part, cache) for part in x[:, :12].split([9, 1, 2], 1)]
+    outputs += [mixer.step(x[:, t], cache).unsqueeze(1) for t in range(12, 20)]
+    outputs += [mixer(x[:, 20:], cache)]
+    assert relative_error(torch.cat(outputs, 1), mixer(x)) < 1e-12
+
+
+def test_initial_values():
+    mixer = BiMamba2(640, head_dim=4)
+    for ssm in (mixer.forward_ssm, mixer.backward_ssm):
+        A, dt = ssm.A_log.exp(), F.softplus(ssm.dt_bias)
+        assert 1 <= A.min() < 2
+        assert 15 < A.max() <= 16.001
+        assert abs(A.mean() - 8.5) < 1
+        assert 0.000999 < dt.min() < 0.0015
+        assert 0.07 < dt.max() < 0.1001
+        assert torch.equal(ssm.D, torch.ones(320))
+    assert torch.equal(mixer.norm.weight, torch.ones(1280))
+
+
+@pytest.mark.parametrize("mixer_class", [Mamba2, BiMamba2])
+def test_traced_and_without_data(mixer_class):
+    mixer = mixer_class(**SIZES)
+    x = torch.randn(2, 9, 12)
+    assert torch.equal(torch.fx.symbolic_trace(torch.nn.Sequential(mixer))(x), mixer(x))
+    assert functional_call(mixer.to("meta"), {}, x.to("meta")).shape == x.shape
+
+
+@pytest.mark.parametrize("mixer_class", [Mamba2, BiMamba2])
+def test_sizes_that_do_not_divide(mixer_class):
+    with pytest.raises(ValueError, match=r"head_dim must divide d_inner = expand \* d_model = 24, got 64"):
+        mixer_class(12)
+    with pytest.raises(ValueError, match="groups must divide the d_inner / head_dim = 6 heads, got 4"):
+        mixer_class(12, head_dim=4, groups=4)

@@ -1,0 +1,239 @@
+"""Mamba-2: the mixer whose heads each have one decay, in one direction or in two."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vim_kernels import bidirectional_causal_conv1d, causal_conv1d, selective_state_update
+
+from .norm import GatedRMSNorm
+from .selective_ssm import negative_exp
+from .ssd import ssd
+
+# FX keeps these calls as leaves; inside, they branch on shapes.
+torch.fx.wrap("bidirectional_causal_conv1d")
+torch.fx.wrap("causal_conv1d")
+torch.fx.wrap("negative_exp")
+torch.fx.wrap("ssd")
+
+
+class HeadSSM(nn.Module):
+    """The parameters of one direction: the convolution of x, B and C, and of each head a decay, a skip and a step.
+
+    Args:
+        d_conv_channels: channels of the convolution, those of x, B and C. heads: H. d_conv: taps of the convolution.
+
+    Source: Dao & Gu 2024, arXiv 2405.21060, section 7; the initial values are those of the authors' code.
+    """
+
+    def __init__(self, d_conv_channels: int, heads: int, d_conv: int, *, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1d = nn.Conv1d(d_conv_channels, d_conv_channels, d_conv, groups=d_conv_channels, **dd)
+        self.A_log = nn.Parameter(torch.empty(heads, **dd))
+        self.D = nn.Parameter(torch.empty(heads, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(heads, **dd))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """-A uniform in 1 .. 16, D = 1, steps log-uniform in 0.001 .. 0.1."""
+        self.conv1d.reset_parameters()
+        self.A_log.copy_(torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16).log())
+        self.D.fill_(1)
+        dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(0.001), math.log(0.1)).exp_()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+
+    def arguments(self) -> dict[str, Any]:
+        """What `ssd` takes of the parameters."""
+        return {"A": negative_exp(self.A_log), "D": self.D, "dt_bias": self.dt_bias}
+
+
+class Projections(nn.Module):
+    """What Mamba2 and BiMamba2 share: projections in and out, gate and norm, and the sizes of the heads.
+
+    Args: see Mamba2.
+
+    Raises: ValueError: head_dim does not divide d_inner, or groups the heads.
+    """
+
+    def __init__(self, d_model: int, d_state: int, expand: int, head_dim: int, groups: int, *, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.d_inner = d_inner = expand * d_model
+        if d_inner % head_dim:
+            raise ValueError(f"head_dim must divide d_inner = expand * d_model = {d_inner}, got {head_dim}")
+        self.d_state, self.head_dim, self.groups, self.heads = d_state, head_dim, groups, d_inner // head_dim
+        if self.heads % groups:
+            raise ValueError(f"groups must divide the d_inner / head_dim = {self.heads} heads, got {groups}")
+        self.d_conv_channels = d_inner + 2 * groups * d_state
+        self.in_proj = nn.Linear(d_model, d_inner + self.d_conv_channels + self.heads, bias=False, **dd)
+        self.norm = GatedRMSNorm(d_inner, groups, **dd)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False, **dd)
+
+    def project_in(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z (..., d_inner), the convolution's input [x, B, C] (..., d_conv_channels) and dt (..., heads)."""
+        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_conv_channels, self.heads], dim=-1)
+        return z, xBC, dt
+
+    def by_head(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., heads, head_dim), B and C (..., groups, d_state) of what the convolution puts out."""
+        width = self.groups * self.d_state
+        x, B, C = xBC.split([self.d_inner, width, width], dim=-1)
+        per_group = self.groups, self.d_state
+        return x.unflatten(-1, (self.heads, self.head_dim)), B.unflatten(-1, per_group), C.unflatten(-1, per_group)
+
+    def project_out(self, y: Tensor, z: Tensor) -> Tensor:
+        """y: (..., heads, head_dim)."""
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+
+class Mamba2Cache(NamedTuple):
+    """What a Mamba2 layer remembers of the steps it has seen. The layer updates it in place."""
+
+    conv_state: Tensor  # (batch, d_conv - 1, d_conv_channels), the last inputs of the convolution, oldest first
+    ssm_state: Tensor  # (batch, heads, head_dim, d_state), fp32
+
+
+class Mamba2(Projections):
+    """Mix a sequence causally, (batch, length, d_model) -> the same shape.
+
+    With a cache, a call continues where the cache stands; see Mamba.
+
+    Args:
+        d_model: channels of the sequence. d_state: states N of an inner channel. d_conv: taps of the convolution.
+        expand: d_inner = expand * d_model. head_dim: inner channels that share a decay and a step.
+        groups: of heads, each with B and C and a norm of its own.
+
+    Source: Dao & Gu 2024, arXiv 2405.21060, figure 6 (right). State dicts of the authors' Mamba2 load: in_proj
+    (z, x, B, C, dt), norm and out_proj have their names, conv1d, A_log, D and dt_bias stand in `ssm` here.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        d_conv: int = 4,
+        expand: int = 2,
+        head_dim: int = 64,
+        groups: int = 1,
+        *,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(d_model, d_state, expand, head_dim, groups, **dd)
+        self.ssm = HeadSSM(self.d_conv_channels, self.heads, d_conv, **dd)
+        self.register_load_state_dict_pre_hook(_translate_official)
+
+    def allocate_cache(self, batch_size: int) -> Mamba2Cache:
+        """A cache that has seen nothing, on the layer's device; the convolution's part in the weights' dtype."""
+        weight, A_log = self.ssm.conv1d.weight, self.ssm.A_log
+        return Mamba2Cache(
+            weight.new_zeros(batch_size, weight.shape[2] - 1, self.d_conv_channels),
+            A_log.new_zeros(batch_size, self.heads, self.head_dim, self.d_state, dtype=torch.float32),
+        )
+
+    def forward(self, x: Tensor, cache: Mamba2Cache | None = None) -> Tensor:
+        """x: (batch, length, d_model). cache: read, and updated in place."""
+        z, xBC, dt = self.project_in(x)
+        u, B, C = self.by_head(self._convolve(xBC, cache))
+        y = ssd(
+            u,
+            dt,
+            B=B,
+            C=C,
+            **self.ssm.arguments(),
+            initial_state=None if cache is None else cache.ssm_state,
+            return_last_state=cache is not None,
+        )
+        if cache is not None:
+            y, last_state = y
+            cache.ssm_state.copy_(last_state.detach())
+        return self.project_out(y, z)
+
+    def step(self, x: Tensor, cache: Mamba2Cache) -> Tensor:
+        """One step, x: (batch, d_model) -> (batch, d_model). The cache is updated in place."""
+        z, xBC, dt = self.project_in(x)
+        u, B, C = self.by_head(self._convolve(xBC.unsqueeze(1), cache).squeeze(1))
+        # A step of the selective recurrence, where each channel has its head's numbers.
+        per_channel: dict[str, Any] = {name: self._repeat(t) for name, t in self.ssm.arguments().items()}
+        per_channel["A"] = per_channel["A"].unsqueeze(1).expand(-1, self.d_state)
+        y, state = selective_state_update(
+            cache.ssm_state.flatten(1, 2), u.flatten(1), self._repeat(dt), B=B, C=C, **per_channel
+        )
+        cache.ssm_state.copy_(state.detach().view_as(cache.ssm_state))
+        return self.project_out(y.view_as(u), z)
+
+    def _repeat(self, t: Tensor) -> Tensor:
+        """(..., heads) -> (..., d_inner)"""
+        return t.repeat_interleave(self.head_dim, -1)
+
+    def _convolve(self, xBC: Tensor, cache: Mamba2Cache | None) -> Tensor:
+        """(batch, length, d_conv_channels) -> the same shape."""
+        conv = self.ssm.conv1d
+        out = causal_conv1d(
+            xBC,
+            conv.weight.squeeze(1),
+            conv.bias,
+            activation="silu",
+            initial_state=None if cache is None else cache.conv_state,
+            return_final_state=cache is not None,
+        )
+        if cache is not None:
+            out, final_state = out
+            cache.conv_state.copy_(final_state.detach())
+        return out
+
+
+class BiMamba2(Projections):
+    """Mix a sequence along its length in both directions, (batch, length, d_model) -> the same shape.
+
+    As in BiMamba, each direction has its own convolution, decays, D and bias of the steps; the projections are shared,
+    and the mean of the two directions goes through the gate and the norm.
+
+    Args: see Mamba2.
+
+    Source: Mamba2 in the manner of Zhu et al. 2024, arXiv 2401.09417, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        d_conv: int = 4,
+        expand: int = 2,
+        head_dim: int = 64,
+        groups: int = 1,
+        *,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(d_model, d_state, expand, head_dim, groups, **dd)
+        self.forward_ssm = HeadSSM(self.d_conv_channels, self.heads, d_conv, **dd)
+        self.backward_ssm = HeadSSM(self.d_conv_channels, self.heads, d_conv, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, xBC, dt = self.project_in(x)
+        convolutions = self.forward_ssm.conv1d, self.backward_ssm.conv1d
+        xBC_f, xBC_b = bidirectional_causal_conv1d(
+            xBC,
+            [conv.weight.squeeze(1) for conv in convolutions],
+            [conv.bias for conv in convolutions if conv.bias is not None],
+            activation="silu",
+        )
+        u_f, B_f, C_f = self.by_head(xBC_f)
+        u_b, B_b, C_b = self.by_head(xBC_b)
+        y_f = ssd(u_f, dt, B=B_f, C=C_f, **self.forward_ssm.arguments())
+        y_b = ssd(u_b, dt, B=B_b, C=C_b, **self.backward_ssm.arguments(), reverse=True)
+        return self.project_out(0.5 * (y_f + y_b), z)
+
+
+def _translate_official(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """Load-state-dict hook: the authors' names become ours in place."""
+    for name in ("conv1d.weight", "conv1d.bias", "A_log", "D", "dt_bias"):
+        if prefix + name in state_dict:
+            state_dict[f"{prefix}ssm.{name}"] = state_dict.pop(prefix + name)
