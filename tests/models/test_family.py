@@ -14,7 +14,7 @@ from vim.models.vision_mamba import VisionMamba
 
 TINY = {"img_size": (24, 16), "patch_size": 4, "in_chans": 1, "num_classes": 3, "embed_dim": 16, "depth": 2}
 PLAIN = {"class_token": "none", "global_pool": "avg"}
-MIXERS = ["bimamba", "mamba", "s4d", "s4", "s4nd", "none"]
+MIXERS = ["bimamba", "mamba", "bimamba2", "mamba2", "s4d", "s4", "s4nd", "none"]
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,18 @@ def test_mamba_sees_the_past_alone():
     (gradient,) = torch.autograd.grad(tokens[0, 7].sum(), x)  # the last patch of the second row of patches
     assert gradient[..., :8, :].any()
     assert not gradient[..., 8:, :].any()
+
+
+@pytest.mark.parametrize("mixer", ["bimamba2", "mamba2"])
+def test_heads(mixer):
+    """As wide as d_inner allows; their decays, skips and steps are named among those without weight decay."""
+    for dim, head_dim in ((192, 64), (16, 32), (24, 16)):
+        model = VisionMamba(**TINY | {"embed_dim": dim, "depth": 1}, mixer=mixer)
+        assert model.blocks[0].mixer.head_dim == head_dim
+    spared = model.no_weight_decay()
+    names = [name for name, _ in model.named_parameters() if name.split(".")[-1] in ("A_log", "D", "dt_bias")]
+    assert len(names) == (6 if mixer == "bimamba2" else 3)
+    assert all(any(fnmatch(name, pattern) for pattern in spared) for name in names)
 
 
 def test_s4nd_is_equal_along_both_axes():
@@ -198,7 +210,10 @@ def test_registers_through_a_neck():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mixer": "attention"}, "mixer must be one of bimamba, mamba, s4d, s4, s4nd, none, got 'attention'"),
+        (
+            {"mixer": "attention"},
+            "mixer must be one of bimamba, mamba, bimamba2, mamba2, s4d, s4, s4nd, none, got 'attention'",
+        ),
         ({"mixer": "s4nd"}, "mixer 's4nd' works on the grid of the patches: it wants class_token 'none'"),
         ({"mixer": "s4nd", "scan_order": "column"} | PLAIN, "scan_order 'raster', got 'none' and 'column'"),
         ({"scan_order": "hilbert"}, "scan_order must be one of .*'cross'.*, got 'hilbert'"),

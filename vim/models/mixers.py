@@ -1,13 +1,14 @@
 """The layers that a vision or sequence model can mix its tokens with."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
 from torch import nn
 
-from vim.layers import S4, S4D, S4ND, BiMamba, GatedConv, Mamba
+from vim.layers import S4, S4D, S4ND, BiMamba, BiMamba2, GatedConv, Mamba, Mamba2
 
-Mixer = Literal["bimamba", "mamba", "s4d", "s4", "s4nd", "none"]
+Mixer = Literal["bimamba", "mamba", "bimamba2", "mamba2", "s4d", "s4", "s4nd", "none"]
 
 
 def create_mixer(
@@ -16,17 +17,21 @@ def create_mixer(
     """A module (batch, tokens, dim) -> the same shape; S4ND's is (batch, height, width, dim) -> the same shape.
 
     Args:
-        name: bimamba: Vim's. mamba: one direction, each token sees those before it. s4d, s4: time-invariant, both
-            directions. s4nd: both directions along each axis of the image. none: no state space, convolutions alone.
+        name: bimamba: Vim's. mamba: one direction, each token sees those before it. bimamba2, mamba2: Mamba-2's in two
+            directions and in one. s4d, s4: time-invariant, both directions. s4nd: both directions along each axis of
+            the image. none: no state space, convolutions alone.
         dim: channels. tokens: in a sequence of the usual length.
         d_state: states of a channel. d_conv, expand: of the Mambas and of none.
 
     Raises: ValueError for another name.
     """
     dd = {"device": device, "dtype": dtype}
+    head_dim = math.gcd(expand * dim, 64)  # the authors' 64, or the largest power of two below that divides d_inner
     makers: dict[str, Callable[[], nn.Module]] = {
         "bimamba": lambda: BiMamba(dim, d_state, d_conv, expand, **dd),
         "mamba": lambda: Mamba(dim, d_state, d_conv, expand, **dd),
+        "bimamba2": lambda: BiMamba2(dim, d_state, d_conv, expand, head_dim, **dd),
+        "mamba2": lambda: Mamba2(dim, d_state, d_conv, expand, head_dim, **dd),
         "s4d": lambda: S4D(dim, d_state, bidirectional=True, **dd),
         "s4": lambda: S4(dim, d_state, bidirectional=True, l_max=tokens, **dd),
         "s4nd": lambda: S4ND(dim, d_state, **dd),

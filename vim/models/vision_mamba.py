@@ -312,7 +312,8 @@ class VisionMamba(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names and patterns of the parameters to spare from weight decay, as the authors meant to."""
-        return {"pos_embed", "cls_token", "*.A_log", "*.D", "*.dt_proj.bias", "*norm.weight", "*.mixer.kernel.*"}
+        ssm = {"*.A_log", "*.D", "*.dt_proj.bias", "*.dt_bias", "*.mixer.kernel.*"}
+        return {"pos_embed", "cls_token", "*norm.weight", *ssm}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for layer-wise learning rates."""
