@@ -165,17 +165,15 @@ def _segment_decays(exponent: Tensor, reverse: bool) -> Tensor:
     Args: exponent: (..., Q), not above 0.
     Returns: (..., Q, Q), 0 where k comes after q.
     """
-    # A segment's sum is a difference of two sums from the start, which may be large and nearly equal: behind a step of
-    # -500 few digits of the small ones would be left. Whole numbers subtract exactly, and the rest stays small.
-    exponent = exponent.clamp(min=-1000)  # exp of it is 0 in any precision
-    whole = exponent.detach().round()
-    rest = _sums(exponent - whole, reverse)
-    whole = _sums(whole, reverse)
-    # Masked before exp: the sums of the other half are positive, and overflow.
-    seen = torch.ones(exponent.shape[-1], exponent.shape[-1], dtype=torch.bool, device=exponent.device)
-    unseen = ~(seen.triu() if reverse else seen.tril())
-    segments = (whole.unsqueeze(-1) - whole.unsqueeze(-2)).masked_fill_(unseen, -torch.inf)
-    return (rest.unsqueeze(-1) - rest.unsqueeze(-2)).add_(segments).exp_()
+    # Each segment is summed by itself. As a difference of two sums from the start, which may be large and nearly equal,
+    # it would lose its digits, and its gradient too.
+    steps = exponent.shape[-1]
+    if reverse:  # the segment is from q up to what stands in front of k
+        exponent = F.pad(exponent[..., :-1], (1, 0))
+    sums = exponent.unsqueeze(-2).expand(*exponent.shape, steps).triu(1).cumsum(-1)  # from row to column
+    behind = torch.ones(steps, steps, dtype=torch.bool, device=exponent.device).tril(-1)
+    decays = sums.masked_fill_(behind, -torch.inf).exp_()
+    return decays if reverse else decays.mT
 
 
 def _carry(added: Tensor, exponent: Tensor, initial: Tensor, reverse: bool, most: int = 64) -> tuple[Tensor, Tensor]:
