@@ -110,16 +110,16 @@ def cases() -> dict[str, dict[str, float]]:
             length=14, d_inner=3, d_state=5, rows=[[1, 3, 4, 1, 5], [14]], dtype=torch.float32, limit=1e-5
         ),
         "pair_packed": pair_excess(
-            length=13, d_inner=6, groups=2, d_state=3, rows=[[1, 5, 1, 6], [7, 6]], dtype=torch.float64, limit=1e-12
+            batch=1, length=13, d_inner=3, d_state=3, rows=[[1, 5, 1, 6]], dtype=torch.float64, limit=1e-12
         ),
         "conv_packed": conv_excess(
             length=70, channels=3, rows=[[1, 1, 61, 1, 2, 1, 1, 2], [70]], dtype=torch.float32, limit=1e-5
         ),
         "conv_packed_reverse": conv_excess(
-            length=70, channels=3, width=3, reverse=True, rows=[[2, 62, 1, 4, 1], [65, 5]], limit=1e-12
+            batch=1, length=70, channels=3, width=3, reverse=True, rows=[[2, 62, 1, 4, 1]], limit=1e-12
         ),
         "conv_pair_packed": conv_pair_excess(
-            length=66, channels=3, width=5, rows=[[3, 1, 1, 58, 1, 2], [64, 2]], dtype=torch.float32, limit=1e-5
+            batch=1, length=66, channels=3, width=5, rows=[[3, 1, 1, 58, 1, 2]], dtype=torch.float32, limit=1e-5
         ),
         "conv_bf16": conv_excess(length=5, absent=("initial_state",), dtype=torch.bfloat16, limit=bf16),
     }
@@ -127,12 +127,12 @@ def cases() -> dict[str, dict[str, float]]:
     triton_tiles.INTERVAL = triton_scan_backward.INTERVAL = triton_scan_windows.INTERVAL = 8
     triton_scan_windows.LONGEST = 16
     found["scan_windows"] = scan_excess(batch=1, length=37, d_inner=2, d_state=3, dtype=torch.float32, limit=1e-5)
-    # A window without a cut, one with several, and cuts where windows meet; the adjoint walks the other way.
+    # A cut where two windows meet, and one within a window, in front of and behind windows without any.
     found["scan_packed_windows"] = scan_excess(
-        length=53, d_inner=2, d_state=3, reverse=True, rows=[[18, 3, 11, 21], [53]], dtype=torch.float32, limit=1e-5
+        batch=1, length=21, d_inner=2, d_state=3, reverse=True, rows=[[16, 5]], dtype=torch.float32, limit=1e-5
     )
     found["pair_packed_windows"] = pair_excess(
-        length=37, d_inner=2, d_state=2, rows=[[16, 1, 20], [36, 1]], dtype=torch.float32, limit=1e-5
+        batch=1, length=37, d_inner=2, d_state=2, rows=[[20, 17]], dtype=torch.float32, limit=1e-5
     )
     found["pair_windows"] = pair_excess(batch=1, length=21, d_inner=2, d_state=2, dtype=torch.float32, limit=1e-5)
     return found
