@@ -128,9 +128,9 @@ def kernel_calls(pairs: Pairs, z: Tensor, dy: Tensor) -> dict[str, Call]:
     """What is timed, by name of the row. With `saving`, a forward pass keeps what the backward needs."""
     columns = [list(pair) for pair in pairs]
     columns = [*columns[:3], *([t.unsqueeze(2) for t in pair] for pair in columns[3:5]), *columns[5:], []]
-    options = z, [False, True], True, 0.5
+    options = z, None, [False, True], True, 0.5
     _, _, checkpoints, y_sum = torch.ops.vim_kernels.selective_scan(*columns, *options, True, "triton")
-    convolution = *conv_inputs(z), None, True, [False, True], "triton"
+    convolution = *conv_inputs(z), None, None, True, [False, True], "triton"
     return {
         "scan fwd": lambda: scan(pairs, z),
         "scan fwd, saving": lambda: torch.ops.vim_kernels.selective_scan(*columns, *options, True, "triton"),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import backends, cpu_conv, reference, torch_conv
 from .checks import check, check_shape, check_tensors
+from .packing import check_seq_idx, segments_of
 
 
 def causal_conv1d(
@@ -18,6 +19,7 @@ def causal_conv1d(
     reverse: bool = False,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
+    seq_idx: Tensor | None = None,
     backend: str = "auto",
 ):
     """Convolve each channel with its own filter over the present and past steps, channel-last.
@@ -32,6 +34,10 @@ def causal_conv1d(
         initial_state: (batch, width - 1, channels), the steps in front of the first one processed, oldest first;
             zeros if not given.
         return_final_state: also return the last width - 1 steps processed, in the form of `initial_state`.
+        seq_idx: (batch, length), int32 or int64, for several sequences packed into a row: which one a step belongs to.
+            A step of another sequence counts as zero, and so does one beyond a change of seq_idx: a value that comes
+            again later is another sequence. The initial state belongs to the first sequence processed, the final state
+            to the last one.
         backend: "auto", "triton", "cpu", "torch" or "reference". A backend asked for by name runs or raises.
 
     Returns: y (batch, length, channels) in x's dtype, or (y, final_state) with final_state in x's dtype.
@@ -40,9 +46,12 @@ def causal_conv1d(
         run here.
     """
     _check(x, weight, bias, initial_state, activation, backend)
-    y = _convolve(x, [weight], None if bias is None else [bias], initial_state, activation, [reverse], backend)[0]
+    check_seq_idx(seq_idx, "x", x)
+    segments = segments_of(seq_idx)
+    biases = None if bias is None else [bias]
+    y = _convolve(x, [weight], biases, initial_state, segments, activation, [reverse], backend)[0]
     past = weight.shape[1] - 1
-    return (y, _final_state(x, past, reverse, initial_state)) if return_final_state else y
+    return (y, _final_state(x, past, reverse, initial_state, segments)) if return_final_state else y
 
 
 def bidirectional_causal_conv1d(
@@ -51,6 +60,7 @@ def bidirectional_causal_conv1d(
     bias: Sequence[Tensor] | None = None,
     *,
     activation: str | None = None,
+    seq_idx: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`causal_conv1d` of x with a first filter and, in reverse, with a second: each reads x once for both.
@@ -67,7 +77,8 @@ def bidirectional_causal_conv1d(
     for i in range(2):
         _check(x, weight[i], None if bias is None else bias[i], None, activation, backend)
     check_shape("weight[1]", weight[1], "the shape of weight[0]", tuple(weight[0].shape))
-    forward, reverse = _convolve(x, weight, bias, None, activation, [False, True], backend)
+    check_seq_idx(seq_idx, "x", x)
+    forward, reverse = _convolve(x, weight, bias, None, segments_of(seq_idx), activation, [False, True], backend)
     return forward, reverse
 
 
@@ -95,6 +106,7 @@ def _convolve(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor] | None,
     initial_state: Tensor | None,
+    segments: Tensor | None,
     activation: str | None,
     reverse: list[bool],
     backend: str,
@@ -103,22 +115,35 @@ def _convolve(
     if backend == "reference":
         biases = [None] * len(weight) if bias is None else bias
         return [
-            reference.causal_conv1d(x, w, b, initial_state, silu=silu, reverse=r).to(x.dtype)
+            reference.causal_conv1d(x, w, b, initial_state, segments, silu=silu, reverse=r).to(x.dtype)
             for w, b, r in zip(weight, biases, reverse, strict=True)
         ]
-    return torch.ops.vim_kernels.causal_conv1d(x, list(weight), list(bias or []), initial_state, silu, reverse, backend)
+    biases = list(bias or [])
+    return torch.ops.vim_kernels.causal_conv1d(x, list(weight), biases, initial_state, segments, silu, reverse, backend)
 
 
-def _final_state(x: Tensor, past: int, reverse: bool, initial_state: Tensor | None) -> Tensor:
-    """The last `past` steps processed, oldest first; short sequences leave part of the initial state in it."""
+def _final_state(x: Tensor, past: int, reverse: bool, initial_state: Tensor | None, segments: Tensor | None) -> Tensor:
+    """The last `past` steps processed, oldest first; short sequences leave part of the initial state in it.
+
+    Of packed sequences the last one's steps, zero in front of it.
+    """
     recent = x[:, :past].flip(1) if reverse else x[:, x.shape[1] - min(past, x.shape[1]) :]
     older = x.new_zeros(x.shape[0], past, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
-    return torch.cat([older[:, recent.shape[1] :], recent], 1)
+    state = torch.cat([older[:, recent.shape[1] :], recent], 1)
+    if segments is None:
+        return state
+    segments = segments.flip(1) if reverse else segments
+    before = torch.arange(-past, 0, device=x.device) + x.shape[1]
+    of_last = segments[:, before.clamp(min=0)] == segments[:, -1:]
+    return state.masked_fill(~of_last.unsqueeze(-1), 0)
 
 
 # The operator: one direction, or two over the same x, whose gradient is the sum of theirs.
 
-_INPUTS = "Tensor x, Tensor[] weight, Tensor[] bias, Tensor? initial_state, bool silu, bool[] reverse, str backend"
+_INPUTS = (
+    "Tensor x, Tensor[] weight, Tensor[] bias, Tensor? initial_state, Tensor? segments, "
+    "bool silu, bool[] reverse, str backend"
+)
 
 
 def _triton(backend: str, x: Tensor):
@@ -135,31 +160,33 @@ def _one_direction(backend: str, x: Tensor):
 
 
 @torch.library.custom_op("vim_kernels::causal_conv1d", mutates_args=(), schema=f"({_INPUTS}) -> Tensor[]")
-def _forward_op(x, weight, bias, initial_state, silu, reverse, backend):
+def _forward_op(x, weight, bias, initial_state, segments, silu, reverse, backend):
     if (triton := _triton(backend, x)) is not None:
-        return triton.forward(x, weight, bias or None, initial_state, silu=silu, reverse=reverse)
+        return triton.forward(x, weight, bias or None, initial_state, segments, silu=silu, reverse=reverse)
     run = _one_direction(backend, x).forward
     directions = zip(weight, bias or [None] * len(weight), reverse, strict=True)
-    return [run(x, w, b, initial_state, silu=silu, reverse=r) for w, b, r in directions]
+    return [run(x, w, b, initial_state, segments, silu=silu, reverse=r) for w, b, r in directions]
 
 
 @_forward_op.register_fake
-def _(x, weight, bias, initial_state, silu, reverse, backend):
+def _(x, weight, bias, initial_state, segments, silu, reverse, backend):
     return [x.new_empty(x.shape) for _ in weight]
 
 
 @torch.library.custom_op(
     "vim_kernels::causal_conv1d_backward", mutates_args=(), schema=f"(Tensor[] dy, {_INPUTS}) -> Tensor[]"
 )
-def _backward_op(dy, x, weight, bias, initial_state, silu, reverse, backend):
+def _backward_op(dy, x, weight, bias, initial_state, segments, silu, reverse, backend):
     """Gradients of x, the weights, and of biases and initial_state if they are given; contiguous, in their dtypes."""
     if (triton := _triton(backend, x)) is not None:
         run = triton.backward
-        dx, d_weight, d_bias, d_initial = run(dy, x, weight, bias or None, initial_state, silu=silu, reverse=reverse)
+        dx, d_weight, d_bias, d_initial = run(
+            dy, x, weight, bias or None, initial_state, segments, silu=silu, reverse=reverse
+        )
         return [dx, *d_weight, *(d_bias or []), *([] if d_initial is None else [d_initial])]
     run = _one_direction(backend, x).backward
     directions = zip(dy, weight, bias or [None] * len(weight), reverse, strict=True)
-    found = [run(d, x, w, b, initial_state, silu=silu, reverse=r) for d, w, b, r in directions]
+    found = [run(d, x, w, b, initial_state, segments, silu=silu, reverse=r) for d, w, b, r in directions]
     dxs, d_weight, d_bias, d_initial = zip(*found, strict=True)
     # Two directions have no initial state.
     grads = [sum(dxs[1:], dxs[0]), *d_weight, *(d_bias if bias else []), *([] if initial_state is None else d_initial)]
@@ -168,26 +195,26 @@ def _backward_op(dy, x, weight, bias, initial_state, silu, reverse, backend):
 
 
 @_backward_op.register_fake
-def _(dy, x, weight, bias, initial_state, silu, reverse, backend):
+def _(dy, x, weight, bias, initial_state, segments, silu, reverse, backend):
     return [t.new_empty(t.shape) for t in (x, *weight, *bias, *([] if initial_state is None else [initial_state]))]
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, initial_state, silu, reverse, backend = inputs
-    ctx.save_for_backward(x, *weight, *bias, initial_state)
+    x, weight, bias, initial_state, segments, silu, reverse, backend = inputs
+    ctx.save_for_backward(x, *weight, *bias, initial_state, segments)
     ctx.counts = len(weight), len(bias)
     ctx.options = silu, reverse, backend
 
 
 def _backward(ctx, dy):
-    x, *arrays, initial_state = ctx.saved_tensors
+    x, *arrays, initial_state, segments = ctx.saved_tensors
     weights, biases = ctx.counts
     weight, bias = arrays[:weights], arrays[weights:]
     dy = [torch.zeros_like(x) if g is None else g for g in dy]
-    grads = torch.ops.vim_kernels.causal_conv1d_backward(dy, x, weight, bias, initial_state, *ctx.options)
+    grads = torch.ops.vim_kernels.causal_conv1d_backward(dy, x, weight, bias, initial_state, segments, *ctx.options)
     dx, *rest = grads
     d_initial = None if initial_state is None else rest[-1]
-    return dx, rest[:weights], rest[weights : weights + biases], d_initial, None, None, None
+    return dx, rest[:weights], rest[weights : weights + biases], d_initial, None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -139,7 +139,7 @@ def _load(path: Path, command: list[str]) -> ctypes.CDLL:
 
 
 class Sequence(ctypes.Structure):
-    """csrc/layout.h"""
+    """csrc/layout.h; also for its Flags and Numbers."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -162,6 +162,11 @@ def readable(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if t.dtype != dtype:
         t = t.to(dtype)
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def per_step(t: Tensor | None) -> Tensor | None:
+    """(B, L) of what is known of a step, as a sequence of one channel."""
+    return None if t is None else t.unsqueeze(-1)
 
 
 def dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

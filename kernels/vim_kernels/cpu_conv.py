@@ -17,18 +17,25 @@ class _Conv(cpu.Call):
         *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "width", "silu")),
         *((name, cpu.Sequence) for name in ("x", "y")),
         *((name, ctypes.c_void_p) for name in _ARRAYS),
-        *((name, cpu.Sequence) for name in ("dy", "dx")),
+        *((name, cpu.Sequence) for name in ("segments", "dy", "dx")),
         *((f"d_{name}", ctypes.c_void_p) for name in _ARRAYS),
     )
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, *, silu: bool, reverse: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    segments: Tensor | None,
+    *,
+    silu: bool,
+    reverse: bool,
 ) -> Tensor:
-    """y (B, L, E) in x's dtype; shapes as in `causal_conv1d`."""
+    """y (B, L, E) in x's dtype; shapes as in `causal_conv1d` and `packing`."""
     dtype = state_dtype(x, weight)
     y = cpu.empty(x.shape, dtype)
-    sequences = {"x": cpu.readable(x, dtype), "y": y}
+    sequences = {"x": cpu.readable(x, dtype), "y": y, "segments": cpu.per_step(segments)}
     arrays = {name: cpu.dense(t, dtype) for name, t in zip(_ARRAYS, (weight, bias, initial_state), strict=True)}
     _run("conv_forward", x, weight, sequences, arrays, silu, reverse)
     return y.to(x.dtype)
@@ -40,6 +47,7 @@ def backward(
     weight: Tensor,
     bias: Tensor | None,
     initial_state: Tensor | None,
+    segments: Tensor | None,
     *,
     silu: bool,
     reverse: bool,
@@ -49,6 +57,7 @@ def backward(
     inputs = (x, weight, bias, initial_state)
     dx, *d_arrays = grads = [None if t is None else cpu.empty(t.shape, dtype) for t in inputs]
     sequences = {"x": cpu.readable(x, dtype), "dy": cpu.readable(dy, dtype), "dx": dx}
+    sequences["segments"] = cpu.per_step(segments)
     arrays = {name: cpu.dense(t, dtype) for name, t in zip(_ARRAYS, inputs[1:], strict=True)}
     arrays |= {f"d_{name}": grad for name, grad in zip(_ARRAYS, d_arrays, strict=True)}
     _run("conv_backward", x, weight, sequences, arrays, silu, reverse)

@@ -18,6 +18,7 @@ class _Direction(ctypes.Structure):
     _fields_ = (
         *_fields(cpu.Sequence, "u dt B C z y y_sum"),
         *_fields(ctypes.c_void_p, "A D dt_bias initial_state last_state checkpoints"),
+        ("starts", cpu.Sequence),
         *_fields(cpu.Sequence, "dy dz du ddt dB dC"),
         *_fields(ctypes.c_void_p, "d_last_state dA dD d_bias d_initial_state"),
     )
@@ -76,7 +77,7 @@ def backward(
         shared |= {"z": cpu.readable(z, dtype), "y_sum": cpu.readable(y_sum, dtype), "dz": dz}
     grads, arguments = [], []
     for i, d in enumerate(directions):
-        grad = DirectionGrads._make(None if t is None else cpu.empty(t.shape, dtype) for t in d[:-1])
+        grad = DirectionGrads._make(None if t is None else cpu.empty(t.shape, dtype) for t in d.tensors)
         sequences, arrays = _inputs(d)
         sequences |= {"du": grad.u, "ddt": grad.dt, "dB": grad.B, "dC": grad.C}
         arrays |= {"dA": grad.A, "dD": grad.D, "d_bias": grad.dt_bias, "d_initial_state": grad.initial_state}
@@ -88,7 +89,7 @@ def backward(
     _run("scan_backward", directions, arguments, dt_softplus, scale)
     return [
         DirectionGrads._make(
-            None if g is None or t is None else g.to(t.dtype) for g, t in zip(grad, d[:-1], strict=True)
+            None if g is None or t is None else g.to(t.dtype) for g, t in zip(grad, d.tensors, strict=True)
         )
         for grad, d in zip(grads, directions, strict=True)
     ], None if z is None else dz.to(z.dtype)
@@ -98,7 +99,7 @@ def _inputs(d: Direction) -> _Arguments:
     dtype = d.A.dtype
     return (
         {"u": cpu.readable(d.u, dtype), "dt": cpu.readable(d.dt, dtype)}
-        | {"B": cpu.readable(d.B, dtype), "C": cpu.readable(d.C, dtype)},
+        | {"B": cpu.readable(d.B, dtype), "C": cpu.readable(d.C, dtype), "starts": cpu.per_step(d.starts)},
         {"A": d.A.contiguous(), "D": cpu.dense(d.D, dtype), "dt_bias": cpu.dense(d.dt_bias, dtype)}
         | {"initial_state": cpu.dense(d.initial_state, dtype)},
     )

@@ -43,12 +43,18 @@ def _causal_conv1d(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
     initial_state: Tensor | None,
+    segments: Tensor | None,
     silu: bool,
     reverse: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
     """What the operator `causal_conv1d` returns, from its arguments."""
     biases: Sequence[Tensor | None] = bias or [None] * len(weight)
+    if segments is not None:
+        return [
+            reference.causal_conv1d(x, w, b, initial_state, segments, silu=silu, reverse=r).to(x.dtype)
+            for w, b, r in zip(weight, biases, reverse, strict=True)
+        ]
     dtype, width = reference.state_dtype(x, *weight), weight[0].shape[1]
     rows = x.to(dtype).unsqueeze(1).permute(0, 3, 1, 2)  # (B, E, 1, L)
 
@@ -78,6 +84,7 @@ def _selective_scan(
     dt_bias: Sequence[Tensor],
     initial_state: Sequence[Tensor],
     z: Tensor | None,
+    cuts: Tensor | None,
     reverse: Sequence[bool],
     dt_softplus: bool,
     scale: float,
@@ -115,6 +122,10 @@ def _selective_scan(
         delta = _softplus(delta)
     rates = states([a.unsqueeze(0) for a in A])
     h = states(initial_state) if initial_state else torch.zeros_like(rates)
+    keep = None  # (L, R, 1, 1): 0 where a sequence begins, which its first step's decay is multiplied by
+    if cuts is not None:
+        keep = 1 - steps([cuts[:, 1:] if r else cuts[:, :-1] for r in reverse])  # (L, S, B)
+        keep = keep.unsqueeze(3).expand(-1, -1, -1, groups).reshape(-1, rows, 1, 1)
     y, h = recurrence(
         h,
         rates,
@@ -122,6 +133,7 @@ def _selective_scan(
         (delta * inputs).reshape(-1, rows, 1, channels // groups),
         steps(B).reshape(-1, rows, d_state, 1),
         steps(C).reshape(-1, rows, 1, d_state),
+        keep,
     )
     y = y.reshape(-1, len(u), batch, channels)
     if D:
@@ -146,37 +158,51 @@ def _softplus(x: Tensor) -> Tensor:
     return torch.relu(x) + (torch.log(one_more) - lost)
 
 
-def _looped(h: Tensor, A: Tensor, delta: Tensor, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+def _looped(
+    h: Tensor, A: Tensor, delta: Tensor, x: Tensor, B: Tensor, C: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """y (L, R, 1, E) and the last state, one step after another."""
 
     def step(h: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        delta, x, B, C = inputs
-        h = torch.exp(delta * A) * h + x * B
+        delta, x, B, C, *keep = inputs
+        h = torch.exp(delta * A) * (keep[0] * h if keep else h) + x * B
         return h, C @ h
 
-    h, y = torch_scan_operator(step, h, (delta, x, B, C))
+    h, y = torch_scan_operator(step, h, (delta, x, B, C) if keep is None else (delta, x, B, C, keep))
     return y, h
 
 
-def _chunked(h: Tensor, A: Tensor, delta: Tensor, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+def _chunked(
+    h: Tensor, A: Tensor, delta: Tensor, x: Tensor, B: Tensor, C: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The same in chunks of T steps: all chunks at once as if each began at zero, then the states between them."""
     length = delta.shape[0]
     T = math.ceil(math.sqrt(length) / 2)
     chunks = -(-length // T)
 
-    def by_step(t: Tensor) -> tuple[Tensor, ...]:
+    def by_step(t: Tensor, fill: float = 0.0) -> tuple[Tensor, ...]:
         """(L, R, ...) -> T times (chunks, R, ...). A step of 0, which fills up, leaves a state as it is."""
-        return F.pad(t, (0,) * 7 + (chunks * T - length,)).unflatten(0, (chunks, T)).unbind(1)
+        return F.pad(t, (0,) * 7 + (chunks * T - length,), value=fill).unflatten(0, (chunks, T)).unbind(1)
 
     deltas, xs, Bs, Cs = by_step(delta), by_step(x), by_step(B), by_step(C)
     since_start = torch.stack(deltas).cumsum(0).unbind(0)  # sums of delta from the chunk's start to each step
+    keeps: Sequence[Tensor | None] = [None] * T  # of each step, and of all from the chunk's start on
+    all_keeps = keeps
+    if keep is not None:
+        steps = by_step(keep, 1.0)
+        keeps, all_keeps = steps, torch.stack(steps).cumprod(0).unbind(0)
+
+    def decay(delta: Tensor, keep: Tensor | None) -> Tensor:
+        factor = torch.exp(delta * A)
+        return factor if keep is None else factor * keep
+
     local = [xs[0] * Bs[0]]  # (chunks, R, N, E), the state at each step if the chunk began at zero
     for t in range(1, T):
-        local.append(torch.exp(deltas[t] * A) * local[-1] + xs[t] * Bs[t])
+        local.append(decay(deltas[t], keeps[t]) * local[-1] + xs[t] * Bs[t])
     starts = []
-    for decay, end in zip(torch.exp(since_start[-1] * A).unbind(0), local[-1].unbind(0), strict=True):
+    for factor, end in zip(decay(since_start[-1], all_keeps[-1]).unbind(0), local[-1].unbind(0), strict=True):
         starts.append(h)
-        h = decay * h + end
+        h = factor * h + end
     start = torch.stack(starts)
-    y = [Cs[t] @ (local[t] + torch.exp(since_start[t] * A) * start) for t in range(T)]
+    y = [Cs[t] @ (local[t] + decay(since_start[t], all_keeps[t]) * start) for t in range(T)]
     return torch.stack(y, 1).flatten(0, 1)[:length], h

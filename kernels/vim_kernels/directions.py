@@ -30,6 +30,19 @@ class Direction(NamedTuple):
     dt_bias: Tensor | None  # (E,)
     initial_state: Tensor | None  # (B, E, N), the state in front of the first step processed
     reverse: bool  # process step L-1 first
+    cuts: Tensor | None = None  # (B, L + 1) bool, see `packing.cuts_of`; the same for both directions
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What has a gradient, in the order of `DirectionGrads`."""
+        return self.u, self.dt, self.A, self.B, self.C, self.D, self.dt_bias, self.initial_state
+
+    @property
+    def starts(self) -> Tensor | None:
+        """(B, L) bool: whether the state is zero in front of a step, as one sequence ends and another begins there."""
+        if self.cuts is None:
+            return None
+        return self.cuts[:, 1:] if self.reverse else self.cuts[:, :-1]
 
 
 class ScanOutput(NamedTuple):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .directions import Direction
+from .packing import reached
 
 
 def state_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -22,7 +23,7 @@ def scan(d: Direction, *, dt_softplus: bool) -> tuple[Tensor, Tensor]:
     Returns: y (B, L, E) and the last state (B, E, N), both in the state's precision.
     Besides the shapes in `Direction`, B and C may be constant in time, (E, N), and A, B, C may be complex.
     """
-    real = state_dtype(*d[:-1])
+    real = state_dtype(*d.tensors)
     state = torch.complex128 if real == torch.float64 else torch.complex64
     state = state if d.A.is_complex() else real
     batch, _, d_inner = d.u.shape
@@ -42,9 +43,13 @@ def scan(d: Direction, *, dt_softplus: bool) -> tuple[Tensor, Tensor]:
         h = d.initial_state.to(state)
     # unbind, not indexing: the gradient of a slice fills a tensor of the full length, quadratic in all.
     steps = list(zip(u.unbind(1), delta.unbind(1), B.to(state).unbind(1), C.to(state).unbind(1), strict=True))
+    resets = [None] * len(steps) if d.starts is None else list(d.starts[:, :, None, None].unbind(1))
+    walk = list(zip(steps, resets, strict=True))
     outputs = []
-    for u_t, delta_t, B_t, C_t in reversed(steps) if d.reverse else steps:
+    for (u_t, delta_t, B_t, C_t), reset_t in reversed(walk) if d.reverse else walk:
         delta_t = delta_t.unsqueeze(-1)
+        if reset_t is not None:
+            h = h.masked_fill(reset_t, 0)
         h = torch.exp(delta_t * A) * h + delta_t * B_t * u_t.unsqueeze(-1)
         y_t = (C_t * h).sum(-1)
         # A complex A stands for half of its conjugate pairs: the other half doubles the real part.
@@ -63,9 +68,16 @@ def _per_channel(x: Tensor, u: Tensor) -> Tensor:
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, *, silu: bool, reverse: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    segments: Tensor | None,
+    *,
+    silu: bool,
+    reverse: bool,
 ) -> Tensor:
-    """Depthwise causal convolution, one tap after another. Shapes as in the public function."""
+    """Depthwise causal convolution, one tap after another. Shapes as in the public function and `packing`."""
     dtype, length, width = state_dtype(x, weight), x.shape[1], weight.shape[1]
     x = x.to(dtype)
     if initial_state is None:
@@ -77,5 +89,8 @@ def causal_conv1d(
     y = x.new_zeros(x.shape) if bias is None else bias.to(dtype).expand_as(x)
     for tap in range(width):
         start = width - 1 - tap if reverse else tap
-        y = y + weight[:, tap].to(dtype) * padded[:, start : start + length]
+        steps = padded[:, start : start + length]
+        if segments is not None:
+            steps = steps.masked_fill(~reached(segments, width - 1 - tap, reverse), 0)
+        y = y + weight[:, tap].to(dtype) * steps
     return F.silu(y) if silu else y

@@ -40,26 +40,31 @@ def direction_as_rows(d: Direction) -> Direction:
     """Sequences as rows, everything else contiguous."""
     u, dt, B, C = (as_rows(t) for t in (d.u, d.dt, d.B, d.C))
     D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (d.D, d.dt_bias, d.initial_state))
-    return Direction(u, dt, d.A.contiguous(), B, C, D, dt_bias, initial_state, d.reverse)
+    return Direction(u, dt, d.A.contiguous(), B, C, D, dt_bias, initial_state, d.reverse, d.cuts)
 
 
 def columns(directions: Sequence[Direction]) -> list[tuple[Tensor, ...] | None]:
     """The tensors field by field; None for a field that is absent."""
-    return [None if column[0] is None else column for column in zip(*(d[:-1] for d in directions), strict=True)]
+    return [None if column[0] is None else column for column in zip(*(d.tensors for d in directions), strict=True)]
 
 
 def agreeing(directions: Sequence[Direction]) -> list[Direction]:
     """The directions as rows, with one dtype, and strides in common, for each field: one launch takes them all."""
     rows = [direction_as_rows(d) for d in directions]
     fields = []
-    for tensors in zip(*(d[:-1] for d in rows), strict=True):
+    for tensors in zip(*(d.tensors for d in rows), strict=True):
         present = [t for t in tensors if t is not None]
         if any(t.dtype != present[0].dtype or t.stride() != present[0].stride() for t in present):
             dtype = functools.reduce(torch.promote_types, (t.dtype for t in present))
             tensors = tuple(None if t is None else t.to(dtype).contiguous() for t in tensors)
         fields.append(tensors)
     pairs = zip(zip(*fields, strict=True), directions, strict=True)
-    return [Direction._make((*tensors, d.reverse)) for tensors, d in pairs]
+    return [Direction._make((*tensors, d.reverse, d.cuts)) for tensors, d in pairs]
+
+
+def cut_bytes(d: Direction) -> Tensor | None:
+    """Cuts between packed sequences as kernels read them: (B, L + 1) of 0 and 1, contiguous."""
+    return None if d.cuts is None else d.cuts.contiguous().view(torch.uint8)
 
 
 def sizes(d: Direction) -> dict[str, int]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from . import backends, cpu_scan, reference, torch_scan
 from .checks import FLOATS, check, check_shape, check_tensors, shape_of
-from .directions import Direction, ScanOutput
+from .directions import Direction, DirectionGrads, ScanOutput
+from .packing import check_seq_idx, cuts_of
 from .reference import state_dtype
 
 
@@ -25,6 +26,7 @@ def selective_scan(
     reverse: bool = False,
     initial_state: Tensor | None = None,
     return_last_state: bool = False,
+    seq_idx: Tensor | None = None,
     backend: str = "auto",
 ):
     """Run the selective state-space recurrence along a sequence.
@@ -46,6 +48,10 @@ def selective_scan(
         reverse: run from the last step to the first.
         initial_state: (batch, d_inner, d_state), the state in front of the first step processed.
         return_last_state: also return the state behind the last step processed (step 0 in reverse).
+        seq_idx: (batch, length), int32 or int64, for several sequences packed into a row: which one a step belongs to.
+            Where it differs from the step processed before, h[t-1] is zero. Only changes count: a value that comes
+            again later is another sequence. The initial state belongs to the first sequence processed, the last state
+            to the last one.
         backend: "auto", "triton", "cpu", "torch" or "reference". A backend asked for by name runs or raises.
 
     Returns:
@@ -59,7 +65,7 @@ def selective_scan(
     Source: Gu & Dao 2023, arXiv 2312.00752, Algorithm 2. B is discretised by Euler's rule, as in the authors' code.
     """
     direction = Direction(u, dt, A, B, C, D, dt_bias, initial_state, reverse)
-    y, last_state = _scan([direction], z, dt_softplus=dt_softplus, scale=1.0, backend=backend)
+    y, last_state = _scan([direction], z, seq_idx, dt_softplus=dt_softplus, scale=1.0, backend=backend)
     return (y, last_state[0]) if return_last_state else y
 
 
@@ -75,6 +81,7 @@ def bidirectional_selective_scan(
     dt_bias: Sequence[Tensor | None] | None = None,
     dt_softplus: bool = True,
     scale: float = 0.5,
+    seq_idx: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Run one scan forward and one in reverse over the same sequence and gate their sum once.
@@ -85,6 +92,8 @@ def bidirectional_selective_scan(
         u, dt, A, B, C, D, dt_bias: pairs (forward, reverse) of what `selective_scan` takes.
         z: (batch, length, d_inner), the gate that both share.
         scale: factor of the sum; Vim takes the mean, 0.5.
+        seq_idx: (batch, length), which of several sequences packed into a row a step belongs to; neither direction
+            carries its state from one into another. See `selective_scan`.
 
     Returns: y (batch, length, d_inner) in the dtype of u[0].
 
@@ -101,22 +110,31 @@ def bidirectional_selective_scan(
     dt_bias = (None, None) if dt_bias is None else dt_bias
     directions = [Direction(u[i], dt[i], A[i], B[i], C[i], D[i], dt_bias[i], None, reverse=i == 1) for i in range(2)]
     check(u[1].shape == u[0].shape, "u[1]", u[1], f"have the shape of u[0], {shape_of(u[0])}")
-    y, _ = _scan(directions, z, dt_softplus=dt_softplus, scale=scale, backend=backend)
+    y, _ = _scan(directions, z, seq_idx, dt_softplus=dt_softplus, scale=scale, backend=backend)
     return y
 
 
 def _scan(
-    directions: list[Direction], z: Tensor | None, *, dt_softplus: bool, scale: float, backend: str
+    directions: list[Direction],
+    z: Tensor | None,
+    seq_idx: Tensor | None,
+    *,
+    dt_softplus: bool,
+    scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Check, bring the tensors into the form that `Direction` states, and run: y, last_state (directions, B, E, N)."""
     backends.check_name(backend)
     for i, d in enumerate(directions):
         _check(d, z, backend, suffix=f"[{i}]" if len(directions) > 1 else "")
+    check_seq_idx(seq_idx, "u", directions[0].u)
+    cuts = cuts_of(seq_idx)
     directions = [
         d._replace(
-            A=d.A if d.A.is_complex() else d.A.to(state_dtype(*d[:-1], z)),
+            A=d.A if d.A.is_complex() else d.A.to(state_dtype(*d.tensors, z)),
             B=d.B.unsqueeze(2) if d.B.dim() == 3 else d.B,
             C=d.C.unsqueeze(2) if d.C.dim() == 3 else d.C,
+            cuts=cuts,
         )
         for d in directions
     ]
@@ -126,10 +144,11 @@ def _scan(
         if z is not None:
             y = y * torch.nn.functional.silu(z.to(y.dtype))
         return y.to(directions[0].u.dtype), torch.stack(states)
-    present = [t for d in directions for t in d[:-1] if t is not None]
+    present = [t for d in directions for t in d.tensors if t is not None]
     out = torch.ops.vim_kernels.selective_scan(
         *_columns(directions),
         z,
+        cuts,
         [d.reverse for d in directions],
         dt_softplus,
         scale,
@@ -141,7 +160,7 @@ def _scan(
 
 def _check(d: Direction, z: Tensor | None, backend: str, suffix: str) -> None:
     """Raise for the first argument that breaks a rule of `selective_scan`'s docstring."""
-    given = {f"{name}{suffix}": t for name, t in zip(Direction._fields[:-1], d[:-1], strict=True)}
+    given = {f"{name}{suffix}": t for name, t in zip(DirectionGrads._fields, d.tensors, strict=True)}
     check_tensors(given | {"z": z}, like=f"u{suffix}", dtypes=(*FLOATS, torch.complex64, torch.complex128))
     for name, t in given.items():
         if t is not None and t.is_complex() and not (name[0] in "ABCi" and backend == "reference"):
@@ -149,7 +168,7 @@ def _check(d: Direction, z: Tensor | None, backend: str, suffix: str) -> None:
                 f"{name} is complex: only A, B, C and initial_state may be, and only with backend='reference'; "
                 f"got backend={backend!r}"
             )
-    u, dt, A, B, C, D, dt_bias, initial_state, _ = d
+    u, dt, A, B, C, D, dt_bias, initial_state, *_ = d
     check(u.dim() == 3, f"u{suffix}", u, "be (batch, length, d_inner)")
     batch, length, d_inner = u.shape
     check_shape(f"dt{suffix}", dt, "the shape of u, (batch, length, d_inner)", shape_of(u))
@@ -185,17 +204,19 @@ def _check(d: Direction, z: Tensor | None, backend: str, suffix: str) -> None:
 _COLUMNS = (
     "Tensor[] u, Tensor[] dt, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] dt_bias, Tensor[] initial_state"
 )
-_INPUTS = f"{_COLUMNS}, Tensor? z, bool[] reverse, bool dt_softplus, float scale"
+_INPUTS = f"{_COLUMNS}, Tensor? z, Tensor? cuts, bool[] reverse, bool dt_softplus, float scale"
 
 
 def _columns(directions: Sequence[Direction]) -> list[list[Tensor]]:
-    fields = zip(*(d[:-1] for d in directions), strict=True)
+    fields = zip(*(d.tensors for d in directions), strict=True)
     return [[t for t in column if t is not None] for column in fields]
 
 
-def _directions(columns: Sequence[Sequence[Tensor]], reverse: Sequence[bool]) -> list[Direction]:
+def _directions(columns: Sequence[Sequence[Tensor]], cuts: Tensor | None, reverse: Sequence[bool]) -> list[Direction]:
     absent = [None] * len(reverse)
-    return [Direction(*row) for row in zip(*(column or absent for column in columns), reverse, strict=True)]
+    return [
+        Direction._make((*row, cuts)) for row in zip(*(column or absent for column in columns), reverse, strict=True)
+    ]
 
 
 def _implementation(backend: str, u: Tensor):
@@ -218,15 +239,15 @@ def _module(backend: str, u: Tensor):
     schema=f"({_INPUTS}, bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward_op(*args):
-    *columns, z, reverse, dt_softplus, scale, save, backend = args
-    directions = _directions(columns, reverse)
+    *columns, z, cuts, reverse, dt_softplus, scale, save, backend = args
+    directions = _directions(columns, cuts, reverse)
     run = _implementation(backend, directions[0].u).forward
     return run(directions, z, dt_softplus=dt_softplus, scale=scale, save=save)
 
 
 @_forward_op.register_fake
 def _(u, dt, A, *args):
-    *_, z, _reverse, _dt_softplus, _scale, save, backend = args
+    *_, z, _cuts, _reverse, _dt_softplus, _scale, save, backend = args
     batch, length, d_inner = u[0].shape
     rows = _module(backend, u[0]).checkpoint_rows(length, len(u))
     d_state = A[0].shape[1]
@@ -245,8 +266,8 @@ def _(u, dt, A, *args):
 )
 def _backward_op(dy, d_last_state, *args):
     """Gradients of the columns' tensors in the order of the arguments, then of z if it is given; all contiguous."""
-    *columns, z, reverse, dt_softplus, scale, checkpoints, y_sum, backend = args
-    directions = _directions(columns, reverse)
+    *columns, z, cuts, reverse, dt_softplus, scale, checkpoints, y_sum, backend = args
+    directions = _directions(columns, cuts, reverse)
     run = _implementation(backend, dy).backward
     grads, dz = run(dy, d_last_state, directions, z, checkpoints, y_sum, dt_softplus=dt_softplus, scale=scale)
     return [t for column in zip(*grads, strict=True) for t in column if t is not None] + ([] if z is None else [dz])
@@ -254,31 +275,31 @@ def _backward_op(dy, d_last_state, *args):
 
 @_backward_op.register_fake
 def _(dy, d_last_state, *args):
-    *columns, z, _reverse, _dt_softplus, _scale, _checkpoints, _y_sum, _backend = args
+    *columns, z, _cuts, _reverse, _dt_softplus, _scale, _checkpoints, _y_sum, _backend = args
     return [t.new_empty(t.shape) for column in (*columns, [] if z is None else [z]) for t in column]
 
 
 def _setup_context(ctx, inputs, output):
-    *columns, z, reverse, dt_softplus, scale, _save, backend = inputs
+    *columns, z, cuts, reverse, dt_softplus, scale, _save, backend = inputs
     _, _, checkpoints, y_sum = output
     ctx.mark_non_differentiable(checkpoints, y_sum)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(t for column in columns for t in column), z, checkpoints, y_sum)
+    ctx.save_for_backward(*(t for column in columns for t in column), z, cuts, checkpoints, y_sum)
     ctx.lengths = [len(column) for column in columns]
     ctx.options = reverse, dt_softplus, scale, backend
 
 
 def _backward(ctx, dy, d_last_state, _checkpoints, _y_sum):
-    *flat, z, checkpoints, y_sum = ctx.saved_tensors
+    *flat, z, cuts, checkpoints, y_sum = ctx.saved_tensors
     reverse, dt_softplus, scale, backend = ctx.options
     columns = _split(flat, ctx.lengths)
     if dy is None:
         dy = torch.zeros_like(columns[0][0])
     grads = torch.ops.vim_kernels.selective_scan_backward(
-        dy, d_last_state, *columns, z, reverse, dt_softplus, scale, checkpoints, y_sum, backend
+        dy, d_last_state, *columns, z, cuts, reverse, dt_softplus, scale, checkpoints, y_sum, backend
     )
     dz = None if z is None else grads.pop()
-    return *_split(grads, ctx.lengths), dz, None, None, None, None, None
+    return *_split(grads, ctx.lengths), dz, None, None, None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

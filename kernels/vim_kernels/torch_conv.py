@@ -4,14 +4,22 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .packing import reached
 from .reference import state_dtype
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, *, silu: bool, reverse: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    segments: Tensor | None,
+    *,
+    silu: bool,
+    reverse: bool,
 ) -> Tensor:
-    """y (B, L, E) in x's dtype; shapes as in `causal_conv1d`."""
-    return reference.causal_conv1d(x, weight, bias, initial_state, silu=silu, reverse=reverse).to(x.dtype)
+    """y (B, L, E) in x's dtype; shapes as in `causal_conv1d` and `packing`."""
+    return reference.causal_conv1d(x, weight, bias, initial_state, segments, silu=silu, reverse=reverse).to(x.dtype)
 
 
 def backward(
@@ -20,6 +28,7 @@ def backward(
     weight: Tensor,
     bias: Tensor | None,
     initial_state: Tensor | None,
+    segments: Tensor | None,
     *,
     silu: bool,
     reverse: bool,
@@ -28,18 +37,20 @@ def backward(
     dtype, past = state_dtype(x, weight), weight.shape[1] - 1
     dy, w = dy.to(dtype), weight.to(dtype)
     if silu:
-        pre = reference.causal_conv1d(x, weight, bias, initial_state, silu=False, reverse=reverse)
+        pre = reference.causal_conv1d(x, weight, bias, initial_state, segments, silu=False, reverse=reverse)
         sigmoid = torch.sigmoid(pre)
         dy = dy * sigmoid * (1 + pre * (1 - sigmoid))
     if reverse:
         x, dy = x.flip(1), dy.flip(1)
+        segments = None if segments is None else segments.flip(1)
     older = x.new_zeros(x.shape[0], past, x.shape[2]) if initial_state is None else initial_state
     padded = torch.cat([older.to(dtype), x.to(dtype)], 1)  # in processing order
     d_padded, d_weight = torch.zeros_like(padded), torch.empty_like(w)
     for tap in range(past + 1):
         steps = slice(tap, tap + x.shape[1])
-        d_padded[:, steps] += dy * w[:, tap]
-        d_weight[:, tap] = (dy * padded[:, steps]).sum((0, 1))
+        d = dy if segments is None else dy.masked_fill(~reached(segments, past - tap, reverse=False), 0)
+        d_padded[:, steps] += d * w[:, tap]
+        d_weight[:, tap] = (d * padded[:, steps]).sum((0, 1))
     dx = d_padded[:, past:]
     return (
         dx.flip(1) if reverse else dx.contiguous(),

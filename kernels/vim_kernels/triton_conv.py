@@ -25,6 +25,21 @@ from .triton_tiles import sigmoid
 
 
 @triton.jit
+def _segment(segments, row, length):
+    """Of a row; what lies beyond an end of the sequence belongs to what stands there."""
+    return tl.load(segments + tl.minimum(tl.maximum(row, 0), length - 1))
+
+
+@triton.jit
+def _own(window, ids, AT: tl.constexpr):
+    """The window's rows that are of the same segment as row AT, zero for the others."""
+    own = ()
+    for j in tl.static_range(len(window)):
+        own = own + (tl.where(ids[j] == ids[AT], window[j], 0.0),)
+    return own
+
+
+@triton.jit
 def _load_x(x, x_stride, past, row, length, d_inner, inside, REVERSE: tl.constexpr, W: tl.constexpr, S: tl.constexpr):
     """Row of x; beyond the end at which the direction begins its initial state, and zero anywhere else."""
     value = tl.load(x + row * x_stride, inside & (row >= 0) & (row < length), 0.0).to(S)
@@ -96,6 +111,7 @@ def _forward_kernel(
     weight,  # (E, W), one for each direction, as bias and y
     bias,  # (E,) or None
     past,  # (B, W - 1, E) or None: the initial state, if there is one direction
+    segments,  # (B, L) or None: numbers of the sequences, where several are packed into a row
     y,  # (B, L, E)
     length,
     d_inner,
@@ -130,18 +146,31 @@ def _forward_kernel(
     window = _zeros(1, channel, S)
     for j in tl.static_range(W - 1):
         window = window + (_load_x(x, x_stride, past, origin + j, length, d_inner, inside, REVERSE, W, S),)
+    if segments is not None:
+        segments += b * length
+        ids = (_segment(segments, origin - 1, length),)
+        for j in tl.static_range(W - 1):
+            ids = ids + (_segment(segments, origin + j, length),)
     for block in tl.range(0, tl.cdiv(end - origin, BLOCK), num_stages=STAGES):
         for j in tl.static_range(BLOCK):
             row = origin + block * BLOCK + j
             new = _load_x(x, x_stride, past, row + W - 1, length, d_inner, inside, REVERSE, W, S)
             window = _shifted(window, new)
+            if segments is not None:
+                ids = _shifted(ids, _segment(segments, row + W - 1, length))
             if FORWARD:
-                value = _pre_activation(window, taps_f, False, W)
+                own = window
+                if segments is not None:
+                    own = _own(window, ids, W - 1)
+                value = _pre_activation(own, taps_f, False, W)
                 if SILU:
                     value *= sigmoid(value)
                 tl.store(y[0] + out + (row + W - 1) * d_inner, value, inside & (row + W - 1 < end))
             if REVERSE:
-                value = _pre_activation(window, taps_r, True, W)
+                own = window
+                if segments is not None:
+                    own = _own(window, ids, 0)
+                value = _pre_activation(own, taps_r, True, W)
                 if SILU:
                     value *= sigmoid(value)
                 tl.store(y[LAST] + out + row * d_inner, value, inside & (row >= begin) & (row < end))
@@ -154,6 +183,7 @@ def _backward_kernel(
     weight,  # (E, W)
     bias,  # (E,) or None
     past,  # (B, W - 1, E) or None
+    segments,  # (B, L) or None: numbers of the sequences, where several are packed into a row
     dx,  # (B, L, E)
     d_taps,  # (B * chunks, directions, W + 1, E): of the taps, then of the bias
     d_past,  # (B, W - 1, E) or None
@@ -202,30 +232,52 @@ def _backward_kernel(
     window = _zeros(1, channel, S)
     for j in tl.static_range(W - 1):
         window = window + (_load_x(x, x_stride, past, origin + j, length, d_inner, inside, REVERSE, W, S),)
+    if segments is not None:
+        segments += b * length
+        ids = (_segment(segments, origin - 1, length),)  # of rows i .. i + W - 1, as the window
+        ids_behind = (_segment(segments, origin - W, length),)  # of rows i - W + 1 .. i
+        for j in tl.static_range(W - 1):
+            ids = ids + (_segment(segments, origin + j, length),)
+            ids_behind = ids_behind + (_segment(segments, origin - W + 1 + j, length),)
     for block in tl.range(0, tl.cdiv(end - origin, BLOCK), num_stages=STAGES):
         for j in tl.static_range(BLOCK):
             row = origin + block * BLOCK + j
             ahead = row + W - 1
             window = _shifted(window, _load_x(x, x_stride, past, ahead, length, d_inner, inside, REVERSE, W, S))
+            if segments is not None:
+                ids = _shifted(ids, _segment(segments, ahead, length))
+                ids_behind = _shifted(ids_behind, ids[0])
             mine = inside & (row >= begin) & (row < end)
             d_x = tl.zeros(channel.shape, S)
             if FORWARD:
+                own = window
+                if segments is not None:
+                    own = _own(window, ids, W - 1)
                 valid = inside & (ahead >= 0) & (ahead < length)
                 d_y = tl.load(dy[0] + d_out + ahead * dy_stride, valid, 0.0).to(S)
-                d_f = _d_pre_activation(d_y, window, taps_f, SILU, False, W)
+                d_f = _d_pre_activation(d_y, own, taps_f, SILU, False, W)
                 recent_f = _shifted(recent_f, d_f)
                 # The rows from `end` on count in the next chunk.
-                sums_f = _summed(sums_f, tl.where(ahead < end, d_f, 0.0), window, False, W)
+                sums_f = _summed(sums_f, tl.where(ahead < end, d_f, 0.0), own, False, W)
+                met = recent_f
+                if segments is not None:
+                    met = _own(recent_f, ids, 0)
                 for k in tl.static_range(W):
-                    d_x += taps_f[W - 1 - k] * recent_f[k]
+                    d_x += taps_f[W - 1 - k] * met[k]
             if REVERSE:
+                own = window
+                if segments is not None:
+                    own = _own(window, ids, 0)
                 valid = inside & (row >= 0) & (row < length)
                 d_y = tl.load(dy[LAST] + d_out + row * dy_stride, valid, 0.0).to(S)
-                d_r = _d_pre_activation(d_y, window, taps_r, SILU, True, W)
+                d_r = _d_pre_activation(d_y, own, taps_r, SILU, True, W)
                 recent_r = _shifted(recent_r, d_r)
-                sums_r = _summed(sums_r, tl.where(mine, d_r, 0.0), window, True, W)
+                sums_r = _summed(sums_r, tl.where(mine, d_r, 0.0), own, True, W)
+                met = recent_r
+                if segments is not None:
+                    met = _own(recent_r, ids_behind, W - 1)
                 for k in tl.static_range(W):
-                    d_x += taps_r[W - 1 - k] * recent_r[W - 1 - k]
+                    d_x += taps_r[W - 1 - k] * met[W - 1 - k]
             tl.store(dx + row * d_inner, d_x, mine & (row >= 0) & (row < length))
             if past is not None:
                 step = length - 1 - row if REVERSE else row
@@ -276,11 +328,15 @@ def forward(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor] | None,
     initial_state: Tensor | None,
+    segments: Tensor | None,
     *,
     silu: bool,
     reverse: Sequence[bool],
 ) -> list[Tensor]:
-    """y (B, L, E) of each direction in x's dtype; shapes as in `causal_conv1d`. Of two, the second is in reverse."""
+    """y (B, L, E) of each direction in x's dtype; shapes as in `causal_conv1d` and `packing`.
+
+    Of two directions the second is in reverse.
+    """
     x = as_rows(x)
     batch, length, d_inner = x.shape
     y = tuple(x.new_empty(x.shape) for _ in reverse)
@@ -290,6 +346,7 @@ def forward(
             tuple(w.contiguous() for w in weight),
             None if bias is None else tuple(t.contiguous() for t in bias),
             _past(initial_state),
+            None if segments is None else segments.contiguous(),
             y,
             length,
             d_inner,
@@ -305,6 +362,7 @@ def backward(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor] | None,
     initial_state: Tensor | None,
+    segments: Tensor | None,
     *,
     silu: bool,
     reverse: Sequence[bool],
@@ -329,6 +387,7 @@ def backward(
             tuple(w.contiguous() for w in weight),
             None if bias is None else tuple(t.contiguous() for t in bias),
             past,
+            None if segments is None else segments.contiguous(),
             dx,
             d_taps,
             None if past is None else d_past,

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .directions import Direction, ScanOutput
-from .rows import agreeing, as_rows, columns, on_device_of, row_arguments, sizes
+from .rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, sizes
 from .triton_scan_backward import backward
 from .triton_scan_windows import window_length, window_starts
 from .triton_tiles import (
@@ -33,6 +33,7 @@ from .triton_tiles import (
     fold,
     from_lane,
     heading,
+    load_begins,
     load_channels,
     load_rows,
     load_states,
@@ -43,6 +44,7 @@ from .triton_tiles import (
     step_sizes,
     store_states,
     store_words,
+    unless,
     unpack_all,
 )
 
@@ -62,6 +64,7 @@ def _forward_kernel(
     dt_bias,  # (E,) or None
     starts,  # (windows, directions, B, E, N), if started: the state in front of each window, else zero
     z,  # (B, L, E) or None: the gate
+    cuts,  # (B, L + 1) or None: whether sequences meet in front of a row, where several are packed into one
     y,  # (B, L, E)
     y_sum,  # (B, L, E) or None
     last_state,  # (directions, B, E, N)
@@ -144,6 +147,8 @@ def _forward_kernel(
     if z is not None:
         z_step = (sign * z_stride).to(tl.int64)
         z_0 = z + ((b * z_pitch + first) * z_stride + channel) + p * z_step
+    if cuts is not None:
+        cuts_0 = cuts + (b * (length + 1) + first + (sign < 0)) + p * sign
     half = tl.cdiv(here, DIRECTIONS)
 
     for segment in range(DIRECTIONS):
@@ -173,6 +178,8 @@ def _forward_kernel(
             dts = load_steps(dt_p, dt_step, step + T, end, p, inside, T, REPEAT, SPREAD, DT_PACK)
             Bs = load_rows(B_p, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK)
             Cs = load_rows(C_p, C_step, step, end, lane, p, N, T, SPREAD, LANES, C_PACK)
+            if cuts is not None:
+                begins = load_begins(cuts_0 + step * sign, sign, step, end, p, T, SPREAD)
             B_rows = unpack_all(Bs, TILES, B_PACK, BT, S)
             C_rows = unpack_all(Cs, TILES, C_PACK, CT, S)
             end_of_y = tl.where(
@@ -194,6 +201,8 @@ def _forward_kernel(
                 for q in tl.static_range(EACH):
                     B_q = row_from_lane(B_rows, j * EACH + q, p, TILES, SPREAD, LANES)
                     C_q = row_from_lane(C_rows, j * EACH + q, p, TILES, SPREAD, LANES)
+                    if cuts is not None:
+                        h = unless(from_lane(begins[j], t - p + q), h)
                     h_q = ()
                     for r in tl.static_range(REPEAT):
                         delta = deltas[j * REPEAT + r]
@@ -278,6 +287,7 @@ def forward(
             *columns(directions)[:-1],
             last_state if starts is None else starts,
             z,
+            cut_bytes(d),
             y,
             y_sum,
             last_state,

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .directions import Direction, DirectionGrads
-from .rows import agreeing, as_rows, columns, on_device_of, row_arguments, row_strides, sizes
+from .rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, row_strides, sizes
 from .triton_scan_windows import window_length, window_starts
 from .triton_tiles import (
     INTERVAL,
@@ -38,6 +38,7 @@ from .triton_tiles import (
     fold,
     from_lane,
     heading,
+    load_begins,
     load_channels,
     load_rows,
     load_states,
@@ -49,6 +50,7 @@ from .triton_tiles import (
     step_sizes,
     store_states,
     store_words,
+    unless,
     unpack,
     unpack_all,
     zeros,
@@ -132,6 +134,7 @@ def _backward_kernel(
     D,  # (E,) or None
     dt_bias,  # (E,) or None
     dy,  # (B, L, E): SCALE times it is the gradient of the ungated sum
+    cuts,  # (B, L + 1) or None: whether sequences meet in front of a row, where several are packed into one
     checkpoints,  # (directions, B, rows, E, N)
     starts,  # (windows, directions, B, E, N), if started: the adjoint behind each window, else zero
     du,  # (B, L, E), one for each direction
@@ -245,6 +248,8 @@ def _backward_kernel(
         C_lane = p * TILES + lane * C_step
         dy_lane = channel + p * dy_step
         out_lane = channel + p * out_step
+        if cuts is not None:
+            cuts_0 = cuts + (b * (length + 1) + first + (sign < 0)) + p * sign
 
         for chunk_back in range(DIRECTIONS * chunks):
             chunk = DIRECTIONS * chunks - 1 - chunk_back
@@ -263,6 +268,8 @@ def _backward_kernel(
                 us = _steps_at(u_0, u_lane, u_step, step, end, p, inside, T, REPEAT, SPREAD, U_PACK, INDEX)
                 dts = _steps_at(dt_0, dt_lane, dt_step, step, end, p, inside, T, REPEAT, SPREAD, DT_PACK, INDEX)
                 Bs = _rows_at(B_0, B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK, INDEX)
+                if cuts is not None:
+                    begins = load_begins(cuts_0 + step * sign, sign, step, end, p, T, SPREAD)
                 for i in tl.static_range(STATES):
                     tl.store(slot + (sub * STATES + i) * 32, h[i])
                 us_now, deltas = step_sizes(
@@ -271,6 +278,8 @@ def _backward_kernel(
                 B_rows = unpack_all(Bs, TILES, B_PACK, BT, S)
                 for k in tl.static_range(T):
                     B_k = row_from_lane(B_rows, k, p, TILES, SPREAD, LANES)
+                    if cuts is not None:
+                        h = unless(from_lane(begins[k // EACH], t - p + k % EACH), h)
                     h_k = ()
                     for r in tl.static_range(REPEAT):
                         delta = deltas[k // EACH * REPEAT + r]
@@ -293,6 +302,8 @@ def _backward_kernel(
                 dys = _steps_at(dy_0, dy_lane, dy_step, step, end, p, inside, T, REPEAT, SPREAD, DY_PACK, INDEX)
                 Bs = _rows_at(B_0, B_lane, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK, INDEX)
                 Cs = _rows_at(C_0, C_lane, C_step, step, end, lane, p, N, T, SPREAD, LANES, C_PACK, INDEX)
+                if cuts is not None:
+                    begins = load_begins(cuts_0 + step * sign, sign, step, end, p, T, SPREAD)
                 states = ()
                 for i in tl.static_range(STATES):
                     states = states + (tl.load(slot + (sub * STATES + i) * 32),)
@@ -314,12 +325,16 @@ def _backward_kernel(
                 B_all = ()
                 for k in tl.static_range(T):
                     B_all = B_all + (row_from_lane(B_rows, k, p, TILES, SPREAD, LANES),)
+                    if cuts is not None:
+                        begins_k = from_lane(begins[k // EACH], t - p + k % EACH)
                     for r in tl.static_range(REPEAT):
                         delta = deltas[k // EACH * REPEAT + r]
                         delta_k = from_lane(delta, t - p + k % EACH)
                         xs = xs + (from_lane(delta * us_now[k // EACH * REPEAT + r], t - p + k % EACH),)
                         for i in tl.static_range(TILES):
                             decay = tl.exp2(delta_k * A_tiles[r * TILES + i])
+                            if cuts is not None:
+                                decay = tl.where(begins_k != 0, 0.0, decay)
                             before = states[(k * REPEAT + r) * TILES + i]
                             decays = decays + (decay,)
                             states = states + (decay * before + xs[k * REPEAT + r] * B_all[k][i],)
@@ -562,6 +577,7 @@ def backward(
         _backward_kernel[(programs,)](
             *columns(directions)[:-1],
             dy,
+            cut_bytes(d),
             checkpoints,
             scratch if starts is None else starts,
             du,
@@ -605,7 +621,7 @@ def backward(
         )
     found = [[None] * count if t is None else t for t in (du, ddt, dA, dB, dC, dD, d_bias, d_h0)]
     grads = [
-        DirectionGrads._make(_like(t, of) for t, of in zip(own, to[:-1], strict=True))
+        DirectionGrads._make(_like(t, of) for t, of in zip(own, to.tensors, strict=True))
         for own, to in zip(zip(*found, strict=True), given, strict=True)
     ]
     return grads, dz

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .directions import Direction
-from .rows import columns, row_arguments, sizes
+from .rows import columns, cut_bytes, row_arguments, sizes
 from .triton_tiles import (
     INTERVAL,
     LOG2E,
@@ -27,6 +27,7 @@ from .triton_tiles import (
     fold,
     from_lane,
     heading,
+    load_begins,
     load_channels,
     load_rows,
     load_states,
@@ -50,8 +51,9 @@ def _ends_kernel(
     A,  # (E, N)
     B,  # (B, L, G, N): B, or C
     dt_bias,  # (E,) or None
+    cuts,  # (B, L + 1) or None: whether sequences meet in front of a row, where several are packed into one
     ends,  # (windows, directions, B, E, N)
-    totals,  # (windows, directions, B, E): sums of delta
+    totals,  # (windows, directions, B, E): sums of delta; infinite where a sequence begins in the window
     batch,
     length,
     window,
@@ -103,6 +105,8 @@ def _ends_kernel(
     sums = zeros(REPEAT, t, S)
 
     _, sign = heading(dirs, length, REVERSE)
+    if cuts is not None:
+        cuts += sign < 0
     if ADJOINT:
         sign = -sign
     at = tl.where(sign > 0, order, windows - 1 - order)
@@ -115,10 +119,15 @@ def _ends_kernel(
     dt_p = along(dt, dirs) + ((b * dt_pitch + first) * dt_stride + channel) + p * dt_step
     B_p = along(B, dirs) + ((b * B_pitch + first) * B_stride + group * N + p * TILES) + lane * B_step
 
+    if cuts is not None:
+        cuts += (b * (length + 1) + first) + p * sign
+
     for step in tl.range(0, end, T, num_stages=STAGES):
         xs = load_steps(x_p, x_step, step, end, p, inside, T, REPEAT, SPREAD, X_PACK)
         dts = load_steps(dt_p, dt_step, step, end, p, inside, T, REPEAT, SPREAD, DT_PACK)
         Bs = load_rows(B_p, B_step, step, end, lane, p, N, T, SPREAD, LANES, B_PACK)
+        if cuts is not None:
+            begins = load_begins(cuts + step * sign, sign, step, end, p, T, SPREAD)
         x_p += T * x_step
         dt_p += T * dt_step
         B_p += T * B_step
@@ -127,18 +136,25 @@ def _ends_kernel(
         for j in tl.static_range(T // EACH):
             sums_j = ()
             for r in tl.static_range(REPEAT):
-                sums_j = sums_j + (sums[r] + tl.where(p < EACH, deltas[j * REPEAT + r], 0.0),)
+                total = tl.where(p < EACH, deltas[j * REPEAT + r], 0.0)
+                if cuts is not None:
+                    total = tl.where(begins[j] != 0, float("inf"), total)
+                sums_j = sums_j + (sums[r] + total,)
                 inputs = inputs + (values[j * REPEAT + r] * (SCALE if ADJOINT else deltas[j * REPEAT + r]),)
             sums = sums_j
         B_rows = unpack_all(Bs, TILES, B_PACK, B[0].dtype.element_ty, S)
         for k in tl.static_range(T):
             B_k = row_from_lane(B_rows, k, p, TILES, SPREAD, LANES)
+            if cuts is not None:
+                begins_k = from_lane(begins[k // EACH], t - p + k % EACH)
             h_k = ()
             for r in tl.static_range(REPEAT):
                 delta_k = from_lane(deltas[k // EACH * REPEAT + r], t - p + k % EACH)
                 x_k = from_lane(inputs[k // EACH * REPEAT + r], t - p + k % EACH)
                 for i in tl.static_range(TILES):
                     decay = tl.exp2(delta_k * A_tiles[r * TILES + i])
+                    if cuts is not None:
+                        decay = tl.where(begins_k != 0, 0.0, decay)
                     if ADJOINT:
                         h_k = h_k + (decay * (h[r * TILES + i] + x_k * B_k[i]),)
                     else:
@@ -162,6 +178,7 @@ def _starts_kernel(
     windows,
     d_inner,
     REVERSE: tl.constexpr,  # for each direction, whether the last window is the first
+    PACKED: tl.constexpr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -190,7 +207,10 @@ def _starts_kernel(
         next_end = tl.load(ends + (row + step) * N + n, inside & more, 0.0)
         next_total = tl.load(totals + row + step, (channel < d_inner) & more, 0.0)
         tl.store(ends + row * N + n, h, inside)
-        h = tl.exp2(A_dn * total) * h + end
+        kept = tl.exp2(A_dn * total) * h
+        if PACKED:
+            kept = tl.where(total == float("inf"), 0.0, kept)
+        h = kept + end
         row += step
         end, total = next_end, next_total
     tl.store(ends + row * N + n, h, inside)
@@ -251,6 +271,7 @@ def window_starts(
         A,
         rows,
         dt_bias,
+        cut_bytes(d),
         ends,
         totals,
         **sizes(d),
@@ -277,6 +298,7 @@ def window_starts(
         windows,
         d_inner,
         REVERSE=tuple(flag != adjoint for flag in reverse),
+        PACKED=d.cuts is not None,
         N=d.A.shape[1],
         ROWS=16,
         COLUMNS=triton.next_power_of_2(d.A.shape[1]),

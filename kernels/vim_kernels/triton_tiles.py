@@ -255,6 +255,26 @@ def load_rows(
 
 
 @triton.jit
+def load_begins(ptr, sign, step, end, p, T: tl.constexpr, SPREAD: tl.constexpr):
+    """Whether each of T steps from `step` on begins a sequence, tiles as from `load_steps`; `ptr` as there."""
+    EACH: tl.constexpr = SPREAD if SPREAD < T else T
+    tiles = ()
+    for j in tl.static_range(T // EACH):
+        at = j * EACH + p
+        tiles = tiles + (tl.load(ptr + j * EACH * sign, (p < EACH) & (step + at < end), 0).to(tl.int32),)
+    return tiles
+
+
+@triton.jit
+def unless(begins, tiles):
+    """The tiles, zero where a sequence begins."""
+    kept = ()
+    for i in tl.static_range(len(tiles)):
+        kept = kept + (tl.where(begins != 0, 0.0, tiles[i]),)
+    return kept
+
+
+@triton.jit
 def step_sizes(
     us, dts, bias, step, end, p,
     SOFTPLUS: tl.constexpr, T: tl.constexpr, REPEAT: tl.constexpr, SPREAD: tl.constexpr,

@@ -118,14 +118,14 @@ def test_gradcheck_and_opcheck(backend):
     _, other_weight, other_bias, _ = conv_inputs(1, 6, 3, seed=1).values()
     op = torch.ops.vim_kernels.causal_conv1d
     assert torch.autograd.gradcheck(
-        lambda *t: op(t[0], [t[1]], [t[2]], t[3], True, [True], backend)[0], (x, weight, bias, state)
+        lambda *t: op(t[0], [t[1]], [t[2]], t[3], None, True, [True], backend)[0], (x, weight, bias, state)
     )
     assert torch.autograd.gradcheck(
-        lambda *t: tuple(op(t[0], [*t[1:3]], [*t[3:]], None, True, [False, True], backend)),
+        lambda *t: tuple(op(t[0], [*t[1:3]], [*t[3:]], None, None, True, [False, True], backend)),
         (x, weight, other_weight, bias, other_bias),
     )
-    torch.library.opcheck(op, (x, [weight], [bias], state, True, [True], backend))
-    torch.library.opcheck(op, (x, [weight, other_weight], [], None, False, [False, True], backend))
+    torch.library.opcheck(op, (x, [weight], [bias], state, None, True, [True], backend))
+    torch.library.opcheck(op, (x, [weight, other_weight], [], None, None, False, [False, True], backend))
 
 
 @pytest.mark.parametrize("backend", ALL)

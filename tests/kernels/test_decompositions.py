@@ -77,16 +77,39 @@ def test_small_and_large_steps_keep_their_relative_precision():
     assert_close(y.double(), expected, atol=0, rtol=5e-6)
 
 
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("length", [1, 37])
+def test_packed_sequences(loop, length):
+    """In chunks of 4 steps: some with cuts and some without, a cut at the first of one, and in another two."""
+    seq_idx = torch.zeros(2, length, dtype=torch.int64)
+    seq_idx[0, 8:] = 1
+    seq_idx[0, 21:23] = 2
+    seq_idx[1, 36:] = 1
+    packed = {"seq_idx": seq_idx}
+    inputs = detached(scan_inputs(length=length, groups=3)) | packed
+    for reverse in (False, True):
+        options = {"reverse": reverse, "return_last_state": True}
+        found = exported(selective_scan, inputs, loop=loop, **options)
+        for f, e in zip(found, selective_scan(**inputs, **options, backend="reference"), strict=True):
+            assert_close(f, e, atol=1e-11, rtol=1e-11)
+    inputs = detached(pair_inputs(length=length)) | packed
+    expected = bidirectional_selective_scan(**inputs, backend="reference")
+    assert_close(exported(bidirectional_selective_scan, inputs, loop=loop), expected, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("seq_idx", [None, torch.tensor([[0, 0, 1, 0, 0, 0, 0, 2, 2], [0] * 9])], ids=["", "packed"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_convolution(reverse):
+def test_convolution(reverse, seq_idx):
     generator = torch.Generator().manual_seed(0)
     shapes = {"x": (2, 9, 6), "weight": (6, 4), "bias": (6,), "initial_state": (2, 3, 6)}
     inputs = {k: torch.randn(s, generator=generator, dtype=torch.float64) for k, s in shapes.items()}
+    packed = {} if seq_idx is None else {"seq_idx": seq_idx}
+    inputs |= packed
     options = {"reverse": reverse, "activation": "silu", "return_final_state": True}
     found = exported(causal_conv1d, inputs, loop=False, **options)
     for f, e in zip(found, causal_conv1d(**inputs, **options, backend="reference"), strict=True):
         assert_close(f, e)
-    pair = {"x": inputs["x"], "weight": (inputs["weight"], -inputs["weight"])}
+    pair = {"x": inputs["x"], "weight": (inputs["weight"], -inputs["weight"])} | packed
     for f, e in zip(
         exported(bidirectional_causal_conv1d, pair, loop=False),
         bidirectional_causal_conv1d(**pair, backend="reference"),

@@ -255,7 +255,7 @@ def test_opcheck(backend):
     inputs = scan_inputs(length=34, dtype=torch.float32, groups=1)
     z = inputs.pop("z")
     columns = [[inputs[n]] for n in ("u", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")]
-    args = (*columns, z, [False], True, 1.0, True, backend)
+    args = (*columns, z, None, [False], True, 1.0, True, backend)
     torch.library.opcheck(torch.ops.vim_kernels.selective_scan, args)
 
 

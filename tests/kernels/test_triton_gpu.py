@@ -116,6 +116,26 @@ def test_windows():
         assert_within(pair_excess(batch=2, length=600, d_inner=40, **precision))
 
 
+@pytest.mark.parametrize("precision", [FP32, FP64, LOW[0]], ids=lambda p: str(p["dtype"]))
+def test_packed_sequences(precision):
+    """Cuts beside the ends of blocks, halves, kept states and chunks of the convolution, and a row of one sequence."""
+    shape = {"batch": 2, "length": 150, "d_inner": 40, "rows": [[1, 3, 60, 11, 1, 51, 1, 22], [150]]}
+    conv = {"batch": 2, "length": 150, "channels": 40, "rows": shape["rows"]}
+    for reverse in (False, True):
+        assert_within(scan_excess(**shape, reverse=reverse, **precision))
+        assert_within(conv_excess(**conv, reverse=reverse, **precision))
+    assert_within(pair_excess(**shape, **precision))
+    assert_within(conv_pair_excess(**conv, **precision))
+
+
+def test_packed_sequences_in_windows():
+    """Windows of 128 steps without a cut and with some, and cuts where windows meet."""
+    rows = [[128, 256, 1, 3, 212], [10, 590]]
+    for reverse in (False, True):
+        assert_within(scan_excess(batch=2, length=600, d_inner=40, rows=rows, reverse=reverse, **FP32))
+    assert_within(pair_excess(batch=2, length=600, d_inner=40, rows=rows, **FP32))
+
+
 def test_uneven_pairs_and_strides():
     assert_within(excess(bidirectional_selective_scan, uneven_pair(device="cuda")))
 

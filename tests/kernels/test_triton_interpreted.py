@@ -36,6 +36,13 @@ NAMES = [
     "conv_width_1",
     "conv_bf16",
     "conv_pair",
+    "scan_packed",
+    "pair_packed",
+    "scan_packed_windows",
+    "pair_packed_windows",
+    "conv_packed",
+    "conv_packed_reverse",
+    "conv_pair_packed",
     "norm",
     "norm_in_bf16",
     "step_of_one",
@@ -107,12 +114,35 @@ def cases() -> dict[str, dict[str, float]]:
         "step_of_few": step_excess(3),
         "step_of_many": step_excess(6, taps=2, d_state=1),
         "step_bf16": step_excess(2, dtype=torch.bfloat16, limit=2 * bf16),
+        # Cuts at and beside the ends of blocks of 4 and 8 steps, of halves and of the convolution's 64 rows.
+        "scan_packed": scan_excess(
+            length=14, d_inner=3, d_state=5, rows=[[1, 3, 4, 1, 5], [14]], dtype=torch.float32, limit=1e-5
+        ),
+        "pair_packed": pair_excess(
+            batch=1, length=13, d_inner=3, d_state=3, rows=[[1, 5, 1, 6]], dtype=torch.float64, limit=1e-12
+        ),
+        "conv_packed": conv_excess(
+            length=70, channels=3, rows=[[1, 1, 61, 1, 2, 1, 1, 2], [70]], dtype=torch.float32, limit=1e-5
+        ),
+        "conv_packed_reverse": conv_excess(
+            batch=1, length=70, channels=3, width=3, reverse=True, rows=[[2, 62, 1, 4, 1]], limit=1e-12
+        ),
+        "conv_pair_packed": conv_pair_excess(
+            batch=1, length=66, channels=3, width=5, rows=[[3, 1, 1, 58, 1, 2]], dtype=torch.float32, limit=1e-5
+        ),
         "conv_bf16": conv_excess(length=5, absent=("initial_state",), dtype=torch.bfloat16, limit=bf16),
     }
     # Windows of 16 steps and states kept every 8, for a long sequence in few of them.
     triton_tiles.INTERVAL = triton_scan_backward.INTERVAL = triton_scan_windows.INTERVAL = 8
     triton_scan_windows.LONGEST = 16
     found["scan_windows"] = scan_excess(batch=1, length=37, d_inner=2, d_state=3, dtype=torch.float32, limit=1e-5)
+    # A cut where two windows meet, and one within a window, in front of and behind windows without any.
+    found["scan_packed_windows"] = scan_excess(
+        batch=1, length=21, d_inner=2, d_state=3, reverse=True, rows=[[16, 5]], dtype=torch.float32, limit=1e-5
+    )
+    found["pair_packed_windows"] = pair_excess(
+        batch=1, length=37, d_inner=2, d_state=2, rows=[[20, 17]], dtype=torch.float32, limit=1e-5
+    )
     found["pair_windows"] = pair_excess(batch=1, length=21, d_inner=2, d_state=2, dtype=torch.float32, limit=1e-5)
     return found
 

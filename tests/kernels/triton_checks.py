@@ -62,12 +62,22 @@ def excess(function, inputs: dict, *, limit: float | None = None, **options) -> 
     return {name: error(got[name], want[name]) / budget for name, budget in budgets.items()}
 
 
-def scan_excess(*, limit: float | None = None, reverse: bool = False, **shape) -> dict[str, float]:
-    return excess(selective_scan, scan_inputs(**shape), limit=limit, reverse=reverse, return_last_state=True)
+def packed(rows: list[list[int]] | None, device="cpu") -> dict[str, torch.Tensor]:
+    """The argument seq_idx for sequences of these lengths, 1, 0, 1, 0, ..., or no argument."""
+    if rows is None:
+        return {}
+    numbers = [[(i + 1) % 2 for i, n in enumerate(row) for _ in range(n)] for row in rows]
+    return {"seq_idx": torch.tensor(numbers, device=device)}
 
 
-def pair_excess(*, limit: float | None = None, **shape) -> dict[str, float]:
-    return excess(bidirectional_selective_scan, pair_inputs(**shape), limit=limit)
+def scan_excess(*, limit: float | None = None, reverse: bool = False, rows=None, **shape) -> dict[str, float]:
+    options = {"reverse": reverse, "return_last_state": True, **packed(rows, shape.get("device", "cpu"))}
+    return excess(selective_scan, scan_inputs(**shape), limit=limit, **options)
+
+
+def pair_excess(*, limit: float | None = None, rows=None, **shape) -> dict[str, float]:
+    options = packed(rows, shape.get("device", "cpu"))
+    return excess(bidirectional_selective_scan, pair_inputs(**shape), limit=limit, **options)
 
 
 def conv_inputs(
@@ -84,16 +94,20 @@ def conv_inputs(
     return leaves(tensors, dtype=dtype, device=device)
 
 
-def conv_excess(*, limit: float | None = None, reverse: bool = False, activation="silu", **shape) -> dict[str, float]:
-    return excess(causal_conv1d, conv_inputs(**shape), limit=limit, reverse=reverse, activation=activation)
+def conv_excess(
+    *, limit: float | None = None, reverse: bool = False, activation="silu", rows=None, **shape
+) -> dict[str, float]:
+    options = {"reverse": reverse, "activation": activation, **packed(rows, shape.get("device", "cpu"))}
+    return excess(causal_conv1d, conv_inputs(**shape), limit=limit, **options)
 
 
-def conv_pair_excess(*, limit: float | None = None, activation="silu", **shape) -> dict[str, float]:
+def conv_pair_excess(*, limit: float | None = None, activation="silu", rows=None, **shape) -> dict[str, float]:
     shape["absent"] = (*shape.get("absent", ()), "initial_state")
     inputs, second = conv_inputs(**shape), conv_inputs(**shape, seed=1)
     pairs = {name: (t, second[name]) for name, t in inputs.items() if name != "x"}
     function = bidirectional_causal_conv1d
-    return excess(function, {"x": inputs["x"]} | pairs, limit=limit, activation=activation)
+    options = {"activation": activation, **packed(rows, shape.get("device", "cpu"))}
+    return excess(function, {"x": inputs["x"]} | pairs, limit=limit, **options)
 
 
 def uneven_pair(dtype=torch.bfloat16, device="cpu") -> dict:

@@ -199,3 +199,37 @@ def test_a_million_steps(relative_error):
     assert relative_error(pieces, y) < 0.02
     print(f"{whole:.2f} GiB for the whole, {in_pieces:.2f} GiB in pieces of 50,000 steps")
     assert in_pieces < whole / 10
+
+
+def alone(mixer, x, lengths):
+    """Each sequence of each row by itself."""
+    rows = [torch.cat([mixer(part) for part in row.split(n, 1)], 1) for row, n in zip(x.split(1), lengths, strict=True)]
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("mixer_class", [Mamba, BiMamba])
+def test_packed_sequences_are_mixed_alone(mixer_class, mixer_backend, relative_error):
+    torch.manual_seed(0)
+    mixer = mixer_class(16, d_state=5).to(mixer_backend.device)
+    lengths = [[1, 22, 2, 12], [37]]
+    x = torch.randn(2, 37, 16, device=mixer_backend.device)
+    seq_idx = torch.tensor([[i % 2 for i, n in enumerate(row) for _ in range(n)] for row in lengths], device=x.device)
+    weight = torch.randn_like(x)
+    found = []
+    for y in (mixer(x, seq_idx=seq_idx), alone(mixer, x, lengths)):
+        found.append([y, *torch.autograd.grad((y * weight).sum(), mixer.parameters())])
+    for got, want in zip(*found, strict=True):
+        assert relative_error(got, want) < 1e-5 * mixer_backend.limit
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_with_the_last_sequence(relative_error):
+    """A call's first sequence continues the cache's, its last one the next call."""
+    torch.manual_seed(0)
+    mixer = Mamba(16, d_state=5).double()
+    x = torch.randn(1, 30, 16, dtype=torch.float64)
+    seq_idx = torch.tensor([[0] * 11 + [1] * 15 + [2] * 4])
+    cache = MambaCache(*(t.double() for t in mixer.allocate_cache(1)))
+    pieces = [mixer(x[:, a:b], cache, seq_idx=seq_idx[:, a:b]) for a, b in ((0, 5), (5, 12), (12, 27))]
+    pieces += [mixer.step(x[:, i], cache).unsqueeze(1) for i in (27, 28, 29)]
+    assert relative_error(torch.cat(pieces, 1), alone(mixer, x, [[11, 15, 4]])) < 1e-13

@@ -49,11 +49,16 @@ class BiMamba(nn.Module):
         self.backward_ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank, **dd)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(bidirectional_selective_scan(**self.scan_inputs(x)))
+    def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        """Args:
+        x: (batch, length, d_model).
+        seq_idx: (batch, length), int32 or int64: which of several sequences packed into a row a step belongs to. Each
+            is mixed as if it were alone; one begins wherever the value changes.
+        """
+        return self.out_proj(bidirectional_selective_scan(**self.scan_inputs(x, seq_idx)))
 
-    def scan_inputs(self, x: Tensor) -> dict[str, Any]:
-        """Arguments of `bidirectional_selective_scan` for a sequence (B, L, d_model)."""
+    def scan_inputs(self, x: Tensor, seq_idx: Tensor | None = None) -> dict[str, Any]:
+        """Arguments of `bidirectional_selective_scan` for a sequence (B, L, d_model); seq_idx as in `forward`."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         convolutions = self.forward_ssm.conv1d, self.backward_ssm.conv1d
         u_f, u_b = bidirectional_causal_conv1d(
@@ -61,6 +66,7 @@ class BiMamba(nn.Module):
             [conv.weight.squeeze(1) for conv in convolutions],
             [conv.bias for conv in convolutions if conv.bias is not None],
             activation="silu",
+            seq_idx=seq_idx,
         )
         dt_f, A_f, B_f, C_f = self.forward_ssm.project(u_f)
         dt_b, A_b, B_b, C_b = self.backward_ssm.project(u_b)
@@ -73,4 +79,5 @@ class BiMamba(nn.Module):
             "D": (self.forward_ssm.D, self.backward_ssm.D),
             "z": z,
             "dt_bias": (self.forward_ssm.dt_proj.bias, self.backward_ssm.dt_proj.bias),
+            "seq_idx": seq_idx,
         }

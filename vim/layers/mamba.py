@@ -67,18 +67,27 @@ class Mamba(nn.Module):
             self.ssm.A_log.new_zeros(batch_size, d_inner, self.ssm.d_state, dtype=torch.float32),
         )
 
-    def forward(self, x: Tensor, cache: MambaCache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cache: MambaCache | None = None,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor:
         """Args:
         x: (batch, length, d_model).
         cache: read, and updated in place.
         mask: (batch, length), False at steps that are to change no state, as if the sequence did not have them;
             in front of a sequence, because the convolution sees zeros there. Their own outputs mean nothing.
+        seq_idx: (batch, length), int32 or int64: which of several sequences packed into a row a step belongs to. Each
+            is mixed as if it were alone; one begins wherever the value changes. What the cache holds belongs to the
+            first before the call and to the last behind it.
         """
         x, z = self.in_proj(x).chunk(2, dim=-1)
         ssm = self.ssm
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        u = ssm.convolve(x, conv_state=None if cache is None else cache.conv_state)
+        u = ssm.convolve(x, conv_state=None if cache is None else cache.conv_state, seq_idx=seq_idx)
         dt, A, B, C = ssm.project(u)
         if mask is not None:
             dt = dt.masked_fill(~mask.unsqueeze(-1), NO_STEP)
@@ -93,6 +102,7 @@ class Mamba(nn.Module):
             dt_bias=ssm.dt_proj.bias,
             initial_state=None if cache is None else cache.ssm_state,
             return_last_state=cache is not None,
+            seq_idx=seq_idx,
         )
         if cache is not None:
             y, last_state = y

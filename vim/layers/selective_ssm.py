@@ -66,10 +66,11 @@ class SelectiveSSM(nn.Module):
         self.A_log.copy_(n.log().expand_as(self.A_log))
         self.D.fill_(1)
 
-    def convolve(self, x: Tensor, *, conv_state: Tensor | None = None) -> Tensor:
+    def convolve(self, x: Tensor, *, conv_state: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """The scan's input u (B, L, E) from x (B, L, E), in the forward direction.
 
         conv_state: (B, d_conv - 1, E), the steps in front of x; updated in place to the last steps of x.
+        seq_idx: (B, L), which of several sequences packed into a row a step belongs to.
         """
         u = causal_conv1d(
             x,
@@ -78,6 +79,7 @@ class SelectiveSSM(nn.Module):
             activation="silu",
             initial_state=conv_state,
             return_final_state=conv_state is not None,
+            seq_idx=seq_idx,
         )
         if conv_state is not None:
             u, final_state = u

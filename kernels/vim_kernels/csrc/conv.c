@@ -2,6 +2,8 @@
 //
 //     pre[t] = bias + sum over k of weight[k] * x[t - past + k],    y[t] = silu(pre[t]) or pre[t],    past = width - 1
 //
+// with zeros for the steps of other sequences than t's, where several are packed into a row.
+//
 // A vector holds neighbouring channels. A task is a chunk of steps of one batch element, tile by tile.
 #include <stdlib.h>
 
@@ -16,6 +18,7 @@ typedef struct {
     int64_t threads, batch, length, channels, width, silu;
     Sequence x, y;
     const real *weight, *bias, *initial_state;  // (channels, width), (channels) or NULL, (batch, past, channels) or NULL
+    Numbers segments;                           // of which sequence a step is, if several are packed into a row
     // For the backward; gradients of what is NULL are NULL:
     Sequence dy, dx;
     real *d_weight, *d_bias, *d_initial_state;
@@ -25,9 +28,10 @@ typedef struct {
     const Conv *conv;
     int threads;
     int64_t chunks, past;
-    real *weight;  // (channels * width tiled)
-    real *sums;    // (batch, chunks, channels * (width + 1) tiled) d_weight and d_bias of each task
-    Vec *rows;     // (threads, 2, 2 * past + STEPS)
+    real *weight;     // (channels * width tiled)
+    real *sums;       // (batch, chunks, channels * (width + 1) tiled) d_weight and d_bias of each task
+    Vec *rows;        // (threads, 2, 2 * past + STEPS)
+    int64_t *oldest;  // (threads, 2 * past + STEPS), of packed sequences
 } Work;
 
 INLINE int lanes_at(const Conv *c, int64_t channel) {
@@ -48,18 +52,35 @@ static void read_rows(Vec *x, const Work *w, int64_t batch, int64_t start, int64
     }
 }
 
-// pre of the step whose oldest input is *x
-INLINE Vec convolve(const real *weight, Vec bias, const Vec *x, int64_t width, int lanes) {
+// oldest[t - start] of steps [start, end): the first tap that meets a step of the same sequence, which also the initial
+// state is to the first step. Then for `past` more, 0.
+static void find_oldest(int64_t *oldest, const Work *w, int64_t batch, int64_t start, int64_t end) {
+    const Conv *c = w->conv;
+    for (int64_t t = start; t < end; t++) {
+        int64_t k = w->past;
+        for (int32_t own = number_at(c->segments, batch, t); k > 0; k--) {
+            int64_t before = t - w->past + k - 1;
+            if (number_at(c->segments, batch, before > 0 ? before : 0) != own) break;
+        }
+        *oldest++ = k;
+    }
+    for (int64_t i = 0; i < w->past; i++) *oldest++ = 0;
+}
+
+// pre of a step by the taps from `first` on, *x the input that tap 0 meets
+INLINE Vec convolve(const real *weight, Vec bias, const Vec *x, int64_t first, int64_t width, int lanes) {
     Vec sum = bias;
-    for (int64_t k = 0; k < width; k++) sum += load(weight + k * lanes, lanes) * x[k];
+    for (int64_t k = first; k < width; k++) sum += load(weight + k * lanes, lanes) * x[k];
     return sum;
 }
 
-static void forward_task(const void *work, int64_t task, int thread) {
-    const Work *w = work;
+// `packed` is a constant, so that a row of one sequence pays for nothing.
+INLINE void forward_steps(const Work *w, int64_t task, int thread, bool packed) {
     const Conv *c = w->conv;
     int64_t batch = task / w->chunks, start = task % w->chunks * STEPS;
     int64_t end = start + STEPS < c->length ? start + STEPS : c->length;
+    int64_t *oldest = w->oldest + thread * (2 * w->past + STEPS);
+    if (packed) find_oldest(oldest, w, batch, start, end);
     Vec *x = w->rows + thread * 2 * (2 * w->past + STEPS);
     for (int64_t e = 0; e < c->channels; e += LANES) {
         int lanes = lanes_at(c, e);
@@ -67,18 +88,27 @@ static void forward_task(const void *work, int64_t task, int thread) {
         Vec bias = c->bias ? load(c->bias + e, lanes) : splat(0);
         read_rows(x, w, batch, start, end, e);
         for (int64_t t = start; t < end; t++) {
-            Vec pre = convolve(weight, bias, x + t - start, c->width, lanes);
+            Vec pre = convolve(weight, bias, x + t - start, packed ? oldest[t - start] : 0, c->width, lanes);
             store(at(c->y, batch, t) + e, c->silu ? pre * sigmoid(pre) : pre, lanes);
         }
     }
 }
 
-static void backward_task(const void *work, int64_t task, int thread) {
+static void forward_task(const void *work, int64_t task, int thread) {
     const Work *w = work;
+    if (w->conv->segments.data)
+        forward_steps(w, task, thread, true);
+    else
+        forward_steps(w, task, thread, false);
+}
+
+INLINE void backward_steps(const Work *w, int64_t task, int thread, bool packed) {
     const Conv *c = w->conv;
     int64_t batch = task / w->chunks, start = task % w->chunks * STEPS, past = w->past;
     int64_t end = start + STEPS < c->length ? start + STEPS : c->length;
     int64_t ahead = end + past < c->length ? end + past : c->length;
+    int64_t *oldest = w->oldest + thread * (2 * past + STEPS);
+    if (packed) find_oldest(oldest, w, batch, start, ahead);
     Vec *x = w->rows + thread * 2 * (2 * past + STEPS), *d_pre = x + 2 * past + STEPS;
     for (int64_t e = 0; e < c->channels; e += LANES) {
         int lanes = lanes_at(c, e);
@@ -90,7 +120,8 @@ static void backward_task(const void *work, int64_t task, int thread) {
             if (t < ahead) {
                 d = stream(at(c->dy, batch, t) + e, lanes);
                 if (c->silu) {
-                    Vec pre = convolve(weight, bias, x + t - start, c->width, lanes), gate = sigmoid(pre);
+                    int64_t first = packed ? oldest[t - start] : 0;
+                    Vec pre = convolve(weight, bias, x + t - start, first, c->width, lanes), gate = sigmoid(pre);
                     d *= gate * (1 + pre * (1 - gate));
                 }
             }
@@ -99,7 +130,8 @@ static void backward_task(const void *work, int64_t task, int thread) {
         real *d_weight = w->sums + (task * c->channels + e) * (c->width + 1), *d_bias = d_weight + c->width * lanes;
         for (int64_t k = 0; k < c->width; k++) {
             Vec sum = splat(0);
-            for (int64_t i = 0; i < end - start; i++) sum += d_pre[i] * x[i + k];
+            for (int64_t i = 0; i < end - start; i++)
+                if (!packed || k >= oldest[i]) sum += d_pre[i] * x[i + k];
             store(d_weight + k * lanes, sum, lanes);
         }
         Vec sum = splat(0);
@@ -108,15 +140,25 @@ static void backward_task(const void *work, int64_t task, int thread) {
 
         for (int64_t i = 0; i < end - start; i++) {
             Vec dx = splat(0);
-            for (int64_t k = 0; k < c->width; k++) dx += load(weight + k * lanes, lanes) * d_pre[i + past - k];
+            for (int64_t k = 0; k < c->width; k++)
+                if (!packed || k >= oldest[i + past - k]) dx += load(weight + k * lanes, lanes) * d_pre[i + past - k];
             store(at(c->dx, batch, start + i) + e, dx, lanes);
         }
         for (int64_t i = 0; start == 0 && c->d_initial_state && i < past; i++) {
             Vec dx = splat(0);
-            for (int64_t k = 0; k <= i; k++) dx += load(weight + k * lanes, lanes) * d_pre[i - k];
+            for (int64_t k = 0; k <= i; k++)
+                if (!packed || k >= oldest[i - k]) dx += load(weight + k * lanes, lanes) * d_pre[i - k];
             store(c->d_initial_state + (batch * past + i) * c->channels + e, dx, lanes);
         }
     }
+}
+
+static void backward_task(const void *work, int64_t task, int thread) {
+    const Work *w = work;
+    if (w->conv->segments.data)
+        backward_steps(w, task, thread, true);
+    else
+        backward_steps(w, task, thread, false);
 }
 
 // Returns false if there is no memory.
@@ -125,9 +167,11 @@ static bool begin_work(Work *w, const Conv *c, bool backward) {
     *w = (Work){.conv = c, .threads = threads, .chunks = (c->length + STEPS - 1) / STEPS, .past = c->width - 1};
     int64_t vectors = threads * 2 * (2 * w->past + STEPS);
     int64_t reals = c->channels * c->width + (backward ? c->batch * w->chunks * c->channels * (c->width + 1) : 0);
-    w->rows = aligned_alloc(sizeof(Vec), (vectors + reals / LANES + 1) * sizeof(Vec));
+    int64_t numbers = c->segments.data ? vectors / 2 : 0;  // a vector's memory holds one
+    w->rows = aligned_alloc(sizeof(Vec), (vectors + numbers + reals / LANES + 1) * sizeof(Vec));
     if (!w->rows) return false;
-    w->weight = (real *)(w->rows + vectors);
+    w->oldest = (int64_t *)(w->rows + vectors);
+    w->weight = (real *)(w->rows + vectors + numbers);
     w->sums = w->weight + c->channels * c->width;
     for (int64_t e = 0; e < c->channels; e += LANES)
         to_tile(w->weight + e * c->width, c->weight + e * c->width, c->width, lanes_at(c, e));

@@ -12,6 +12,21 @@ typedef struct {
 
 INLINE real *at(Sequence s, int64_t batch, int64_t step) { return s.data + batch * s.batch + step * s.step; }
 
+// What is known of the steps of packed sequences, (batch, length): `data` is NULL where a row is one sequence.
+typedef struct {
+    const int8_t *data;
+    int64_t batch, step, unused;
+} Flags;
+
+INLINE bool flag_at(Flags f, int64_t batch, int64_t step) { return f.data[batch * f.batch + step * f.step]; }
+
+typedef struct {
+    const int32_t *data;
+    int64_t batch, step, unused;
+} Numbers;
+
+INLINE int32_t number_at(Numbers n, int64_t batch, int64_t step) { return n.data[batch * n.batch + step * n.step]; }
+
 // A row of (channels, n) numbers is `tiled` when it is, for each vector of channels (a tile), n vectors. The last tile
 // of a group of channels may have fewer lanes; tile and row take the same memory.
 static void to_tile(real *tile, const real *rows, int64_t n, int lanes) {

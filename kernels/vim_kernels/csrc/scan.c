@@ -23,6 +23,7 @@ typedef struct {
     Sequence u, dt, B, C, z, y, y_sum;            // z, y, y_sum: the same tensors for each direction
     const real *A, *D, *dt_bias, *initial_state;  // (E, N), (E), (E), (B, E, N)
     real *last_state, *checkpoints;               // (B, E, N), (B, chunks, E * N tiled): the states before each chunk
+    Flags starts;                                 // whether the state is zero before a step, which begins a sequence
     // For the backward:
     Sequence dy, dz, du, ddt, dB, dC;
     const real *d_last_state;
@@ -99,6 +100,7 @@ typedef struct {
     real *state;                    // (N, lanes)
     real *checkpoint;               // (N, lanes), NULL if there are none
     Vec u[CHUNK], raw[CHUNK], delta[CHUNK], x[CHUNK];  // raw: the step before softplus. x = delta * u
+    bool begins[CHUNK];                                // set if sequences are packed: see `starts`
 } Tile;
 
 static void begin_tile(Tile *c, const Work *w, int direction, Task t, int64_t start, int64_t channel) {
@@ -122,10 +124,13 @@ static void begin_tile(Tile *c, const Work *w, int direction, Task t, int64_t st
         c->delta[k] = s->softplus ? softplus(c->raw[k]) : c->raw[k];
         c->x[k] = c->delta[k] * c->u[k];
     }
+    if (d->starts.data)
+        for (int k = 0; k < c->steps; k++) c->begins[k] = flag_at(d->starts, t.batch, start + k);
 }
 
-// Take states [first, first + states) of the tile through the chunk and add <C, h> to y.
-INLINE void forward_states(const Tile *c, int64_t first, int states, Vec *y) {
+// Take states [first, first + states) of the tile through the chunk and add <C, h> to y. `packed` is a constant, so
+// that a row of one sequence pays for nothing.
+INLINE void forward_states(const Tile *c, int64_t first, int states, bool packed, Vec *y) {
     Vec A[STATES], h[STATES];
     UNROLL for (int n = 0; n < states; n++) {
         A[n] = load(c->A + (first + n) * c->lanes, c->lanes);
@@ -134,6 +139,9 @@ INLINE void forward_states(const Tile *c, int64_t first, int states, Vec *y) {
     for (int k = 0; k < c->steps; k++) {
         const real *B = at(c->B, 0, k) + first, *C = at(c->C, 0, k) + first;
         Vec delta = c->delta[k], x = c->x[k], sum = y[k];
+        if (packed && c->begins[k]) {
+            UNROLL for (int n = 0; n < states; n++) h[n] = splat(0);
+        }
         UNROLL for (int n = 0; n < states; n++) {
             h[n] = exp2_of(delta * A[n]) * h[n] + x * B[n];
             sum += C[n] * h[n];
@@ -141,6 +149,12 @@ INLINE void forward_states(const Tile *c, int64_t first, int states, Vec *y) {
         y[k] = sum;
     }
     UNROLL for (int n = 0; n < states; n++) store(c->state + (first + n) * c->lanes, h[n], c->lanes);
+}
+
+INLINE void forward_all_states(const Tile *c, int64_t N, bool packed, Vec *y) {
+    int64_t n = 0;
+    for (; n + STATES <= N; n += STATES) forward_states(c, n, STATES, packed, y);
+    if (n < N) forward_states(c, n, (int)(N - n), packed, y);
 }
 
 static void forward_tile(const Work *w, int direction, Task t, int64_t start, int64_t channel) {
@@ -155,9 +169,10 @@ static void forward_tile(const Work *w, int direction, Task t, int64_t start, in
         y[k] = D * c.u[k];
         if (direction > 0) y[k] += stream(at(d->y, t.batch, start + k) + channel, c.lanes);
     }
-    int64_t n = 0;
-    for (; n + STATES <= s->d_state; n += STATES) forward_states(&c, n, STATES, y);
-    if (n < s->d_state) forward_states(&c, n, (int)(s->d_state - n), y);
+    if (d->starts.data)
+        forward_all_states(&c, s->d_state, true, y);
+    else
+        forward_all_states(&c, s->d_state, false, y);
 
     bool last = direction == s->directions - 1;
     for (int k = 0; k < c.steps; k++) {
@@ -193,7 +208,8 @@ typedef struct {
 
 // Recompute states [first, first + states) of the chunk, then run the adjoint backwards:
 // g[t] = dy[t] C[t] + decay[t+1] g[t+1]. `c->state` holds decay g of the step behind.
-INLINE void backward_states(const Tile *c, int64_t N, int64_t first, int states, const Vec *dy, real *dA, Sums *sums) {
+INLINE void backward_states(const Tile *c, int64_t N, int64_t first, int states, bool packed, const Vec *dy, real *dA,
+                            Sums *sums) {
     Vec A[STATES], h[STATES], decay[CHUNK][STATES], decayed[CHUNK][STATES];  // decayed = decay[t] h[t-1]
     UNROLL for (int n = 0; n < states; n++) {
         A[n] = load(c->A + (first + n) * c->lanes, c->lanes);
@@ -202,6 +218,9 @@ INLINE void backward_states(const Tile *c, int64_t N, int64_t first, int states,
     for (int k = 0; k < c->steps; k++) {
         const real *B = at(c->B, 0, k) + first;
         Vec delta = c->delta[k], x = c->x[k], *dC = sums->dC + k * N + first;
+        if (packed && c->begins[k]) {
+            UNROLL for (int n = 0; n < states; n++) h[n] = splat(0);
+        }
         UNROLL for (int n = 0; n < states; n++) {
             decay[k][n] = exp2_of(delta * A[n]);
             decayed[k][n] = decay[k][n] * h[n];
@@ -226,12 +245,21 @@ INLINE void backward_states(const Tile *c, int64_t N, int64_t first, int states,
             sum_A[n] += g_exponent * delta;
             g[n] = g_n * decay[k][n];
         }
+        if (packed && c->begins[k]) {
+            UNROLL for (int n = 0; n < states; n++) g[n] = splat(0);
+        }
         sums->along_A[k] = along_A, sums->along_B[k] = along_B;
     }
     UNROLL for (int n = 0; n < states; n++) {
         store(c->state + (first + n) * c->lanes, g[n], c->lanes);
         store(dA + (first + n) * c->lanes, sum_A[n], c->lanes);
     }
+}
+
+INLINE void backward_all_states(const Tile *c, int64_t N, bool packed, const Vec *dy, real *dA, Sums *sums) {
+    int64_t n = 0;
+    for (; n + STATES <= N; n += STATES) backward_states(c, N, n, STATES, packed, dy, dA, sums);
+    if (n < N) backward_states(c, N, n, (int)(N - n), packed, dy, dA, sums);
 }
 
 static void backward_tile(const Work *w, int direction, Task t, int64_t start, int64_t channel, Sums *sums) {
@@ -254,9 +282,10 @@ static void backward_tile(const Work *w, int direction, Task t, int64_t start, i
     }
     real *dA = w->of[direction].sums + (t.batch * s->d_inner + channel) * (N + 2);
     real *dD = dA + N * c.lanes, *d_bias = dD + c.lanes;
-    int64_t n = 0;
-    for (; n + STATES <= N; n += STATES) backward_states(&c, N, n, STATES, dy, dA, sums);
-    if (n < N) backward_states(&c, N, n, (int)(N - n), dy, dA, sums);
+    if (d->starts.data)
+        backward_all_states(&c, N, true, dy, dA, sums);
+    else
+        backward_all_states(&c, N, false, dy, dA, sums);
 
     Vec D = d->D ? load(d->D + channel, c.lanes) : splat(0);
     Vec sum_D = load(dD, c.lanes), sum_bias = load(d_bias, c.lanes);
