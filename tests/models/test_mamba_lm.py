@@ -104,6 +104,17 @@ def test_a_mask_leaves_out_what_stands_in_front():
         assert_close(tuple(one), tuple(other), atol=1e-6, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_packed_sequences():
+    """Each in its row as if alone."""
+    model = tiny()
+    parts = [torch.randint(50, (1, n)) for n in (4, 1, 6)]
+    row = torch.cat(parts, 1)
+    seq_idx = torch.tensor([[7] * 4 + [2] + [7] * 6])
+    want = torch.cat([model(part) for part in parts], 1)
+    assert_close(model(row, seq_idx=seq_idx), want, atol=1e-5, rtol=1e-5)
+
+
 def test_a_sequence_that_has_ended():
     model = tiny()
     alone = model.generate([[3, 4], [9]], 12)

@@ -22,9 +22,15 @@ class MambaBlock(nn.Module):
         self.norm = RMSNorm(d_model, eps=1e-5, **dd)
         self.mixer = Mamba(d_model, d_state, d_conv, expand, **dd)
 
-    def forward(self, x: Tensor, cache: MambaCache | None = None, mask: Tensor | None = None) -> Tensor:
-        """x: (batch, length, d_model). cache, mask: see `Mamba.forward`."""
-        return x + self.mixer(self.norm(x), cache, mask)
+    def forward(
+        self,
+        x: Tensor,
+        cache: MambaCache | None = None,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor:
+        """x: (batch, length, d_model). cache, mask, seq_idx: see `Mamba.forward`."""
+        return x + self.mixer(self.norm(x), cache, mask, seq_idx)
 
     def step(self, x: Tensor, cache: MambaCache) -> Tensor:
         """One step, x: (batch, d_model) -> (batch, d_model), without gradients. The cache is updated in place."""

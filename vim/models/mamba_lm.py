@@ -95,22 +95,34 @@ class MambaLM(nn.Module):
         return x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream
 
     def forward_features(
-        self, ids: Tensor, cache: list[MambaCache] | None = None, mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        cache: list[MambaCache] | None = None,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> Tensor:
         """Normalised hidden states (B, L, d_model) of token ids (B, L).
 
         Args:
             cache: read, and updated in place: calls with parts of a sequence are one call with the whole.
-            mask: (B, L), False where there is no token: such places change no state. Their own outputs mean nothing.
+            mask: (B, L), False where there is no token, in front of a sequence: such places change no state. Their own
+                outputs mean nothing.
+            seq_idx: (B, L), which of several sequences packed into a row a token belongs to: each is as if alone.
         """
         x = self._embed(ids)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache[i], mask)
+            x = block(x, None if cache is None else cache[i], mask, seq_idx)
         return self.norm(x)
 
-    def forward(self, ids: Tensor, cache: list[MambaCache] | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        cache: list[MambaCache] | None = None,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, L, V) of the tokens that follow ids (B, L); arguments as of `forward_features`."""
-        return self.head(self.forward_features(ids, cache, mask))[..., : self.vocab_size]
+        return self.head(self.forward_features(ids, cache, mask, seq_idx))[..., : self.vocab_size]
 
     def step(self, ids: Tensor, cache: list[MambaCache]) -> Tensor:
         """Logits (B, V) of what follows one more token of each sequence, ids (B,)."""
