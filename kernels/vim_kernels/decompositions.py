@@ -164,11 +164,19 @@ def _looped(
     """y (L, R, 1, E) and the last state, one step after another."""
 
     def step(h: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        delta, x, B, C, *keep = inputs
-        h = torch.exp(delta * A) * (keep[0] * h if keep else h) + x * B
+        delta, x, B, C = inputs
+        if packed:
+            B, keep = B[:, :-1], B[:, -1:]
+            h = keep * h
+        h = torch.exp(delta * A) * h + x * B
         return h, C @ h
 
-    h, y = torch_scan_operator(step, h, (delta, x, B, C) if keep is None else (delta, x, B, C, keep))
+    packed = keep is not None
+    if keep is not None:
+        # Not an input of its own: after scans of four inputs, torch would trace their number as one that may change,
+        # and torch.onnx cannot translate that.
+        B = torch.cat([B, keep], 2)
+    h, y = torch_scan_operator(step, h, (delta, x, B, C))
     return y, h
 
 
