@@ -2,11 +2,14 @@
 
 import multiprocessing
 import re
+import signal
+import time
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from torch.utils.data._utils import signal_handling
 
 from vim.data.loaders import loader
 from vim.detection import DetectionTrainConfig, DetectionValidateConfig
@@ -159,6 +162,23 @@ def test_every_field_is_read_somewhere():
     for key in {key for config_class in classes for key in leaves(config_class)}:
         name = key.split(".")[-1]
         assert re.search(rf"\.{name}\b", code), f"{key} is parsed and never read"
+
+
+def test_a_loading_process_that_has_only_begun_is_no_error(capsys):
+    """It dies of the signal, while those that have set their handlers end by themselves."""
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    process.start()
+    signal_handling._set_SIGCHLD_handler()
+    signal_handling._set_worker_pids(1, (process.pid,))
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        with pytest.raises(SystemExit), plain_errors():
+            raise RunError("the disk is full")
+    finally:
+        signal_handling._remove_worker_pids(1)
+    assert process.exitcode == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    assert capsys.readouterr().err == "error: the disk is full\n"
 
 
 def test_an_error_leaves_no_loading_processes(capsys):

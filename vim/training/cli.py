@@ -3,7 +3,9 @@
 import argparse
 import multiprocessing
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -92,9 +94,21 @@ def plain_errors() -> Iterator[None]:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, InterruptedRunError) else 1)
     finally:
-        # With a GPU torch would wait five seconds for each loading process that nobody has told to end, one by one.
-        for process in multiprocessing.active_children():
-            process.terminate()
+        _end_children()
+
+
+def _end_children() -> None:
+    """With a GPU torch would wait five seconds for each loading process that nobody has told to end, one by one."""
+    children = multiprocessing.active_children()
+    # One that has only just begun dies of the signal, of which torch's handler makes an error in this process.
+    main = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
+    for process in children:
+        process.terminate()
+    for process in children:
+        process.join(1)
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def _config_first(args: list[str]) -> list[str]:
