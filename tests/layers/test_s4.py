@@ -224,6 +224,9 @@ def test_autocast_and_round_trip(make):
     with torch.autocast("cpu", torch.bfloat16):
         y = mixer(x)
     assert_close(y.float(), mixer(x), atol=0.05, rtol=0.05)
+    half = make()
+    half.load_state_dict(mixer.state_dict())
+    assert_close(half.bfloat16()(x.bfloat16()).float(), mixer(x), atol=0.15, rtol=0.05)
     again = make()
     again.load_state_dict(mixer.state_dict())
     assert_close(again(x), mixer(x), atol=0, rtol=0)

@@ -5,6 +5,7 @@ from fnmatch import fnmatch
 import pytest
 import timm
 import torch
+from timm.models import create_feature_extractor
 from torch.testing import assert_close
 
 import vim  # noqa: F401 (registers the models)
@@ -68,6 +69,17 @@ def test_without_memory_at_first(mixer):
     other.load_state_dict(model.state_dict())
     x = torch.randn(1, 1, 24, 16)
     assert_close(other(x), model(x), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_features_by_fx_and_shapes_on_meta(mixer):
+    """As timm takes them."""
+    options = TINY | (PLAIN if mixer == "s4nd" else {}) | {"mixer": mixer}
+    model = timm.create_model("vim_nano", **options).eval()
+    nodes = create_feature_extractor(model, ["blocks.1"])
+    x = torch.randn(1, 1, 24, 16)
+    assert_close(model.forward_head(model.prefix_first(model.norm(nodes(x)["blocks.1"]))), model(x))
+    assert timm.create_model("vim_nano", **options, device="meta")(x.to("meta")).shape == (1, 3)
 
 
 def test_mamba_sees_the_past_alone():

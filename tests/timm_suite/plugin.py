@@ -19,8 +19,8 @@ def pytest_configure(config):
     groups = ["base", "forward", "backward", "cfg", "cfg_nonstd", "features", "torchscript", "fxforward", "fxbackward"]
     for marker in groups:
         config.addinivalue_line("markers", f"{marker}: one of timm's groups")
-    if MODEL not in timm.list_models("vim_*"):
-        raise pytest.UsageError(f"no model {MODEL!r}; there are {timm.list_models('vim_*')}")
+    if MODEL not in timm.list_models(module="vision_mamba"):
+        raise pytest.UsageError(f"no model {MODEL!r}; there are {timm.list_models(module='vision_mamba')}")
     timm.list_models = list_models
     timm.list_pretrained = lambda *_, **__: []
 

@@ -1,8 +1,11 @@
 """GatedConv: a mixer with all of BiMamba but the scan, to see what the scan is good for."""
 
+import torch
 from torch import Tensor, nn
 
 from vim_kernels import bidirectional_causal_conv1d
+
+torch.fx.wrap("bidirectional_causal_conv1d")
 
 
 class GatedConv(nn.Module):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from . import official_s4
 from .linear_system import LinearSystem, fft_convolve
+from .precision import own_precision
 
 
 class LTIMixer(nn.Module):
@@ -48,7 +49,7 @@ class LTIMixer(nn.Module):
             raise ValueError(f"x must be ({want}), got {tuple(x.shape)}")
         if x.numel() == 0:
             return torch.zeros_like(x)
-        with torch.autocast(x.device.type, enabled=False):  # half precision has no FFT, and kernels lose their phase
+        with own_precision(x.device.type):  # half precision has no FFT, and kernels lose their phase
             lags = [kernel(size, rate) for kernel, size in zip(kernels, sizes, strict=True)]
             return fft_convolve(x, lags) + self.D * x
 

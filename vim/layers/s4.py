@@ -10,6 +10,7 @@ from .discretize import discretize_dense
 from .hippo import Measure, nplr
 from .linear_system import LinearSystem
 from .lti_mixer import SequenceLTIMixer
+from .precision import at_least_fp32
 
 MAX_ELEMENTS = 2**24  # of a tensor of H x N / 2 x frequencies: more are computed in chunks, and again in the backward
 
@@ -73,7 +74,8 @@ class DPLRKernel(nn.Module):
         """(directions, H, L)."""
         self.lengthen(math.ceil(length * rate))
         size = round(self.length / rate)  # the same span of time in other steps
-        turn = torch.arange(size // 2 + 1, device=self.log_dt.device, dtype=self.log_dt.dtype) * (-2 * math.pi / size)
+        wide = at_least_fp32(self.log_dt)
+        turn = torch.arange(size // 2 + 1, device=wide.device, dtype=wide.dtype) * (-2 * math.pi / size)
         chunk = max(1, MAX_ELEMENTS // self.A_log.numel())
         if len(turn) <= chunk:
             spectrum = self._generating_function(turn, rate)
@@ -89,9 +91,9 @@ class DPLRKernel(nn.Module):
             delta C (diag(d) + s P P^H)^-1 B = delta (C d^-1 B - s C d^-1 P (1 + s P^H d^-1 P)^-1 P^H d^-1 B),
         which, unlike the form with (1 - z) / (1 + z), is finite at z = -1.
         """
-        delta = rate * self.log_dt.exp()[:, None, None]
-        w = torch.complex(-self.A_log.exp(), self.A_imag).unsqueeze(-1)  # (H, N / 2, 1)
-        P, B, C = (torch.view_as_complex(value) for value in (self.P, self.B, self.C))
+        delta = rate * at_least_fp32(self.log_dt).exp()[:, None, None]
+        w = torch.complex(-at_least_fp32(self.A_log).exp(), at_least_fp32(self.A_imag)).unsqueeze(-1)  # (H, N / 2, 1)
+        P, B, C = (torch.view_as_complex(at_least_fp32(value)) for value in (self.P, self.B, self.C))
         # 1 - z and 1 + z by half the angle: near z = 1 and -1 the differences would have no digits left.
         sine, cosine = (turn / 2).sin(), (turn / 2).cos()
         one = 2 * torch.complex(sine.square(), -sine * cosine)  # (F,)
@@ -118,7 +120,7 @@ class DPLRKernel(nn.Module):
         """All N states, with a full dA."""
         dA, dB, C = self._dense(rate)
         C = self._cut(self._dense(1.0)[0], C, self.length, 0)
-        kept = self.log_dt.dtype.to_complex()
+        kept = at_least_fp32(self.log_dt).dtype.to_complex()
         return LinearSystem(dA.to(kept), dB.to(kept), C[0].to(kept))
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from .discretize import Rule, check_rule, discretize_diagonal
 from .hippo import Diagonal, diagonal
 from .linear_system import LinearSystem, vandermonde
 from .lti_mixer import SequenceLTIMixer
+from .precision import at_least_fp32
 
 
 class DiagonalKernel(nn.Module):
@@ -67,13 +68,14 @@ class DiagonalKernel(nn.Module):
 
     def _discrete(self, rate: float) -> tuple[Tensor, Tensor, Tensor]:
         """log dA, dB (H, N / 2) and C (directions, H, N / 2), doubled for the conjugates."""
-        delta = rate * self.log_dt.unsqueeze(-1).exp()
-        A = torch.complex(-self.A_log.exp(), self.A_imag)
-        dA, dB = discretize_diagonal(A, torch.view_as_complex(self.B), delta, self.rule)
+        log_dt, A_log, A_imag, B, C = map(at_least_fp32, (self.log_dt, self.A_log, self.A_imag, self.B, self.C))
+        delta = rate * log_dt.unsqueeze(-1).exp()
+        A = torch.complex(-A_log.exp(), A_imag)
+        dA, dB = discretize_diagonal(A, torch.view_as_complex(B), delta, self.rule)
         log_dA = delta * A if self.rule == "zoh" else dA.log()
-        C = 2 * torch.view_as_complex(self.C)
+        C = 2 * torch.view_as_complex(C)
         if self.bandlimit is not None:
-            C = C * (delta * self.A_imag.abs() / (2 * math.pi) < self.bandlimit / 2)
+            C = C * (delta * A_imag.abs() / (2 * math.pi) < self.bandlimit / 2)
         return log_dA, dB, C
 
 

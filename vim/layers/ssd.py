@@ -1,13 +1,13 @@
 """State-space duality: the recurrence of Mamba-2, one decay a head, computed by matrix products over chunks."""
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vim_kernels.checks import check, check_shape, check_tensors
 from vim_kernels.reference import state_dtype
+
+from .precision import own_precision
 
 
 def ssd(
@@ -61,7 +61,7 @@ def ssd(
     narrow = wide if wide == torch.float64 else x.dtype
     (batch, length, heads, head_dim), (groups, d_state) = x.shape, B.shape[2:]
 
-    with _own_precision(x.device.type):
+    with own_precision(x.device.type):
         delta = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide)
         delta = F.softplus(delta) if dt_softplus else delta
 
@@ -135,11 +135,6 @@ def _check(
     check_shape("dt_bias", dt_bias, "(heads,)", (heads,))
     want = (batch, heads, head_dim, d_state)
     check_shape("initial_state", initial_state, "(batch, heads, head_dim, d_state)", want)
-
-
-def _own_precision(device: str) -> contextlib.AbstractContextManager:
-    """No autocast, which would take the products of decays and states to low precision. There is none on meta."""
-    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _division(length: int, chunk_size: int) -> tuple[int, int]:

@@ -4,9 +4,14 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+from timm.models import register_notrace_module
 from torch import nn
 
 from vim.layers import S4, S4D, S4ND, BiMamba, BiMamba2, GatedConv, Mamba, Mamba2
+
+# Their kernels are made for a length, which FX has no number for.
+for _layer in (S4, S4D, S4ND):
+    register_notrace_module(_layer)
 
 Mixer = Literal["bimamba", "mamba", "bimamba2", "mamba2", "s4d", "s4", "s4nd", "none"]
 
