@@ -18,9 +18,9 @@ from rich.table import Table
 from torch import Tensor
 
 from vim.models.mamba_lm import MambaLM, official_name
+from vim.training.benchmark import DTYPES
 from vim.training.environment import device_name, versions
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT = 16
 Generate = Callable[[Tensor, int], Tensor]
 
@@ -70,7 +70,7 @@ def seconds(generate: Generate, ids: Tensor, new: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1])
-    parser.add_argument("--precision", choices=DTYPES, default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--tokens", type=int, default=100, help="more of them in a long run than in a short one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=None, help="JSON to write")

@@ -11,9 +11,8 @@ import torch
 from vim.models.mamba_lm import MambaLM
 from vim.models.text import load_tokenizer, stream_text
 from vim.training import ConfigParser, plain_errors
+from vim.training.benchmark import DTYPES
 from vim.training.config import GenerateConfig
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> None:

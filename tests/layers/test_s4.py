@@ -237,8 +237,9 @@ def test_autocast_and_round_trip(make):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="d_state must be even"):
-        S4(4, 7)
+    for layer in (S4, S4D, S4ND):
+        with pytest.raises(ValueError, match="d_state must be even"):
+            layer(4, 7)
     with pytest.raises(ValueError, match="init must be one of"):
         S4D(4, 8, init="hippo")
     with pytest.raises(ValueError, match="rule must be one of"):

@@ -35,7 +35,7 @@ def hippo(measure: Measure, d_state: int) -> tuple[Tensor, Tensor]:
         root = (2 * n + 1).sqrt()
         sign = 1 - 2 * ((n[:, None] - n) % 2)
         return -0.5 * torch.outer(root, root) * torch.where(n[:, None] < n, sign, 1.0), 0.5 * root
-    _check_even(d_state)
+    check_even(d_state)
     frequency = torch.stack((torch.zeros(d_state // 2), torch.arange(d_state // 2))).T.reshape(-1)[1:].double()
     B = torch.zeros(d_state, dtype=torch.float64)
     B[::2] = math.sqrt(2)
@@ -71,7 +71,7 @@ def nplr(measure: Measure, d_state: int) -> NPLR:
 
     Raises: ValueError for another measure or an odd d_state.
     """
-    _check_even(d_state)
+    check_even(d_state)
     A, B = hippo(measure, d_state)
     P = low_rank(measure, d_state)
     normal = A + P.T @ P
@@ -96,7 +96,7 @@ def diagonal(name: Diagonal, d_state: int) -> tuple[Tensor, Tensor]:
     Raises: ValueError for another name or an odd d_state.
     """
     _check("init", name, DIAGONALS)
-    _check_even(d_state)
+    check_even(d_state)
     if name == "legs":
         system = nplr("legs", d_state)
         return system.w, system.B
@@ -116,6 +116,7 @@ def _check(what: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{what} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _check_even(d_state: int) -> None:
+def check_even(d_state: int) -> None:
+    """Raises: ValueError for an odd number of states, or none."""
     if d_state < 2 or d_state % 2:
         raise ValueError(f"d_state must be even and positive, for conjugate pairs, got {d_state}")

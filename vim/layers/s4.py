@@ -11,11 +11,12 @@ from .hippo import Measure, nplr
 from .linear_system import LinearSystem
 from .lti_mixer import SequenceLTIMixer
 from .precision import at_least_fp32
+from .state_kernel import StateKernel
 
 MAX_ELEMENTS = 2**24  # of a tensor of H x N / 2 x frequencies: more are computed in chunks, and again in the backward
 
 
-class DPLRKernel(nn.Module):
+class DPLRKernel(StateKernel):
     """The convolution kernels of systems A = diag(w) - P P^H by the bilinear rule, each with its own step size.
 
     A kernel of L steps is evaluated where its generating function is cheap, at the L-th roots of unity, for which C is
@@ -41,16 +42,11 @@ class DPLRKernel(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.measure, self.l_max, self.dt_min, self.dt_max = measure, l_max, dt_min, dt_max
-        half, rank = d_state // 2, nplr(measure, d_state).P.shape[0]
-        self.log_dt = nn.Parameter(torch.empty(d_model, **dd))
-        self.A_log = nn.Parameter(torch.empty(d_model, half, **dd))
-        self.A_imag = nn.Parameter(torch.empty(d_model, half, **dd))
-        self.P = nn.Parameter(torch.empty(rank, d_model, half, 2, **dd))
-        self.B = nn.Parameter(torch.empty(d_model, half, 2, **dd))
-        self.C = nn.Parameter(torch.empty(directions, d_model, half, 2, **dd))
+        super().__init__(d_model, d_state, directions, dt_min, dt_max, **dd)
+        self.measure, self.l_max = measure, l_max
+        rank = nplr(measure, d_state).P.shape[0]
+        self.P = nn.Parameter(torch.empty(rank, *self.B.shape, **dd))
         self.register_buffer("l_kernel", torch.zeros((), dtype=torch.int64, device=device))
         self.length = 0  # what l_kernel says, which a CUDA graph could not read
         self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "length", int(module.l_kernel)))
@@ -59,13 +55,8 @@ class DPLRKernel(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         w, P, B = nplr(self.measure, 2 * self.A_log.shape[1])
-        # FouT's modes do not decay at all, which a logarithm cannot hold; the authors start there, too.
-        self.A_log.copy_((-w.real).clamp(min=1e-4).log().expand_as(self.A_log))
-        self.A_imag.copy_(w.imag.expand_as(self.A_imag))
+        self._start(w, B)
         self.P.copy_(torch.view_as_real(P).unsqueeze(1).expand_as(self.P))
-        self.B.copy_(torch.view_as_real(B).expand_as(self.B))
-        nn.init.normal_(self.C, std=math.sqrt(0.5))  # of modulus 1 in the mean square
-        nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
         self._set_length(0)
         if self.l_max is not None:
             self.lengthen(self.l_max)

@@ -3,16 +3,17 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .discretize import Rule, check_rule, discretize_diagonal
 from .hippo import Diagonal, diagonal
 from .linear_system import LinearSystem, vandermonde
 from .lti_mixer import SequenceLTIMixer
 from .precision import at_least_fp32
+from .state_kernel import StateKernel
 
 
-class DiagonalKernel(nn.Module):
+class DiagonalKernel(StateKernel):
     """The convolution kernels of diagonal systems, each with its own step size.
 
     Args:
@@ -35,27 +36,14 @@ class DiagonalKernel(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         check_rule(rule)
-        dd = {"device": device, "dtype": dtype}
-        self.init, self.rule, self.bandlimit, self.dt_min, self.dt_max = init, rule, bandlimit, dt_min, dt_max
-        half = d_state // 2
-        self.log_dt = nn.Parameter(torch.empty(d_model, **dd))
-        self.A_log = nn.Parameter(torch.empty(d_model, half, **dd))
-        self.A_imag = nn.Parameter(torch.empty(d_model, half, **dd))
-        # Complex numbers as pairs: optimizers, averages and reductions know no others in some versions.
-        self.B = nn.Parameter(torch.empty(d_model, half, 2, **dd))
-        self.C = nn.Parameter(torch.empty(directions, d_model, half, 2, **dd))
+        super().__init__(d_model, d_state, directions, dt_min, dt_max, device=device, dtype=dtype)
+        self.init, self.rule, self.bandlimit = init, rule, bandlimit
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        A, B = diagonal(self.init, 2 * self.A_log.shape[1])
-        self.A_log.copy_((-A.real).log().expand_as(self.A_log))
-        self.A_imag.copy_(A.imag.expand_as(self.A_imag))
-        self.B.copy_(torch.view_as_real(B).expand_as(self.B))
-        nn.init.normal_(self.C, std=math.sqrt(0.5))  # of modulus 1 in the mean square
-        nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
+        self._start(*diagonal(self.init, 2 * self.A_log.shape[1]))
 
     def forward(self, length: int, rate: float = 1.0) -> Tensor:
         """(directions, H, L)."""

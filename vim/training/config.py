@@ -282,7 +282,7 @@ class GenerateConfig:
     """Sample among the fewest tokens that have this probability together, 0..1; null for all."""
     seed: int = 0
     """Of the sampling."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """Of weights and activations; states of the scan are fp32."""
     device: str | None = None
     """cpu, cuda ...; null for the GPU if there is one."""

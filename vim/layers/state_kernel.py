@@ -1,0 +1,44 @@
+"""The parameters that the kernels of S4 and S4D have in common."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .hippo import check_even
+
+
+class StateKernel(nn.Module):
+    """Step sizes, poles, inputs and outputs of systems with N states each, of which one half is kept, the other being
+    its conjugate. A kernel says where they start, and what it makes of them.
+
+    Args:
+        d_model: systems H. d_state: N, even. directions: 1, or 2 with outputs C of their own.
+        dt_min, dt_max: initial step sizes are log-uniform between them.
+
+    Raises: ValueError for an odd d_state.
+    """
+
+    def __init__(
+        self, d_model: int, d_state: int, directions: int, dt_min: float, dt_max: float, *, device=None, dtype=None
+    ):
+        super().__init__()
+        check_even(d_state)
+        dd = {"device": device, "dtype": dtype}
+        self.dt_min, self.dt_max = dt_min, dt_max
+        half = d_state // 2
+        self.log_dt = nn.Parameter(torch.empty(d_model, **dd))
+        self.A_log = nn.Parameter(torch.empty(d_model, half, **dd))
+        self.A_imag = nn.Parameter(torch.empty(d_model, half, **dd))
+        # Complex numbers as pairs: optimizers, averages and reductions know no others in some versions.
+        self.B = nn.Parameter(torch.empty(d_model, half, 2, **dd))
+        self.C = nn.Parameter(torch.empty(directions, d_model, half, 2, **dd))
+
+    def _start(self, A: Tensor, B: Tensor) -> None:
+        """Poles and inputs (N / 2,) of all systems, outputs of modulus 1 in the mean square, random steps."""
+        # FouT's modes do not decay at all, which a logarithm cannot hold; the authors start there, too.
+        self.A_log.copy_((-A.real).clamp(min=1e-4).log().expand_as(self.A_log))
+        self.A_imag.copy_(A.imag.expand_as(self.A_imag))
+        self.B.copy_(torch.view_as_real(B).expand_as(self.B))
+        nn.init.normal_(self.C, std=math.sqrt(0.5))
+        nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
