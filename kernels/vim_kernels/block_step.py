@@ -35,13 +35,14 @@ def mamba_block_step(
 ) -> Tensor:
     """Advance a residual stream through a Mamba block by one step: x + mixer(norm(x)). No gradients.
 
-    On a GPU four kernels for a few sequences, which read each weight once, and seven for many. Elsewhere torch's
-    operators.
+    On a GPU four kernels for a few sequences, which read each weight once, and seven for many; torch's operators
+    elsewhere, and in fp64 or for tensors that are not contiguous. In a CUDA graph the kernels read their weights before
+    the one ahead of them has ended: it must not be one that writes them.
 
     Args:
         x: (batch, d_model), the stream, fp32 or the weights' dtype.
         conv_state: (batch, W - 1, d_inner), the last inputs of the convolution, oldest first; changed in place.
-        ssm_state: (batch, d_inner, d_state), fp32; changed in place.
+        ssm_state: (batch, d_inner, d_state), fp32 (fp64 for weights in it); changed in place.
         weights: of the block.
         eps: of the norm.
 
@@ -73,7 +74,10 @@ def mamba_block_step(
     check_shape("conv_state", conv_state, "(batch, taps - 1, d_inner)", (batch, taps - 1, d_inner))
     check_shape("ssm_state", ssm_state, "(batch, d_inner, d_state)", (batch, d_inner, d_state))
     with torch.no_grad():
-        if batch and backends.resolve("auto", x.device) == "triton" and not torch.compiler.is_compiling():
+        narrow = torch.float64 not in (ssm_state.dtype, weights.in_proj.dtype)
+        fits = narrow and all(t.is_contiguous() for t in (conv_state, ssm_state, *weights))
+        triton = backends.resolve("auto", x.device) == "triton" and not torch.compiler.is_compiling()
+        if batch and fits and triton:
             from . import triton_step  # imports triton, which not every platform has
 
             return triton_step.block_step(x, conv_state, ssm_state, weights, eps)

@@ -2,14 +2,16 @@
 """The kernels of `mamba_block_step`.
 
 A step of a few sequences does next to nothing but read the weights, so what counts is that each is read once, by
-enough programs to fill the chip, in as few launches as the order of things allows. The norm and the convolution are
-cheap and are computed again by every program that needs them; what all programs read must not be changed by one of
-them, so the states are moved by the only kernel that owns them, `_state_kernel`.
+enough programs to fill the chip, and that nobody waits for it:
 
-    _norm_project   xz = in_proj norm(x)                                     rows of in_proj over programs
-    _conv_project   (dt, B, C) = x_proj silu(conv(xz))                       rows of x_proj
-    _state_kernel   dt_proj, softplus, recurrence, D, gate; moves the states channels, batch
-    _project_add    x + out_proj y                                           rows of out_proj
+    _in_project     (u, z) = in_proj norm(x), u = silu(conv(u))    rows of in_proj over programs; moves the windows
+    _project        (dt, B, C) = x_proj u                          rows of x_proj
+    _state_kernel   dt_proj, softplus, recurrence, D, gate         channels, batch; moves the states
+    _project_add    x + out_proj y                                 rows of out_proj
+
+Each takes 2 us and most of it is waiting for memory and for the kernel before. Where the hardware can (programmatic
+dependent launch), all programs of a kernel start as soon as those of the one before have, read their weights, and then
+wait for its results.
 
 Many sequences are matrix products, which cuBLAS does better: then only the convolution and the state are kernels here.
 """
@@ -25,89 +27,105 @@ from .rms_norm import rms_norm
 from .rows import on_device_of
 
 FEW = 4  # sequences whose products are done here
+TILE = 16384  # most weights that a program holds
 
 
 @triton.jit
-def _norm_project(
+def _start(PDL: tl.constexpr):
+    """Let the next kernel start and wait for the one before. Only weights, which no kernel writes, are read above."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _rows_of(weight, row, rows, k, K):
+    return tl.load(weight + row[:, None] * K + k[None, :], (row[:, None] < rows) & (k[None, :] < K), 0.0)
+
+
+@triton.jit
+def _in_project(
     x,  # (batch, K)
     norm,  # (K,)
-    weight,  # (rows, K)
-    out,  # (batch, rows)
-    batch,
+    weight,  # (2 E, K)
+    conv_state,  # (batch, W - 1, E), moved
+    conv,  # (E, W)
+    conv_bias,  # (E,)
+    uz,  # (batch, 2 E)
     rows,
     K,
     EPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BATCH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    b = tl.arange(0, BATCH)
-    total = tl.zeros([ROWS, BATCH], tl.float32)
-    squares = tl.zeros([BATCH], tl.float32)
-    for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        x_k = tl.load(x + b[:, None] * K + k[None, :], (b[:, None] < batch) & (k[None, :] < K), 0.0).to(tl.float32)
-        n_k = tl.load(norm + k, k < K, 0.0).to(tl.float32)
-        w_k = tl.load(weight + row[:, None] * K + k[None, :], (row[:, None] < rows) & (k[None, :] < K), 0.0)
-        squares += tl.sum(x_k * x_k, 1)
-        total += tl.sum(w_k.to(tl.float32)[:, None, :] * (x_k * n_k[None, :])[None, :, :], 2)
-    total *= (1 / tl.sqrt(squares / K + EPS))[None, :]
-    tl.store(out + b[None, :] * rows + row[:, None], total, (row[:, None] < rows) & (b[None, :] < batch))
-
-
-@triton.jit
-def _convolved(xz, conv_state, conv, conv_bias, b, e, inside, E, W: tl.constexpr):
-    """silu of the convolution at batch entries b and channels e, which broadcast against each other."""
-    total = tl.load(conv_bias + e, inside, 0.0).to(tl.float32)
-    for tap in tl.static_range(W - 1):
-        past = tl.load(conv_state + (b * (W - 1) + tap) * E + e, inside, 0.0).to(tl.float32)
-        total += past * tl.load(conv + e * W + tap, inside, 0.0).to(tl.float32)
-    new = tl.load(xz + b * 2 * E + e, inside, 0.0).to(tl.float32)
-    total += new * tl.load(conv + e * W + W - 1, inside, 0.0).to(tl.float32)
-    return total / (1 + tl.exp(-total))
-
-
-@triton.jit
-def _conv_project(
-    xz,  # (batch, 2 E)
-    conv_state,  # (batch, W - 1, E)
-    conv,  # (E, W)
-    conv_bias,  # (E,)
-    weight,  # (rows, E)
-    out,  # (batch, rows)
-    batch,
-    rows,
-    E,
     W: tl.constexpr,
+    TAPS: tl.constexpr,  # a power of two, W at least
     ROWS: tl.constexpr,
     BATCH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, K at least
+    PDL: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    b = tl.arange(0, BATCH)
-    total = tl.zeros([ROWS, BATCH], tl.float32)
-    for start in range(0, E, BLOCK):
-        e = start + tl.arange(0, BLOCK)
-        inside = (b[:, None] < batch) & (e[None, :] < E)
-        u = _convolved(xz, conv_state, conv, conv_bias, b[:, None], e[None, :], inside, E, W)
-        w = tl.load(weight + row[:, None] * E + e[None, :], (row[:, None] < rows) & (e[None, :] < E), 0.0)
-        total += tl.sum(w.to(tl.float32)[:, None, :] * u[None, :, :], 2)
-    tl.store(out + b[None, :] * rows + row[:, None], total, (row[:, None] < rows) & (b[None, :] < batch))
+    row, k, tap = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, TAPS)
+    E = rows // 2
+    w = _rows_of(weight, row, rows, k, K)
+    n = tl.load(norm + k, k < K, 0.0).to(tl.float32)
+    of_x, before = row < E, (row[:, None] < E) & (tap[None, :] < W - 1)
+    c = tl.load(conv + row[:, None] * W + tap[None, :], before, 0.0).to(tl.float32)
+    c_new = tl.load(conv + row * W + W - 1, of_x, 0.0).to(tl.float32)
+    bias = tl.load(conv_bias + row, of_x, 0.0).to(tl.float32)
+    _start(PDL)
+    for b in tl.static_range(BATCH):
+        x_b = tl.load(x + b * K + k, k < K, 0.0).to(tl.float32)
+        at = conv_state + (b * (W - 1) + tap[None, :]) * E + row[:, None]
+        past = tl.load(at, before, 0.0)
+        scale = 1 / tl.sqrt(tl.sum(x_b * x_b, 0) / K + EPS)
+        total = tl.sum(w.to(tl.float32) * (x_b * n)[None, :], 1) * scale
+        v = tl.sum(past.to(tl.float32) * c, 1) + total * c_new + bias
+        tl.store(uz + b * rows + row, tl.where(of_x, v / (1 + tl.exp(-v)), total), row < rows)
+        if W > 1:
+            tl.debug_barrier()  # all threads have read the taps
+            tl.store(at - E, past, before & (tap[None, :] > 0))
+            tl.store(conv_state + (b * (W - 1) + W - 2) * E + row, total, of_x)
 
 
 @triton.jit
-def _convolve(xz, conv_state, conv, conv_bias, u, E, W: tl.constexpr, BLOCK: tl.constexpr):
+def _project(
+    u,  # (batch, 2 K), of which the first K
+    weight,  # (rows, K)
+    out,  # (batch, rows)
+    rows,
+    K,
+    ROWS: tl.constexpr,
+    BATCH: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, K at least
+    PDL: tl.constexpr,
+):
+    row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    w = _rows_of(weight, row, rows, k, K)
+    _start(PDL)
+    for b in tl.static_range(BATCH):
+        u_b = tl.load(u + b * 2 * K + k, k < K, 0.0).to(tl.float32)
+        tl.store(out + b * rows + row, tl.sum(w.to(tl.float32) * u_b[None, :], 1), row < rows)
+
+
+@triton.jit
+def _convolve(uz, conv_state, conv, conv_bias, E, W: tl.constexpr, BLOCK: tl.constexpr):
+    """Put silu of the convolution in the place of x, and move its window."""
     b, e = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(u + b * E + e, _convolved(xz, conv_state, conv, conv_bias, b, e, e < E, E, W), e < E)
+    inside, at = e < E, conv_state + b * (W - 1) * E + e
+    new = tl.load(uz + b * 2 * E + e, inside, 0.0)
+    v = tl.load(conv_bias + e, inside, 0.0).to(tl.float32)
+    v += new.to(tl.float32) * tl.load(conv + e * W + W - 1, inside, 0.0).to(tl.float32)
+    for tap in tl.static_range(W - 1):  # oldest first: a tap is read before it is written
+        past = tl.load(at + tap * E, inside, 0.0)
+        v += past.to(tl.float32) * tl.load(conv + e * W + tap, inside, 0.0).to(tl.float32)
+        if tap > 0:
+            tl.store(at + (tap - 1) * E, past, inside)
+    if W > 1:
+        tl.store(at + (W - 2) * E, new, inside)
+    tl.store(uz + b * 2 * E + e, v / (1 + tl.exp(-v)), inside)
 
 
 @triton.jit
 def _state_kernel(
-    xz,  # (batch, 2 E)
-    conv_state,  # (batch, W - 1, E), moved
-    conv,  # (E, W)
-    conv_bias,  # (E,)
+    uz,  # (batch, 2 E)
     projected,  # (batch, R + 2 N): dt, B, C
     dt_proj,  # (E, R)
     dt_bias,  # (E,)
@@ -117,37 +135,34 @@ def _state_kernel(
     y,  # (batch, E)
     E,
     R,
-    W: tl.constexpr,
     N: tl.constexpr,
     STATES: tl.constexpr,  # a power of two, N at least
     RANK: tl.constexpr,  # a power of two, R at least
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     b, e = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
-    u = _convolved(xz, conv_state, conv, conv_bias, b, e, inside, E, W)
     r, n = tl.arange(0, RANK), tl.arange(0, STATES)
-    row = projected + b * (R + 2 * N)
-    low = tl.load(row + r, r < R, 0.0).to(tl.float32)
-    w = tl.load(dt_proj + e[:, None] * R + r[None, :], inside[:, None] & (r[None, :] < R), 0.0).to(tl.float32)
-    dt = tl.sum(w * low[None, :], 1) + tl.load(dt_bias + e, inside, 0.0).to(tl.float32)
-    delta = tl.where(dt > 20, dt, tl.log(1 + tl.exp(tl.minimum(dt, 20))))
     each = inside[:, None] & (n[None, :] < N)
+    w = tl.load(dt_proj + e[:, None] * R + r[None, :], inside[:, None] & (r[None, :] < R), 0.0).to(tl.float32)
+    bias = tl.load(dt_bias + e, inside, 0.0).to(tl.float32)
     A = -tl.exp(tl.load(A_log + e[:, None] * N + n[None, :], each, 0.0).to(tl.float32))
+    d = tl.load(D + e, inside, 0.0).to(tl.float32)
+    _start(PDL)
+    at = state + (b * E + e[:, None]) * N + n[None, :]
+    h = tl.load(at, each, 0.0)
+    row = projected + b * (R + 2 * N)
+    u = tl.load(uz + b * 2 * E + e, inside, 0.0).to(tl.float32)
+    z = tl.load(uz + b * 2 * E + E + e, inside, 0.0).to(tl.float32)
     B = tl.load(row + R + n, n < N, 0.0).to(tl.float32)
     C = tl.load(row + R + N + n, n < N, 0.0).to(tl.float32)
-    at = state + (b * E + e[:, None]) * N + n[None, :]
-    h = tl.exp(delta[:, None] * A) * tl.load(at, each, 0.0) + (delta * u)[:, None] * B[None, :]
+    dt = tl.sum(w * tl.load(row + r, r < R, 0.0).to(tl.float32)[None, :], 1) + bias
+    delta = tl.where(dt > 20, dt, tl.log(1 + tl.exp(tl.minimum(dt, 20))))
+    h = tl.exp(delta[:, None] * A) * h + (delta * u)[:, None] * B[None, :]
     tl.store(at, h, each)
-    out = tl.sum(h * C[None, :], 1) + tl.load(D + e, inside, 0.0).to(tl.float32) * u
-    z = tl.load(xz + b * 2 * E + E + e, inside, 0.0).to(tl.float32)
+    out = tl.sum(h * C[None, :], 1) + d * u
     tl.store(y + b * E + e, out * z / (1 + tl.exp(-z)), inside)
-    for tap in tl.static_range(W - 1):  # oldest first: a tap is read before it is written
-        if tap < W - 2:
-            later = tl.load(conv_state + (b * (W - 1) + tap + 1) * E + e, inside, 0.0)
-        else:
-            later = tl.load(xz + b * 2 * E + e, inside, 0.0)
-        tl.store(conv_state + (b * (W - 1) + tap) * E + e, later, inside)
 
 
 @triton.jit
@@ -156,64 +171,78 @@ def _project_add(
     y,  # (batch, K)
     weight,  # (rows, K)
     out,  # (batch, rows)
-    batch,
     rows,
     K,
     ROWS: tl.constexpr,
     BATCH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, K at least
+    PDL: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    b = tl.arange(0, BATCH)
-    total = tl.zeros([ROWS, BATCH], tl.float32)
-    for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        y_k = tl.load(y + b[:, None] * K + k[None, :], (b[:, None] < batch) & (k[None, :] < K), 0.0).to(tl.float32)
-        w_k = tl.load(weight + row[:, None] * K + k[None, :], (row[:, None] < rows) & (k[None, :] < K), 0.0)
-        total += tl.sum(w_k.to(tl.float32)[:, None, :] * y_k[None, :, :], 2)
-    at = b[None, :] * rows + row[:, None]
-    inside = (row[:, None] < rows) & (b[None, :] < batch)
-    tl.store(out + at, tl.load(x + at, inside, 0.0).to(tl.float32) + total, inside)
+    row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    w = _rows_of(weight, row, rows, k, K)
+    _start(PDL)
+    for b in tl.static_range(BATCH):
+        y_b = tl.load(y + b * K + k, k < K, 0.0).to(tl.float32)
+        x_b = tl.load(x + b * rows + row, row < rows, 0.0).to(tl.float32)
+        tl.store(out + b * rows + row, x_b + tl.sum(w.to(tl.float32) * y_b[None, :], 1), row < rows)
+
+
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel may read its weights before the kernel ahead of it has ended.
+
+    Only in a graph that is being captured: outside, launches from Python are slower than the kernels, so that there is
+    nothing to gain, and the kernel ahead may be one that writes the weights.
+    """
+    return (
+        device.type == "cuda"
+        and torch.cuda.is_current_stream_capturing()
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
 
 
 def block_step(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MambaBlockWeights, eps: float) -> Tensor:
-    """See `mamba_block_step`."""
-    batch, d_model = x.shape
+    """See `mamba_block_step`; states and weights are contiguous."""
+    batch = len(x)
     d_inner, d_state = weights.A_log.shape
     rank, taps = weights.dt_proj.shape[1], weights.conv.shape[1]
     few, dtype = batch <= FEW, weights.in_proj.dtype
     x = x.contiguous()
     convolution = conv_state, weights.conv, weights.conv_bias
-    columns = {"BATCH": triton.next_power_of_2(batch), "BLOCK": 512, "num_warps": 4}
+    overlap = {"PDL": True, "launch_pdl": True} if few and _overlaps(x.device) else {"PDL": False}
+
+    def product(kernel, shape: torch.Size, *tensors: Tensor, each: int, **constants) -> Tensor:
+        """Launch over the rows of a weight of this shape, `each` a program; the last tensor is the output."""
+        rows, columns = shape
+        block = triton.next_power_of_2(columns)
+        each = max(1, min(each, TILE // block))
+        kernel[(triton.cdiv(rows, each),)](
+            *tensors,
+            rows,
+            columns,
+            ROWS=each,
+            BATCH=batch,
+            BLOCK=block,
+            num_warps=4 if each * block < TILE else 8,
+            **constants,
+            **overlap,
+        )
+        return tensors[-1]
+
     with on_device_of(x):
         if few:
-            xz = x.new_empty(batch, 2 * d_inner, dtype=dtype)
-            grid = (triton.cdiv(2 * d_inner, 8),)
-            _norm_project[grid](
-                x, weights.norm, weights.in_proj, xz, batch, 2 * d_inner, d_model, EPS=eps, ROWS=8, **columns
-            )
+            uz = x.new_empty(batch, 2 * d_inner, dtype=dtype)
+            inputs = x, weights.norm, weights.in_proj, *convolution, uz
+            taps_block = triton.next_power_of_2(taps)
+            product(_in_project, weights.in_proj.shape, *inputs, each=8, EPS=eps, W=taps, TAPS=taps_block)
             projected = x.new_empty(batch, rank + 2 * d_state, dtype=dtype)
-            _conv_project[(rank + 2 * d_state,)](
-                xz,
-                *convolution,
-                weights.x_proj,
-                projected,
-                batch,
-                rank + 2 * d_state,
-                d_inner,
-                W=taps,
-                ROWS=1,
-                **columns,
-            )
+            product(_project, weights.x_proj.shape, uz, weights.x_proj, projected, each=1)
         else:
-            xz = F.linear(rms_norm(x, weights.norm, eps, dtype=dtype), weights.in_proj)
-            u = xz.new_empty(batch, d_inner)
-            _convolve[(triton.cdiv(d_inner, 256), batch)](xz, *convolution, u, d_inner, W=taps, BLOCK=256)
-            projected = F.linear(u, weights.x_proj)
-        y = xz.new_empty(batch, d_inner)
+            uz = F.linear(rms_norm(x, weights.norm, eps, dtype=dtype), weights.in_proj)
+            _convolve[(triton.cdiv(d_inner, 256), batch)](uz, *convolution, d_inner, W=taps, BLOCK=256)
+            projected = F.linear(uz[:, :d_inner], weights.x_proj)
+        y = uz.new_empty(batch, d_inner)
         _state_kernel[(triton.cdiv(d_inner, 16), batch)](
-            xz,
-            *convolution,
+            uz,
             projected,
             weights.dt_proj,
             weights.dt_bias,
@@ -223,17 +252,13 @@ def block_step(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MambaB
             y,
             d_inner,
             rank,
-            W=taps,
             N=d_state,
             STATES=triton.next_power_of_2(d_state),
             RANK=triton.next_power_of_2(rank),
             BLOCK=16,
             num_warps=2,
+            **overlap,
         )
         if not few:
             return x + F.linear(y, weights.out_proj)
-        out = torch.empty_like(x)
-        _project_add[(triton.cdiv(d_model, 4),)](
-            x, y, weights.out_proj, out, batch, d_model, d_inner, ROWS=4, **columns
-        )
-        return out
+        return product(_project_add, weights.out_proj.shape, x, y, weights.out_proj, torch.empty_like(x), each=8)

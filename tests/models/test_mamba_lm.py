@@ -239,3 +239,17 @@ def test_a_gpu_generates_what_a_cpu_does(batch):
         assert model.generate(prompts, 12).tolist() == want.tolist()
     half = model.to(torch.bfloat16).generate(prompts, 12)
     assert half.shape == (batch, 12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 4, 5])
+def test_kernels_that_overlap_in_a_graph_change_nothing(batch):
+    """Bit by bit what they give one after the other, at a size where each fills the chip."""
+    torch.manual_seed(0)
+    model = MambaLM(1000, depth=6, device="cuda").to(torch.bfloat16).eval()
+    ids = torch.randint(1000, (60, batch), device="cuda")
+    with torch.inference_mode():
+        alone, captured = model.allocate_cache(batch), model.allocate_cache(batch)
+        step = model._stepper(ids[0], captured)
+        for token in ids:
+            assert torch.equal(step(token), model.step(token, alone))
