@@ -1,4 +1,4 @@
-"""Measure three ways to mix a sequence: the selective scan, state-space duality, and S4D's convolution by FFT.
+"""Measure ways to mix a sequence: the selective scan, state-space duality, and S4D's convolution.
 
     python kernels/benchmarks/sequence_mixing.py --output sequence_mixing.json
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vim.layers.linear_system import fft_convolve
+from vim.layers.linear_system import MATRIX, convolve_by_fft, convolve_by_matrix
 from vim.layers.s4d import DiagonalKernel
 from vim.layers.ssd import ssd
 from vim_kernels import selective_scan
@@ -85,19 +85,23 @@ def operators(batch: int, length: int, d_state: int, device: str) -> dict[str, O
     kernel = DiagonalKernel(D_INNER, d_state, device=device)
     names = [name for name, _ in kernel.named_parameters()]
 
-    def convolve(u: Tensor, *parameters: Tensor) -> Tensor:
+    def convolve(way: Callable[[Tensor, Tensor, int], Tensor], u: Tensor, *parameters: Tensor) -> Tensor:
         made = functional_call(kernel, dict(zip(names, parameters, strict=True)), (u.shape[1],))
-        return fft_convolve(u, [made])
+        return way(u, made, 1)
 
     def recur(u: Tensor, *parameters: Tensor) -> Tensor:
         system = functional_call(System(kernel), {f"kernel.{n}": p for n, p in zip(names, parameters, strict=True)}, ())
         return system.recurrent(u)[0]
 
-    return {
+    system = [normal(*sequence), *kernel.parameters()]
+    found = {
         "selective_scan": Operator(scan, partial(scan, backend="reference"), scanned),
         "ssd": Operator(lambda *inputs: ssd(*inputs[:5], dt_bias=inputs[5]), scan_by_head, dual),
-        "fft_convolve": Operator(convolve, recur, [normal(*sequence), *kernel.parameters()]),
+        "convolve_by_fft": Operator(partial(convolve, convolve_by_fft), recur, system),
     }
+    if length <= MATRIX:
+        found["convolve_by_matrix"] = Operator(partial(convolve, convolve_by_matrix), recur, system)
+    return found
 
 
 class System(nn.Module):

@@ -7,9 +7,17 @@ import torch
 from scipy.integrate import solve_ivp
 from torch.testing import assert_close
 
+from vim.layers import linear_system
 from vim.layers.discretize import RULES, discretize_dense, discretize_diagonal
 from vim.layers.hippo import DIAGONALS, MEASURES, diagonal, hippo, low_rank, nplr
-from vim.layers.linear_system import LinearSystem, fast_length, fft_convolve, vandermonde
+from vim.layers.linear_system import (
+    LinearSystem,
+    convolve,
+    convolve_by_fft,
+    convolve_by_matrix,
+    fast_length,
+    vandermonde,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -138,18 +146,40 @@ def test_vandermonde(length):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_fft_convolution_in_both_directions(dtype):
-    u = torch.randn(2, 11, 3, dtype=torch.float64).to(dtype)
-    kernels = torch.randn(2, 3, 11, dtype=torch.float64)
-    want = torch.zeros(2, 11, 3, dtype=torch.float64)
-    for k in range(11):
-        for j in range(11):
-            want[:, k] += (kernels[0, :, k - j] if j <= k else kernels[1, :, j - k - 1]) * u[:, j]
-    y = fft_convolve(u, [kernels])
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("size", [1, 11])
+@pytest.mark.parametrize("convolve", [convolve_by_fft, convolve_by_matrix])
+def test_convolution_in_both_directions(convolve, size, axis, dtype):
+    u = torch.randn(2, size, size + 1, 3, dtype=torch.float64).transpose(1, axis).to(dtype).requires_grad_()
+    kernels = torch.randn(2, 3, size, dtype=torch.float64, requires_grad=True)
+    rows = u.double().transpose(1, axis)
+    want = torch.stack(
+        [
+            sum((kernels[0, :, k - j] if j <= k else kernels[1, :, j - k - 1]) * rows[:, j] for j in range(size))
+            for k in range(size)
+        ],
+        1,
+    ).transpose(1, axis)
+    close = {"atol": 1e-12, "rtol": 1e-12} if dtype == torch.float64 else {"atol": 0.15, "rtol": 0.02}
+    y = convolve(u, kernels, axis)
     assert y.dtype == dtype
-    assert_close(
-        y.double(), want, **({"atol": 1e-12, "rtol": 1e-12} if dtype == torch.float64 else {"atol": 0.1, "rtol": 0.02})
-    )
+    assert_close(y.double(), want, **close)
+    found, wanted = (torch.autograd.grad(out.double().square().sum(), (u, kernels)) for out in (y, want))
+    for got, right in zip(found, wanted, strict=True):
+        assert (got - right).norm() <= close["rtol"] * right.norm()
+
+
+def test_short_axes_are_products_of_matrices(monkeypatch):
+    """Along what has as much across it; the choice changes nothing, and gradients pass."""
+    u = torch.randn(2, 9, 5, 3, dtype=torch.float64, requires_grad=True)
+    kernels = [torch.randn(2, 3, size, dtype=torch.float64, requires_grad=True) for size in (9, 5)]
+    found = {}
+    for limit in (0, 256):
+        monkeypatch.setattr(linear_system, "MATRIX", limit)
+        y = convolve(u, kernels)
+        found[limit] = [y, *torch.autograd.grad(y.square().sum(), (u, *kernels))]
+    for by_fft, by_matrix in zip(*found.values(), strict=True):
+        assert_close(by_matrix, by_fft, atol=1e-10, rtol=1e-10)
 
 
 def test_fast_lengths():

@@ -1,11 +1,14 @@
 """A linear time-invariant system in steps, and three ways to run it that give the same."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+MATRIX = 256  # longest axis that is convolved by a matrix
 
 
 class LinearSystem(NamedTuple):
@@ -44,15 +47,11 @@ class LinearSystem(NamedTuple):
 
     def unrolled(self, u: Tensor) -> Tensor:
         """As a sum over the past, written out: input (B, L, H) times a triangular matrix (L, L) of the kernel."""
-        length = u.shape[1]
-        lag = torch.arange(length, device=u.device)
-        lag = lag[:, None] - lag
-        kernel = self.kernel(length)[:, lag.clamp(min=0)].tril()
-        return torch.einsum("hij, bjh -> bih", kernel, u)
+        return convolve_by_matrix(u, self.kernel(u.shape[1]).unsqueeze(0), 1)
 
     def convolution(self, u: Tensor) -> Tensor:
-        """By one FFT, of input (B, L, H)."""
-        return fft_convolve(u, [self.kernel(u.shape[1]).unsqueeze(0)])
+        """By FFT, of input (B, L, H)."""
+        return convolve_by_fft(u, self.kernel(u.shape[1]).unsqueeze(0), 1)
 
     def kernel(self, length: int) -> Tensor:
         """What an impulse at step 0 puts out: Re C dA^k dB for k = 0 .. L - 1, as (H, L)."""
@@ -87,31 +86,48 @@ def vandermonde(log_dA: Tensor, weight: Tensor, length: int) -> Tensor:
     return (coarse.mT @ fine).flatten(-2)[..., :length]
 
 
-def fft_convolve(u: Tensor, kernels: Sequence[Tensor]) -> Tensor:
+def convolve(u: Tensor, kernels: Sequence[Tensor]) -> Tensor:
     """Convolve along each axis: y[k] = sum_j forward[j] u[k - j] + sum_j backward[j] u[k + 1 + j].
+
+    A short axis is a product of matrices on a GPU, and elsewhere if there is as much across it; any other goes by FFT.
 
     Args:
         u: (B, *sizes, H).
         kernels: for each axis (1, H, size), forward alone, or (2, H, size).
 
-    Returns: (B, *sizes, H) in u's dtype; half precision is computed in fp32.
+    Returns: (B, *sizes, H) in u's dtype; half precision is multiplied in it and summed in fp32.
     """
-    sizes, axes = u.shape[1:-1], tuple(range(1, u.ndim - 1))
-    wide = torch.promote_types(u.dtype, torch.float32)
-    padded = [fast_length(2 * size) for size in sizes]
-    spectrum = torch.fft.rfftn(u.to(wide), padded, axes)
-    for axis, kernel in zip(axes, kernels, strict=True):
-        room = padded[axis - 1] - sizes[axis - 1]
-        lags = F.pad(kernel[0], (0, room))
-        if len(kernel) == 2:  # negative lags stand at the end
-            lags = lags + F.pad(kernel[1].flip(-1), (room, 0))
-        transform = torch.fft.rfft if axis == axes[-1] else torch.fft.fft
-        factor = transform(lags.to(wide)).mT  # (frequencies, H)
-        spectrum = spectrum * factor.reshape(-1, *[1] * (len(axes) - axis), factor.shape[-1])
-    y = torch.fft.irfftn(spectrum, padded, axes)
-    for axis in axes:
-        y = y.narrow(axis, 0, sizes[axis - 1])
-    return y.to(u.dtype)
+    for axis, kernel in enumerate(kernels, 1):
+        # A matrix has size^2 numbers for each channel, to make and to multiply by, but makes them once for all columns.
+        # The batch does not count: an image's output does not depend on how many there are.
+        size, columns = u.shape[axis], math.prod(u.shape[1:-1]) // u.shape[axis]
+        by_matrix = size <= MATRIX and (u.is_cuda or size <= columns)
+        u = (convolve_by_matrix if by_matrix else convolve_by_fft)(u, kernel, axis)
+    return u
+
+
+def convolve_by_matrix(u: Tensor, kernel: Tensor, axis: int) -> Tensor:
+    """`convolve` along one axis, by a Toeplitz matrix for each channel."""
+    size = u.shape[axis]
+    lags = F.pad(kernel[0], (size - 1, 0))  # -(size - 1) .. size - 1
+    if len(kernel) == 2:
+        lags = lags + F.pad(kernel[1, :, : size - 1].flip(-1), (0, size))
+    matrix = lags.to(u.dtype).unfold(-1, size, 1).flip(-1)  # (H, size, size): lags[i - j + size - 1]
+    rows = u.reshape(math.prod(u.shape[:axis]), size, -1, u.shape[-1])
+    return torch.einsum("hij, bjrh -> birh", matrix, rows).reshape(u.shape)
+
+
+def convolve_by_fft(u: Tensor, kernel: Tensor, axis: int) -> Tensor:
+    """`convolve` along one axis, in fp32 at least."""
+    size, wide = u.shape[axis], torch.promote_types(u.dtype, torch.float32)
+    padded = fast_length(2 * size)
+    lags = F.pad(kernel[0], (0, padded - size))
+    if len(kernel) == 2:  # negative lags stand at the end
+        lags = lags + F.pad(kernel[1].flip(-1), (padded - size, 0))
+    factor = torch.fft.rfft(lags.to(wide)).mT  # (frequencies, H)
+    factor = factor.reshape(-1, *[1] * (u.ndim - 2 - axis), factor.shape[-1])
+    y = torch.fft.irfft(torch.fft.rfft(u.to(wide), padded, axis) * factor, padded, axis)
+    return y.narrow(axis, 0, size).to(u.dtype)
 
 
 def fast_length(length: int) -> int:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import official_s4
-from .linear_system import LinearSystem, fft_convolve
+from .linear_system import LinearSystem, convolve
 from .precision import own_precision
 
 
@@ -51,7 +51,7 @@ class LTIMixer(nn.Module):
             return torch.zeros_like(x)
         with own_precision(x.device.type):  # half precision has no FFT, and kernels lose their phase
             lags = [kernel(size, rate) for kernel, size in zip(kernels, sizes, strict=True)]
-            return fft_convolve(x, lags) + self.D * x
+            return convolve(x, lags) + self.D * x
 
     def _out(self, y: Tensor) -> Tensor:
         return F.glu(self.out_proj(self.dropout(F.gelu(y))), dim=-1)
