@@ -195,6 +195,7 @@ def _overlaps(device: torch.device) -> bool:
     """
     return (
         device.type == "cuda"
+        and torch.version.hip is None
         and torch.cuda.is_current_stream_capturing()
         and torch.cuda.get_device_capability(device) >= (9, 0)
     )
