@@ -1,4 +1,4 @@
-"""State-space kernels: the selective scan, its single step, state-space duality, and the convolution and norm in front."""
+"""State-space kernels: the selective scan, its single step and its dual, the convolution and the norm in front."""
 
 from .backends import available_backends
 from .block_step import MambaBlockWeights, mamba_block_step

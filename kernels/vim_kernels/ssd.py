@@ -1,5 +1,7 @@
 """State-space duality: the recurrence of Mamba-2, one decay a head, computed by matrix products over chunks."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,7 +60,7 @@ def ssd(
     """
     _check(x, dt, A, B, C, D, dt_bias, initial_state, chunk_size)
     inputs = x, dt, A, B, C, D, dt_bias, initial_state
-    options = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "reverse": reverse}
+    options: dict[str, Any] = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "reverse": reverse}
     if _has_kernels(x, B, dt, A, C, D, dt_bias, initial_state):
         from . import triton_ssd  # imports triton, which not every platform has
 

@@ -14,6 +14,8 @@ Matrix products take their operands in x's dtype; their sums, exponents, decays 
 is (batch entry, chunk, head): the heads of a group, which read the same B and C, run side by side.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -33,18 +35,24 @@ VARIABLE = ["length", "chunks", "x_pitch", "dt_pitch", "B_pitch", "C_pitch", "dy
 
 @triton.jit
 def _place(length, chunks, heads, REVERSE: tl.constexpr, Q: tl.constexpr):
-    """Batch entry and head of a program, the positions of its steps, and which of them the sequence has."""
+    """Batch entry and head of a program, where its chunk begins, its steps from there, and which the sequence has.
+
+    Where tensors begin takes 64 bits; within a chunk offsets have 32, which halves the registers that they take.
+    """
     program = tl.program_id(0)
     h, c = program % heads, program // heads % chunks
     b = tl.cast(program // heads // chunks, tl.int64)
-    step = tl.cast(c, tl.int64) * Q + tl.arange(0, Q)
-    return b, h, length - 1 - step if REVERSE else step, step < length
+    first, i = c * Q, tl.arange(0, Q)
+    there = i < length - first
+    if REVERSE:
+        first, i = length - 1 - first, -i
+    return b, h, first, i, there
 
 
 @triton.jit
-def _steps(dt, A, dt_bias, row, h, there, SOFTPLUS: tl.constexpr):
+def _steps(dt, A, dt_bias, h, i, stride, there, SOFTPLUS: tl.constexpr):
     """Each step's dt + bias, delta and exponent: 0 where there is none, which changes no state."""
-    v = tl.load(dt + row + h, there, 0.0).to(tl.float32)
+    v = tl.load(dt + h + i * stride, there, 0.0).to(tl.float32)
     if dt_bias is not None:
         v += tl.load(dt_bias + h).to(tl.float32)
     delta = tl.where(there, softplus(v) if SOFTPLUS else v, 0.0)
@@ -86,18 +94,20 @@ def _chunk_states(
     BLOCK_P: tl.constexpr,  # a power of two, P at least
     BLOCK_N: tl.constexpr,
 ):
-    b, h, at, there = _place(length, chunks, heads, REVERSE, Q)
-    _, delta, exponent = _steps(dt, A, dt_bias, (b * dt_pitch + at) * dt_stride, h, there, SOFTPLUS)
+    b, h, first, i, there = _place(length, chunks, heads, REVERSE, Q)
+    dt += (b * dt_pitch + first) * dt_stride
+    _, delta, exponent = _steps(dt, A, dt_bias, h, i, dt_stride, there, SOFTPLUS)
     total = tl.sum(exponent, 0)
     sums = tl.cumsum(exponent, 0)
     weight = tl.exp(sums) if GRADIENT else delta * tl.exp(total - sums)
     p, n = tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_row, B_row = (b * x_pitch + at) * x_stride + h * P, (b * B_pitch + at) * B_stride + h // group_size * N
-    x_t = tl.load(x + x_row[:, None] + p[None, :], there[:, None] & (p[None, :] < P), 0.0)
-    B_t = tl.load(B + B_row[:, None] + n[None, :], there[:, None] & (n[None, :] < N), 0.0).to(x_t.dtype)
+    x += (b * x_pitch + first) * x_stride + h * P
+    B += (b * B_pitch + first) * B_stride + h // group_size * N
+    x_t = tl.load(x + (i * x_stride)[:, None] + p[None, :], there[:, None] & (p[None, :] < P), 0.0)
+    B_t = tl.load(B + (i * B_stride)[:, None] + n[None, :], there[:, None] & (n[None, :] < N), 0.0).to(x_t.dtype)
     weighted = (x_t.to(tl.float32) * weight[:, None]).to(x_t.dtype)
-    state = states + tl.cast(tl.program_id(0), tl.int64) * P * N + p[:, None] * N + n[None, :]
-    tl.store(state, tl.dot(tl.trans(weighted), B_t), (p[:, None] < P) & (n[None, :] < N))
+    states += tl.cast(tl.program_id(0), tl.int64) * P * N
+    tl.store(states + p[:, None] * N + n[None, :], tl.dot(tl.trans(weighted), B_t), (p[:, None] < P) & (n[None, :] < N))
     if tl.program_id(1) == 0:
         tl.store(totals + tl.program_id(0), total)
 
@@ -169,23 +179,25 @@ def _outputs(
     BLOCK_P: tl.constexpr,  # a power of two, P at least
     BLOCK_N: tl.constexpr,
 ):
-    b, h, at, there = _place(length, chunks, heads, REVERSE, Q)
-    _, delta, exponent = _steps(dt, A, dt_bias, (b * dt_pitch + at) * dt_stride, h, there, SOFTPLUS)
+    b, h, first, i, there = _place(length, chunks, heads, REVERSE, Q)
+    dt += (b * dt_pitch + first) * dt_stride
+    _, delta, exponent = _steps(dt, A, dt_bias, h, i, dt_stride, there, SOFTPLUS)
     sums = tl.cumsum(exponent, 0)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    group = h // group_size * N
-    x_row = (b * x_pitch + at) * x_stride + h * P
-    B_row, C_row = (b * B_pitch + at) * B_stride + group, (b * C_pitch + at) * C_stride + group
+    x += (b * x_pitch + first) * x_stride + h * P
+    B += (b * B_pitch + first) * B_stride + h // group_size * N
+    C += (b * C_pitch + first) * C_stride + h // group_size * N
+    y += ((b * length + first) * heads + h) * P
+    states += tl.cast(tl.program_id(0), tl.int64) * P * N
     x_inside = there[:, None] & (p[None, :] < P)
-    x_t = tl.load(x + x_row[:, None] + p[None, :], x_inside, 0.0)
-    state = states + tl.cast(tl.program_id(0), tl.int64) * P * N + p[:, None] * N
+    x_t = tl.load(x + (i * x_stride)[:, None] + p[None, :], x_inside, 0.0)
     scores, y_t = tl.zeros([Q, Q], tl.float32), tl.zeros([Q, BLOCK_P], tl.float32)
     for start in range(0, N, BLOCK_N):
         k = start + n[None, :]
         BC_inside = there[:, None] & (k < N)
-        B_t = tl.load(B + B_row[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
-        C_t = tl.load(C + C_row[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
-        before = tl.load(state + k, (p[:, None] < P) & (k < N), 0.0).to(x_t.dtype)
+        B_t = tl.load(B + (i * B_stride)[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
+        C_t = tl.load(C + (i * C_stride)[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
+        before = tl.load(states + p[:, None] * N + k, (p[:, None] < P) & (k < N), 0.0).to(x_t.dtype)
         scores = tl.dot(C_t, tl.trans(B_t), scores)
         y_t = tl.dot(C_t, tl.trans(before), y_t)
     y_t *= tl.exp(sums)[:, None]
@@ -194,8 +206,7 @@ def _outputs(
     y_t = tl.dot(weights, (x_t.to(tl.float32) * delta[:, None]).to(x_t.dtype), y_t)
     if D is not None:
         y_t += tl.load(D + h).to(tl.float32) * x_t.to(tl.float32)
-    y_row = ((b * length + at) * heads + h) * P
-    tl.store(y + y_row[:, None] + p[None, :], y_t, x_inside)
+    tl.store(y + (i * heads * P)[:, None] + p[None, :], y_t, x_inside)
 
 
 @triton.jit(do_not_specialize=VARIABLE)
@@ -239,28 +250,35 @@ def _gradients(
     BLOCK_P: tl.constexpr,  # a power of two, P at least
     BLOCK_N: tl.constexpr,
 ):
-    b, h, at, there = _place(length, chunks, heads, REVERSE, Q)
+    b, h, first, i, there = _place(length, chunks, heads, REVERSE, Q)
     program = tl.cast(tl.program_id(0), tl.int64)
-    v, delta, exponent = _steps(dt, A, dt_bias, (b * dt_pitch + at) * dt_stride, h, there, SOFTPLUS)
+    dt += (b * dt_pitch + first) * dt_stride
+    v, delta, exponent = _steps(dt, A, dt_bias, h, i, dt_stride, there, SOFTPLUS)
     sums, total = tl.cumsum(exponent, 0), tl.sum(exponent, 0)
     from_start, to_end = tl.exp(sums), tl.exp(total - sums)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    group = h // group_size * N
-    x_row, dy_row = (b * x_pitch + at) * x_stride + h * P, (b * dy_pitch + at) * dy_stride + h * P
-    B_row, C_row = (b * B_pitch + at) * B_stride + group, (b * C_pitch + at) * C_stride + group
-    out_row = (b * length + at) * heads + h
+    x += (b * x_pitch + first) * x_stride + h * P
+    dy += (b * dy_pitch + first) * dy_stride + h * P
+    B += (b * B_pitch + first) * B_stride + h // group_size * N
+    C += (b * C_pitch + first) * C_stride + h // group_size * N
+    states += program * P * N
+    d_states += program * P * N
+    out = (b * length + first) * heads + h
+    dx += out * P
+    dB += out * N
+    dC += out * N
     x_inside = there[:, None] & (p[None, :] < P)
-    x_t = tl.load(x + x_row[:, None] + p[None, :], x_inside, 0.0)
-    dy_t = tl.load(dy + dy_row[:, None] + p[None, :], x_inside, 0.0).to(x_t.dtype)
-    state = program * P * N + p[:, None] * N
+    x_t = tl.load(x + (i * x_stride)[:, None] + p[None, :], x_inside, 0.0)
+    dy_t = tl.load(dy + (i * dy_stride)[:, None] + p[None, :], x_inside, 0.0).to(x_t.dtype)
+    state = p[:, None] * N
 
     # d_added: the gradient of delta x of each step, at first through the state behind the chunk.
     scores, d_added = tl.zeros([Q, Q], tl.float32), tl.zeros([Q, BLOCK_P], tl.float32)
     for start in range(0, N, BLOCK_N):
         k = start + n[None, :]
         BC_inside = there[:, None] & (k < N)
-        B_t = tl.load(B + B_row[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
-        C_t = tl.load(C + C_row[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
+        B_t = tl.load(B + (i * B_stride)[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
+        C_t = tl.load(C + (i * C_stride)[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
         d_state = tl.load(d_states + state + k, (p[:, None] < P) & (k < N), 0.0).to(x_t.dtype)
         scores = tl.dot(C_t, tl.trans(B_t), scores)
         d_added = tl.dot(B_t, tl.trans(d_state), d_added)
@@ -278,7 +296,7 @@ def _gradients(
     if D is not None:
         dx_t += tl.load(D + h).to(tl.float32) * dy_t.to(tl.float32)
         tl.store(dD + program, tl.sum(tl.sum(dy_t.to(tl.float32) * x_t.to(tl.float32), 1), 0))
-    tl.store(dx + (out_row * P)[:, None] + p[None, :], dx_t, x_inside)
+    tl.store(dx + (i * heads * P)[:, None] + p[None, :], dx_t, x_inside)
 
     # Both sums of the same numbers: what a step gives itself cancels, and decays have no part in it.
     d_weights = tl.dot(dy_t, tl.trans(x_t))
@@ -288,23 +306,23 @@ def _gradients(
     d_sums += tl.sum(of_pairs * delta[None, :], 1) - delta * within
     d_scores = (d_weights * decays * delta[None, :]).to(x_t.dtype)
 
-    of_start = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    of_start = tl.zeros([BLOCK_P], tl.float32)
     for start in range(0, N, BLOCK_N):
         k = start + n[None, :]
         BC_inside, state_inside = there[:, None] & (k < N), (p[:, None] < P) & (k < N)
         before = tl.load(states + state + k, state_inside, 0.0)
         d_state = tl.load(d_states + state + k, state_inside, 0.0)
-        of_start += before * d_state
-        C_t = tl.load(C + C_row[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
+        of_start += tl.sum(before * d_state, 1)
+        C_t = tl.load(C + (i * C_stride)[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
         dC_t = tl.dot(dy_t, before.to(x_t.dtype)) * from_start[:, None]
         d_sums += tl.sum(dC_t * C_t.to(tl.float32), 1)
-        B_t = tl.load(B + B_row[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
+        B_t = tl.load(B + (i * B_stride)[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
         dC_t = tl.dot(d_scores, B_t, dC_t)
-        tl.store(dC + (out_row * N)[:, None] + k, dC_t, BC_inside)
+        tl.store(dC + (i * heads * N)[:, None] + k, dC_t, BC_inside)
         dB_t = tl.dot(x_t, d_state.to(x_t.dtype)) * (delta * to_end)[:, None]
         dB_t = tl.dot(tl.trans(d_scores), C_t, dB_t)
-        tl.store(dB + (out_row * N)[:, None] + k, dB_t, BC_inside)
-    d_total += tl.exp(total) * tl.sum(tl.sum(of_start, 1), 0)
+        tl.store(dB + (i * heads * N)[:, None] + k, dB_t, BC_inside)
+    d_total += tl.exp(total) * tl.sum(of_start, 0)
 
     # What a step that forgets all gets is rounding, which a large delta would make much of.
     d_exponent = tl.cumsum(d_sums, 0, reverse=True) + d_total
@@ -313,7 +331,7 @@ def _gradients(
     d_delta += d_exponent * tl.load(A + h).to(tl.float32)
     if SOFTPLUS:
         d_delta *= sigmoid(v)
-    tl.store(ddt + out_row, d_delta, there)
+    tl.store(ddt + out + i * heads, d_delta, there)
     if dt_bias is not None:
         tl.store(d_bias + program, tl.sum(tl.where(there, d_delta, 0.0), 0))
 
@@ -334,7 +352,7 @@ class _Shape:
             "heads": self.heads,
             "group_size": self.heads // groups,
         }
-        self.constants = {
+        self.constants: dict[str, Any] = {
             "REVERSE": reverse,
             "SOFTPLUS": dt_softplus,
             "P": self.head_dim,
@@ -395,6 +413,15 @@ class _Shape:
         return states, last
 
 
+def _rows(t: Tensor) -> Tensor:
+    """As rows that lie near enough for a chunk's offsets."""
+    return as_rows(t if t.stride(1) <= 2**25 else t.contiguous())
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus, chunk_size, reverse):
@@ -402,8 +429,8 @@ class _SSD(torch.autograd.Function):
         ctx.options = chunk_size, reverse, dt_softplus
         ctx.set_materialize_grads(False)
         shape = _Shape(x, B, *ctx.options)
-        x, dt, B, C = (as_rows(t) for t in (x, dt, B, C))
-        A, D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (A, D, dt_bias, initial_state))
+        x, dt, B, C = (_rows(t) for t in (x, dt, B, C))
+        A, (D, dt_bias, initial_state) = A.contiguous(), map(_contiguous, (D, dt_bias, initial_state))
         y = x.new_empty(x.shape)
         with on_device_of(x):
             states, last_state = shape.states(x, dt, A, B, dt_bias, initial_state)
@@ -428,9 +455,9 @@ class _SSD(torch.autograd.Function):
     def backward(ctx, dy, d_last_state):
         given = ctx.saved_tensors
         shape = _Shape(given[0], given[3], *ctx.options)
-        x, dt, B, C = (as_rows(given[i]) for i in (0, 1, 3, 4))
-        A, D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (given[2], *given[5:]))
-        dy = torch.zeros_like(x) if dy is None else as_rows(dy)
+        x, dt, B, C = (_rows(given[i]) for i in (0, 1, 3, 4))
+        A, (D, dt_bias, initial_state) = given[2].contiguous(), map(_contiguous, given[5:])
+        dy = torch.zeros_like(x) if dy is None else _rows(dy)
         d_last_state = None if d_last_state is None else d_last_state.contiguous()
         dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
         # Each head's part of dB and dC, and each chunk's of dA, dD and the gradient of the bias: torch sums them.

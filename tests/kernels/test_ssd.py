@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vim_kernels import selective_scan, ssd
 
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
