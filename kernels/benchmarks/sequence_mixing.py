@@ -32,8 +32,7 @@ from torch.func import functional_call
 
 from vim.layers.linear_system import MATRIX, convolve_by_fft, convolve_by_matrix
 from vim.layers.s4d import DiagonalKernel
-from vim.layers.ssd import ssd
-from vim_kernels import selective_scan
+from vim_kernels import selective_scan, ssd
 from vim_kernels.backends import resolve
 
 D_INNER, HEAD_DIM, D_STATES = 384, 64, (16, 64)

@@ -1,10 +1,11 @@
-"""State-space kernels: the selective scan, its single step, and the convolution and norm in front of it."""
+"""State-space kernels: the selective scan, its single step and its dual, the convolution and the norm in front."""
 
 from .backends import available_backends
 from .block_step import MambaBlockWeights, mamba_block_step
 from .causal_conv import bidirectional_causal_conv1d, causal_conv1d
 from .rms_norm import rms_norm
 from .selective_scan import bidirectional_selective_scan, selective_scan
+from .ssd import ssd
 from .state_update import selective_state_update
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "rms_norm",
     "selective_scan",
     "selective_state_update",
+    "ssd",
 ]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .directions import CHECKPOINT_INTERVAL, Direction, DirectionGrads, ScanOutput, checkpoint_rows
+from .precision import own_precision
 
 __all__ = ["backward", "checkpoint_rows", "forward"]
 
@@ -117,7 +118,7 @@ def _without_autocast(function):
 
     @functools.wraps(function)
     def wrapper(d: Direction, *args):
-        with torch.autocast(d.u.device.type, enabled=False):
+        with own_precision(d.u.device.type):
             return function(d, *args)
 
     return wrapper

@@ -20,10 +20,13 @@ from triton_checks import (
     pair_excess,
     results,
     scan_excess,
+    ssd_excess,
+    ssd_inputs,
+    ssd_results,
     uneven_pair,
 )
 
-from vim_kernels import bidirectional_selective_scan, causal_conv1d, rms_norm, selective_scan
+from vim_kernels import bidirectional_selective_scan, causal_conv1d, rms_norm, selective_scan, ssd
 
 pytestmark = pytest.mark.gpu
 
@@ -179,6 +182,49 @@ def test_norm():
     assert rms_norm(x[:0], weight).shape == (0, 3, 20)
 
 
+DUALITIES = [
+    {"length": 197, "heads": 6, "head_dim": 64, "groups": 1, "d_state": 64, "strided": True},
+    {"length": 197, "heads": 6, "head_dim": 64, "groups": 1, "d_state": 64, "reverse": True},
+    {"batch": 1, "length": 5000, "heads": 2, "head_dim": 64, "groups": 1, "d_state": 64},
+    {"length": 130, "head_dim": 64, "d_state": 16, "reverse": True},
+    {"length": 130, "heads": 2, "head_dim": 64, "groups": 1, "d_state": 128, "strided": True},
+    {"length": 70, "heads": 2, "head_dim": 128, "groups": 1, "d_state": 256, "chunk_size": 32},
+    {"length": 70, "head_dim": 20, "d_state": 70, "absent": ("D", "dt_bias", "initial_state"), "chunk_size": 16},
+    {"length": 1, "head_dim": 3, "d_state": 5},
+    {"length": 20, "dt_softplus": False, "absent": ("dt_bias",)},
+    {"length": 200, "head_dim": 8, "forgetting": 100},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", DUALITIES, ids=str)
+def test_duality_equals_recurrence(shape, dtype):
+    assert_within(ssd_excess(dtype, device="cuda", **shape))
+
+
+def test_duality_takes_its_kernels():
+    from vim_kernels import triton_ssd
+
+    given = ssd_inputs(torch.bfloat16, device="cuda", length=100)
+    want, state = triton_ssd.ssd(**given, dt_softplus=True, chunk_size=64, reverse=False)
+    y, last = ssd(**given, return_last_state=True)
+    assert y.equal(want)
+    assert last.equal(state)
+    assert ssd(**given | {"A": given["A"].double()}).dtype == torch.bfloat16
+    assert ssd(**given | {name: given[name][:, :0] for name in ("x", "dt", "B", "C")}).shape[1] == 0
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_duality_at_extremes(reverse):
+    given = ssd_inputs(torch.bfloat16, device="cuda", length=100)
+    with torch.no_grad():
+        given["dt"][:, ::7] = 1e6
+        given["dt"][:, 3::7] = -1e6
+    found = ssd_results(ssd, given, reverse=reverse, return_last_state=True)
+    assert all(t.isfinite().all() for t in found.values())
+    assert_within(ssd_excess(torch.bfloat16, device="cuda", length=200, forgetting=1e9, reverse=reverse))
+
+
 def test_golden_scan(golden):
     t = {name: tensor.cuda() for name, tensor in golden("g4_selective_scan").items()}
     sequences = ("u", "delta", "B", "C", "z")
@@ -230,6 +276,9 @@ def digests() -> dict[str, str]:
         inputs = conv_inputs(batch=batch, length=length, channels=d_inner, dtype=torch.bfloat16, device="cuda")
         for name, t in results(causal_conv1d, inputs, activation="silu", backend="triton").items():
             found[f"{batch} conv {name}"] = hashlib.sha256(t.cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+        inputs = ssd_inputs(torch.bfloat16, device="cuda", batch=batch, length=length, head_dim=64, d_state=64)
+        for name, t in ssd_results(ssd, inputs, return_last_state=True).items():
+            found[f"{batch} ssd {name}"] = hashlib.sha256(t.cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
     return found
 
 
@@ -241,7 +290,7 @@ def test_two_processes_give_the_same_bits():
 
 
 def test_a_new_length_compiles_nothing():
-    from vim_kernels import triton_conv, triton_scan, triton_scan_backward, triton_scan_windows
+    from vim_kernels import triton_conv, triton_scan, triton_scan_backward, triton_scan_windows, triton_ssd
 
     kernels = [
         triton_scan._forward_kernel,
@@ -254,6 +303,10 @@ def test_a_new_length_compiles_nothing():
         triton_conv._forward_kernel,
         triton_conv._backward_kernel,
         triton_conv._tap_sums_kernel,
+        triton_ssd._chunk_states,
+        triton_ssd._carry,
+        triton_ssd._outputs,
+        triton_ssd._gradients,
     ]
 
     def compiled() -> list[int]:
@@ -268,6 +321,10 @@ def test_a_new_length_compiles_nothing():
         results(bidirectional_selective_scan, inputs, backend="triton")
         inputs = conv_inputs(batch=batch, length=length, channels=384, dtype=torch.bfloat16, device="cuda")
         results(causal_conv1d, inputs, activation="silu", backend="triton")
+        inputs = ssd_inputs(
+            torch.bfloat16, device="cuda", batch=batch, length=length, head_dim=64, d_state=64, strided=True
+        )
+        ssd_results(ssd, inputs, return_last_state=True)
 
     run(4, 197)
     before = compiled()

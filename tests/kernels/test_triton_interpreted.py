@@ -49,6 +49,13 @@ NAMES = [
     "step_of_few",
     "step_of_many",
     "step_bf16",
+    "ssd_chunks",
+    "ssd_reverse_in_slices",
+    "ssd_one_step",
+    "ssd_bare",
+    "ssd_steps_given",
+    "ssd_steps_that_forget",
+    "ssd_a_head_a_group",
 ]
 
 
@@ -62,6 +69,7 @@ def cases() -> dict[str, dict[str, float]]:
         norm_excess,
         pair_excess,
         scan_excess,
+        ssd_excess,
         step_excess,
         uneven_pair,
     )
@@ -131,6 +139,18 @@ def cases() -> dict[str, dict[str, float]]:
             batch=1, length=66, channels=3, width=5, rows=[[3, 1, 1, 58, 1, 2]], dtype=torch.float32, limit=1e-5
         ),
         "conv_bf16": conv_excess(length=5, absent=("initial_state",), dtype=torch.bfloat16, limit=bf16),
+    }
+    # In fp16: the interpreter has no matrix products of bf16.
+    half = torch.float16
+    wide = {"batch": 1, "length": 70, "heads": 2, "head_dim": 20, "groups": 1, "d_state": 70}
+    found |= {
+        "ssd_chunks": ssd_excess(half, length=37, chunk_size=16),
+        "ssd_reverse_in_slices": ssd_excess(half, **wide, strided=True, reverse=True),
+        "ssd_one_step": ssd_excess(half, length=1, head_dim=3, d_state=5),
+        "ssd_bare": ssd_excess(half, **wide, absent=("D", "dt_bias", "initial_state")),
+        "ssd_steps_given": ssd_excess(half, length=20, dt_softplus=False, absent=("dt_bias",)),
+        "ssd_steps_that_forget": ssd_excess(half, length=47, chunk_size=32, forgetting=100, reverse=True),
+        "ssd_a_head_a_group": ssd_excess(half, batch=1, length=33, heads=3, groups=3, chunk_size=31, reverse=True),
     }
     # Windows of 16 steps and states kept every 8, for a long sequence in few of them.
     triton_tiles.INTERVAL = triton_scan_backward.INTERVAL = triton_scan_windows.INTERVAL = 8

@@ -2,6 +2,7 @@
 
 import torch
 from scan_inputs import pair_inputs, scan_inputs
+from ssd_inputs import inputs, recurrence
 
 from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan, causal_conv1d, selective_scan
 
@@ -177,3 +178,60 @@ def step_excess(
     want = [block_step.torch_step(*wide, MambaBlockWeights(*(w.double() for w in weights)), 1e-5), *wide[1:]]
     got = [triton_step.block_step(x, conv_state, ssm_state, weights, 1e-5), conv_state, ssm_state]
     return {name: error(g, w) / limit for name, g, w in zip(("x", "conv", "ssm"), got, want, strict=True)}
+
+
+def ssd_inputs(
+    dtype, *, absent=(), strided=False, device="cpu", forgetting=None, **shape
+) -> dict[str, torch.Tensor | None]:
+    """Arguments of `ssd`, sequences in a low precision; None for those in `absent`.
+
+    Args:
+        strided: x, B and C are slices of one tensor, dt of another, as in a layer.
+        forgetting: dt of every ninth step, whose x is 0. Small decays between them keep their digits.
+    """
+    torch.manual_seed(0)
+    given = {name: t.detach() for name, t in inputs(dtype=torch.float32, **shape).items()}
+    if forgetting is not None:
+        given["dt_bias"] -= 1
+        given["dt"][:, 4::9] = forgetting
+        given["x"][:, 4::9] = 0
+    low = {name: given[name].to(device, dtype) for name in ("x", "dt", "B", "C")}
+    if strided:
+        sizes, parts = zip(*((t.shape[2:], t.flatten(2)) for t in low.values()), strict=True)
+        slices = torch.cat(parts, 2).split([size.numel() for size in sizes], 2)
+        low = {name: t.unflatten(2, size) for name, t, size in zip(low, slices, sizes, strict=True)}
+    given = {name: low.get(name, t.to(device)).detach().requires_grad_() for name, t in given.items()}
+    return {name: None if name in absent else t for name, t in given.items()}
+
+
+def ssd_results(function, given: dict, dy=None, d_state=None, **options) -> dict[str, torch.Tensor]:
+    """Outputs and gradients; without any of the outputs those of half their squares, whose terms do not cancel."""
+    y, state = function(**given, **options)
+    wanted = {name: t for name, t in given.items() if t is not None}
+    cotangents = (y, state) if dy is None else (dy.to(y), d_state.to(state))
+    gradients = torch.autograd.grad((y, state), list(wanted.values()), [t.detach() for t in cotangents])
+    return {"y": y.detach(), "state": state.detach()} | dict(zip(wanted, gradients, strict=True))
+
+
+def ssd_excess(dtype, *, reverse=False, chunk_size=64, dt_softplus=True, **shape) -> dict[str, float]:
+    """`ssd` by its kernels against the fp64 recurrence, as fractions of what is allowed: see `excess`."""
+    from vim_kernels import triton_ssd
+    from vim_kernels.ssd import _by_torch
+
+    given, options = ssd_inputs(dtype, **shape), {"reverse": reverse, "dt_softplus": dt_softplus}
+    if not dt_softplus:
+        given["dt"] = given["dt"].detach().abs().requires_grad_()
+    # What is absent counts as zero.
+    everything = leaves(ssd_inputs(dtype, **shape | {"absent": ()}), dtype=torch.float64)
+    truth = {name: 0 * t if given[name] is None else given[name].double() for name, t in everything.items()}
+    truth = leaves(truth)
+    want = ssd_results(recurrence, truth, **options)
+    cotangents = {"dy": want["y"].to(dtype), "d_state": want["state"].float()}
+    want = ssd_results(recurrence, truth, **{k: t.double() for k, t in cotangents.items()}, **options)
+    eager = ssd_results(_by_torch, given, **cotangents, **options, chunk_size=chunk_size)
+    got = ssd_results(triton_ssd.ssd, given, **cotangents, **options, chunk_size=chunk_size)
+    assert all(got[name].dtype == t.dtype for name, t in eager.items())
+    budgets = {
+        name: 2 * error(t.contiguous(), want[name]) + torch.finfo(t.dtype).eps + 1e-5 for name, t in eager.items()
+    }
+    return {name: error(got[name], want[name]) / budget for name, budget in budgets.items()}

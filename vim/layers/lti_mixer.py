@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vim_kernels.precision import own_precision
+
 from . import official_s4
 from .linear_system import LinearSystem, convolve
-from .precision import own_precision
 
 
 class LTIMixer(nn.Module):

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vim_kernels import bidirectional_causal_conv1d, causal_conv1d, selective_state_update
+from vim_kernels import bidirectional_causal_conv1d, causal_conv1d, selective_state_update, ssd
 
 from .norm import GatedRMSNorm
 from .selective_ssm import negative_exp
-from .ssd import ssd
 
 # FX keeps these calls as leaves; inside, they branch on shapes.
 torch.fx.wrap("bidirectional_causal_conv1d")

@@ -1,13 +1,15 @@
 """State-space duality: the recurrence of Mamba-2, one decay a head, computed by matrix products over chunks."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim_kernels.checks import check, check_shape, check_tensors
-from vim_kernels.reference import state_dtype
-
+from . import backends
+from .checks import check, check_shape, check_tensors
 from .precision import own_precision
+from .reference import state_dtype
 
 
 def ssd(
@@ -44,7 +46,7 @@ def ssd(
         D, dt_bias: (heads,).
         dt_softplus: False takes dt + dt_bias as the step itself.
         chunk_size: most steps in a chunk. About sqrt(head_dim * d_state) keeps the decays of a chunk, chunk_size a
-            step, no larger than its state.
+            step, no larger than its state. The Triton kernels know chunks of 16, 32 and 64.
         initial_state: (batch, heads, head_dim, d_state), the state in front of the first step processed.
         return_last_state: also return the state behind the last step processed (step 0 in reverse).
         reverse: run from the last step to the first.
@@ -57,6 +59,45 @@ def ssd(
     Source: Dao & Gu 2024, arXiv 2405.21060, section 6. B is discretised by Euler's rule, as in the authors' code.
     """
     _check(x, dt, A, B, C, D, dt_bias, initial_state, chunk_size)
+    inputs = x, dt, A, B, C, D, dt_bias, initial_state
+    options: dict[str, Any] = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "reverse": reverse}
+    if _has_kernels(x, B, dt, A, C, D, dt_bias, initial_state):
+        from . import triton_ssd  # imports triton, which not every platform has
+
+        y, last_state = triton_ssd.ssd(*inputs, **options)
+    else:
+        y, last_state = _by_torch(*inputs, **options)
+    return (y, last_state) if return_last_state else y
+
+
+def _has_kernels(x: Tensor, B: Tensor, *others: Tensor | None) -> bool:
+    """Whether to take the Triton kernels: they multiply in half precision, and a compiler cannot look into them."""
+    return (
+        x.dtype in (torch.bfloat16, torch.float16)
+        and state_dtype(B, *others) != torch.float64
+        and x.shape[3] <= 128
+        and 0 < B.shape[3] <= 256
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and backends.resolve("auto", x.device) == "triton"
+    )
+
+
+def _by_torch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    *,
+    dt_softplus: bool,
+    chunk_size: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """`ssd` by ATen operators, for every device and dtype: y and the last state."""
     wide = state_dtype(x, dt, A, B, C, D, dt_bias, initial_state)
     narrow = wide if wide == torch.float64 else x.dtype
     (batch, length, heads, head_dim), (groups, d_state) = x.shape, B.shape[2:]
@@ -104,8 +145,7 @@ def ssd(
         y = y.reshape(batch, count * steps, heads, head_dim)[:, :length]
         if D is not None:
             y = y + D.to(wide).unsqueeze(-1) * x
-    y = y.to(x.dtype)
-    return (y, last_state.unflatten(2, (head_dim, d_state))) if return_last_state else y
+    return y.to(x.dtype), last_state.unflatten(2, (head_dim, d_state))
 
 
 def _check(
