@@ -92,7 +92,7 @@ def _chunk_states(
     N: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,  # a power of two, P at least
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # states at a time
 ):
     b, h, first, i, there = _place(length, chunks, heads, REVERSE, Q)
     dt += (b * dt_pitch + first) * dt_stride
@@ -177,7 +177,7 @@ def _outputs(
     N: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,  # a power of two, P at least
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # states at a time
 ):
     b, h, first, i, there = _place(length, chunks, heads, REVERSE, Q)
     dt += (b * dt_pitch + first) * dt_stride
@@ -248,7 +248,7 @@ def _gradients(
     N: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,  # a power of two, P at least
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # states at a time
 ):
     b, h, first, i, there = _place(length, chunks, heads, REVERSE, Q)
     program = tl.cast(tl.program_id(0), tl.int64)
@@ -359,7 +359,7 @@ class _Shape:
             "N": self.d_state,
             "Q": steps,
             "BLOCK_P": max(16, triton.next_power_of_2(self.head_dim)),
-            "BLOCK_N": min(64, max(16, triton.next_power_of_2(self.d_state))),
+            "BLOCK_N": 64,
             "num_warps": 4 if self.head_dim <= 64 else 8,
             "num_stages": 1,
         }

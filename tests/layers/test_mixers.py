@@ -188,13 +188,14 @@ def test_a_million_steps(relative_error):
     whole = (torch.cuda.max_memory_allocated() - before) / 2**30
     cache = mixer.allocate_cache(1)
     halves = torch.cat([mixer(half, cache) for half in x.split(500_000, 1)], 1)
-    assert relative_error(halves, y) < 1e-4
+    last_place = 2**-8  # of the largest output
+    assert relative_error(halves, y) < last_place
     torch.cuda.reset_peak_memory_stats()
     before, cache, pieces = torch.cuda.memory_allocated(), mixer.allocate_cache(1), torch.empty_like(x)
     for piece, out in zip(x.split(50_000, 1), pieces.split(50_000, 1), strict=True):
         out.copy_(mixer(piece, cache))
     in_pieces = (torch.cuda.max_memory_allocated() - before - pieces.nbytes) / 2**30
-    assert relative_error(pieces, y) < 1e-4
+    assert relative_error(pieces, y) < last_place
     print(f"{whole:.2f} GiB for the whole, {in_pieces:.2f} GiB in pieces of 50,000 steps")
     assert in_pieces < whole / 10
 
