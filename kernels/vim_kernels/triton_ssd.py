@@ -358,7 +358,9 @@ class _Shape:
             "P": self.head_dim,
             "N": self.d_state,
             "Q": steps,
-            "BLOCK_P": max(16, triton.next_power_of_2(self.head_dim)),
+            # Not fewer: where a product has one operand in registers and less than 64 columns, ptxas 12.8 takes the
+            # address of the other operand from a register that nothing has written.
+            "BLOCK_P": max(64, triton.next_power_of_2(self.head_dim)),
             "BLOCK_N": 64,
             "num_warps": 4 if self.head_dim <= 64 else 8,
             "num_stages": 1,
