@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vim.layers.bimamba
 import vim.layers.mamba
-import vim.layers.selective_ssm
+import vim.layers.short_conv
 from vim_kernels import available_backends
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -64,7 +64,8 @@ class MixerBackend(NamedTuple):
 def mixer_backend(request, monkeypatch) -> Iterator[MixerBackend]:
     """Each backend in turn, as the one that all layers call; yields where the tensors must be."""
     for module, name in (
-        (vim.layers.selective_ssm, "causal_conv1d"),
+        (vim.layers.short_conv, "causal_conv1d"),
+        (vim.layers.short_conv, "bidirectional_causal_conv1d"),
         (vim.layers.mamba, "selective_scan"),
         (vim.layers.bimamba, "bidirectional_selective_scan"),
     ):

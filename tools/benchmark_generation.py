@@ -6,7 +6,6 @@ Both have the same random weights and are checked against each other first. A ro
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch import Tensor
 from vim.models.mamba_lm import MambaLM, official_name
 from vim.training.benchmark import DTYPES
 from vim.training.environment import device_name, versions
+from vim.training.files import write_json
 
 PROMPT = 16
 Generate = Callable[[Tensor, int], Tensor]
@@ -102,7 +102,7 @@ def main() -> None:
             table.add_row(str(batch), key, f"{1e3 * step:.2f}", f"{batch / step:,.0f}", f"{1e3 * prompt:.1f}")
     Console().print(table)
     if args.output is not None:
-        args.output.write_text(json.dumps(report, indent=2))
+        write_json(report, args.output)
 
 
 if __name__ == "__main__":

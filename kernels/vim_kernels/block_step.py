@@ -74,10 +74,13 @@ def mamba_block_step(
     check_shape("conv_state", conv_state, "(batch, taps - 1, d_inner)", (batch, taps - 1, d_inner))
     check_shape("ssm_state", ssm_state, "(batch, d_inner, d_state)", (batch, d_inner, d_state))
     with torch.no_grad():
-        narrow = torch.float64 not in (ssm_state.dtype, weights.in_proj.dtype)
-        fits = narrow and all(t.is_contiguous() for t in (conv_state, ssm_state, *weights))
-        triton = backends.resolve("auto", x.device) == "triton" and not torch.compiler.is_compiling()
-        if batch and fits and triton:
+        if (
+            batch
+            and backends.resolve("auto", x.device) == "triton"
+            and not torch.compiler.is_compiling()
+            and torch.float64 not in (ssm_state.dtype, weights.in_proj.dtype)
+            and all(t.is_contiguous() for t in (conv_state, ssm_state, *weights))
+        ):
             from . import triton_step  # imports triton, which not every platform has
 
             return triton_step.block_step(x, conv_state, ssm_state, weights, eps)

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan
+from vim_kernels import bidirectional_selective_scan
 
 from .selective_ssm import SelectiveSSM
+from .short_conv import convolve_both
 
-torch.fx.wrap("bidirectional_causal_conv1d")
 torch.fx.wrap("bidirectional_selective_scan")
 
 
@@ -60,14 +60,7 @@ class BiMamba(nn.Module):
     def scan_inputs(self, x: Tensor, seq_idx: Tensor | None = None) -> dict[str, Any]:
         """Arguments of `bidirectional_selective_scan` for a sequence (B, L, d_model); seq_idx as in `forward`."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        convolutions = self.forward_ssm.conv1d, self.backward_ssm.conv1d
-        u_f, u_b = bidirectional_causal_conv1d(
-            x,
-            [conv.weight.squeeze(1) for conv in convolutions],
-            [conv.bias for conv in convolutions if conv.bias is not None],
-            activation="silu",
-            seq_idx=seq_idx,
-        )
+        u_f, u_b = convolve_both((self.forward_ssm.conv1d, self.backward_ssm.conv1d), x, seq_idx=seq_idx)
         dt_f, A_f, B_f, C_f = self.forward_ssm.project(u_f)
         dt_b, A_b, B_b, C_b = self.backward_ssm.project(u_b)
         return {

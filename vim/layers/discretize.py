@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import check_choice
+
 Rule = Literal["zoh", "bilinear", "euler"]
 RULES = ("zoh", "bilinear", "euler")
 
@@ -29,7 +31,7 @@ def discretize_diagonal(A: Tensor, B: Tensor, delta: Tensor, rule: Rule) -> tupl
     Raises: ValueError for another rule.
     Source: zoh and bilinear Gu et al. 2022, arXiv 2206.11893, section 2.1; Euler's is the first term of either.
     """
-    check_rule(rule)
+    check_choice("rule", rule, RULES)
     step = delta * A
     if rule == "zoh":
         # (e^x - 1) / x goes to 1 as x goes to 0, which a pole at zero is.
@@ -53,7 +55,7 @@ def discretize_dense(A: Tensor, B: Tensor, delta: Tensor, rule: Rule) -> tuple[T
     Source: as `discretize_diagonal`; zero-order hold by one exponential of [[A, B], [0, 0]]: Van Loan 1978, IEEE
         Transactions on Automatic Control 23(3).
     """
-    check_rule(rule)
+    check_choice("rule", rule, RULES)
     A, B = delta[..., None, None] * A, delta[..., None] * B
     identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     if rule == "zoh":
@@ -67,9 +69,3 @@ def discretize_dense(A: Tensor, B: Tensor, delta: Tensor, rule: Rule) -> tuple[T
         )
         return both[..., :-1], both[..., -1]
     return identity + A, B
-
-
-def check_rule(rule: str) -> None:
-    """Raises: ValueError for a rule that is none of RULES."""
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")

@@ -1,11 +1,8 @@
 """GatedConv: a mixer with all of BiMamba but the scan, to see what the scan is good for."""
 
-import torch
 from torch import Tensor, nn
 
-from vim_kernels import bidirectional_causal_conv1d
-
-torch.fx.wrap("bidirectional_causal_conv1d")
+from .short_conv import convolve_both
 
 
 class GatedConv(nn.Module):
@@ -29,11 +26,5 @@ class GatedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        convolutions = self.forward_conv, self.backward_conv
-        forward, backward = bidirectional_causal_conv1d(
-            x,
-            [conv.weight.squeeze(1) for conv in convolutions],
-            [conv.bias for conv in convolutions if conv.bias is not None],
-            activation="silu",
-        )
+        forward, backward = convolve_both((self.forward_conv, self.backward_conv), x)
         return self.out_proj(0.5 * (forward + backward) * nn.functional.silu(z))

@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_even
+
 Measure = Literal["legs", "legt", "fout"]
 MEASURES = ("legs", "legt", "fout")
 Diagonal = Literal["lin", "inv", "real", "quad", "legs"]
@@ -26,7 +28,7 @@ def hippo(measure: Measure, d_state: int) -> tuple[Tensor, Tensor]:
 
     Raises: ValueError for another measure, or an odd d_state with fout, which has sines and cosines.
     """
-    _check("measure", measure, MEASURES)
+    check_choice("measure", measure, MEASURES)
     n = torch.arange(d_state, dtype=torch.float64)
     if measure == "legs":
         root = (2 * n + 1).sqrt()
@@ -46,7 +48,7 @@ def hippo(measure: Measure, d_state: int) -> tuple[Tensor, Tensor]:
 
 def low_rank(measure: Measure, d_state: int) -> Tensor:
     """P (rank, d_state), so that A + P^T P of `hippo` is normal. The rank is 1, for legt 2."""
-    _check("measure", measure, MEASURES)
+    check_choice("measure", measure, MEASURES)
     n = torch.arange(d_state, dtype=torch.float64)
     if measure == "legs":
         return (n + 0.5).sqrt()[None]
@@ -95,7 +97,7 @@ def diagonal(name: Diagonal, d_state: int) -> tuple[Tensor, Tensor]:
 
     Raises: ValueError for another name or an odd d_state.
     """
-    _check("init", name, DIAGONALS)
+    check_choice("init", name, DIAGONALS)
     check_even(d_state)
     if name == "legs":
         system = nplr("legs", d_state)
@@ -109,14 +111,3 @@ def diagonal(name: Diagonal, d_state: int) -> tuple[Tensor, Tensor]:
         "quad": (half, (1 + 2 * n) ** 2 / math.pi),
     }[name]
     return torch.complex(-real, -imaginary), torch.ones_like(n, dtype=torch.complex128)
-
-
-def _check(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{what} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def check_even(d_state: int) -> None:
-    """Raises: ValueError for an odd number of states, or none."""
-    if d_state < 2 or d_state % 2:
-        raise ValueError(f"d_state must be even and positive, for conjugate pairs, got {d_state}")

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import at_least_fp32
+
 MATRIX = 256  # longest axis that is convolved by a matrix
 
 
@@ -109,25 +111,27 @@ def convolve(u: Tensor, kernels: Sequence[Tensor]) -> Tensor:
 def convolve_by_matrix(u: Tensor, kernel: Tensor, axis: int) -> Tensor:
     """`convolve` along one axis, by a Toeplitz matrix for each channel."""
     size = u.shape[axis]
-    lags = F.pad(kernel[0], (size - 1, 0))  # -(size - 1) .. size - 1
-    if len(kernel) == 2:
-        lags = lags + F.pad(kernel[1, :, : size - 1].flip(-1), (0, size))
-    matrix = lags.to(u.dtype).unfold(-1, size, 1).flip(-1)  # (H, size, size): lags[i - j + size - 1]
+    # (H, size, size): lag i - j at row i and column j.
+    matrix = _by_lag(kernel).to(u.dtype).unfold(-1, size, 1).flip(-1)
     rows = u.reshape(math.prod(u.shape[:axis]), size, -1, u.shape[-1])
     return torch.einsum("hij, bjrh -> birh", matrix, rows).reshape(u.shape)
 
 
 def convolve_by_fft(u: Tensor, kernel: Tensor, axis: int) -> Tensor:
     """`convolve` along one axis, in fp32 at least."""
-    size, wide = u.shape[axis], torch.promote_types(u.dtype, torch.float32)
+    size, wide = u.shape[axis], at_least_fp32(u)
     padded = fast_length(2 * size)
-    lags = F.pad(kernel[0], (0, padded - size))
-    if len(kernel) == 2:  # negative lags stand at the end
-        lags = lags + F.pad(kernel[1].flip(-1), (padded - size, 0))
-    factor = torch.fft.rfft(lags.to(wide)).mT  # (frequencies, H)
+    factor = torch.fft.rfft(_by_lag(kernel).to(wide.dtype), padded).mT  # (frequencies, H)
     factor = factor.reshape(-1, *[1] * (u.ndim - 2 - axis), factor.shape[-1])
-    y = torch.fft.irfft(torch.fft.rfft(u.to(wide), padded, axis) * factor, padded, axis)
-    return y.narrow(axis, 0, size).to(u.dtype)
+    y = torch.fft.irfft(torch.fft.rfft(wide, padded, axis) * factor, padded, axis)
+    return y.narrow(axis, size - 1, size).to(u.dtype)  # what wraps around falls in front
+
+
+def _by_lag(kernel: Tensor) -> Tensor:
+    """(1 or 2, H, size) as in `convolve` -> (H, 2 size - 1), for lags from -(size - 1) to size - 1."""
+    size = kernel.shape[-1]
+    lags = F.pad(kernel[0], (size - 1, 0))
+    return lags + F.pad(kernel[1, :, : size - 1].flip(-1), (0, size)) if len(kernel) == 2 else lags
 
 
 def fast_length(length: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vim_kernels import selective_scan, selective_state_update
 
 from .selective_ssm import SelectiveSSM
+from .short_conv import convolve
 
 torch.fx.wrap("selective_scan")
 
@@ -87,7 +88,7 @@ class Mamba(nn.Module):
         ssm = self.ssm
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        u = ssm.convolve(x, conv_state=None if cache is None else cache.conv_state, seq_idx=seq_idx)
+        u = convolve(ssm.conv1d, x, conv_state=None if cache is None else cache.conv_state, seq_idx=seq_idx)
         dt, A, B, C = ssm.project(u)
         if mask is not None:
             dt = dt.masked_fill(~mask.unsqueeze(-1), NO_STEP)
@@ -112,7 +113,7 @@ class Mamba(nn.Module):
     def step(self, x: Tensor, cache: MambaCache) -> Tensor:
         """One step, x: (batch, d_model) -> (batch, d_model). The cache is updated in place."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = self.ssm.convolve(x.unsqueeze(1), conv_state=cache.conv_state)
+        u = convolve(self.ssm.conv1d, x.unsqueeze(1), conv_state=cache.conv_state)
         dt, A, B, C = self.ssm.project(u)
         y, state = selective_state_update(
             cache.ssm_state,

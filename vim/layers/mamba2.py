@@ -1,19 +1,17 @@
 """Mamba-2: the mixer whose heads each have one decay, in one direction or in two."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vim_kernels import bidirectional_causal_conv1d, causal_conv1d, selective_state_update, ssd
+from vim_kernels import selective_state_update, ssd
 
 from .norm import GatedRMSNorm
-from .selective_ssm import negative_exp
+from .selective_ssm import negative_exp, start_steps
+from .short_conv import convolve, convolve_both
 
 # FX keeps these calls as leaves; inside, they branch on shapes.
-torch.fx.wrap("bidirectional_causal_conv1d")
-torch.fx.wrap("causal_conv1d")
 torch.fx.wrap("negative_exp")
 torch.fx.wrap("ssd")
 
@@ -42,8 +40,7 @@ class HeadSSM(nn.Module):
         self.conv1d.reset_parameters()
         self.A_log.copy_(torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16).log())
         self.D.fill_(1)
-        dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(0.001), math.log(0.1)).exp_()
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        start_steps(self.dt_bias, 0.001, 0.1)
 
     def arguments(self) -> dict[str, Any]:
         """What `ssd` takes of the parameters."""
@@ -138,7 +135,7 @@ class Mamba2(Projections):
     def forward(self, x: Tensor, cache: Mamba2Cache | None = None) -> Tensor:
         """x: (batch, length, d_model). cache: read, and updated in place."""
         z, xBC, dt = self.project_in(x)
-        u, B, C = self.by_head(self._convolve(xBC, cache))
+        u, B, C = self.by_head(convolve(self.ssm.conv1d, xBC, conv_state=None if cache is None else cache.conv_state))
         y = ssd(
             u,
             dt,
@@ -156,7 +153,7 @@ class Mamba2(Projections):
     def step(self, x: Tensor, cache: Mamba2Cache) -> Tensor:
         """One step, x: (batch, d_model) -> (batch, d_model). The cache is updated in place."""
         z, xBC, dt = self.project_in(x)
-        u, B, C = self.by_head(self._convolve(xBC.unsqueeze(1), cache).squeeze(1))
+        u, B, C = self.by_head(convolve(self.ssm.conv1d, xBC.unsqueeze(1), conv_state=cache.conv_state).squeeze(1))
         # A step of the selective recurrence, where each channel has its head's numbers.
         per_channel: dict[str, Any] = {name: self._repeat(t) for name, t in self.ssm.arguments().items()}
         per_channel["A"] = per_channel["A"].unsqueeze(1).expand(-1, self.d_state)
@@ -169,22 +166,6 @@ class Mamba2(Projections):
     def _repeat(self, t: Tensor) -> Tensor:
         """(..., heads) -> (..., d_inner)"""
         return t.repeat_interleave(self.head_dim, -1)
-
-    def _convolve(self, xBC: Tensor, cache: Mamba2Cache | None) -> Tensor:
-        """(batch, length, d_conv_channels) -> the same shape."""
-        conv = self.ssm.conv1d
-        out = causal_conv1d(
-            xBC,
-            conv.weight.squeeze(1),
-            conv.bias,
-            activation="silu",
-            initial_state=None if cache is None else cache.conv_state,
-            return_final_state=cache is not None,
-        )
-        if cache is not None:
-            out, final_state = out
-            cache.conv_state.copy_(final_state.detach())
-        return out
 
 
 class BiMamba2(Projections):
@@ -217,13 +198,7 @@ class BiMamba2(Projections):
 
     def forward(self, x: Tensor) -> Tensor:
         z, xBC, dt = self.project_in(x)
-        convolutions = self.forward_ssm.conv1d, self.backward_ssm.conv1d
-        xBC_f, xBC_b = bidirectional_causal_conv1d(
-            xBC,
-            [conv.weight.squeeze(1) for conv in convolutions],
-            [conv.bias for conv in convolutions if conv.bias is not None],
-            activation="silu",
-        )
+        xBC_f, xBC_b = convolve_both((self.forward_ssm.conv1d, self.backward_ssm.conv1d), xBC)
         u_f, B_f, C_f = self.by_head(xBC_f)
         u_b, B_b, C_b = self.by_head(xBC_b)
         y_f = ssd(u_f, dt, B=B_f, C=C_f, **self.forward_ssm.arguments())

@@ -110,7 +110,7 @@ class DPLRKernel(StateKernel):
     def system(self, rate: float = 1.0) -> LinearSystem:
         """All N states, with a full dA."""
         dA, dB, C = self._dense(rate)
-        C = self._cut(self._dense(1.0)[0], C, self.length, 0)
+        C = self._cut(dA if rate == 1 else self._dense(1.0)[0], C, self.length, 0)
         kept = at_least_fp32(self.log_dt).dtype.to_complex()
         return LinearSystem(dA.to(kept), dB.to(kept), C[0].to(kept))
 

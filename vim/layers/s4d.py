@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from .discretize import Rule, check_rule, discretize_diagonal
+from .checks import check_choice
+from .discretize import RULES, Rule, discretize_diagonal
 from .hippo import Diagonal, diagonal
 from .linear_system import LinearSystem, vandermonde
 from .lti_mixer import SequenceLTIMixer
@@ -36,7 +37,7 @@ class DiagonalKernel(StateKernel):
         device=None,
         dtype=None,
     ):
-        check_rule(rule)
+        check_choice("rule", rule, RULES)
         super().__init__(d_model, d_state, directions, dt_min, dt_max, device=device, dtype=dtype)
         self.init, self.rule, self.bandlimit = init, rule, bandlimit
         self.reset_parameters()

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vim_kernels import causal_conv1d
+from .precision import at_least_fp32
 
-# FX keeps these calls as leaves; inside, they branch on shapes.
-torch.fx.wrap("causal_conv1d")
+# FX keeps these calls as leaves; inside, they branch on shapes and dtypes.
 torch.fx.wrap("negative_exp")
 torch.fx.wrap("project_by")
 
@@ -58,33 +57,10 @@ class SelectiveSSM(nn.Module):
         self.conv1d.reset_parameters()
         self.x_proj.reset_parameters()
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        low, high = math.log(self.dt_min), math.log(self.dt_max)
-        dt = torch.empty_like(self.dt_proj.bias, dtype=torch.float32).uniform_(low, high).exp_()
-        dt.clamp_(min=self.dt_init_floor)
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        start_steps(self.dt_proj.bias, self.dt_min, self.dt_max, self.dt_init_floor)
         n = torch.arange(1, self.d_state + 1, device=self.A_log.device, dtype=torch.float32)
         self.A_log.copy_(n.log().expand_as(self.A_log))
         self.D.fill_(1)
-
-    def convolve(self, x: Tensor, *, conv_state: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
-        """The scan's input u (B, L, E) from x (B, L, E), in the forward direction.
-
-        conv_state: (B, d_conv - 1, E), the steps in front of x; updated in place to the last steps of x.
-        seq_idx: (B, L), which of several sequences packed into a row a step belongs to.
-        """
-        u = causal_conv1d(
-            x,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu",
-            initial_state=conv_state,
-            return_final_state=conv_state is not None,
-            seq_idx=seq_idx,
-        )
-        if conv_state is not None:
-            u, final_state = u
-            conv_state.copy_(final_state.detach())
-        return u
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the scan takes besides u (B, L, E).
@@ -116,4 +92,12 @@ def pad_rank(x_proj: Tensor, dt_proj: Tensor, multiple: int) -> tuple[Tensor, Te
 
 def negative_exp(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in fp32 at least: a bf16 model must not round the decay."""
-    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+    return -torch.exp(at_least_fp32(A_log))
+
+
+@torch.no_grad()
+def start_steps(bias: Tensor, dt_min: float, dt_max: float, floor: float = 0.0) -> None:
+    """Set biases so that their softplus, the step sizes, is log-uniform in [dt_min, dt_max], at least the floor."""
+    dt = torch.empty_like(bias, dtype=torch.float32).uniform_(math.log(dt_min), math.log(dt_max)).exp_()
+    dt.clamp_(min=floor)
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .hippo import check_even
+from .checks import check_even
 
 
 class StateKernel(nn.Module):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vim.layers import MambaBlock, MambaCache, RMSNorm
+from vim.layers.precision import at_least_fp32
 
 # Official name -> ours; transformers has embeddings for embedding.
 OFFICIAL = (
@@ -91,8 +92,7 @@ class MambaLM(nn.Module):
         return [block.mixer.allocate_cache(batch_size) for block in self.blocks]  # type: ignore[union-attr, operator]
 
     def _embed(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        return x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream
+        return at_least_fp32(self.embedding(ids))  # the residual stream
 
     def forward_features(
         self,

@@ -8,6 +8,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from vim.layers import S4, S4D, S4ND, BiMamba, BiMamba2, GatedConv, Mamba, Mamba2
+from vim.layers.checks import check_choice
 
 # Their kernels are made for a length, which FX has no number for.
 for _layer in (S4, S4D, S4ND):
@@ -42,6 +43,5 @@ def create_mixer(
         "s4nd": lambda: S4ND(dim, d_state, **dd),
         "none": lambda: GatedConv(dim, d_conv, expand, **dd),
     }
-    if name not in makers:
-        raise ValueError(f"mixer must be one of {', '.join(makers)}, got {name!r}")
+    check_choice("mixer", name, makers)
     return makers[name]()
