@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation of a residual stream: public function and operator."""
+"""Root-mean-square normalisation of a residual stream, or of a gated output: public function and operator."""
 
 import torch
 import torch.nn.functional as F
@@ -8,73 +8,96 @@ from . import backends
 from .checks import check, check_shape, check_tensors
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, dtype: torch.dtype | None = None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 at least and rounded once.
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    gate: Tensor | None = None,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 at least and rounded once; with a
+    gate, of x * silu(gate).
 
     With autocast a stream stays in fp32 and what is made of it is not: torch normalises into fp32 and casts in a pass
-    of its own. On a GPU this is one kernel, and one for both gradients.
+    of its own. On a GPU this is one kernel, and one for all gradients.
 
     Args:
         x: (..., channels), any float dtype. weight: (channels,).
         eps: added to the mean of squares.
+        gate: x's shape, any float dtype.
+        groups: the channels are normalised in so many blocks, each by itself.
         dtype: of the result, x's if None.
 
     Returns: (..., channels).
 
     Raises: ValueError, TypeError: a wrong shape, device or dtype.
 
-    Source: Zhang & Sennrich 2019, arXiv 1910.07467, equation 4.
+    Source: Zhang & Sennrich 2019, arXiv 1910.07467, equation 4; gate and groups: Dao & Gu 2024, arXiv 2405.21060,
+        section 7.
     """
-    check_tensors({"x": x, "weight": weight}, like="x")
+    check_tensors({"x": x, "weight": weight, "gate": gate}, like="x")
     check(x.dim() > 0, "x", x, "have a dimension")
     check_shape("weight", weight, "(channels,)", (x.shape[-1],))
+    check_shape("gate", gate, "the shape of x", tuple(x.shape))
+    if groups < 1 or x.shape[-1] % groups:
+        raise ValueError(f"groups must divide the {x.shape[-1]} channels of x, got {groups}")
     dtype = x.dtype if dtype is None else dtype
     # The compiler fuses torch's own with its neighbours.
     if x.numel() == 0 or torch.compiler.is_compiling() or backends.resolve("auto", x.device) != "triton":
         full = torch.promote_types(torch.float32, torch.promote_types(x.dtype, weight.dtype))
-        return F.rms_norm(x.to(full), weight.shape, weight.to(full), eps).to(dtype)
-    return torch.ops.vim_kernels.rms_norm(x, weight, eps, dtype)
+        x = x.to(full) if gate is None else x.to(full) * F.silu(gate.to(full))
+        if groups == 1:
+            return F.rms_norm(x, weight.shape, weight.to(full), eps).to(dtype)
+        blocks = x.unflatten(-1, (groups, -1))
+        return (F.rms_norm(blocks, blocks.shape[-1:], eps=eps).flatten(-2) * weight.to(full)).to(dtype)
+    return torch.ops.vim_kernels.rms_norm(x, weight, gate, eps, groups, dtype)
 
 
 @torch.library.custom_op(
     "vim_kernels::rms_norm",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, float eps, ScalarType dtype) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor? gate, float eps, int groups, ScalarType dtype) -> Tensor",
 )
-def _forward_op(x, weight, eps, dtype):
+def _forward_op(x, weight, gate, eps, groups, dtype):
     from . import triton_norm  # imports triton, which not every platform has
 
-    return triton_norm.forward(x, weight, eps, dtype)
+    return triton_norm.forward(x, weight, gate, eps, groups, dtype)
 
 
 @_forward_op.register_fake
-def _(x, weight, eps, dtype):
+def _(x, weight, gate, eps, groups, dtype):
     return x.new_empty(x.shape, dtype=dtype)
 
 
+# Without a gate the last of the gradients is empty.
 @torch.library.custom_op(
     "vim_kernels::rms_norm_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    schema="(Tensor dy, Tensor x, Tensor weight, Tensor? gate, float eps, int groups) -> (Tensor, Tensor, Tensor)",
 )
-def _backward_op(dy, x, weight, eps):
+def _backward_op(dy, x, weight, gate, eps, groups):
     from . import triton_norm
 
-    return triton_norm.backward(dy, x, weight, eps)
+    return triton_norm.backward(dy, x, weight, gate, eps, groups)
 
 
 @_backward_op.register_fake
-def _(dy, x, weight, eps):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _(dy, x, weight, gate, eps, groups):
+    d_gate = x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), d_gate
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, ctx.eps, _ = inputs
-    ctx.save_for_backward(x, weight)
+    x, weight, gate, ctx.eps, ctx.groups, _ = inputs
+    ctx.save_for_backward(x, weight, gate)
 
 
 def _backward(ctx, dy):
-    return *torch.ops.vim_kernels.rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None, None
+    x, weight, gate = ctx.saved_tensors
+    dx, d_weight, d_gate = torch.ops.vim_kernels.rms_norm_backward(dy, x, weight, gate, ctx.eps, ctx.groups)
+    return dx, d_weight, None if gate is None else d_gate, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,8 +1,10 @@
 # mypy: disable-error-code="assignment"
-"""The kernels of `rms_norm`: a read of x and a write of y; for the gradients a read of both and a write of dx.
+"""The kernels of `rms_norm`: a read of x, and of its gate, and a write of y; for the gradients a read of all, and a
+write of each.
 
-Nothing is saved but x: its mean of squares costs no memory traffic to find again. The gradient of the weight is summed
-over the rows of a program in registers, and over programs, in a fixed order, by torch.
+Nothing is saved but the inputs: their mean of squares costs no memory traffic to find again. The gradient of the weight
+is summed over the rows of a program in registers, and over programs, in a fixed order, by torch. A program has some
+rows of a group of channels.
 """
 
 import torch
@@ -11,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import on_device_of
+from .triton_tiles import sigmoid
 
 # Programs that share the rows in the backward: each adds a row to the sum that is left to torch.
 PROGRAMS = 1024
@@ -18,11 +21,14 @@ PROGRAMS = 1024
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    x,  # (rows, channels)
-    weight,  # (channels,)
-    y,  # (rows, channels)
+    x,  # (rows, groups, channels)
+    weight,  # (groups, channels)
+    gate,  # (rows, groups, channels), rows spaced by gate_stride
+    y,  # (rows, groups, channels)
     rows,
     channels,
+    stride,
+    gate_stride,
     EPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # a power of two, channels at least
@@ -30,75 +36,112 @@ def _forward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
+    first = tl.program_id(1) * channels
     inside = (row < rows) & (column < channels)
-    at = row * channels + column
+    at = row * stride + first + column
     x_t = tl.load(x + at, inside, 0.0).to(S)
-    w = tl.load(weight + column, column < channels, 0.0).to(S)
+    if gate is not None:
+        z = tl.load(gate + row * gate_stride + first + column, inside, 0.0).to(S)
+        x_t *= z * sigmoid(z)
+    w = tl.load(weight + first + column, column < channels, 0.0).to(S)
     scale = 1 / tl.sqrt(tl.sum(x_t * x_t, 1)[:, None] / channels + EPS)
     tl.store(y + at, x_t * scale * w, inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
-    dy,  # (rows, channels)
-    x,  # (rows, channels)
-    weight,  # (channels,)
-    dx,  # (rows, channels)
-    d_weight,  # (programs, channels)
+    dy,  # (rows, groups, channels)
+    x,  # (rows, groups, channels)
+    weight,  # (groups, channels)
+    gate,  # (rows, groups, channels), rows spaced by gate_stride
+    dx,  # (rows, groups, channels)
+    d_weight,  # (programs, groups, channels)
+    d_gate,  # (rows, groups, channels)
     rows,
     channels,
+    stride,
+    gate_stride,
     EPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     S: tl.constexpr,
 ):
     column = tl.arange(0, COLUMNS)[None, :]
-    w = tl.load(weight + column, column < channels, 0.0).to(S)
+    first = tl.program_id(1) * channels
+    w = tl.load(weight + first + column, column < channels, 0.0).to(S)
     total = tl.zeros([ROWS, COLUMNS], S)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & (column < channels)
-        at = row * channels + column
+        at = row * stride + first + column
         x_t = tl.load(x + at, inside, 0.0).to(S)
         dy_t = tl.load(dy + at, inside, 0.0).to(S)
-        scale = 1 / tl.sqrt(tl.sum(x_t * x_t, 1)[:, None] / channels + EPS)
-        unit = x_t * scale
+        gated = x_t
+        if gate is not None:
+            z = tl.load(gate + row * gate_stride + first + column, inside, 0.0).to(S)
+            open = sigmoid(z)
+            gated *= z * open
+        scale = 1 / tl.sqrt(tl.sum(gated * gated, 1)[:, None] / channels + EPS)
+        unit = gated * scale
         total += dy_t * unit
         dy_t *= w
         mean = tl.sum(dy_t * unit, 1)[:, None] / channels
-        tl.store(dx + at, (dy_t - unit * mean) * scale, inside)
-    tl.store(d_weight + tl.program_id(0) * channels + column, tl.sum(total, 0)[None, :], column < channels)
+        d_gated = (dy_t - unit * mean) * scale
+        if gate is not None:
+            tl.store(d_gate + at, d_gated * x_t * (open * (1 + z * (1 - open))), inside)
+            d_gated *= z * open
+        tl.store(dx + at, d_gated, inside)
+    at = tl.program_id(0) * stride + first + column
+    tl.store(d_weight + at, tl.sum(total, 0)[None, :], column < channels)
 
 
-def _constants(x: Tensor, eps: float) -> dict[str, object]:
-    columns = triton.next_power_of_2(x.shape[-1])
-    rows = max(1, 2048 // columns)
+def _sizes(x: Tensor, gate: Tensor | None, eps: float, groups: int) -> dict[str, object]:
+    channels = x.shape[-1] // groups
+    columns = triton.next_power_of_2(channels)
+    wide = torch.float64 in (x.dtype, None if gate is None else gate.dtype)
     return {
+        "rows": x.numel() // x.shape[-1],
+        "channels": channels,
+        "stride": x.shape[-1],
+        "gate_stride": 0 if gate is None else gate.stride(0),
         "EPS": eps,
-        "ROWS": rows,
+        "ROWS": max(1, 2048 // columns),
         "COLUMNS": columns,
-        "S": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "S": tl.float64 if wide else tl.float32,
         "num_warps": 4 if columns <= 2048 else 8,
     }
 
 
-def forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def _as_rows(gate: Tensor | None) -> Tensor | None:
+    """(rows, channels); a slice of a wider tensor is not copied."""
+    if gate is None:
+        return None
+    gate = gate.reshape(-1, gate.shape[-1])
+    return gate if gate.stride(1) == 1 else gate.contiguous()
+
+
+def forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, groups: int, dtype: torch.dtype) -> Tensor:
     """See `rms_norm`."""
-    x, weight = x.contiguous(), weight.contiguous()
+    x, gate = x.contiguous(), _as_rows(gate)
     y = x.new_empty(x.shape, dtype=dtype)
-    rows, constants = x.numel() // x.shape[-1], _constants(x, eps)
+    sizes = _sizes(x, gate, eps, groups)
     with on_device_of(x):
-        _forward_kernel[(triton.cdiv(rows, constants["ROWS"]),)](x, weight, y, rows, x.shape[-1], **constants)
+        grid = triton.cdiv(sizes["rows"], sizes["ROWS"]), groups
+        _forward_kernel[grid](x, weight.contiguous(), gate, y, **sizes)
     return y
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the weight, in their dtypes."""
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of the weight and of the gate, in their dtypes; empty without a gate."""
     dy, x = dy.contiguous(), x.contiguous()
-    rows, constants = x.numel() // x.shape[-1], _constants(x, eps)
-    programs = min(PROGRAMS, triton.cdiv(rows, constants["ROWS"]))
+    d_gate = x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+    gate = _as_rows(gate)
+    sizes = _sizes(x, gate, eps, groups)
+    programs = min(PROGRAMS, triton.cdiv(sizes["rows"], sizes["ROWS"]))
     dx = x.new_empty(x.shape)
     parts = x.new_empty(programs, x.shape[-1], dtype=torch.promote_types(torch.float32, x.dtype))
     with on_device_of(x):
-        _backward_kernel[(programs,)](dy, x, weight.contiguous(), dx, parts, rows, x.shape[-1], **constants)
-    return dx, parts.sum(0).to(weight.dtype)
+        _backward_kernel[(programs, groups)](dy, x, weight.contiguous(), gate, dx, parts, d_gate, **sizes)
+    return dx, parts.sum(0).to(weight.dtype), d_gate

@@ -177,6 +177,8 @@ def test_norm():
     assert_within(norm_excess((12_345, 96), device="cuda"))
     assert_within(norm_excess((2, 5000), out=torch.bfloat16, device="cuda", limit=8e-3))
     assert_within(norm_excess((77, 384), dtype=torch.bfloat16, device="cuda", limit=8e-3))
+    assert_within(norm_excess((3, 997, 384), dtype=torch.bfloat16, gated=True, device="cuda", limit=8e-3))
+    assert_within(norm_excess((12_345, 96), gated=True, groups=4, device="cuda"))
     x, weight = (torch.randn(*shape, 20, device="cuda", dtype=torch.float64) for shape in ((2, 3), ()))
     assert torch.autograd.gradcheck(rms_norm, [x.requires_grad_(), weight.requires_grad_()])
     assert rms_norm(x[:0], weight).shape == (0, 3, 20)

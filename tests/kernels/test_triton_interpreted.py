@@ -45,6 +45,8 @@ NAMES = [
     "conv_pair_packed",
     "norm",
     "norm_in_bf16",
+    "norm_gated",
+    "norm_in_groups",
     "step_of_one",
     "step_of_few",
     "step_of_many",
@@ -118,6 +120,8 @@ def cases() -> dict[str, dict[str, float]]:
         "conv_width_1": conv_excess(length=3, width=1, absent=("bias",), dtype=torch.float32, limit=1e-5),
         "norm": norm_excess(),
         "norm_in_bf16": norm_excess((5, 20), out=torch.bfloat16, limit=bf16),
+        "norm_gated": norm_excess((3, 5, 24), gated=True),
+        "norm_in_groups": norm_excess((5, 60), gated=True, groups=3),
         "step_of_one": step_excess(1, d_model=520, d_inner=530, rank=1, d_state=16),  # more than a tile of each
         "step_of_few": step_excess(3),
         "step_of_many": step_excess(6, taps=2, d_state=1),

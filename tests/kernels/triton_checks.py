@@ -133,20 +133,32 @@ def extreme_inputs(dtype=torch.float32, device="cpu", **shape) -> dict:
     return inputs
 
 
-def norm_excess(shape=(3, 7, 192), *, dtype=torch.float32, out=None, device="cpu", limit=1e-5) -> dict[str, float]:
-    """`rms_norm` by its kernels, and its gradients, against torch's in fp64, as fractions of what is allowed."""
+def norm_excess(
+    shape=(3, 7, 192), *, dtype=torch.float32, out=None, gated=False, groups=1, device="cpu", limit=1e-5
+) -> dict[str, float]:
+    """`rms_norm` by its kernels, and its gradients, against torch's in fp64, as fractions of what is allowed.
+
+    The gate is a slice of a wider tensor, as a layer has it.
+    """
     from vim_kernels import triton_norm
 
     generator = torch.Generator().manual_seed(0)
     x = (3 * torch.randn(*shape, generator=generator)).to(device, dtype)
     weight = torch.randn(shape[-1], generator=generator).to(device)
     dy = torch.randn(*shape, generator=generator).to(device, out or dtype)
-    got = [triton_norm.forward(x, weight, 1e-5, out or dtype), *triton_norm.backward(dy, x, weight, 1e-5)]
-    assert [t.dtype for t in got] == [out or dtype, dtype, weight.dtype]
-    leaves = [t.double().requires_grad_() for t in (x, weight)]
-    y = torch.nn.functional.rms_norm(leaves[0], shape[-1:], leaves[1], 1e-5)
+    gate = (2 * torch.randn(*shape[:-1], 2 * shape[-1] + 1, generator=generator)).to(device, dtype)[..., : shape[-1]]
+    gate = gate if gated else None
+    got = [
+        triton_norm.forward(x, weight, gate, 1e-5, groups, out or dtype),
+        *triton_norm.backward(dy, x, weight, gate, 1e-5, groups),
+    ]
+    leaves = [t.double().requires_grad_() for t in (x, weight, *([gate] if gated else []))]
+    assert [t.dtype for t in got] == [out or dtype, dtype, weight.dtype, dtype]
+    blocks = leaves[0] * torch.nn.functional.silu(leaves[2]) if gated else leaves[0]
+    blocks = blocks.unflatten(-1, (groups, -1))
+    y = (blocks / (blocks.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * leaves[1]
     want = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
-    return {name: error(g, w) / limit for name, g, w in zip(("y", "x", "weight"), got, want, strict=True)}
+    return {name: error(g, w) / limit for name, g, w in zip(("y", "x", "weight", "gate"), got, want, strict=False)}
 
 
 def step_excess(
