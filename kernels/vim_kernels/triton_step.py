@@ -7,7 +7,7 @@ enough programs to fill the chip, and that nobody waits for it:
     _in_project     (u, z) = in_proj norm(x), u = silu(conv(u))    rows of in_proj over programs; moves the windows
     _project        (dt, B, C) = x_proj u                          rows of x_proj
     _state_kernel   dt_proj, softplus, recurrence, D, gate         channels, batch; moves the states
-    _project_add    x + out_proj y                                 rows of out_proj
+    _project        x + out_proj y                                 rows of out_proj
 
 Each takes 2 us and most of it is waiting for memory and for the kernel before. Where the hardware can (programmatic
 dependent launch), all programs of a kernel start as soon as those of the one before have, read their weights, and then
@@ -25,6 +25,7 @@ from torch import Tensor
 from .block_step import MambaBlockWeights
 from .rms_norm import rms_norm
 from .rows import on_device_of
+from .triton_tiles import sigmoid, softplus
 
 FEW = 4  # sequences whose products are done here
 TILE = 16384  # most weights that a program holds
@@ -78,7 +79,7 @@ def _in_project(
         scale = 1 / tl.sqrt(tl.sum(x_b * x_b, 0) / K + EPS)
         total = tl.sum(w.to(tl.float32) * (x_b * n)[None, :], 1) * scale
         v = tl.sum(past.to(tl.float32) * c, 1) + total * c_new + bias
-        tl.store(uz + b * rows + row, tl.where(of_x, v / (1 + tl.exp(-v)), total), row < rows)
+        tl.store(uz + b * rows + row, tl.where(of_x, v * sigmoid(v), total), row < rows)
         if W > 1:
             tl.debug_barrier()  # all threads have read the taps
             tl.store(at - E, past, before & (tap[None, :] > 0))
@@ -87,11 +88,13 @@ def _in_project(
 
 @triton.jit
 def _project(
-    u,  # (batch, 2 K), of which the first K
+    v,  # (batch, STRIDE), of which the first K
     weight,  # (rows, K)
+    residual,  # (batch, rows) or None
     out,  # (batch, rows)
     rows,
     K,
+    STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BATCH: tl.constexpr,
     BLOCK: tl.constexpr,  # a power of two, K at least
@@ -101,8 +104,11 @@ def _project(
     w = _rows_of(weight, row, rows, k, K)
     _start(PDL)
     for b in tl.static_range(BATCH):
-        u_b = tl.load(u + b * 2 * K + k, k < K, 0.0).to(tl.float32)
-        tl.store(out + b * rows + row, tl.sum(w.to(tl.float32) * u_b[None, :], 1), row < rows)
+        v_b = tl.load(v + b * STRIDE + k, k < K, 0.0).to(tl.float32)
+        total = tl.sum(w.to(tl.float32) * v_b[None, :], 1)
+        if residual is not None:
+            total += tl.load(residual + b * rows + row, row < rows, 0.0).to(tl.float32)
+        tl.store(out + b * rows + row, total, row < rows)
 
 
 @triton.jit
@@ -120,7 +126,7 @@ def _convolve(uz, conv_state, conv, conv_bias, E, W: tl.constexpr, BLOCK: tl.con
             tl.store(at + (tap - 1) * E, past, inside)
     if W > 1:
         tl.store(at + (W - 2) * E, new, inside)
-    tl.store(uz + b * 2 * E + e, v / (1 + tl.exp(-v)), inside)
+    tl.store(uz + b * 2 * E + e, v * sigmoid(v), inside)
 
 
 @triton.jit
@@ -157,34 +163,11 @@ def _state_kernel(
     z = tl.load(uz + b * 2 * E + E + e, inside, 0.0).to(tl.float32)
     B = tl.load(row + R + n, n < N, 0.0).to(tl.float32)
     C = tl.load(row + R + N + n, n < N, 0.0).to(tl.float32)
-    dt = tl.sum(w * tl.load(row + r, r < R, 0.0).to(tl.float32)[None, :], 1) + bias
-    delta = tl.where(dt > 20, dt, tl.log(1 + tl.exp(tl.minimum(dt, 20))))
+    delta = softplus(tl.sum(w * tl.load(row + r, r < R, 0.0).to(tl.float32)[None, :], 1) + bias)
     h = tl.exp(delta[:, None] * A) * h + (delta * u)[:, None] * B[None, :]
     tl.store(at, h, each)
     out = tl.sum(h * C[None, :], 1) + d * u
-    tl.store(y + b * E + e, out * z / (1 + tl.exp(-z)), inside)
-
-
-@triton.jit
-def _project_add(
-    x,  # (batch, rows)
-    y,  # (batch, K)
-    weight,  # (rows, K)
-    out,  # (batch, rows)
-    rows,
-    K,
-    ROWS: tl.constexpr,
-    BATCH: tl.constexpr,
-    BLOCK: tl.constexpr,  # a power of two, K at least
-    PDL: tl.constexpr,
-):
-    row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    w = _rows_of(weight, row, rows, k, K)
-    _start(PDL)
-    for b in tl.static_range(BATCH):
-        y_b = tl.load(y + b * K + k, k < K, 0.0).to(tl.float32)
-        x_b = tl.load(x + b * rows + row, row < rows, 0.0).to(tl.float32)
-        tl.store(out + b * rows + row, x_b + tl.sum(w.to(tl.float32) * y_b[None, :], 1), row < rows)
+    tl.store(y + b * E + e, out * z * sigmoid(z), inside)
 
 
 def _overlaps(device: torch.device) -> bool:
@@ -211,8 +194,8 @@ def block_step(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MambaB
     convolution = conv_state, weights.conv, weights.conv_bias
     overlap = {"PDL": True, "launch_pdl": True} if few and _overlaps(x.device) else {"PDL": False}
 
-    def product(kernel, shape: torch.Size, *tensors: Tensor, each: int, **constants) -> Tensor:
-        """Launch over the rows of a weight of this shape, `each` a program; the last tensor is the output."""
+    def product(kernel, shape: torch.Size, *tensors: Tensor | None, each: int, **constants) -> None:
+        """Launch over the rows of a weight of this shape, `each` a program."""
         rows, columns = shape
         block = triton.next_power_of_2(columns)
         each = max(1, min(each, TILE // block))
@@ -227,7 +210,6 @@ def block_step(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MambaB
             **constants,
             **overlap,
         )
-        return tensors[-1]
 
     with on_device_of(x):
         if few:
@@ -236,7 +218,8 @@ def block_step(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MambaB
             taps_block = triton.next_power_of_2(taps)
             product(_in_project, weights.in_proj.shape, *inputs, each=8, EPS=eps, W=taps, TAPS=taps_block)
             projected = x.new_empty(batch, rank + 2 * d_state, dtype=dtype)
-            product(_project, weights.x_proj.shape, uz, weights.x_proj, projected, each=1)
+            inputs = uz, weights.x_proj, None, projected
+            product(_project, weights.x_proj.shape, *inputs, each=1, STRIDE=2 * d_inner)
         else:
             uz = F.linear(rms_norm(x, weights.norm, eps, dtype=dtype), weights.in_proj)
             _convolve[(triton.cdiv(d_inner, 256), batch)](uz, *convolution, d_inner, W=taps, BLOCK=256)
@@ -262,4 +245,6 @@ def block_step(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MambaB
         )
         if not few:
             return x + F.linear(y, weights.out_proj)
-        return product(_project_add, weights.out_proj.shape, x, y, weights.out_proj, torch.empty_like(x), each=8)
+        out = torch.empty_like(x)
+        product(_project, weights.out_proj.shape, y, weights.out_proj, x, out, each=8, STRIDE=d_inner)
+        return out

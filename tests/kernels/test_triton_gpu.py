@@ -23,6 +23,7 @@ from triton_checks import (
     ssd_excess,
     ssd_inputs,
     ssd_results,
+    step_excess,
     uneven_pair,
 )
 
@@ -170,6 +171,12 @@ def test_convolution_equals_reference(shape):
 def test_convolution_in_other_precisions(precision):
     assert_within(conv_excess(**precision))
     assert_within(conv_excess(**precision, activation=None))
+
+
+def test_block_step():
+    assert_within(step_excess(3, device="cuda"))
+    assert_within(step_excess(2, small=True, device="cuda"))
+    assert_within(step_excess(9, small=True, device="cuda"))
 
 
 def test_norm():

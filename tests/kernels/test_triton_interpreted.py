@@ -49,6 +49,7 @@ NAMES = [
     "norm_in_groups",
     "step_of_one",
     "step_of_few",
+    "step_of_small_size",
     "step_of_many",
     "step_bf16",
     "ssd_chunks",
@@ -124,6 +125,7 @@ def cases() -> dict[str, dict[str, float]]:
         "norm_in_groups": norm_excess((5, 60), gated=True, groups=3),
         "step_of_one": step_excess(1, d_model=520, d_inner=530, rank=1, d_state=16),  # more than a tile of each
         "step_of_few": step_excess(3),
+        "step_of_small_size": step_excess(2, small=True),
         "step_of_many": step_excess(6, taps=2, d_state=1),
         "step_bf16": step_excess(2, dtype=torch.bfloat16, limit=2 * bf16),
         # Cuts at and beside the ends of blocks of 4 and 8 steps, of halves and of the convolution's 64 rows.

@@ -162,9 +162,22 @@ def norm_excess(
 
 
 def step_excess(
-    batch=2, d_model=24, d_inner=40, d_state=5, rank=3, taps=4, *, dtype=torch.float32, device="cpu", limit=1e-5
+    batch=2,
+    d_model=24,
+    d_inner=40,
+    d_state=5,
+    rank=3,
+    taps=4,
+    *,
+    small=False,
+    dtype=torch.float32,
+    device="cpu",
+    limit=1e-5,
 ) -> dict[str, float]:
-    """`mamba_block_step` by its kernels against torch's operators in fp64, as fractions of what is allowed."""
+    """`mamba_block_step` by its kernels against torch's operators in fp64, as fractions of what is allowed.
+
+    Args: small: steps of the size of fp32's last digit, from a state of 0 which shows them.
+    """
     from vim_kernels import MambaBlockWeights, block_step, triton_step
 
     generator = torch.Generator().manual_seed(0)
@@ -179,13 +192,13 @@ def step_excess(
         conv_bias=random(d_inner),
         x_proj=random(rank + 2 * d_state, d_inner, scale=d_inner**-0.5),
         dt_proj=random(d_inner, rank),
-        dt_bias=random(d_inner),
+        dt_bias=random(d_inner) - (20 if small else 0),
         A_log=random(d_inner, d_state),
         D=random(d_inner),
         out_proj=random(d_model, d_inner, scale=d_inner**-0.5),
     )
     x, conv_state = random(batch, d_model).float(), random(batch, taps - 1, d_inner)
-    ssm_state = random(batch, d_inner, d_state).float()
+    ssm_state = random(batch, d_inner, d_state, scale=0 if small else 1).float()
     wide = [t.double() for t in (x, conv_state, ssm_state)]
     want = [block_step.torch_step(*wide, MambaBlockWeights(*(w.double() for w in weights)), 1e-5), *wide[1:]]
     got = [triton_step.block_step(x, conv_state, ssm_state, weights, 1e-5), conv_state, ssm_state]

@@ -169,6 +169,16 @@ def test_convolution_in_both_directions(convolve, size, axis, dtype):
         assert (got - right).norm() <= close["rtol"] * right.norm()
 
 
+@pytest.mark.parametrize("convolve", [convolve_by_fft, convolve_by_matrix])
+def test_gradients_of_kernels_are_not_summed_in_half_precision(convolve):
+    u = torch.randn(1, 256, 4, dtype=torch.bfloat16)
+    kernel = torch.randn(1, 4, 256, requires_grad=True)
+    dy = convolve(u, kernel, 1).detach()
+    (got,) = torch.autograd.grad(convolve(u, kernel, 1), kernel, dy)
+    (want,) = torch.autograd.grad(convolve_by_fft(u.double(), kernel, 1), kernel, dy.double())
+    assert (got - want).norm() <= 2**-9 * want.norm()  # in bf16 one sum alone is rounded by as much
+
+
 def test_short_axes_are_products_of_matrices(monkeypatch):
     """Along what has as much across it; the choice changes nothing, and gradients pass."""
     u = torch.randn(2, 9, 5, 3, dtype=torch.float64, requires_grad=True)

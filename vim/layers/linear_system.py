@@ -112,7 +112,7 @@ def convolve_by_matrix(u: Tensor, kernel: Tensor, axis: int) -> Tensor:
     """`convolve` along one axis, by a Toeplitz matrix for each channel."""
     size = u.shape[axis]
     # (H, size, size): lag i - j at row i and column j.
-    matrix = _by_lag(kernel).to(u.dtype).unfold(-1, size, 1).flip(-1)
+    matrix = _by_lag(kernel).unfold(-1, size, 1).to(u.dtype).flip(-1)
     rows = u.reshape(math.prod(u.shape[:axis]), size, -1, u.shape[-1])
     return torch.einsum("hij, bjrh -> birh", matrix, rows).reshape(u.shape)
 
