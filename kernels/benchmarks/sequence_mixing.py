@@ -30,10 +30,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vim.layers.linear_system import MATRIX, convolve_by_fft, convolve_by_matrix
+from vim.layers.linear_system import MATRIX
 from vim.layers.s4d import DiagonalKernel
-from vim_kernels import selective_scan, ssd
+from vim_kernels import long_conv, selective_scan, ssd
 from vim_kernels.backends import resolve
+from vim_kernels.long_conv import Method
 
 D_INNER, HEAD_DIM, D_STATES = 384, 64, (16, 64)
 LENGTHS = (197, 1024, 6084, 65536)  # images of 224, 512, 1248 and 4096 pixels in patches of 16
@@ -84,9 +85,9 @@ def operators(batch: int, length: int, d_state: int, device: str) -> dict[str, O
     kernel = DiagonalKernel(D_INNER, d_state, device=device)
     names = [name for name, _ in kernel.named_parameters()]
 
-    def convolve(way: Callable[[Tensor, Tensor, int], Tensor], u: Tensor, *parameters: Tensor) -> Tensor:
+    def convolve(method: Method, u: Tensor, *parameters: Tensor) -> Tensor:
         made = functional_call(kernel, dict(zip(names, parameters, strict=True)), (u.shape[1],))
-        return way(u, made, 1)
+        return long_conv(u, made[0], method=method)
 
     def recur(u: Tensor, *parameters: Tensor) -> Tensor:
         system = functional_call(System(kernel), {f"kernel.{n}": p for n, p in zip(names, parameters, strict=True)}, ())
@@ -96,10 +97,10 @@ def operators(batch: int, length: int, d_state: int, device: str) -> dict[str, O
     found = {
         "selective_scan": Operator(scan, partial(scan, backend="reference"), scanned),
         "ssd": Operator(lambda *inputs: ssd(*inputs[:5], dt_bias=inputs[5]), scan_by_head, dual),
-        "convolve_by_fft": Operator(partial(convolve, convolve_by_fft), recur, system),
+        "long_conv_fft": Operator(partial(convolve, "fft"), recur, system),
     }
     if length <= MATRIX:
-        found["convolve_by_matrix"] = Operator(partial(convolve, convolve_by_matrix), recur, system)
+        found["long_conv_matrix"] = Operator(partial(convolve, "matrix"), recur, system)
     return found
 
 

@@ -1,8 +1,9 @@
-"""State-space kernels: the selective scan, its single step and its dual, the convolution and the norm in front."""
+"""State-space kernels: the selective scan, its single step and its dual, convolutions short and long, and the norm."""
 
 from .backends import available_backends
 from .block_step import MambaBlockWeights, mamba_block_step
 from .causal_conv import bidirectional_causal_conv1d, causal_conv1d
+from .long_conv import long_conv
 from .rms_norm import rms_norm
 from .selective_scan import bidirectional_selective_scan, selective_scan
 from .ssd import ssd
@@ -14,6 +15,7 @@ __all__ = [
     "bidirectional_causal_conv1d",
     "bidirectional_selective_scan",
     "causal_conv1d",
+    "long_conv",
     "mamba_block_step",
     "rms_norm",
     "selective_scan",

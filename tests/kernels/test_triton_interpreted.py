@@ -47,6 +47,14 @@ NAMES = [
     "norm_in_bf16",
     "norm_gated",
     "norm_in_groups",
+    "long_fft",
+    "long_fft_in_tiles",
+    "long_fft_across",
+    "long_fft_in_bf16",
+    "long_matrix",
+    "long_matrix_in_tiles",
+    "long_matrix_across",
+    "long_matrix_in_bf16",
     "step_of_one",
     "step_of_few",
     "step_of_small_size",
@@ -60,6 +68,18 @@ NAMES = [
     "ssd_steps_that_forget",
     "ssd_a_head_a_group",
 ]
+
+
+def long_convolutions():
+    from triton_checks import long_conv_excess
+
+    from vim_kernels.triton_long_conv import long_conv
+
+    for method in ("fft", "matrix"):
+        yield method, long_conv_excess(long_conv, method, lags=4)
+        yield f"{method}_in_tiles", long_conv_excess(long_conv, method, (2, 70, 65), 139, 69)
+        yield f"{method}_across", long_conv_excess(long_conv, method, (1, 3, 5, 2, 4), 4, 1)
+        yield f"{method}_in_bf16", long_conv_excess(long_conv, method, (2, 33, 3), 33, dtype=torch.bfloat16, limit=8e-3)
 
 
 def cases() -> dict[str, dict[str, float]]:
@@ -123,6 +143,7 @@ def cases() -> dict[str, dict[str, float]]:
         "norm_in_bf16": norm_excess((5, 20), out=torch.bfloat16, limit=bf16),
         "norm_gated": norm_excess((3, 5, 24), gated=True),
         "norm_in_groups": norm_excess((5, 60), gated=True, groups=3),
+        **{f"long_{name}": fractions for name, fractions in long_convolutions()},
         "step_of_one": step_excess(1, d_model=520, d_inner=530, rank=1, d_state=16),  # more than a tile of each
         "step_of_few": step_excess(3),
         "step_of_small_size": step_excess(2, small=True),

@@ -161,6 +161,31 @@ def norm_excess(
     return {name: error(g, w) / limit for name, g, w in zip(("y", "x", "weight", "gate"), got, want, strict=False)}
 
 
+def long_conv_excess(
+    run, method, shape=(2, 9, 3), lags=9, ahead=0, *, dtype=torch.float64, device="cpu", limit=1e-12
+) -> dict[str, float]:
+    """A convolution by `run(u, kernel, ahead, method)`, and its gradients, against the sum that defines it, as
+    fractions of what is allowed. u and dy are slices of wider tensors; the kernel is in fp32 at least."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*sizes):
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+
+    u, dy = (random(*shape[:-1], 2 * shape[-1] + 1).to(device, dtype)[..., : shape[-1]] for _ in range(2))
+    kernel = random(shape[-1], lags).to(device, torch.promote_types(dtype, torch.float32))
+    leaves = [t.detach().requires_grad_() for t in (u, kernel)]
+    y = run(*leaves, ahead, method)
+    got = [t.contiguous() for t in (y.detach(), *torch.autograd.grad(y, leaves, dy))]
+    assert [t.dtype for t in got] == [dtype, dtype, kernel.dtype]
+    leaves = [t.detach().double().requires_grad_() for t in (u, kernel)]
+    step = torch.arange(shape[1], device=device)
+    lag = step[:, None] - step + ahead
+    matrix = torch.where((lag >= 0) & (lag < lags), leaves[1][:, lag.clamp(0, lags - 1)], 0)
+    y = torch.einsum("hij, bj...h -> bi...h", matrix, leaves[0])
+    want = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
+    return {name: error(g, w) / limit for name, g, w in zip(("y", "u", "kernel"), got, want, strict=True)}
+
+
 def step_excess(
     batch=2,
     d_model=24,

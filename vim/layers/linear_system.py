@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import at_least_fp32
+from vim_kernels import long_conv
+from vim_kernels.long_conv import Method
 
-MATRIX = 256  # longest axis that is convolved by a matrix
+MATRIX = 256  # longest axis for which a product of matrices is the faster
 
 
 class LinearSystem(NamedTuple):
@@ -49,11 +49,11 @@ class LinearSystem(NamedTuple):
 
     def unrolled(self, u: Tensor) -> Tensor:
         """As a sum over the past, written out: input (B, L, H) times a triangular matrix (L, L) of the kernel."""
-        return convolve_by_matrix(u, self.kernel(u.shape[1]).unsqueeze(0), 1)
+        return convolve(u, [self.kernel(u.shape[1]).unsqueeze(0)], "matrix")
 
     def convolution(self, u: Tensor) -> Tensor:
         """By FFT, of input (B, L, H)."""
-        return convolve_by_fft(u, self.kernel(u.shape[1]).unsqueeze(0), 1)
+        return convolve(u, [self.kernel(u.shape[1]).unsqueeze(0)], "fft")
 
     def kernel(self, length: int) -> Tensor:
         """What an impulse at step 0 puts out: Re C dA^k dB for k = 0 .. L - 1, as (H, L)."""
@@ -88,60 +88,23 @@ def vandermonde(log_dA: Tensor, weight: Tensor, length: int) -> Tensor:
     return (coarse.mT @ fine).flatten(-2)[..., :length]
 
 
-def convolve(u: Tensor, kernels: Sequence[Tensor]) -> Tensor:
+def convolve(u: Tensor, kernels: Sequence[Tensor], method: Method | None = None) -> Tensor:
     """Convolve along each axis: y[k] = sum_j forward[j] u[k - j] + sum_j backward[j] u[k + 1 + j].
-
-    A short axis is a product of matrices on a GPU, and elsewhere if there is as much across it; any other goes by FFT.
 
     Args:
         u: (B, *sizes, H).
         kernels: for each axis (1, H, size), forward alone, or (2, H, size).
+        method: see `long_conv`; None takes for each axis the faster.
 
-    Returns: (B, *sizes, H) in u's dtype; half precision is multiplied in it and summed in fp32.
+    Returns: (B, *sizes, H) in u's dtype.
     """
     for axis, kernel in enumerate(kernels, 1):
-        # A matrix has size^2 numbers for each channel, to make and to multiply by, but makes them once for all columns.
-        # The batch does not count: an image's output does not depend on how many there are.
-        size, columns = u.shape[axis], math.prod(u.shape[1:-1]) // u.shape[axis]
-        by_matrix = size <= MATRIX and (u.is_cuda or size <= columns)
-        u = (convolve_by_matrix if by_matrix else convolve_by_fft)(u, kernel, axis)
+        size, lags, ahead = u.shape[axis], kernel[0], 0
+        if len(kernel) == 2:
+            lags, ahead = torch.cat((kernel[1, :, : size - 1].flip(-1), lags), -1), size - 1
+        # A matrix is made once for all that stands across the axis, but not for the batch: an image's output does not
+        # depend on how many there are.
+        short = size <= MATRIX and (u.is_cuda or size <= math.prod(u.shape[1:-1]) // size)
+        way: Method = method or ("matrix" if short else "fft")
+        u = long_conv(u.flatten(0, axis - 1), lags, ahead=ahead, method=way).reshape(u.shape)
     return u
-
-
-def convolve_by_matrix(u: Tensor, kernel: Tensor, axis: int) -> Tensor:
-    """`convolve` along one axis, by a Toeplitz matrix for each channel."""
-    size = u.shape[axis]
-    # (H, size, size): lag i - j at row i and column j.
-    matrix = _by_lag(kernel).unfold(-1, size, 1).to(u.dtype).flip(-1)
-    rows = u.reshape(math.prod(u.shape[:axis]), size, -1, u.shape[-1])
-    return torch.einsum("hij, bjrh -> birh", matrix, rows).reshape(u.shape)
-
-
-def convolve_by_fft(u: Tensor, kernel: Tensor, axis: int) -> Tensor:
-    """`convolve` along one axis, in fp32 at least."""
-    size, wide = u.shape[axis], at_least_fp32(u)
-    padded = fast_length(2 * size)
-    factor = torch.fft.rfft(_by_lag(kernel).to(wide.dtype), padded).mT  # (frequencies, H)
-    factor = factor.reshape(-1, *[1] * (u.ndim - 2 - axis), factor.shape[-1])
-    y = torch.fft.irfft(torch.fft.rfft(wide, padded, axis) * factor, padded, axis)
-    return y.narrow(axis, size - 1, size).to(u.dtype)  # what wraps around falls in front
-
-
-def _by_lag(kernel: Tensor) -> Tensor:
-    """(1 or 2, H, size) as in `convolve` -> (H, 2 size - 1), for lags from -(size - 1) to size - 1."""
-    size = kernel.shape[-1]
-    lags = F.pad(kernel[0], (size - 1, 0))
-    return lags + F.pad(kernel[1, :, : size - 1].flip(-1), (0, size)) if len(kernel) == 2 else lags
-
-
-def fast_length(length: int) -> int:
-    """The smallest even number not below `length` with no prime factor above 5: other sizes of an FFT take longer, by
-    several times where the factor is large."""
-    while True:
-        rest = length
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1 and length % 2 == 0:
-            return length
-        length += 1

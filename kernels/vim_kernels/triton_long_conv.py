@@ -1,0 +1,158 @@
+# mypy: disable-error-code="assignment"
+"""`long_conv` on a GPU: cuFFT or cuBLAS between two kernels that lay sequences along channels and back.
+
+An FFT runs along what is contiguous, a product of matrices needs it so, and sequences are channel-last. ATen would
+transpose them, widen, pad and crop in passes of their own, each at a fraction of the memory's speed: here one pass goes
+in and one out.
+
+The gradients are convolutions too: of dy with the kernel turned around, and of dy with u turned around.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .long_conv import fft_points, hankel, wide_dtype
+from .rows import on_device_of
+
+
+@triton.jit(do_not_specialize=["first", "steps", "width", "tiles", "x_batch", "out_batch"])
+def _transpose(
+    x,  # element (b, k, c) at b * x_batch + k * x_step + c * x_channel
+    out,  # element (b, i, c) likewise, and all of them
+    first,  # out[i] = x[first + sign i], 0 where there is none
+    steps,  # of x
+    width,  # of out
+    channels,
+    tiles,  # of i
+    x_batch,
+    x_step,
+    x_channel,
+    out_batch,
+    out_step,
+    out_channel,
+    SIGN: tl.constexpr,
+    STEPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    i = (tl.program_id(0) % tiles * STEPS + tl.arange(0, STEPS))[:, None]
+    c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    k, inside = first + SIGN * i, (i < width) & (c < channels)
+    at = x + b * x_batch + k.to(tl.int64) * x_step + c.to(tl.int64) * x_channel
+    value = tl.load(at, inside & (k >= 0) & (k < steps), 0.0)
+    at = out + b * out_batch + i.to(tl.int64) * out_step + c.to(tl.int64) * out_channel
+    tl.store(at, value, inside)
+
+
+def _copy(x: Tensor, out: Tensor, first: int = 0, sign: int = 1) -> None:
+    """out[:, i] = x[:, first + sign * i], both seen as (batch, steps, channels)."""
+    (batch, steps, channels), width = x.shape, out.shape[1]
+    STEPS = min(64, triton.next_power_of_2(width))
+    tiles, CHANNELS = triton.cdiv(width, STEPS), 4096 // STEPS
+    with on_device_of(x):
+        _transpose[(batch * tiles, triton.cdiv(channels, CHANNELS))](
+            x, out, first, steps, width, channels, tiles, *x.stride(), *out.stride(),
+            SIGN=sign, STEPS=STEPS, CHANNELS=CHANNELS,
+        )  # fmt: skip
+
+
+def _rows(x: Tensor, channels: int, width: int, dtype: torch.dtype, *, turned: bool = False) -> Tensor:
+    """(batch, steps, ..., channels), turned around or not -> (batch * ..., channels, width), with zeros behind."""
+    x = x.flatten(2)
+    rows = x.new_empty(len(x), x.shape[2], width, dtype=dtype)
+    _copy(x, rows.mT, x.shape[1] - 1 if turned else 0, -1 if turned else 1)
+    return rows.view(-1, channels, width)
+
+
+def _sequence(rows: Tensor, like: Tensor, first: int = 0, *, turned: bool = False) -> Tensor:
+    """Of what `_rows` gave, the steps from `first` on, or down to 0, in the form that they came in."""
+    out = like.new_empty(like.shape)
+    rows = rows.view(len(like), -1, rows.shape[2]).mT
+    _copy(rows, out.flatten(2), like.shape[1] - 1 if turned else first, -1 if turned else 1)
+    return out
+
+
+class _ByFFT(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, kernel, ahead):
+        ctx.save_for_backward(u, kernel)
+        ctx.ahead = ahead
+        points, wide = fft_points(u.shape[1]), wide_dtype(u, kernel)
+        spectrum = torch.fft.rfft(_rows(u, len(kernel), points, wide))
+        return _sequence(_inverse(spectrum * _scaled(kernel.to(wide), points), points), u, ahead)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        u, kernel = ctx.saved_tensors
+        (length, lags), wide = (u.shape[1], kernel.shape[1]), wide_dtype(u, kernel)
+        points, du, d_kernel = fft_points(length), None, None
+        spectrum = torch.fft.rfft(_rows(dy, len(kernel), points, wide))
+        if ctx.needs_input_grad[1]:
+            turned = torch.fft.rfft(_rows(u, len(kernel), points, wide, turned=True))
+            d_kernel = torch.fft.irfft(turned.mul_(spectrum).sum(0), points)
+            d_kernel = d_kernel.narrow(1, length - 1 - ctx.ahead, lags).to(kernel.dtype)
+            del turned
+        if ctx.needs_input_grad[0]:
+            spectrum *= _scaled(kernel.to(wide).flip(1), points)
+            du = _sequence(_inverse(spectrum, points), u, lags - 1 - ctx.ahead)
+        return du, d_kernel, None
+
+
+def _scaled(kernel: Tensor, points: int) -> Tensor:
+    """The spectrum over the number of points, by which `_inverse` would else divide all sequences in a pass."""
+    return torch.fft.rfft(kernel, points, norm="forward")
+
+
+def _inverse(spectrum: Tensor, points: int) -> Tensor:
+    return torch.fft.irfft(spectrum, points, norm="forward")
+
+
+class _ByMatrix(torch.autograd.Function):
+    """With u turned around, the matrix is a view of the kernel."""
+
+    @staticmethod
+    def forward(ctx, u, kernel, ahead):
+        ctx.save_for_backward(u, kernel)
+        ctx.ahead = ahead
+        matrix, width = _matrix(u, kernel, ahead)
+        return _sequence(_product(_rows(u, len(kernel), width, u.dtype, turned=True), matrix.mT), u)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        u, kernel = ctx.saved_tensors
+        (matrix, width), du, d_kernel = _matrix(u, kernel, ctx.ahead), None, None
+        d_rows = _rows(dy, len(kernel), width, u.dtype)
+        if ctx.needs_input_grad[0]:
+            du = _sequence(_product(d_rows, matrix), u, turned=True)
+        if ctx.needs_input_grad[1]:
+            del matrix
+            rows = _rows(u, len(kernel), width, u.dtype, turned=True)
+            d_matrix = torch.bmm(d_rows.permute(1, 2, 0), rows.transpose(0, 1)).to(wide_dtype(u, kernel))
+            lags = 2 * width - 1
+            d_kernel = torch.ops.aten.unfold_backward(d_matrix, [len(kernel), lags], 1, width, 1)
+            d_kernel = d_kernel.narrow(1, u.shape[1] - 1 - ctx.ahead, kernel.shape[1]).to(kernel.dtype)
+        return du, d_kernel, None
+
+
+def _matrix(u: Tensor, kernel: Tensor, ahead: int) -> tuple[Tensor, int]:
+    """In u's dtype, and its width, of which rows and columns behind the length meet zeros alone. cuBLAS takes its fast
+    paths for multiples of 8."""
+    width = triton.cdiv(u.shape[1], 8) * 8
+    return hankel(kernel, ahead, u.shape[1], width).to(u.dtype), width
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """(n, channels, width) times (channels, width, width)."""
+    out = torch.empty_like(rows)
+    torch.bmm(rows.transpose(0, 1), matrix, out=out.transpose(0, 1))
+    return out
+
+
+def long_conv(u: Tensor, kernel: Tensor, ahead: int, method: str) -> Tensor:
+    """See `vim_kernels.long_conv`."""
+    return (_ByMatrix if method == "matrix" else _ByFFT).apply(u, kernel, ahead)
