@@ -1,13 +1,15 @@
 # mypy: disable-error-code="assignment"
 """The kernels of `ssd` for sequences in half precision. A program has a chunk of at most 64 steps of a head:
 
-    _chunk_states   what the chunk alone adds to the state                      all chunks at once
-    _carry          the state in front of each chunk, in place                  chunks in order, entries of the state
+    _states         the state in front of each chunk                            chunks in order, heads and batch at once
     _outputs        y, from the chunk's steps and the state in front of it      all chunks at once
     _gradients      of all inputs, from the states on both sides of the chunk   all chunks at once
 
-The backward runs the first two once more, and also for the gradient of the state, which is the same recurrence from the
-end: dy takes the place of x and C that of B. Nothing but the inputs is saved.
+Where heads and batch are too few to fill the chip, all chunks at once find what each adds to the state, and `_carry`
+makes of it, in order, the state in front of each.
+
+The backward finds the states once more, and also the gradient of the state, which is the same recurrence from the end:
+dy takes the place of x and C that of B. Nothing but the inputs is saved.
 
 Steps are counted as they are processed: in reverse, step i stands at length - 1 - i, and nothing else is different.
 Matrix products take their operands in x's dtype; their sums, exponents, decays and states are fp32. A program's number
@@ -29,24 +31,30 @@ from .triton_tiles import sigmoid, softplus
 # digits behind steps that forget everything.
 FORGOTTEN = tl.constexpr(-40.0)
 
+PROGRAMS = 256  # that fill the chip
+
 # Lengths and batch strides change from call to call; rows' strides tell how loads are aligned.
 VARIABLE = ["length", "chunks", "x_pitch", "dt_pitch", "B_pitch", "C_pitch", "dy_pitch"]
 
 
 @triton.jit
-def _place(length, chunks, heads, REVERSE: tl.constexpr, Q: tl.constexpr):
-    """Batch entry and head of a program, where its chunk begins, its steps from there, and which the sequence has.
+def _place(chunks, heads):
+    """Batch entry, chunk and head of a program."""
+    program = tl.program_id(0)
+    return tl.cast(program // heads // chunks, tl.int64), program // heads % chunks, program % heads
+
+
+@triton.jit
+def _chunk(c, length, REVERSE: tl.constexpr, Q: tl.constexpr):
+    """Where a chunk begins, its steps from there, and which the sequence has.
 
     Where tensors begin takes 64 bits; within a chunk offsets have 32, which halves the registers that they take.
     """
-    program = tl.program_id(0)
-    h, c = program % heads, program // heads % chunks
-    b = tl.cast(program // heads // chunks, tl.int64)
     first, i = c * Q, tl.arange(0, Q)
     there = i < length - first
     if REVERSE:
         first, i = length - 1 - first, -i
-    return b, h, first, i, there
+    return first, i, there
 
 
 @triton.jit
@@ -67,14 +75,16 @@ def _decays(sums, Q: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=VARIABLE)
-def _chunk_states(
+def _states(
     x,  # (batch, length, heads, P); the gradient of y if GRADIENT
     dt,  # (batch, length, heads)
     A,  # (heads,)
     B,  # (batch, length, groups, N); C if GRADIENT
     dt_bias,  # (heads,)
-    states,  # (batch, chunks, heads, P, N), written
-    totals,  # (batch, chunks, heads), written: the sum of a chunk's exponents
+    states,  # (batch, chunks, heads, P, N), written: the state in front of each chunk, or what each adds
+    totals,  # (batch, chunks, heads), written unless IN_ORDER: the sum of a chunk's exponents
+    initial,  # (batch, heads, P, N), of which and of `last` only IN_ORDER knows
+    last,  # (batch, heads, P, N), written
     length,
     chunks,
     heads,
@@ -85,7 +95,8 @@ def _chunk_states(
     dt_stride,
     B_pitch,
     B_stride,
-    GRADIENT: tl.constexpr,
+    IN_ORDER: tl.constexpr,
+    GRADIENT: tl.constexpr,  # from the last chunk to the first
     REVERSE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     P: tl.constexpr,
@@ -94,29 +105,46 @@ def _chunk_states(
     BLOCK_P: tl.constexpr,  # a power of two, P at least
     BLOCK_N: tl.constexpr,  # states at a time
 ):
-    b, h, first, i, there = _place(length, chunks, heads, REVERSE, Q)
-    dt += (b * dt_pitch + first) * dt_stride
-    _, delta, exponent = _steps(dt, A, dt_bias, h, i, dt_stride, there, SOFTPLUS)
-    total = tl.sum(exponent, 0)
-    sums = tl.cumsum(exponent, 0)
-    weight = tl.exp(sums) if GRADIENT else delta * tl.exp(total - sums)
+    b, c, h = _place(1 if IN_ORDER else chunks, heads)
     p, n = tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x += (b * x_pitch + first) * x_stride + h * P
-    B += (b * B_pitch + first) * B_stride + h // group_size * N
-    x_t = tl.load(x + (i * x_stride)[:, None] + p[None, :], there[:, None] & (p[None, :] < P), 0.0)
-    B_t = tl.load(B + (i * B_stride)[:, None] + n[None, :], there[:, None] & (n[None, :] < N), 0.0).to(x_t.dtype)
-    weighted = (x_t.to(tl.float32) * weight[:, None]).to(x_t.dtype)
-    states += tl.cast(tl.program_id(0), tl.int64) * P * N
-    tl.store(states + p[:, None] * N + n[None, :], tl.dot(tl.trans(weighted), B_t), (p[:, None] < P) & (n[None, :] < N))
-    if tl.program_id(1) == 0:
-        tl.store(totals + tl.program_id(0), total)
+    entry, inside = p[:, None] * N + n[None, :], (p[:, None] < P) & (n[None, :] < N)
+    own = (b * heads + h) * P * N + entry
+    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    if IN_ORDER and initial is not None:
+        state = tl.load(initial + own, inside, 0.0).to(tl.float32)
+    for k in range(chunks if IN_ORDER else 1):
+        if IN_ORDER:
+            c = chunks - 1 - k if GRADIENT else k
+        first, i, there = _chunk(c, length, REVERSE, Q)
+        _, delta, exponent = _steps(
+            dt + (b * dt_pitch + first) * dt_stride, A, dt_bias, h, i, dt_stride, there, SOFTPLUS
+        )
+        total = tl.sum(exponent, 0)
+        sums = tl.cumsum(exponent, 0)
+        weight = tl.exp(sums) if GRADIENT else delta * tl.exp(total - sums)
+        x_c = x + (b * x_pitch + first) * x_stride + h * P
+        B_c = B + (b * B_pitch + first) * B_stride + h // group_size * N
+        x_t = tl.load(x_c + (i * x_stride)[:, None] + p[None, :], there[:, None] & (p[None, :] < P), 0.0)
+        B_t = tl.load(B_c + (i * B_stride)[:, None] + n[None, :], there[:, None] & (n[None, :] < N), 0.0).to(x_t.dtype)
+        weighted = (x_t.to(tl.float32) * weight[:, None]).to(x_t.dtype)
+        program = (b * chunks + c) * heads + h
+        if IN_ORDER:
+            tl.store(states + program * P * N + entry, state, inside)
+            state *= tl.exp(total)
+        state = tl.dot(tl.trans(weighted), B_t, state)
+        if not IN_ORDER:
+            tl.store(states + program * P * N + entry, state, inside)
+            if tl.program_id(1) == 0:
+                tl.store(totals + program, total)
+    if IN_ORDER:
+        tl.store(last + own, state, inside)
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def _carry(
     states,  # (batch, chunks, heads, size): what each chunk adds becomes the state in front of it
     totals,  # (batch, chunks, heads)
-    first,  # (batch, heads, size)
+    initial,  # (batch, heads, size)
     last,  # (batch, heads, size), written
     chunks,
     heads,
@@ -134,8 +162,8 @@ def _carry(
         chunk += tl.cast(chunks - 1, tl.int64) * heads
         step = -heads
     h = tl.zeros([BLOCK], tl.float32)
-    if first is not None:
-        h = tl.load(first + own, inside, 0.0).to(tl.float32)
+    if initial is not None:
+        h = tl.load(initial + own, inside, 0.0).to(tl.float32)
     # A chunk's total is loaded while the one before is added: a load does not overtake a store.
     total = tl.load(totals + chunk)
     for c in tl.range(0, chunks, num_stages=4):
@@ -179,7 +207,8 @@ def _outputs(
     BLOCK_P: tl.constexpr,  # a power of two, P at least
     BLOCK_N: tl.constexpr,  # states at a time
 ):
-    b, h, first, i, there = _place(length, chunks, heads, REVERSE, Q)
+    b, c, h = _place(chunks, heads)
+    first, i, there = _chunk(c, length, REVERSE, Q)
     dt += (b * dt_pitch + first) * dt_stride
     _, delta, exponent = _steps(dt, A, dt_bias, h, i, dt_stride, there, SOFTPLUS)
     sums = tl.cumsum(exponent, 0)
@@ -250,7 +279,8 @@ def _gradients(
     BLOCK_P: tl.constexpr,  # a power of two, P at least
     BLOCK_N: tl.constexpr,  # states at a time
 ):
-    b, h, first, i, there = _place(length, chunks, heads, REVERSE, Q)
+    b, c, h = _place(chunks, heads)
+    first, i, there = _chunk(c, length, REVERSE, Q)
     program = tl.cast(tl.program_id(0), tl.int64)
     dt += (b * dt_pitch + first) * dt_stride
     v, delta, exponent = _steps(dt, A, dt_bias, h, i, dt_stride, there, SOFTPLUS)
@@ -373,7 +403,7 @@ class _Shape:
         A: Tensor,
         B: Tensor,
         dt_bias: Tensor | None,
-        first: Tensor | None,
+        initial: Tensor | None,
         *,
         gradient: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -381,12 +411,13 @@ class _Shape:
 
         Returns: (batch, chunks, heads, head_dim, d_state) and (batch, heads, head_dim, d_state), in fp32.
         """
-        size = self.head_dim * self.d_state
+        size, blocks = self.head_dim * self.d_state, triton.cdiv(self.d_state, self.constants["BLOCK_N"])
+        sequences = self.batch * self.heads
+        in_order = sequences * blocks >= PROGRAMS
         states = A.new_empty(self.batch, self.chunks, self.heads, size, dtype=torch.float32)
         totals = A.new_empty(self.batch, self.chunks, self.heads, dtype=torch.float32)
         last = A.new_empty(self.batch, self.heads, self.head_dim, self.d_state, dtype=torch.float32)
-        blocks = triton.cdiv(self.d_state, self.constants["BLOCK_N"])
-        _chunk_states[(self.programs, blocks)](
+        _states[(sequences if in_order else self.programs, blocks)](
             x,
             dt,
             A,
@@ -394,24 +425,28 @@ class _Shape:
             dt_bias,
             states,
             totals,
+            initial,
+            last,
             **self.sizes,
             **row_arguments(x=x, dt=dt, B=B),
+            IN_ORDER=in_order,
             GRADIENT=gradient,
             **self.constants,
         )
-        block = 256
-        _carry[(self.batch * self.heads, triton.cdiv(size, block))](
-            states,
-            totals,
-            first,
-            last,
-            self.chunks,
-            self.heads,
-            size,
-            GRADIENT=gradient,
-            BLOCK=block,
-            num_warps=2,
-        )
+        if not in_order:
+            block = 256
+            _carry[(sequences, triton.cdiv(size, block))](
+                states,
+                totals,
+                initial,
+                last,
+                self.chunks,
+                self.heads,
+                size,
+                GRADIENT=gradient,
+                BLOCK=block,
+                num_warps=2,
+            )
         return states, last
 
 

@@ -67,6 +67,9 @@ NAMES = [
     "ssd_steps_given",
     "ssd_steps_that_forget",
     "ssd_a_head_a_group",
+    "ssd_in_order",
+    "ssd_in_order_in_slices",
+    "ssd_in_order_bare",
 ]
 
 
@@ -102,6 +105,7 @@ def cases() -> dict[str, dict[str, float]]:
         selective_scan,
         triton_scan_backward,
         triton_scan_windows,
+        triton_ssd,
         triton_tiles,
     )
 
@@ -179,6 +183,11 @@ def cases() -> dict[str, dict[str, float]]:
         "ssd_steps_that_forget": ssd_excess(half, length=47, chunk_size=32, forgetting=100, reverse=True),
         "ssd_a_head_a_group": ssd_excess(half, batch=1, length=33, heads=3, groups=3, chunk_size=31, reverse=True),
     }
+    # Chunks in order, as if these heads filled a chip.
+    triton_ssd.PROGRAMS = 1
+    found["ssd_in_order"] = ssd_excess(half, length=37, chunk_size=16)
+    found["ssd_in_order_in_slices"] = ssd_excess(half, **wide, strided=True, reverse=True)
+    found["ssd_in_order_bare"] = ssd_excess(half, **wide, absent=("D", "dt_bias", "initial_state"))
     # Windows of 16 steps and states kept every 8, for a long sequence in few of them.
     triton_tiles.INTERVAL = triton_scan_backward.INTERVAL = triton_scan_windows.INTERVAL = 8
     triton_scan_windows.LONGEST = 16

@@ -120,3 +120,20 @@ def test_sizes_that_do_not_divide(mixer_class):
         mixer_class(12)
     with pytest.raises(ValueError, match="groups must divide the d_inner / head_dim = 6 heads, got 4"):
         mixer_class(12, head_dim=4, groups=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer_class", [Mamba2, BiMamba2])
+def test_on_a_gpu_in_half_precision(mixer_class):
+    """With 422 columns of in_proj, which are not a multiple of 8, and kernels of `ssd`."""
+    mixer = mixer_class(96, d_state=16, head_dim=32)
+    x = torch.randn(2, 70, 96)
+    results = []
+    for device in ("cpu", "cuda"):
+        mixer.to(device).zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            y = mixer(x.to(device).to(torch.bfloat16 if device == "cuda" else torch.float32))
+        y.float().square().sum().backward()
+        results.append([y.float().cpu()] + [p.grad.clone().cpu() for p in mixer.parameters()])
+    for got, want in zip(*reversed(results), strict=True):
+        assert (got - want).norm() < 0.03 * want.norm()
