@@ -14,7 +14,7 @@ NUMERIC = {"torch", "einops", "numpy"}
 ALLOWED = {
     "vim_kernels": {"torch", "triton"},
     "vim.layers": {"vim_kernels", *NUMERIC},
-    "vim.models": {"vim.layers", "timm", "safetensors", "huggingface_hub", "tokenizers", *NUMERIC},
+    "vim.models": {"vim.layers", "vim.files", "timm", "safetensors", "huggingface_hub", "tokenizers", *NUMERIC},
     "vim.data": {
         "timm",
         "accelerate",
@@ -29,6 +29,7 @@ ALLOWED = {
         *NUMERIC,
     },
     "vim.training": {
+        "vim.files",
         "vim.data",
         "timm",
         "accelerate",
@@ -42,6 +43,7 @@ ALLOWED = {
         *NUMERIC,
     },
     "vim.features": {
+        "vim.files",
         "vim.data",
         "vim.training",
         "timm",
@@ -53,6 +55,7 @@ ALLOWED = {
         *NUMERIC,
     },
     "vim.detection": {
+        "vim.files",
         "vim.data",
         "vim.training",
         "timm",
@@ -64,8 +67,8 @@ ALLOWED = {
         "faster_coco_eval",
         *NUMERIC,
     },
-    "vim.export": {"vim_kernels", "vim.data", "vim.training", "onnxruntime", *NUMERIC},
-    "vim.visualize": {"vim.layers", "vim.data", "vim.training", "timm", "matplotlib", *NUMERIC},
+    "vim.export": {"vim_kernels", "vim.files", "vim.data", "vim.training", "onnxruntime", *NUMERIC},
+    "vim.visualize": {"vim.layers", "vim.files", "vim.data", "vim.training", "timm", "matplotlib", *NUMERIC},
     "vim.demo": {
         "vim.data",
         "vim.features",

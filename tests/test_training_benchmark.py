@@ -16,9 +16,9 @@ from rich.console import Console
 from torch.testing import assert_close
 
 import vim  # noqa: F401  (registers the models)
+from vim.files import whole_file
 from vim.training import BenchmarkConfig, ConfigError, ConfigParser, InterruptedRunError, RunError, benchmark_table
 from vim.training.config import Contender, Workload
-from vim.training.files import whole_file
 from vim.training.plots import plot_benchmark
 
 module = importlib.import_module("vim.training.benchmark")  # the package has a function of that name

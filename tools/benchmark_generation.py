@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from vim.files import write_json
 from vim.models.mamba_lm import MambaLM, official_name
 from vim.training.benchmark import DTYPES
 from vim.training.environment import device_name, versions
-from vim.training.files import write_json
 
 PROMPT = 16
 Generate = Callable[[Tensor, int], Tensor]

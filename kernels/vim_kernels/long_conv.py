@@ -37,7 +37,7 @@ def long_conv(u: Tensor, kernel: Tensor, *, ahead: int = 0, method: Method = "ff
     length, lags = u.shape[1], kernel.shape[1]
     check(0 <= ahead < length, "ahead", u, f"be from 0 to {length - 1} for a length of {length}", got=ahead)
     check(ahead < lags <= ahead + length, "kernel", kernel, f"have {ahead + 1} to {ahead + length} lags", got=lags)
-    with own_precision(u.device.type):  # half precision has no FFT, and kernels lose their phase
+    with own_precision(u.device.type):  # half precision has no FFT
         if not torch.compiler.is_compiling() and backends.resolve("auto", u.device) == "triton":
             from . import triton_long_conv  # imports triton, which not every platform has
 
@@ -50,9 +50,7 @@ def _by_matrix(u: Tensor, kernel: Tensor, ahead: int) -> Tensor:
     length = u.shape[1]
     # (channels, length, length), lag i - j at row i and column j. Rounded late, so that gradients are summed in fp32.
     matrix = hankel(kernel, ahead, length).to(u.dtype).flip(-1)
-    return torch.einsum("hij, bjrh -> birh", matrix, u.flatten(2, -2) if u.dim() > 3 else u.unsqueeze(2)).reshape(
-        u.shape
-    )
+    return torch.einsum("hij, bj...h -> bi...h", matrix, u)
 
 
 def hankel(kernel: Tensor, ahead: int, length: int, width: int | None = None) -> Tensor:

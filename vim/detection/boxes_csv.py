@@ -9,7 +9,7 @@ from PIL import Image
 
 from vim.data import DataError
 from vim.data.decode import UNREADABLE
-from vim.training.files import write_json
+from vim.files import write_json
 
 from .coco import annotation, leads_out
 

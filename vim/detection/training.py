@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vim.data import KeyedSampler
+from vim.files import write_json
 from vim.training.errors import ConfigError
-from vim.training.files import write_json
 from vim.training.graphs import capture_training, wants_cuda_graph
 from vim.training.progress import Progress
 from vim.training.run_folder import RunFolder

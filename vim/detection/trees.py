@@ -16,7 +16,7 @@ from PIL import Image
 from vim.data import DataError
 from vim.data.decode import UNREADABLE
 from vim.data.whole_folder import whole_folder
-from vim.training.files import write_json
+from vim.files import write_json
 
 from .coco import annotation
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from vim.files import write_json
 from vim.training.errors import ConfigError
-from vim.training.files import write_json
 from vim.training.progress import Progress
 from vim.training.trainer import create_accelerator
 

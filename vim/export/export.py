@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from vim.data import EvalDataConfig, ImageSource, eval_transform
+from vim.files import whole_file, write_json
 from vim.training.environment import versions
 from vim.training.errors import RunError
-from vim.training.files import whole_file, write_json
 from vim.training.model import label_names, load_model, resolve_input
 from vim.training.progress import Progress
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vim.data import DataError, ImageSource
+from vim.files import whole_file, write_json
 from vim.training.errors import ConfigError, RunError, did_you_mean
-from vim.training.files import whole_file, write_json
 from vim.training.interruption import Interruption, interruptible
 from vim.training.progress import Progress
 

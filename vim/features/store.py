@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vim.data import DataError
-from vim.training.files import whole_file, write_json
+from vim.files import whole_file, write_json
 
 MANIFEST = "manifest.json"
 SUFFIX = {"parquet": ".parquet", "npz": ".npz", "safetensors": ".safetensors"}

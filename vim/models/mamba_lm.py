@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vim.files import whole_file, write_json
 from vim.layers import MambaBlock, MambaCache, RMSNorm
 from vim.layers.precision import at_least_fp32
 
@@ -249,13 +250,9 @@ class MambaLM(nn.Module):
         weights = {official_name(name): value.contiguous() for name, value in self.state_dict().items()}
         if self.config["tie_embeddings"]:
             del weights["lm_head.weight"]  # the same memory, which the format does not hold twice
-        for name, write in (
-            ("config.json", lambda path: path.write_text(json.dumps(self.config, indent=2))),
-            ("model.safetensors", lambda path: save_file(weights, path, {"format": "pt"})),
-        ):
-            unfinished = folder / f".{name}.unfinished"
-            write(unfinished)
-            unfinished.replace(folder / name)
+        write_json(self.config, folder / "config.json")
+        with whole_file(folder / "model.safetensors") as unfinished:
+            save_file(weights, unfinished, {"format": "pt"})
 
 
 def arguments_of(config: dict[str, Any]) -> dict[str, Any]:

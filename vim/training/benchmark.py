@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
 
+from vim.files import whole_file, write_json
+
 from .config import BenchmarkConfig, Contender, Precision, Workload
 from .errors import ConfigError, InterruptedRunError, RunError
-from .files import whole_file, write_json
 from .model import enable_grad_checkpointing, timm_name
 from .plots import contender_name, plot_benchmark, workload_name
 from .progress import Progress

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from vim.data.whole_folder import link_or_copy
+from vim.files import whole_file
 
 from .errors import RunError
-from .files import whole_file
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:

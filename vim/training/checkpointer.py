@@ -9,10 +9,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from vim.files import write_json
+
 from .checkpoint import remove, save_checkpoint, save_shard
 from .config import CheckpointConfig
 from .errors import InterruptedRunError
-from .files import write_json
 from .interruption import Interruption
 from .run_folder import RunFolder
 from .state import TrainingState

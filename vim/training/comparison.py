@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 
 from vim.data import EvalDataConfig
+from vim.files import write_json
 
 from .cli import ConfigParser, plain_errors
 from .config import CompareConfig, TrainConfig, ValidateConfig
 from .errors import RunError
-from .files import write_json
 from .plots import plot_comparison
 from .progress import Progress
 from .train import train

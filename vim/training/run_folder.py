@@ -16,11 +16,12 @@ import yaml
 from timm.models import save_for_hf
 from torch import nn
 
+from vim.files import whole_file
+
 from .checkpoint import duplicate, load_checkpoint, remove, replace
 from .config import RunConfig
 from .environment import device_name, git_revision, versions
 from .errors import RunError
-from .files import whole_file
 
 # Where the data lie and how they are loaded does not change results, so that a resumed run may change it.
 # (The batch is divided among processes and steps; their product is checked with the checkpoint.)

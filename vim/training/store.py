@@ -7,9 +7,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vim.files import whole_file, write_json
+
 from .checkpoint import load_weights
 from .errors import RunError
-from .files import whole_file, write_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from vim.data import EvalImages, eval_loader, eval_transform, open_images
+from vim.files import write_json
 
 from .config import ValidateConfig
 from .evaluation import evaluate
-from .files import write_json
 from .labels import map_labels
 from .model import at_size, load_model, resolve_input
 from .progress import Progress

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from vim.data import EvalDataConfig, ImageSource, eval_transform
+from vim.files import whole_file
 from vim.training.errors import ConfigError
-from vim.training.files import whole_file
 from vim.training.model import label_names, load_model, resolve_input
 
 from .config import VisualizeConfig
