@@ -65,10 +65,9 @@ def _by_fft(u: Tensor, kernel: Tensor, ahead: int) -> Tensor:
     """By ATen operators, for every device."""
     length, wide = u.shape[1], wide_dtype(u, kernel)
     points = fft_points(length)
-    factor = torch.fft.rfft(kernel.to(wide), points).mT  # (frequencies, channels)
-    factor = factor.reshape(-1, *[1] * (u.ndim - 3), factor.shape[-1])
-    y = torch.fft.irfft(torch.fft.rfft(u.to(wide), points, 1) * factor, points, 1)
-    return y.narrow(1, ahead, length).to(u.dtype)
+    rows = u.movedim(1, -1).to(wide)
+    y = torch.fft.irfft(torch.fft.rfft(rows, points) * torch.fft.rfft(kernel.to(wide), points), points)
+    return y.narrow(-1, ahead, length).movedim(-1, 1).to(u.dtype).contiguous()
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
