@@ -9,6 +9,7 @@ from torch import Tensor
 from . import backends
 from .checks import check, check_tensors
 from .precision import own_precision
+from .reference import state_dtype
 
 Method = Literal["fft", "matrix"]
 
@@ -63,15 +64,11 @@ def hankel(kernel: Tensor, ahead: int, length: int, width: int | None = None) ->
 
 def _by_fft(u: Tensor, kernel: Tensor, ahead: int) -> Tensor:
     """By ATen operators, for every device."""
-    length, wide = u.shape[1], wide_dtype(u, kernel)
+    length, wide = u.shape[1], state_dtype(u, kernel)
     points = fft_points(length)
     rows = u.movedim(1, -1).to(wide)
     y = torch.fft.irfft(torch.fft.rfft(rows, points) * torch.fft.rfft(kernel.to(wide), points), points)
     return y.narrow(-1, ahead, length).movedim(-1, 1).to(u.dtype).contiguous()
-
-
-def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def fft_points(length: int) -> int:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import check, check_shape, check_tensors
+from .reference import state_dtype
 
 
 def rms_norm(
@@ -46,7 +47,7 @@ def rms_norm(
     dtype = x.dtype if dtype is None else dtype
     # The compiler fuses torch's own with its neighbours.
     if x.numel() == 0 or torch.compiler.is_compiling() or backends.resolve("auto", x.device) != "triton":
-        full = torch.promote_types(torch.float32, torch.promote_types(x.dtype, weight.dtype))
+        full = state_dtype(x, weight, gate)
         x = x.to(full) if gate is None else x.to(full) * F.silu(gate.to(full))
         if groups == 1:
             return F.rms_norm(x, weight.shape, weight.to(full), eps).to(dtype)

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .long_conv import fft_points, hankel, wide_dtype
+from .long_conv import fft_points, hankel
+from .reference import state_dtype
 from .rows import on_device_of
 
 
@@ -80,7 +81,7 @@ class _ByFFT(torch.autograd.Function):
     def forward(ctx, u, kernel, ahead):
         ctx.save_for_backward(u, kernel)
         ctx.ahead = ahead
-        points, wide = fft_points(u.shape[1]), wide_dtype(u, kernel)
+        points, wide = fft_points(u.shape[1]), state_dtype(u, kernel)
         spectrum = torch.fft.rfft(_rows(u, len(kernel), points, wide))
         return _sequence(_inverse(spectrum * _scaled(kernel.to(wide), points), points), u, ahead)
 
@@ -88,7 +89,7 @@ class _ByFFT(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         u, kernel = ctx.saved_tensors
-        (length, lags), wide = (u.shape[1], kernel.shape[1]), wide_dtype(u, kernel)
+        (length, lags), wide = (u.shape[1], kernel.shape[1]), state_dtype(u, kernel)
         points, du, d_kernel = fft_points(length), None, None
         spectrum = torch.fft.rfft(_rows(dy, len(kernel), points, wide))
         if ctx.needs_input_grad[1]:
@@ -132,7 +133,7 @@ class _ByMatrix(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             del matrix
             rows = _rows(u, len(kernel), width, u.dtype, turned=True)
-            d_matrix = torch.bmm(d_rows.permute(1, 2, 0), rows.transpose(0, 1)).to(wide_dtype(u, kernel))
+            d_matrix = torch.bmm(d_rows.permute(1, 2, 0), rows.transpose(0, 1)).to(state_dtype(u, kernel))
             lags = 2 * width - 1
             d_kernel = torch.ops.aten.unfold_backward(d_matrix, [len(kernel), lags], 1, width, 1)
             d_kernel = d_kernel.narrow(1, u.shape[1] - 1 - ctx.ahead, kernel.shape[1]).to(kernel.dtype)
