@@ -119,19 +119,18 @@ class _ByMatrix(torch.autograd.Function):
     def forward(ctx, u, kernel, ahead):
         ctx.save_for_backward(u, kernel)
         ctx.ahead = ahead
-        matrix, width = _matrix(u, kernel, ahead)
-        return _sequence(_product(_rows(u, len(kernel), width, u.dtype, turned=True), matrix.mT), u)
+        rows = _rows(u, len(kernel), _width(u), u.dtype, turned=True)
+        return _sequence(_product(rows, _matrix(u, kernel, ahead).mT), u)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         u, kernel = ctx.saved_tensors
-        (matrix, width), du, d_kernel = _matrix(u, kernel, ctx.ahead), None, None
+        width, du, d_kernel = _width(u), None, None
         d_rows = _rows(dy, len(kernel), width, u.dtype)
         if ctx.needs_input_grad[0]:
-            du = _sequence(_product(d_rows, matrix), u, turned=True)
+            du = _sequence(_product(d_rows, _matrix(u, kernel, ctx.ahead)), u, turned=True)
         if ctx.needs_input_grad[1]:
-            del matrix
             rows = _rows(u, len(kernel), width, u.dtype, turned=True)
             d_matrix = torch.bmm(d_rows.permute(1, 2, 0), rows.transpose(0, 1)).to(state_dtype(u, kernel))
             lags = 2 * width - 1
@@ -140,11 +139,14 @@ class _ByMatrix(torch.autograd.Function):
         return du, d_kernel, None
 
 
-def _matrix(u: Tensor, kernel: Tensor, ahead: int) -> tuple[Tensor, int]:
-    """In u's dtype, and its width, of which rows and columns behind the length meet zeros alone. cuBLAS takes its fast
-    paths for multiples of 8."""
-    width = triton.cdiv(u.shape[1], 8) * 8
-    return hankel(kernel, ahead, u.shape[1], width).to(u.dtype), width
+def _width(u: Tensor) -> int:
+    """Of rows and the matrix: cuBLAS takes its fast paths for multiples of 8."""
+    return triton.cdiv(u.shape[1], 8) * 8
+
+
+def _matrix(u: Tensor, kernel: Tensor, ahead: int) -> Tensor:
+    """In u's dtype; what it has behind the length meets zeros alone."""
+    return hankel(kernel, ahead, u.shape[1], _width(u)).to(u.dtype)
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import state_dtype
 from .rows import on_device_of
 from .triton_tiles import sigmoid
 
@@ -98,7 +99,6 @@ def _backward_kernel(
 def _sizes(x: Tensor, gate: Tensor | None, eps: float, groups: int) -> dict[str, object]:
     channels = x.shape[-1] // groups
     columns = triton.next_power_of_2(channels)
-    wide = torch.float64 in (x.dtype, None if gate is None else gate.dtype)
     return {
         "rows": x.numel() // x.shape[-1],
         "channels": channels,
@@ -107,7 +107,7 @@ def _sizes(x: Tensor, gate: Tensor | None, eps: float, groups: int) -> dict[str,
         "EPS": eps,
         "ROWS": max(1, 2048 // columns),
         "COLUMNS": columns,
-        "S": tl.float64 if wide else tl.float32,
+        "S": tl.float64 if state_dtype(x, gate) == torch.float64 else tl.float32,
         "num_warps": 4 if columns <= 2048 else 8,
     }
 
