@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import Tensor
 
 from vim.files import write_json
-from vim.models.mamba_lm import MambaLM, official_name
+from vim.models.lm_checkpoint import official_name
+from vim.models.mamba_lm import MambaLM
 from vim.training.benchmark import DTYPES
 from vim.training.environment import device_name, versions
 

@@ -1,15 +1,18 @@
 """MambaLM against golden numbers from the authors' code, and generation against the model called again and again."""
 
+import fnmatch
 import json
-import pickle
+import shutil
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from vim.models.mamba_lm import MambaLM, native_name, official_name, pad_left, sample
+from vim.models.lm_checkpoint import native_name, official_name
+from vim.models.mamba_lm import MambaLM, pad_left, sample
 
 
 @pytest.fixture(autouse=True)
@@ -92,16 +95,40 @@ def test_generation_equals_the_model_called_on_all_before():
     assert_close(streamed, made)
 
 
+@pytest.mark.parametrize(
+    "turns",
+    [
+        pytest.param(["....######"], id="in front"),
+        pytest.param(["######....", "##"], id="behind, then a turn"),
+        pytest.param(["##..#.###.", "..###"], id="in the midst, then a turn with it in front"),
+        pytest.param(["#####", "...", "#.#"], id="a turn without tokens"),
+    ],
+)
 @torch.no_grad()
-def test_a_mask_leaves_out_what_stands_in_front():
+def test_padding_is_as_if_it_were_not_there(turns):
+    """Wherever it stands, beside a row without any; outputs and what the cache holds behind the call."""
     model = tiny()
-    ids = torch.randint(50, (1, 6))
-    padded = torch.cat((torch.randint(50, (1, 4)), ids), 1)
-    mask = torch.arange(10)[None] >= 4
-    cache, own = model.allocate_cache(1), model.allocate_cache(1)
-    assert_close(model(padded, cache, mask)[:, 4:], model(ids, own), atol=1e-5, rtol=1e-5)
-    for one, other in zip(cache, own, strict=True):
-        assert_close(tuple(one), tuple(other), atol=1e-6, rtol=1e-5)
+    cache, alone, whole = (model.allocate_cache(n) for n in (2, 1, 1))
+    for turn in turns:
+        ids = torch.randint(50, (2, len(turn)))
+        mask = torch.tensor([[letter == "#" for letter in turn], [True] * len(turn)])
+        logits = model(ids, cache, mask)
+        assert_close(logits[1:], model(ids[1:], whole), atol=1e-5, rtol=1e-5)
+        if mask[0].any():
+            assert_close(logits[0][mask[0]], model(ids[0][mask[0]][None], alone)[0], atol=1e-5, rtol=1e-5)
+    for both, *single in zip(cache, alone, whole, strict=True):
+        for part, *rows in zip(both, *single, strict=True):
+            assert_close(part, torch.cat(rows), atol=1e-5, rtol=1e-5)
+
+
+def test_masks_that_mean_nothing():
+    model, ids = tiny(), torch.randint(50, (2, 5))
+    with pytest.raises(ValueError, match=r"mask must be bool and .* = \(2, 5\), got torch.int64, \(2, 5\)"):
+        model(ids, mask=torch.ones_like(ids))
+    with pytest.raises(ValueError, match=r"got torch.bool, \(5,\)"):
+        model(ids, mask=torch.ones(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="mask and seq_idx do not go together; give padding a seq_idx of its own"):
+        model(ids, mask=ids >= 0, seq_idx=torch.zeros_like(ids))
 
 
 @torch.no_grad()
@@ -170,26 +197,176 @@ def test_saved_and_loaded(tie, tmp_path):
     assert sorted(path.name for path in (tmp_path / "lm").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_checkpoint_of_transformers(tmp_path):
-    model = tiny(vocab_multiple=1)
-    names = {"embedding.weight": "backbone.embeddings.weight"}
-    weights = {names.get(k, official_name(k)): v.clone() for k, v in model.state_dict().items() if k != "head.weight"}
-    save_file(weights, tmp_path / "model.safetensors")
-    settings = {"model_type": "mamba", "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"conv_kernel": 4, "expand": 2}))
+TRANSFORMERS = {
+    "architectures": ["MambaForCausalLM"],
+    "model_type": "mamba",
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "state_size": 4,
+    "conv_kernel": 4,
+    "expand": 2,
+    "time_step_rank": 1,
+    "layer_norm_epsilon": 1e-5,
+    "hidden_act": "silu",
+    "use_bias": False,
+    "use_conv_bias": True,
+    "time_step_min": 0.01,  # of the initial values
+    "eos_token_id": 0,
+}
+
+
+def write_transformers(folder, **changes):
+    """A checkpoint as transformers writes one, of random weights; returns the weights in fp64 and the options."""
+    options = TRANSFORMERS | changes
+    d, inner, rank = options["hidden_size"], options["intermediate_size"], options["time_step_rank"]
+    weights = {"backbone.embeddings.weight": (options["vocab_size"], d), "backbone.norm_f.weight": (d,)}
+    for i in range(options["num_hidden_layers"]):
+        weights |= {
+            f"backbone.layers.{i}.norm.weight": (d,),
+            f"backbone.layers.{i}.mixer.in_proj.weight": (2 * inner, d),
+            f"backbone.layers.{i}.mixer.conv1d.weight": (inner, 1, options["conv_kernel"]),
+            f"backbone.layers.{i}.mixer.conv1d.bias": (inner,),
+            f"backbone.layers.{i}.mixer.x_proj.weight": (rank + 2 * options["state_size"], inner),
+            f"backbone.layers.{i}.mixer.dt_proj.weight": (inner, rank),
+            f"backbone.layers.{i}.mixer.dt_proj.bias": (inner,),
+            f"backbone.layers.{i}.mixer.A_log": (inner, options["state_size"]),
+            f"backbone.layers.{i}.mixer.D": (inner,),
+            f"backbone.layers.{i}.mixer.out_proj.weight": (d, inner),
+        }
+    weights = {name: 0.4 * torch.randn(shape) for name, shape in weights.items()}
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(options))
+    return {name.removeprefix("backbone."): value.double() for name, value in weights.items()}, options
+
+
+def by_hand(weights, options, ids):
+    """Logits in fp64, a loop over the steps."""
+
+    def norm(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + options["layer_norm_epsilon"]).sqrt() * weight
+
+    n, rank, taps = options["state_size"], options["time_step_rank"], options["conv_kernel"]
+    x = weights["embeddings.weight"][ids]
+    for i in range(options["num_hidden_layers"]):
+        w = {name.split(".", 3)[-1]: v for name, v in weights.items() if name.startswith(f"layers.{i}.mixer.")}
+        u, z = (norm(x, weights[f"layers.{i}.norm.weight"]) @ w["in_proj.weight"].T).chunk(2, -1)
+        windows = F.pad(u, (0, 0, taps - 1, 0)).unfold(1, taps, 1)
+        u = F.silu((windows * w["conv1d.weight"][:, 0]).sum(-1) + w["conv1d.bias"])
+        dt, B, C = (u @ w["x_proj.weight"].T).split([rank, n, n], -1)
+        dt = F.softplus(dt @ w["dt_proj.weight"].T + w["dt_proj.bias"])
+        h, ys = torch.zeros(*u[:, 0].shape, n, dtype=u.dtype), []
+        for t in range(u.shape[1]):
+            step = dt[:, t, :, None]
+            h = (step * -w["A_log"].exp()).exp() * h + step * B[:, t, None] * u[:, t, :, None]
+            ys.append((h * C[:, t, None]).sum(-1))
+        x = x + (torch.stack(ys, 1) + w["D"] * u) * F.silu(z) @ w["out_proj.weight"].T
+    return norm(x, weights["norm_f.weight"]) @ weights.get("lm_head.weight", weights["embeddings.weight"]).T
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"layer_norm_epsilon": 0.3},
+        {"time_step_rank": 3},
+        {"intermediate_size": 40},
+        {"intermediate_size": 37},
+        {"expand": 3, "intermediate_size": 48},
+        {"hidden_act": "swish", "conv_kernel": 2},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_transformers(changes, tmp_path, relative_error):
+    """By the whole sequence, step by step, and after it was saved in the authors' format."""
+    weights, options = write_transformers(tmp_path / "lm", **changes)
+    ids = torch.randint(50, (2, 9))
+    want = by_hand(weights, options, ids)
+    model = MambaLM.from_pretrained(tmp_path / "lm")
+    assert relative_error(model(ids), want) < 1e-5
+    cache = model.allocate_cache(2)
+    steps = torch.stack([model.step(one, cache) for one in ids.unbind(1)], 1)
+    assert relative_error(steps, want) < 1e-5
+    model.save_pretrained(tmp_path / "saved")
+    assert_close(MambaLM.from_pretrained(tmp_path / "saved")(ids), model(ids), atol=0, rtol=0)
+
+
+def test_a_checkpoint_without_a_head(tmp_path):
+    """Of transformers' MambaModel, whose names have no backbone in front."""
+    write_transformers(tmp_path / "lm")
     ids = torch.randint(50, (1, 5))
-    assert_close(MambaLM.from_pretrained(tmp_path)(ids), model(ids))
+    want = MambaLM.from_pretrained(tmp_path / "lm")(ids)
+    weights = load_file(tmp_path / "lm" / "model.safetensors")
+    bare = {name.removeprefix("backbone."): value for name, value in weights.items()}
+    save_file(bare, tmp_path / "lm" / "model.safetensors")
+    assert_close(MambaLM.from_pretrained(tmp_path / "lm")(ids), want, atol=0, rtol=0)
+
+
+def test_a_residual_stream_in_the_dtype_of_the_weights(tmp_path):
+    write_transformers(tmp_path / "lm", residual_in_fp32=False)
+    model, ids = MambaLM.from_pretrained(tmp_path / "lm", dtype=torch.bfloat16), torch.randint(50, (1, 40))
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
+    narrow = model(ids)
+    assert seen == [torch.bfloat16] * 2
+    model.residual_in_fp32 = True
+    assert not torch.equal(model(ids), narrow)
+    assert model.config["residual_in_fp32"] is False
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"d_intermediate": 64}, "d_intermediate = 64; only 0 is Mamba's first version"),
-        ({"attn_layer_idx": [1]}, r"attn_layer_idx = \[1\]"),
-        ({"ssm_cfg": {"layer": "Mamba2"}}, "the layer 'Mamba2'; only 'Mamba1' is known"),
-        ({"ssm_cfg": {"dt_rank": 3}}, "options of ssm_cfg that are not known: dt_rank"),
-        ({"hidden_size": 16, "model_type": "mamba2"}, "of a 'mamba2'"),
+        ({"hidden_act": "gelu"}, r"has hidden_act = 'gelu'; MambaLM .* takes only 'silu' or 'swish'"),
+        ({"use_bias": True}, "use_bias = True; .* only False"),
+        ({"use_conv_bias": False}, "use_conv_bias = False; .* only True"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config = {'bits': 4}; .* only None"),
+        ({"model_type": "falcon_mamba"}, "model_type = 'falcon_mamba'; .* only 'mamba'"),
+        ({"time_step_rank": 0}, "time_step_rank = 0; it must be 'auto' or a whole number of at least 1"),
+        ({"expand": -1}, "expand = -1; it must be a number above 0"),
+        ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon = 'small'; it must be a number above 0"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'; it must be true or false"),
+        ({"n_layer": 3}, "n_layer = 3; .* only 2"),
+        ({"tie_word_embeddings": False}, r"do not fit config.json: 1 missing \(lm_head.weight\)$"),
+        ({"num_hidden_layers": 3}, r"config.json: 10 missing \(backbone.layers.2.norm.weight, .* \.\.\.\)$"),
+        ({"num_hidden_layers": 1}, r"config.json: 10 unexpected \(backbone.layers.1.mixer.A_log, .* \.\.\.\)$"),
+        ({"state_size": 5}, r"4 of another shape or dtype \(backbone.layers.0.mixer.A_log \(32, 4\) torch.float32 for"),
     ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_transformers_could_say_and_a_mamba_lm_is_not(changes, message, tmp_path):
+    write_transformers(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TRANSFORMERS | changes))
+    with pytest.raises(ValueError, match=message) as error:
+        MambaLM.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_options_that_nobody_knows(tmp_path):
+    write_transformers(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TRANSFORMERS | {"made_by": "us"}))
+    with pytest.warns(UserWarning, match="options without effect here: made_by"):
+        MambaLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_intermediate": 64}, "d_intermediate = 64; .* takes only 0"),
+        ({"attn_layer_idx": [1]}, r"attn_layer_idx = \[1\]"),
+        ({"rms_norm": False}, "rms_norm = False"),
+        ({"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer = 'Mamba2'; .* takes only 'Mamba1'"),
+        ({"ssm_cfg": {"bias": True}}, "ssm_cfg.bias = True"),
+        ({"ssm_cfg": {"rank": 3}}, "options that are not known: ssm_cfg.rank"),
+        ({"ssm_cfg": 3}, "ssm_cfg = 3; it must be a table"),
+        ({"layers": 3}, "options that are not known: layers"),
+        ({"n_layer": None}, "n_layer = None; it must be a whole number of at least 1"),
+        ({"hidden_size": 16, "model_type": "mamba2"}, "model_type = 'mamba2'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_other_models_are_refused(published, changes, message):
     settings = json.loads((published / "config.json").read_text())
@@ -198,14 +375,150 @@ def test_other_models_are_refused(published, changes, message):
         MambaLM.from_pretrained(published)
 
 
-def test_hostile_weights_are_not_run(published):
+def test_options_of_the_authors(published, tmp_path, relative_error):
+    """ssm_cfg.dt_rank; those of initial values change nothing."""
+    settings = json.loads((published / "config.json").read_text())
+    model = MambaLM.from_pretrained(published)
+    settings["ssm_cfg"] |= {"dt_rank": model.blocks[0].mixer.ssm.dt_rank, "dt_min": 0.01, "use_fast_path": False}
+    (published / "config.json").write_text(json.dumps(settings))
+    ids = torch.randint(50, (1, 5))
+    assert_close(MambaLM.from_pretrained(published)(ids), model(ids), atol=0, rtol=0)
+
+
+def shard(folder, name="model.safetensors"):
+    """Split the weights of a folder into three files and an index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, suffix = name.split(".")
+    files = [f"{stem}-{i}-of-3.{suffix}" for i in range(3)]
+    places = {key: files[i % 3] for i, key in enumerate(weights)}
+    for file in files:
+        part = {key: weights[key] for key, place in places.items() if place == file}
+        (save_file if suffix == "safetensors" else torch.save)(part, folder / file)
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return files, places
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one repository, ann/lm; a folder of its files, and those that have been asked for."""
+
+    def download(repository, allow_patterns):
+        assert repository == "ann/lm"
+        for path in sorted((tmp_path / "repository").iterdir()):
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                asked.append(path.name)
+                shutil.copy(path, tmp_path / "cache")
+        return str(tmp_path / "cache")
+
+    asked = []
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return tmp_path / "repository", asked
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_shards(name, hub):
+    """From a folder and from the hub, of which nothing else is asked for."""
+    folder, asked = hub
+    write_transformers(folder)
+    ids = torch.randint(50, (1, 5))
+    want = MambaLM.from_pretrained(folder)(ids)
+    files, _ = shard(folder, name)
+    (folder / "flax_model.msgpack").touch()
+    assert_close(MambaLM.from_pretrained(folder)(ids), want, atol=0, rtol=0)
+    assert_close(MambaLM.from_pretrained("ann/lm")(ids), want, atol=0, rtol=0)
+    assert set(asked) == {"config.json", f"{name}.index.json", *files}
+
+
+def test_shards_that_are_not_whole(tmp_path):
+    write_transformers(tmp_path)
+    files, places = shard(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    name = next(iter(places))
+
+    def fails(message, error=ValueError, weight_map=None):
+        index.write_text(json.dumps({"weight_map": places if weight_map is None else weight_map}))
+        with pytest.raises(error, match=message) as caught:
+            MambaLM.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    fails(f"does not hold the weights that .*json says: {name}", weight_map=places | {name: files[1]})
+    fails("names files of other folders: ../model", weight_map=places | {name: "../model-0-of-3.safetensors"})
+    fails("weight_map must be a table of file names", weight_map=places | {name: 3})
+    (tmp_path / files[2]).rename(tmp_path / "elsewhere")
+    fails(rf"1 of 3 shards are not in .*: {files[2]}", FileNotFoundError)
+    (tmp_path / files[2]).write_bytes((tmp_path / "elsewhere").read_bytes()[:-9])
+    fails(f"{files[2]} is damaged: ")
+
+
+def test_what_is_no_checkpoint(published, tmp_path, monkeypatch):
+    def fails(source, message, error=ValueError):
+        with pytest.raises(error, match=message) as caught:
+            MambaLM.from_pretrained(source)
+        assert "\n" not in str(caught.value)
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("model: {name: vim_nano}")
+    fails(tmp_path / "run", "there is no config.json in .*run; a language model has config.json and", FileNotFoundError)
+    (tmp_path / "run" / "config.json").write_text('{"architecture": "vim_nano", "num_classes": 10}')
+    fails(tmp_path / "run", "config.json has no vocab_size; is it that of a Mamba language model?")
+    for content, message in (
+        (b'{"d_model": 16,', "is damaged: Expecting"),
+        (b"\xff\xfe{}", "is damaged: .*utf-8"),
+        (b"[" * 100_000, "is damaged: "),
+        (b"[1]", "is damaged: it must hold a table, got list"),
+    ):
+        (tmp_path / "run" / "config.json").write_bytes(content)
+        fails(tmp_path / "run", message)
+    weights = published / "pytorch_model.bin"
+    fails(weights, "is a file; give its folder", NotADirectoryError)
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    fails(published, "is damaged, or holds more than weights")
+    torch.save([torch.zeros(2)], weights)
+    fails(published, "must hold weights by name alone")
+    weights.unlink()
+    fails(published, "there are no weights in .*published", FileNotFoundError)
+
+    fails(tmp_path / "no" / "where", "there is no .*where; give a folder with config.json and model", FileNotFoundError)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    message = r"there is no ann/lm here, and the hub does not give it \(.*refused\); give a folder with config.json"
+    fails("ann/lm", message, FileNotFoundError)
+
+
+def test_weights_that_say_two_things(tmp_path):
+    write_transformers(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    embedding = weights["backbone.embeddings.weight"]
+    save_file(weights | {"lm_head.weight": embedding + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"weights of head and embedding differ, where config.json says .* tied"):
+        MambaLM.from_pretrained(tmp_path)
+    save_file(weights | {"backbone.embedding.weight": embedding + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"backbone.embedding.* and backbone.embedding.* are the same weight"):
+        MambaLM.from_pretrained(tmp_path)
+    save_file(weights | {"backbone.embeddings.weight": embedding.to(torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"embeddings.weight \(50, 16\) torch.int8 for \(50, 16\)"):
+        MambaLM.from_pretrained(tmp_path)
+
+
+def test_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny().save_pretrained("~/lm")
+    assert (tmp_path / "lm" / "config.json").exists()
+    MambaLM.from_pretrained("~/lm")
+
+
+def test_hostile_weights_are_not_run(published, capsys):
     class Hostile:
         def __reduce__(self):
             return print, ("run",)
 
     torch.save({"backbone.embedding.weight": Hostile()}, published / "pytorch_model.bin")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged, or holds more than weights"):
         MambaLM.from_pretrained(published)
+    assert capsys.readouterr().out == ""
 
 
 def test_bad_prompts_and_options():
@@ -216,13 +529,25 @@ def test_bad_prompts_and_options():
         model.generate(torch.zeros(1, 0, dtype=torch.int64), 3)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         model.generate([[1]], 0)
+    for prompts in ([[1], [3, 50]], torch.tensor([[1, 50]])):
+        with pytest.raises(ValueError, match=r"prompts hold the token 50, but the model knows 0 \.\. 49"):
+            model.generate(prompts, 3)
+    with pytest.raises(ValueError, match=r"hold the token -1"):
+        model.generate([[-1]], 3)
+    with pytest.raises(ValueError, match=r"prompts must hold whole numbers, got torch.float32"):
+        model.generate([[1.5]], 3)
     for options, message in (
         ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate([[1]], 3, **options)
+    with torch.no_grad():
+        model.norm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"logits are NaN: weights are, or something overflows in torch.float32"):
+        model.generate([[1]], 3)
     ids, mask = pad_left([[1, 2], [3, 4]], torch.device("cpu"))
     assert (ids.tolist(), mask) == ([[1, 2], [3, 4]], None)
 

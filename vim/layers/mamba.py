@@ -36,7 +36,8 @@ class Mamba(nn.Module):
 
     Args:
         d_model: channels of the sequence. d_state: states N of an inner channel. d_conv: taps of the convolution.
-        expand: d_inner = expand * d_model. dt_rank: rank of the step's projection, ceil(d_model / 16) if None.
+        expand: d_inner = expand * d_model, rounded down. dt_rank: rank of the step's projection, ceil(d_model / 16) if
+            None.
 
     Source: Gu & Dao 2023, arXiv 2312.00752, figure 3.
     """
@@ -46,7 +47,7 @@ class Mamba(nn.Module):
         d_model: int,
         d_state: int = 16,
         d_conv: int = 4,
-        expand: int = 2,
+        expand: float = 2,
         dt_rank: int | None = None,
         *,
         device=None,
@@ -54,7 +55,7 @@ class Mamba(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        d_inner = expand * d_model
+        d_inner = int(expand * d_model)
         dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False, **dd)
         self.ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank, **dd)
@@ -78,20 +79,45 @@ class Mamba(nn.Module):
         """Args:
         x: (batch, length, d_model).
         cache: read, and updated in place.
-        mask: (batch, length), False at steps that are to change no state, as if the sequence did not have them;
-            in front of a sequence, because the convolution sees zeros there. Their own outputs mean nothing.
+        mask: (batch, length) of bool, False at steps that the sequence does not have, wherever they stand: the others
+            are mixed, and the cache is updated, as if those were not there. Their own outputs mean nothing.
         seq_idx: (batch, length), int32 or int64: which of several sequences packed into a row a step belongs to. Each
             is mixed as if it were alone; one begins wherever the value changes. What the cache holds belongs to the
-            first before the call and to the last behind it.
+            first before the call and to the last behind it. Not with a mask.
+
+        Raises: ValueError for a mask of another shape or dtype, or together with seq_idx.
         """
+        if mask is None:
+            return self._mix(x, cache, seq_idx=seq_idx)
+        if seq_idx is not None:
+            raise ValueError("mask and seq_idx do not go together; give padding a seq_idx of its own instead of a mask")
+        if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"mask must be bool and (batch, length) = {tuple(x.shape[:2])}, got {mask.dtype}, {tuple(mask.shape)}"
+            )
+        # Padding behind all steps is seen by none of them, also not by the convolution.
+        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1)
+        y = self._mix(x.take_along_dim(order, 1), cache, mask.sum(1))
+        return y.take_along_dim(order.argsort(1), 1)
+
+    def _mix(
+        self, x: Tensor, cache: MambaCache | None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> Tensor:
+        """See `forward`. lengths: (batch,), of the steps in front of a row's padding; None: there is none."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         ssm = self.ssm
-        if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)
+        if lengths is not None:
+            padding = (torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(-1)).unsqueeze(-1)
+            x = x.masked_fill(padding, 0)
+        if lengths is not None and cache is not None:
+            window = torch.cat((cache.conv_state, x.detach()), 1)
         u = convolve(ssm.conv1d, x, conv_state=None if cache is None else cache.conv_state, seq_idx=seq_idx)
         dt, A, B, C = ssm.project(u)
-        if mask is not None:
-            dt = dt.masked_fill(~mask.unsqueeze(-1), NO_STEP)
+        if lengths is not None:
+            dt = dt.masked_fill(padding, NO_STEP)
+        if lengths is not None and cache is not None:
+            taps = lengths.unsqueeze(-1) + torch.arange(cache.conv_state.shape[1], device=x.device)
+            cache.conv_state.copy_(window.take_along_dim(taps.unsqueeze(-1), 1))
         y = selective_scan(
             u,
             dt,

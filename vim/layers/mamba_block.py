@@ -13,14 +13,25 @@ class MambaBlock(nn.Module):
 
     The residual stream may be wider than the weights: in fp32 it keeps what bf16 would round away layer by layer.
 
-    Args: as of `Mamba`.
+    Args: as of `Mamba`. norm_eps: of the norm.
     """
 
-    def __init__(self, d_model: int, d_state: int, d_conv: int, expand: int, *, device=None, dtype=None):
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        d_conv: int,
+        expand: float,
+        dt_rank: int | None = None,
+        *,
+        norm_eps: float = 1e-5,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm = RMSNorm(d_model, eps=1e-5, **dd)
-        self.mixer = Mamba(d_model, d_state, d_conv, expand, **dd)
+        self.norm = RMSNorm(d_model, eps=norm_eps, **dd)
+        self.mixer = Mamba(d_model, d_state, d_conv, expand, dt_rank, **dd)
 
     def forward(
         self,

@@ -3,39 +3,28 @@
 Gu & Dao 2023, arXiv 2312.00752; loads the checkpoints of state-spaces/mamba. In shapes: B batch, L length, V tokens.
 """
 
-import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vim.files import whole_file, write_json
 from vim.layers import MambaBlock, MambaCache, RMSNorm
 from vim.layers.precision import at_least_fp32
 
-# Official name -> ours; transformers has embeddings for embedding.
-OFFICIAL = (
-    (r"backbone\.embeddings?\.(.*)", r"embedding.\1"),
-    (r"backbone\.norm_f\.(.*)", r"norm.\1"),
-    (r"backbone\.layers\.(\d+)\.norm\.(.*)", r"blocks.\1.norm.\2"),
-    (r"backbone\.layers\.(\d+)\.mixer\.(in_proj|out_proj)\.(.*)", r"blocks.\1.mixer.\2.\3"),
-    (r"backbone\.layers\.(\d+)\.mixer\.(.*)", r"blocks.\1.mixer.ssm.\2"),
-    (r"lm_head\.(.*)", r"head.\1"),
-)
-# What the authors' configurations must say for a model of this kind, where they say it.
-EXPECTED = {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True}
+from .lm_checkpoint import arguments_of, checkpoint_folder, native_weights, official_name, read_json, read_weights
 
 
 class MambaLM(nn.Module):
     """A causal language model: token ids (B, L) -> logits (B, L, V).
 
     Args:
-        vocab_size: tokens V. d_model: channels. depth: blocks. d_state, d_conv, expand: see `Mamba`.
+        vocab_size: tokens V. d_model: channels. depth: blocks. d_state, d_conv, expand, dt_rank: see `Mamba`.
+        norm_eps: of the RMS norms.
+        residual_in_fp32: the residual stream is fp32 at least; False: it has the weights' dtype.
         tie_embeddings: the head's weights are the embedding's.
         vocab_multiple: the embedding has room for a multiple of so many tokens; nothing but speed depends on it.
     """
@@ -47,8 +36,11 @@ class MambaLM(nn.Module):
         depth: int = 24,
         d_state: int = 16,
         d_conv: int = 4,
-        expand: int = 2,
+        expand: float = 2,
+        dt_rank: int | None = None,
         *,
+        norm_eps: float = 1e-5,
+        residual_in_fp32: bool = True,
         tie_embeddings: bool = True,
         vocab_multiple: int = 8,
         device=None,
@@ -56,22 +48,27 @@ class MambaLM(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.vocab_size = vocab_size
+        self.vocab_size, self.residual_in_fp32 = vocab_size, residual_in_fp32
+        rank = {} if dt_rank is None else {"dt_rank": dt_rank}
         self.config = {  # with the authors' names
             "d_model": d_model,
             "n_layer": depth,
             "vocab_size": vocab_size,
-            "ssm_cfg": {"d_state": d_state, "d_conv": d_conv, "expand": expand},
+            "ssm_cfg": {"d_state": d_state, "d_conv": d_conv, "expand": expand, **rank},
             "rms_norm": True,
-            "residual_in_fp32": True,
+            "residual_in_fp32": residual_in_fp32,
             "fused_add_norm": True,
             "pad_vocab_size_multiple": vocab_multiple,
             "tie_embeddings": tie_embeddings,
         }
+        if norm_eps != 1e-5:  # the only one of the authors' code, which refuses this option
+            self.config["norm_epsilon"] = norm_eps
         rows = -(-vocab_size // vocab_multiple) * vocab_multiple
         self.embedding = nn.Embedding(rows, d_model, **dd)
-        self.blocks = nn.ModuleList(MambaBlock(d_model, d_state, d_conv, expand, **dd) for _ in range(depth))
-        self.norm = RMSNorm(d_model, eps=1e-5, **dd)
+        self.blocks = nn.ModuleList(
+            MambaBlock(d_model, d_state, d_conv, expand, dt_rank, norm_eps=norm_eps, **dd) for _ in range(depth)
+        )
+        self.norm = RMSNorm(d_model, eps=norm_eps, **dd)
         self.head = nn.Linear(d_model, rows, bias=False, **dd)
         if tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -93,7 +90,8 @@ class MambaLM(nn.Module):
         return [block.mixer.allocate_cache(batch_size) for block in self.blocks]  # type: ignore[union-attr, operator]
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return at_least_fp32(self.embedding(ids))  # the residual stream
+        x = self.embedding(ids)
+        return at_least_fp32(x) if self.residual_in_fp32 else x  # the residual stream
 
     def forward_features(
         self,
@@ -106,9 +104,12 @@ class MambaLM(nn.Module):
 
         Args:
             cache: read, and updated in place: calls with parts of a sequence are one call with the whole.
-            mask: (B, L), False where there is no token, in front of a sequence: such places change no state. Their own
-                outputs mean nothing.
-            seq_idx: (B, L), which of several sequences packed into a row a token belongs to: each is as if alone.
+            mask: (B, L) of bool, False where there is no token, wherever that is: all else is as if such places were
+                not there. Their own outputs mean nothing.
+            seq_idx: (B, L), which of several sequences packed into a row a token belongs to: each is as if alone. Not
+                with a mask.
+
+        Raises: ValueError for a mask of another shape or dtype, or together with seq_idx.
         """
         x = self._embed(ids)
         for i, block in enumerate(self.blocks):
@@ -172,14 +173,21 @@ class MambaLM(nn.Module):
             eos: a token that ends its sequence, which goes on with it while others still run.
             generator: of random numbers, on the model's device.
 
-        Raises: ValueError for an empty prompt or options that mean nothing.
+        Raises: ValueError for an empty prompt, tokens that the model does not have, options that mean nothing, and
+            where the model's answer is not a number.
         """
         check_sampling(temperature, top_k, top_p)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         ids, mask = pad_left(prompts, self.embedding.weight.device)
+        low, high = (value.item() for value in ids.aminmax())
+        if low < 0 or high >= self.vocab_size:
+            which, known = low if low < 0 else high, f"the model knows 0 .. {self.vocab_size - 1}"
+            raise ValueError(f"prompts hold the token {which}, but {known}; take the tokenizer that belongs to it")
         cache = self.allocate_cache(len(ids))
         logits = self.head(self.forward_features(ids, cache, mask)[:, -1])[..., : self.vocab_size]
+        if logits.isnan().any():
+            raise ValueError(f"logits are NaN: weights are, or something overflows in {logits.dtype}; try float32")
         step: Callable[[Tensor], Tensor] | None = None
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for left in reversed(range(max_new_tokens)):
@@ -220,32 +228,27 @@ class MambaLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, device=None, dtype=None) -> "MambaLM":
-        """A model from a folder or a repository on the Hugging Face hub, with config.json and model.safetensors or
-        pytorch_model.bin, as state-spaces/mamba publishes them (state-spaces/mamba-130m).
+        """A model from a folder or a repository on the Hugging Face hub, as state-spaces/mamba publishes them
+        (state-spaces/mamba-130m) and transformers does (MambaForCausalLM, MambaModel): config.json, and
+        model.safetensors or pytorch_model.bin, whole or in shards. The tokens that begin, end and pad a text are not
+        read from it; `stream` is told its own.
 
-        Raises: ValueError for a configuration that is not one of Mamba's first version. FileNotFoundError.
+        Args: dtype: of the weights, torch's default if None.
+
+        Raises: ValueError for a configuration that is not one of Mamba's first version, for weights that do not fit it
+            and for damaged files. OSError, where something is not there.
         """
-        folder = Path(source)
-        files = ("config.json", "model.safetensors", "pytorch_model.bin")
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(str(source), allow_patterns=list(files)))
-        config = json.loads((folder / files[0]).read_text())
-        model = cls(**arguments_of(config), device=device, dtype=dtype)
-        if (folder / files[1]).exists():
-            weights = load_file(folder / files[1])
-        else:
-            weights = torch.load(folder / files[2], map_location="cpu", weights_only=True)
-        weights = {native_name(name): value for name, value in weights.items()}
-        if model.head.weight is model.embedding.weight:
-            weights.setdefault("head.weight", weights["embedding.weight"])
+        folder = checkpoint_folder(source)
+        arguments = arguments_of(read_json(folder / "config.json"))
+        shapes = cls(**arguments, device="meta").state_dict()
+        weights = native_weights(read_weights(folder), shapes, arguments["tie_embeddings"])
+        model = cls(**arguments, device=device, dtype=dtype)
         model.load_state_dict(weights)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors with the authors' names, for their code and `from_pretrained`."""
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         weights = {official_name(name): value.contiguous() for name, value in self.state_dict().items()}
         if self.config["tie_embeddings"]:
@@ -255,68 +258,10 @@ class MambaLM(nn.Module):
             save_file(weights, unfinished, {"format": "pt"})
 
 
-def arguments_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of MambaLM for the content of a config.json, the authors' or that of transformers.
-
-    Raises: ValueError for a model that MambaLM is not.
-    """
-    if "hidden_size" in config:  # transformers
-        if config.get("model_type") != "mamba" or config.get("use_bias") or not config.get("use_conv_bias", True):
-            raise ValueError(f"config.json is of a {config.get('model_type')!r}, or of a Mamba with other biases")
-        return {
-            "vocab_size": config["vocab_size"],
-            "d_model": config["hidden_size"],
-            "depth": config["num_hidden_layers"],
-            "d_state": config["state_size"],
-            "d_conv": config["conv_kernel"],
-            "expand": config["expand"],
-            "tie_embeddings": config.get("tie_word_embeddings", True),
-            "vocab_multiple": 1,
-        }
-    for key, want in EXPECTED.items():
-        if config.get(key, want) != want:
-            raise ValueError(f"config.json has {key} = {config[key]!r}; only {want!r} is Mamba's first version")
-    ssm = dict(config.get("ssm_cfg") or {})
-    if ssm.pop("layer", "Mamba1") != "Mamba1":
-        raise ValueError(f"config.json has the layer {config['ssm_cfg']['layer']!r}; only 'Mamba1' is known")
-    known = {key: ssm.pop(key) for key in ("d_state", "d_conv", "expand") if key in ssm}
-    if ssm:
-        raise ValueError(f"config.json has options of ssm_cfg that are not known: {', '.join(ssm)}")
-    return known | {
-        "vocab_size": config["vocab_size"],
-        "d_model": config["d_model"],
-        "depth": config["n_layer"],
-        "tie_embeddings": config.get("tie_embeddings", True),
-        "vocab_multiple": config.get("pad_vocab_size_multiple", 8),
-    }
-
-
-def native_name(name: str) -> str:
-    """Our name of a weight of a checkpoint; ours stay."""
-    for pattern, ours in OFFICIAL:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(ours)
-    return name
-
-
-def official_name(name: str) -> str:
-    """The authors' name of a weight."""
-    for ours, theirs in (
-        (r"blocks\.(\d+)\.mixer\.(?:ssm\.)?", r"backbone.layers.\1.mixer."),
-        (r"blocks\.", "backbone.layers."),
-        (r"embedding\.", "backbone.embedding."),
-        (r"norm\.", "backbone.norm_f."),
-        (r"head\.", "lm_head."),
-    ):
-        if match := re.match(ours, name):
-            return match.expand(theirs) + name[match.end() :]
-    return name
-
-
 def pad_left(prompts: Tensor | Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Ids (B, L) and which of them are tokens, (B, L); None where all are.
 
-    Raises: ValueError for no prompt, or an empty one.
+    Raises: ValueError for no prompt, an empty one, or ids that are no whole numbers.
     """
     if isinstance(prompts, Tensor):
         if prompts.ndim != 2 or prompts.numel() == 0:
@@ -327,7 +272,10 @@ def pad_left(prompts: Tensor | Sequence[Sequence[int]], device: torch.device) ->
         raise ValueError(f"prompts must have a token each, got lengths {lengths}; start one with the end-of-text token")
     ids, mask = torch.zeros(len(lengths), max(lengths), dtype=torch.int64), None
     for row, prompt in zip(ids, prompts, strict=True):
-        row[len(row) - len(prompt) :] = torch.as_tensor(prompt)
+        tokens = torch.as_tensor(prompt)
+        if tokens.is_floating_point():
+            raise ValueError(f"prompts must hold whole numbers, got {tokens.dtype}")
+        row[len(row) - len(prompt) :] = tokens
     if min(lengths) < max(lengths):
         mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
         mask = mask.to(device)
@@ -336,7 +284,7 @@ def pad_left(prompts: Tensor | Sequence[Sequence[int]], device: torch.device) ->
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raises: ValueError for options of `sample` that mean nothing."""
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")

@@ -271,7 +271,7 @@ class GenerateConfig:
     model: str = "state-spaces/mamba-130m"
     """Folder with config.json and weights, or a repository on the Hugging Face hub."""
     tokenizer: str = "EleutherAI/gpt-neox-20b"
-    """File tokenizer.json, or a repository on the hub that has one; the default is that of the authors' models."""
+    """File tokenizer.json, or folder or repository on the hub that has one; the default is that of the authors."""
     max_new_tokens: int = 100
     """At most, after each prompt."""
     temperature: float = 0.0
@@ -286,6 +286,20 @@ class GenerateConfig:
     """Of weights and activations; states of the scan are fp32."""
     device: str | None = None
     """cpu, cuda ...; null for the GPU if there is one."""
+
+    def __post_init__(self):
+        if not self.prompts or not all(self.prompts):
+            raise ValueError(f"prompts must be one text or more, none of them empty, got {self.prompts}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or null for all tokens, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, or null for all tokens, got {self.top_p}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in 0 .. 2**64 - 1, got {self.seed}")
 
 
 @dataclass
