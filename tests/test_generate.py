@@ -56,10 +56,13 @@ def generate(folder, monkeypatch, capsys):
 
 
 def test_a_tokenizer_is_a_file_or_in_a_folder(generate, folder, monkeypatch):
-    """Also in the home folder, as the model."""
+    """Also in the home folder, as the model; the model's own where none is named."""
     said = generate()
     assert said.startswith("Mamba")
     assert generate(tokenizer="words") == said
+    shutil.copytree(folder / "lm", folder / "both")
+    shutil.copy(folder / "words" / "tokenizer.json", folder / "both")
+    assert generate(model="both", tokenizer="null") == said
     monkeypatch.setenv("HOME", str(folder))
     assert generate(model="~/lm", tokenizer="~/words") == said
 
@@ -78,6 +81,10 @@ def test_a_tokenizer_is_a_file_or_in_a_folder(generate, folder, monkeypatch):
         ({"tokenizer": "lm"}, r"there is no tokenizer\.json in lm; give a file"),
         ({"tokenizer": "lm/config.json"}, r"lm/config\.json is no tokenizer: "),
         ({"tokenizer": "ann/lm"}, r"the hub does not give it \(.*refused\); give a file tokenizer\.json, or a folder"),
+        (
+            {"tokenizer": "null"},
+            r"there is no EleutherAI/gpt-neox-20b here, .*; give a file tokenizer\.json, or a folder",
+        ),
         ({"model": "ann/lm"}, r"the hub does not give it \(.*refused\); give a folder with config\.json and"),
         ({"model": "/no/where"}, r"there is no /no/where; give a folder with config\.json and"),
         ({"model": "words"}, r"there is no config\.json in words; a language model has config\.json and"),

@@ -8,8 +8,9 @@ import time
 
 import torch
 
+from vim.models.lm_checkpoint import checkpoint_folder
 from vim.models.mamba_lm import MambaLM
-from vim.models.text import load_tokenizer, stream_text
+from vim.models.text import AUTHORS_TOKENIZER, load_tokenizer, stream_text
 from vim.training import ConfigParser, plain_errors
 from vim.training.benchmark import DTYPES
 from vim.training.config import GenerateConfig
@@ -37,8 +38,10 @@ def start_generator(config: GenerateConfig) -> torch.Generator:
 
 
 def generate(config: GenerateConfig, generator: torch.Generator) -> None:
-    tokenizer = load_tokenizer(config.tokenizer)
-    model = MambaLM.from_pretrained(config.model, device=generator.device, dtype=DTYPES[config.precision])
+    folder = checkpoint_folder(config.model)
+    own = folder if (folder / "tokenizer.json").exists() else AUTHORS_TOKENIZER
+    tokenizer = load_tokenizer(config.tokenizer or own)
+    model = MambaLM.from_pretrained(folder, device=generator.device, dtype=DTYPES[config.precision])
     texts, start = [""] * len(config.prompts), time.perf_counter()
     steps = 0
     for pieces in stream_text(

@@ -142,6 +142,45 @@ def test_packed_sequences():
     assert_close(model(row, seq_idx=seq_idx), want, atol=1e-5, rtol=1e-5)
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Adapter(torch.nn.Module):
+    """A layer with something beside it, as LoRA does it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.beside = layer, torch.nn.Linear(layer.in_features, layer.out_features)
+
+    def forward(self, x):
+        return self.layer(x) + self.beside(x)
+
+
+@torch.no_grad()
+def test_a_step_calls_layers_that_are_more_than_their_weights():
+    """Adapters, parametrisations and hooks act step by step as they do on the whole."""
+    model, ids = tiny(), torch.randint(50, (2, 7))
+
+    def steps():
+        cache = model.allocate_cache(2)
+        return torch.stack([model.step(one, cache) for one in ids.unbind(1)], 1)
+
+    before = steps()
+    mixer = model.blocks[0].mixer
+    mixer.in_proj = Adapter(mixer.in_proj)
+    assert_close(steps(), model(ids), atol=1e-5, rtol=1e-5)
+    torch.nn.utils.parametrize.register_parametrization(mixer.out_proj, "weight", Doubled())
+    assert_close(steps(), model(ids), atol=1e-5, rtol=1e-5)
+    hook = model.blocks[1].norm.register_forward_hook(lambda *of: of[-1] + 1)
+    assert_close(steps(), model(ids), atol=1e-5, rtol=1e-5)
+    hook.remove()
+    mixer.in_proj = mixer.in_proj.layer
+    torch.nn.utils.parametrize.remove_parametrizations(mixer.out_proj, "weight", leave_parametrized=False)
+    assert_close(steps(), before, atol=0, rtol=0)
+
+
 def test_a_sequence_that_has_ended():
     model = tiny()
     alone = model.generate([[3, 4], [9]], 12)

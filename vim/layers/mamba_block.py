@@ -1,6 +1,8 @@
 """MambaBlock: a Mamba in a residual stream, as language models stack it."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from vim_kernels import MambaBlockWeights, mamba_block_step
 
@@ -46,6 +48,9 @@ class MambaBlock(nn.Module):
     def step(self, x: Tensor, cache: MambaCache) -> Tensor:
         """One step, x: (batch, d_model) -> (batch, d_model), without gradients. The cache is updated in place."""
         mixer, ssm = self.mixer, self.mixer.ssm
+        if not all(map(is_plain, (self.norm, mixer.in_proj, mixer.out_proj, ssm.conv1d, ssm.x_proj, ssm.dt_proj))):
+            with torch.no_grad():
+                return x + mixer.step(self.norm(x), cache)
         weights = MambaBlockWeights(
             norm=self.norm.weight,
             in_proj=mixer.in_proj.weight,
@@ -60,3 +65,12 @@ class MambaBlock(nn.Module):
         )
         assert self.norm.eps is not None
         return mamba_block_step(x, cache.conv_state, cache.ssm_state, weights, eps=self.norm.eps)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a layer is its weights: not replaced by an adapter, parametrised, quantised, nor with hooks."""
+    return (
+        type(module) in (nn.Linear, nn.Conv1d, RMSNorm)
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
+    )

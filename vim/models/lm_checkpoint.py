@@ -156,7 +156,7 @@ def _transformers_arguments(options: Options) -> dict[str, Any]:
             expand = math.nextafter(expand, math.inf)
     # The authors' names stand beside in configurations that were made from theirs.
     options.only("rms_norm", True)
-    options.only("ssm_cfg", {})
+    options.only("ssm_cfg", {}, None)
     options.only("d_model", d_model)
     options.only("d_inner", d_inner)
     options.only("n_layer", depth)
@@ -244,7 +244,7 @@ def checkpoint_folder(source: str | Path) -> Path:
         return folder
     for name in FILES:
         stem, suffix = Path(name).stem, Path(name).suffix
-        patterns = ["config.json", name, f"{name}.index.json", f"{stem}-*-of-*{suffix}"]
+        patterns = ["config.json", "tokenizer.json", name, f"{name}.index.json", f"{stem}-*-of-*{suffix}"]
         folder = from_hub(str(source), patterns, f"a folder with {EXPECTED}")
         if (folder / name).exists() or (folder / f"{name}.index.json").exists():
             break

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+AUTHORS_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 
-def load_tokenizer(source: str) -> "Tokenizer":
+def load_tokenizer(source: str | Path) -> "Tokenizer":
     """From a file tokenizer.json, a folder that has one, or such a repository on the Hugging Face hub.
 
     Raises: ModuleNotFoundError that says what to install. FileNotFoundError. ValueError for a file that is no
@@ -27,7 +28,7 @@ def load_tokenizer(source: str) -> "Tokenizer":
         raise ModuleNotFoundError(f"{error}; pip install 'vim-mamba[lm]'") from error
     path, name = Path(source).expanduser(), "tokenizer.json"
     if not path.is_file():
-        folder = path if path.is_dir() else from_hub(source, [name], f"a file {name}, or a folder with one")
+        folder = path if path.is_dir() else from_hub(str(source), [name], f"a file {name}, or a folder with one")
         path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"there is no {name} in {source}; give a file {name}")

@@ -270,8 +270,8 @@ class GenerateConfig:
     """Texts to go on from, at once."""
     model: str = "state-spaces/mamba-130m"
     """Folder with config.json and weights, or a repository on the Hugging Face hub."""
-    tokenizer: str = "EleutherAI/gpt-neox-20b"
-    """File tokenizer.json, or folder or repository on the hub that has one; the default is that of the authors."""
+    tokenizer: str | None = None
+    """File tokenizer.json, or folder or hub repository with one; null: the model's, else EleutherAI/gpt-neox-20b."""
     max_new_tokens: int = 100
     """At most, after each prompt."""
     temperature: float = 0.0
