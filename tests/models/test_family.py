@@ -230,8 +230,26 @@ def test_registers_through_a_neck():
         ({"mixer": "s4nd", "scan_order": "column"} | PLAIN, "scan_order 'raster', got 'none' and 'column'"),
         ({"scan_order": "hilbert"}, "scan_order must be one of .*'cross'.*, got 'hilbert'"),
         ({"class_token": "registers", "num_registers": 0}, "num_registers must be at least 1, got 0"),
+        ({"class_token": "registers", "register_dim": 0}, "register_dim must be at least 1, got 0"),
+        *(
+            (PLAIN | {"mixer": mixer, option: 4}, f"mixer '{mixer}' has no {option}, got 4; leave it out")
+            for mixer, options in {
+                **dict.fromkeys(("s4d", "s4", "s4nd"), ("d_conv", "expand")),
+                "none": ("d_state",),
+            }.items()
+            for option in options
+        ),
+        ({"num_registers": 3}, "num_registers is of class_token 'registers' alone, got 3 with 'middle'"),
+        ({"register_dim": 8} | PLAIN, "register_dim is of class_token 'registers' alone, got 8 with 'none'"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         VisionMamba(**TINY, **options)
+
+
+def test_a_variant_of_registers_without_them():
+    model = timm.create_model("vim_small_registers", depth=1, class_token="none", global_pool="avg", device="meta")
+    assert model.num_prefix_tokens == 0
+    with pytest.raises(ValueError, match="register_dim is of class_token 'registers' alone, got 96 with 'none'"):
+        timm.create_model("vim_small_registers", class_token="none", global_pool="avg", register_dim=96)

@@ -180,7 +180,8 @@ class VisionMamba(nn.Module):
             with `dynamic_img_size`.
         patch_size: edge of a patch in pixels. patch_stride: pixels between patches, patch_size if None.
         in_chans: image channels. num_classes: classes of the head; 0 for no head.
-        embed_dim, depth: width and number of blocks. d_state, d_conv, expand: see `BiMamba`.
+        embed_dim, depth: width and number of blocks.
+        d_state, d_conv, expand: 16, 4 and 2 if None, see `BiMamba`; only for mixers that have them.
         mixer: what mixes the tokens, see `create_mixer`; "bimamba" is Vim's. "s4nd" works on the grid of the patches,
             and takes no class token.
         scan_order: how patches become a sequence, see `patch_order`; "raster" is Vim's. "cross" goes along rows and
@@ -188,8 +189,8 @@ class VisionMamba(nn.Module):
         class_token: where class tokens stand in the sequence: "middle" (the paper's), "first", "both" (one at each
             end, averaged by token pooling), "registers" (spread evenly, one behind the other by token pooling), or
             "none".
-        num_registers: of class_token "registers". register_dim: channels that each of them is projected to for the
-            head; None for all of them.
+        num_registers: of class_token "registers" alone, 12 if None. register_dim: channels that each of them is
+            projected to for the head; None for all of them.
         global_pool: "token", "avg", "max" or "avgmax" over the patches, or "" for none.
         dynamic_img_size: take images of any size, resampling the position table at every call.
         drop_rate: dropout before the head. drop_path_rate: stochastic depth of the last block, rising linearly from 0.
@@ -210,13 +211,13 @@ class VisionMamba(nn.Module):
         num_classes: int = 1000,
         embed_dim: int = 192,
         depth: int = 24,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: int = 2,
+        d_state: int | None = None,
+        d_conv: int | None = None,
+        expand: int | None = None,
         mixer: Mixer = "bimamba",
         scan_order: ScanOrder = "raster",
         class_token: Literal["middle", "first", "both", "registers", "none"] = "middle",
-        num_registers: int = 12,
+        num_registers: int | None = None,
         register_dim: int | None = None,
         global_pool: Literal["", "token", "avg", "max", "avgmax"] = "token",
         dynamic_img_size: bool = False,
@@ -229,8 +230,11 @@ class VisionMamba(nn.Module):
         super().__init__()
         if class_token not in CLASS_TOKENS:
             raise ValueError(f"class_token must be one of {CLASS_TOKENS}, got {class_token!r}")
-        if class_token == "registers" and num_registers < 1:
-            raise ValueError(f"num_registers must be at least 1, got {num_registers}")
+        for option, value in {"num_registers": num_registers, "register_dim": register_dim}.items():
+            if value is not None and class_token != "registers":
+                raise ValueError(f"{option} is of class_token 'registers' alone, got {value} with {class_token!r}")
+            if value is not None and value < 1:
+                raise ValueError(f"{option} must be at least 1, got {value}")
         if scan_order not in SCAN_ORDERS:
             raise ValueError(f"scan_order must be one of {SCAN_ORDERS}, got {scan_order!r}")
         if mixer == "s4nd" and (class_token, scan_order) != ("none", "raster"):
@@ -244,7 +248,8 @@ class VisionMamba(nn.Module):
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.embed_dim = embed_dim
         self.class_token = class_token
-        prefixes = {"middle": 1, "first": 1, "both": 2, "registers": num_registers, "none": 0}
+        registers = 12 if num_registers is None else num_registers
+        prefixes = {"middle": 1, "first": 1, "both": 2, "registers": registers, "none": 0}
         self.num_prefix_tokens = prefixes[class_token]
         self.register_dim = register_dim
         self.dynamic_img_size = dynamic_img_size
@@ -662,7 +667,10 @@ def vim_base(pretrained: bool = False, **kwargs) -> VisionMamba:
 
 @register_model
 def vim_small_registers(pretrained: bool = False, **kwargs) -> VisionMamba:
-    return _create("vim_small_registers", pretrained, **VARIANTS["vim_small_registers"] | kwargs)
+    options = dict(VARIANTS["vim_small_registers"])
+    if kwargs.get("class_token", "registers") != "registers":
+        del options["register_dim"]
+    return _create("vim_small_registers", pretrained, **options | kwargs)
 
 
 @register_model
