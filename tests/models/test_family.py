@@ -31,6 +31,7 @@ def transposed(model, **changes):
     prefix = model.num_prefix_tokens
     table = weights["pos_embed"][:, prefix:].unflatten(1, model.patch_embed.grid_size).transpose(1, 2).flatten(1, 2)
     weights["pos_embed"] = torch.cat((weights["pos_embed"][:, :prefix], table), 1)
+    weights["pos_embed_grid"] = weights["pos_embed_grid"].flip(0)
     weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].mT.contiguous()
     other.load_state_dict(weights)
     return other
