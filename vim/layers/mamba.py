@@ -62,10 +62,9 @@ class Mamba(nn.Module):
 
     def allocate_cache(self, batch_size: int) -> MambaCache:
         """A cache that has seen nothing, on the layer's device; the convolution's part in the weights' dtype."""
-        d_inner, _, d_conv = self.ssm.conv1d.weight.shape
+        ssm = self.ssm
         return MambaCache(
-            self.ssm.conv1d.weight.new_zeros(batch_size, d_conv - 1, d_inner),
-            self.ssm.A_log.new_zeros(batch_size, d_inner, self.ssm.d_state, dtype=torch.float32),
+            ssm.conv_state(batch_size), ssm.A_log.new_zeros(batch_size, *ssm.A_log.shape, dtype=torch.float32)
         )
 
     def forward(
@@ -88,8 +87,9 @@ class Mamba(nn.Module):
         ssm = self.ssm
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        u = convolve(ssm.conv1d, x, conv_state=None if cache is None else cache.conv_state, seq_idx=seq_idx)
-        dt, A, B, C = ssm.project(u)
+        conv_state = None if cache is None else cache.conv_state
+        u = convolve(ssm.conv1d, ssm.d_conv, x, conv_state=conv_state, seq_idx=seq_idx)
+        dt, A, B, C, dt_bias = ssm.project(u)
         if mask is not None:
             dt = dt.masked_fill(~mask.unsqueeze(-1), NO_STEP)
         y = selective_scan(
@@ -100,7 +100,7 @@ class Mamba(nn.Module):
             C,
             D=ssm.D,
             z=z,
-            dt_bias=ssm.dt_proj.bias,
+            dt_bias=dt_bias,
             initial_state=None if cache is None else cache.ssm_state,
             return_last_state=cache is not None,
             seq_idx=seq_idx,
@@ -113,8 +113,8 @@ class Mamba(nn.Module):
     def step(self, x: Tensor, cache: MambaCache) -> Tensor:
         """One step, x: (batch, d_model) -> (batch, d_model). The cache is updated in place."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = convolve(self.ssm.conv1d, x.unsqueeze(1), conv_state=cache.conv_state)
-        dt, A, B, C = self.ssm.project(u)
+        u = convolve(self.ssm.conv1d, self.ssm.d_conv, x.unsqueeze(1), conv_state=cache.conv_state)
+        dt, A, B, C, dt_bias = self.ssm.project(u)
         y, state = selective_state_update(
             cache.ssm_state,
             u.squeeze(1),
@@ -124,7 +124,7 @@ class Mamba(nn.Module):
             C.squeeze(1),
             D=self.ssm.D,
             z=z,
-            dt_bias=self.ssm.dt_proj.bias,
+            dt_bias=dt_bias,
         )
         cache.ssm_state.copy_(state.detach())
         return self.out_proj(y)
