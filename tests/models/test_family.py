@@ -114,6 +114,15 @@ def test_s4nd_is_equal_along_both_axes():
     assert_close(other(x.mT), model(x), atol=1e-5, rtol=1e-4)
 
 
+def test_s4nd_works_on_the_grid_when_it_is_wrapped():
+    model = VisionMamba(**TINY, **PLAIN, mixer="s4nd").eval()
+    x = torch.randn(2, 1, 24, 16)
+    want = model(x)
+    for block in model.blocks:
+        block.mixer = torch.nn.Sequential(block.mixer)
+    assert_close(model(x), want)
+
+
 def test_s4_keeps_its_kernels_for_the_sequence_from_the_start():
     """Averaged weights are copied before the first step, and would average C of different meanings."""
     model = VisionMamba(**TINY, mixer="s4")

@@ -8,6 +8,8 @@ from timm.models import save_for_hf
 from torch.testing import assert_close
 
 from vim.models.vision_mamba import VisionMamba, checkpoint_filter_fn
+from vim.training.config import ModelConfig
+from vim.training.model import create_model
 
 SMALL = {"embed_dim": 16, "depth": 1, "num_classes": 3}
 # Grids of 4 x 4 and 8 x 2 patches; 2 x 8 and 4 x 4; 2 x 3 and 3 x 2; 4 x 4 and 2 x 3.
@@ -60,6 +62,12 @@ def by_file_in_place_of_a_folders(model, size, path):
     return timm.create_model(f"local-dir:{other}", pretrained=True, pretrained_cfg_overlay=overlay)
 
 
+def by_tool_in_place_of_a_folders(model, size, path):
+    other = folder_of(nano(size), path / "other")
+    torch.save(model.state_dict(), path / "weights.pth")
+    return create_model(ModelConfig(str(other), checkpoint=str(path / "weights.pth")), num_classes=3)
+
+
 def by_filter(model, size, path):
     other = nano(size)
     other.load_state_dict(checkpoint_filter_fn(dict(model.state_dict()), other))
@@ -68,7 +76,16 @@ def by_filter(model, size, path):
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(
-    "load", [by_folder, by_folder_without_grid, by_file, by_state_dict, by_file_in_place_of_a_folders, by_filter]
+    "load",
+    [
+        by_folder,
+        by_folder_without_grid,
+        by_file,
+        by_state_dict,
+        by_file_in_place_of_a_folders,
+        by_tool_in_place_of_a_folders,
+        by_filter,
+    ],
 )
 def test_a_table_of_another_grid_is_resampled(load, sizes, tmp_path):
     """Also where it has as many patches."""

@@ -67,6 +67,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = RMSNorm(dim, eps=1e-5, device=device, dtype=dtype)
         self.mixer = mixer
+        self.on_grid = isinstance(mixer, S4ND)  # also once it is wrapped
         self.order = order
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.grad_checkpointing = False
@@ -75,7 +76,7 @@ class Block(nn.Module):
         x = self.norm(x)
         if layout is None:
             return self.mixer(x)
-        if isinstance(self.mixer, S4ND):
+        if self.on_grid:
             return self.mixer(x.unflatten(1, layout.grid)).flatten(1, 2)
         order = layout.orders[self.order]
         return self.mixer(x) if order is None else self.mixer(x[:, order[0]])[:, order[1]]
