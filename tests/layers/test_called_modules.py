@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 from vim.layers import S4, S4D, S4ND, BiMamba, BiMamba2, GatedConv, Mamba, Mamba2, MambaBlock, RMSNorm
+from vim.layers.plain import is_plain
 from vim.models.vision_mamba import VisionMamba
 
 LAYERS = {
@@ -193,6 +195,30 @@ def test_a_replaced_linear_brings_its_bias(relative_error):
         assert relative_error(want, without) > 1e-3
         mixer.set_submodule(name, new)
         assert relative_error(mixer(x), want) < 1e-12
+
+
+def test_weights_of_a_tensor_class_of_their_own_are_not_handed_out():
+    """As torchao's and sharded ones are: kernels know plain memory alone."""
+    linear = nn.Linear(4, 4)
+    assert is_plain(linear)
+    weight = linear.weight.detach()
+    linear.weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+    assert not is_plain(linear)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYERS)
+def test_called_modules_on_a_gpu(name, relative_error):
+    torch.manual_seed(0)
+    layer, x = LAYERS[name]().cuda(), torch.randn(SHAPES.get(name, (2, 9, 16)), device="cuda")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        found = []
+        for _ in range(2):
+            y = layer(x)
+            found.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+            hooked(layer)
+    for got, want in zip(*found, strict=True):
+        assert relative_error(got, want) < 1e-4
 
 
 # Caches and packed sequences
