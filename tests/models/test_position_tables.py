@@ -195,15 +195,18 @@ def test_an_official_square_is_no_rectangle_of_as_many_patches(golden):
         ("middle", "both", "has cls_token, the model class_token='both'; create it with 'middle' or 'first'"),
         ("middle", "registers", "has cls_token, the model class_token='registers'"),
         ("none", "middle", "has no class token, the model class_token='middle'; create it with 'none'"),
+        ("half", "none", "has cls_token_head, the model class_token='none'; create it with the one of the checkpoint"),
     ],
 )
 def test_official_class_tokens_that_the_model_does_not_have_are_refused(file, class_token, message, golden):
-    name, options = OFFICIAL["middle" if file == "none" else file]
+    name, options = OFFICIAL[{"none": "middle", "half": "both"}.get(file, file)]
     weights = golden(name, "state_dict.")
+    if file == "half":
+        del weights["cls_token_tail"]
     if file == "none":
         weights["pos_embed"] = weights["pos_embed"][:, 1:]
         del weights["cls_token"]
-    model = VisionMamba(**options, class_token=class_token)
+    model = VisionMamba(**options, class_token=class_token, global_pool="avg")
     with pytest.raises(ValueError, match=message):
         model.load_state_dict(weights, strict=False)
     with pytest.raises(ValueError, match=message):

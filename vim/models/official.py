@@ -53,7 +53,8 @@ def to_native(state_dict: dict[str, Tensor], class_token: str = "middle") -> dic
     out = {native_name(key): value for key, value in state_dict.items()}
     tokens = [name for name in ("cls_token", "cls_token_head", "cls_token_tail") if name in out]
     fitting = _CLASS_TOKENS.get(tuple(tokens), ())
-    if class_token not in (*fitting, "none") and (tokens or "pos_embed" in out):
+    anything = class_token == "none" and fitting
+    if not anything and class_token not in fitting and (tokens or "pos_embed" in out):
         raise ValueError(
             f"the checkpoint has {' and '.join(tokens) or 'no class token'}, the model class_token={class_token!r}; "
             f"create it with {' or '.join(map(repr, fitting)) or 'the one of the checkpoint'}"
