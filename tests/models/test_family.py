@@ -31,6 +31,7 @@ def transposed(model, **changes):
     prefix = model.num_prefix_tokens
     table = weights["pos_embed"][:, prefix:].unflatten(1, model.patch_embed.grid_size).transpose(1, 2).flatten(1, 2)
     weights["pos_embed"] = torch.cat((weights["pos_embed"][:, :prefix], table), 1)
+    weights["pos_embed_grid"] = weights["pos_embed_grid"].flip(0)
     weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].mT.contiguous()
     other.load_state_dict(weights)
     return other
@@ -111,6 +112,15 @@ def test_s4nd_is_equal_along_both_axes():
         block.mixer.kernel = block.mixer.kernel[::-1]
     x = torch.randn(2, 1, 24, 16)
     assert_close(other(x.mT), model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_s4nd_works_on_the_grid_when_it_is_wrapped():
+    model = VisionMamba(**TINY, **PLAIN, mixer="s4nd").eval()
+    x = torch.randn(2, 1, 24, 16)
+    want = model(x)
+    for block in model.blocks:
+        block.mixer = torch.nn.Sequential(block.mixer)
+    assert_close(model(x), want)
 
 
 def test_s4_keeps_its_kernels_for_the_sequence_from_the_start():
@@ -230,8 +240,26 @@ def test_registers_through_a_neck():
         ({"mixer": "s4nd", "scan_order": "column"} | PLAIN, "scan_order 'raster', got 'none' and 'column'"),
         ({"scan_order": "hilbert"}, "scan_order must be one of .*'cross'.*, got 'hilbert'"),
         ({"class_token": "registers", "num_registers": 0}, "num_registers must be at least 1, got 0"),
+        ({"class_token": "registers", "register_dim": 0}, "register_dim must be at least 1, got 0"),
+        *(
+            (PLAIN | {"mixer": mixer, option: 4}, f"mixer '{mixer}' has no {option}, got 4; leave it out")
+            for mixer, options in {
+                **dict.fromkeys(("s4d", "s4", "s4nd"), ("d_conv", "expand")),
+                "none": ("d_state",),
+            }.items()
+            for option in options
+        ),
+        ({"num_registers": 3}, "num_registers is of class_token 'registers' alone, got 3 with 'middle'"),
+        ({"register_dim": 8} | PLAIN, "register_dim is of class_token 'registers' alone, got 8 with 'none'"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         VisionMamba(**TINY, **options)
+
+
+def test_a_variant_of_registers_without_them():
+    model = timm.create_model("vim_small_registers", depth=1, class_token="none", global_pool="avg", device="meta")
+    assert model.num_prefix_tokens == 0
+    with pytest.raises(ValueError, match="register_dim is of class_token 'registers' alone, got 96 with 'none'"):
+        timm.create_model("vim_small_registers", class_token="none", global_pool="avg", register_dim=96)

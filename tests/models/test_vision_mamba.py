@@ -18,14 +18,18 @@ from vim.training.config import ModelConfig
 from vim.training.model import create_model
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
+MIDDLE = {"img_size": 64, "embed_dim": 48, "num_classes": 10}
+OTHERS = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_classes": 8}
 GOLDEN = {
-    "g1_midcls_p16_img64": {"depth": 3},
-    "g2_midcls_p16_stride8_img64": {"depth": 2, "patch_stride": 8},
+    "g1_midcls_p16_img64": MIDDLE | {"depth": 3},
+    "g2_midcls_p16_stride8_img64": MIDDLE | {"depth": 2, "patch_stride": 8},
+    "g9_vim_firstcls_img48": OTHERS | {"img_size": 48, "class_token": "first"},
+    "g9_vim_doublecls_img40": OTHERS | {"img_size": 40, "class_token": "both"},
 }
 
 
 def golden_model(golden, name: str, device: str = "cpu") -> VisionMamba:
-    model = VisionMamba(img_size=64, embed_dim=48, num_classes=10, **GOLDEN[name], device=device).eval()
+    model = VisionMamba(**GOLDEN[name], device=device).eval()
     model.load_state_dict(golden(name, "state_dict."))  # official names: the hook translates
     return model
 
@@ -41,10 +45,11 @@ def test_golden_model(name, golden, relative_error, mixer_backend):
     assert (model.forward_head(features, pre_logits=True) - t["pooled"]).abs().max() < 2e-5 * limit
 
     def in_sequence(patches, cls):
-        middle = patches.shape[1] // 2
-        return torch.cat([patches[:, :middle], cls, patches[:, middle:]], 1)
+        start = {"middle": patches.shape[1] // 2}.get(model.class_token, 0)
+        return torch.cat([patches[:, :start], cls[:, :1], patches[:, start:], cls[:, 1:]], 1)
 
-    assert (in_sequence(features[:, 1:], features[:, :1]) - t["features_f64"]).abs().max() < 5e-5 * limit
+    prefix = model.num_prefix_tokens
+    assert (in_sequence(features[:, prefix:], features[:, :prefix]) - t["features_f64"]).abs().max() < 5e-5 * limit
     # The official residual after block i holds the mixer outputs of the blocks before it.
     for i, block in enumerate(blocks[:-1]):
         assert (in_sequence(*block) - t[f"block{i + 1}.residual"]).abs().max() < 5e-5 * limit
@@ -52,9 +57,9 @@ def test_golden_model(name, golden, relative_error, mixer_backend):
     (logits * t["loss_weight"]).sum().backward()
     want = golden(name, "grad.")
     assert relative_error(x.grad, want.pop("input")) < 1e-4 * limit
-    want = official.to_native(want)
+    want = official.to_native(want, model.class_token)
     for key, p in model.named_parameters():
-        assert relative_error(p.grad, want[key]) < 1e-4 * limit, key
+        assert relative_error(p.grad, want[key]) < 1e-4 * limit, key  # where it is exactly 0, ours must be
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -306,6 +311,12 @@ def test_set_patch_size():
     assert model.patch_embed.grid_size == (8, 8)
     assert model.feature_info[0]["reduction"] == 8
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    model.patch_embed.proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"patch_size cannot change where something hangs on patch_embed\.proj"):
+        model.set_input_size(patch_size=16)
+    with pytest.raises(ValueError, match=r"img_size \(4, 4\) must be at least the patch_size \(8, 8\)"):
+        model.set_input_size(4)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000), "a size that is refused changes nothing"
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,11 @@ class BiMamba(nn.Module):
     def scan_inputs(self, x: Tensor, seq_idx: Tensor | None = None) -> dict[str, Any]:
         """Arguments of `bidirectional_selective_scan` for a sequence (B, L, d_model); seq_idx as in `forward`."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u_f, u_b = convolve_both((self.forward_ssm.conv1d, self.backward_ssm.conv1d), x, seq_idx=seq_idx)
-        dt_f, A_f, B_f, C_f = self.forward_ssm.project(u_f)
-        dt_b, A_b, B_b, C_b = self.backward_ssm.project(u_b)
+        u_f, u_b = convolve_both(
+            (self.forward_ssm.conv1d, self.backward_ssm.conv1d), self.forward_ssm.d_conv, x, seq_idx=seq_idx
+        )
+        dt_f, A_f, B_f, C_f, bias_f = self.forward_ssm.project(u_f)
+        dt_b, A_b, B_b, C_b, bias_b = self.backward_ssm.project(u_b)
         return {
             "u": (u_f, u_b),
             "dt": (dt_f, dt_b),
@@ -71,6 +73,6 @@ class BiMamba(nn.Module):
             "C": (C_f, C_b),
             "D": (self.forward_ssm.D, self.backward_ssm.D),
             "z": z,
-            "dt_bias": (self.forward_ssm.dt_proj.bias, self.backward_ssm.dt_proj.bias),
+            "dt_bias": (bias_f, bias_b),
             "seq_idx": seq_idx,
         }

@@ -19,6 +19,7 @@ class GatedConv(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         d_inner = expand * d_model
+        self.d_conv = d_conv
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False, **dd)
         self.forward_conv = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, **dd)
         self.backward_conv = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, **dd)
@@ -26,5 +27,5 @@ class GatedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        forward, backward = convolve_both((self.forward_conv, self.backward_conv), x)
+        forward, backward = convolve_both((self.forward_conv, self.backward_conv), self.d_conv, x)
         return self.out_proj(0.5 * (forward + backward) * nn.functional.silu(z))

@@ -63,10 +63,9 @@ class Mamba(nn.Module):
 
     def allocate_cache(self, batch_size: int) -> MambaCache:
         """A cache that has seen nothing, on the layer's device; the convolution's part in the weights' dtype."""
-        d_inner, _, d_conv = self.ssm.conv1d.weight.shape
+        ssm = self.ssm
         return MambaCache(
-            self.ssm.conv1d.weight.new_zeros(batch_size, d_conv - 1, d_inner),
-            self.ssm.A_log.new_zeros(batch_size, d_inner, self.ssm.d_state, dtype=torch.float32),
+            ssm.conv_state(batch_size), ssm.A_log.new_zeros(batch_size, *ssm.A_log.shape, dtype=torch.float32)
         )
 
     def forward(
@@ -109,15 +108,16 @@ class Mamba(nn.Module):
         if lengths is not None:
             padding = (torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(-1)).unsqueeze(-1)
             x = x.masked_fill(padding, 0)
-        if lengths is not None and cache is not None:
-            window = torch.cat((cache.conv_state, x.detach()), 1)
-        u = convolve(ssm.conv1d, x, conv_state=None if cache is None else cache.conv_state, seq_idx=seq_idx)
-        dt, A, B, C = ssm.project(u)
+        conv_state = None if cache is None else cache.conv_state
+        if lengths is not None and conv_state is not None:
+            window = torch.cat((conv_state, x.detach()), 1)
+        u = convolve(ssm.conv1d, ssm.d_conv, x, conv_state=conv_state, seq_idx=seq_idx)
+        dt, A, B, C, dt_bias = ssm.project(u)
         if lengths is not None:
             dt = dt.masked_fill(padding, NO_STEP)
-        if lengths is not None and cache is not None:
-            taps = lengths.unsqueeze(-1) + torch.arange(cache.conv_state.shape[1], device=x.device)
-            cache.conv_state.copy_(window.take_along_dim(taps.unsqueeze(-1), 1))
+        if lengths is not None and conv_state is not None:
+            taps = lengths.unsqueeze(-1) + torch.arange(conv_state.shape[1], device=x.device)
+            conv_state.copy_(window.take_along_dim(taps.unsqueeze(-1), 1))
         y = selective_scan(
             u,
             dt,
@@ -126,7 +126,7 @@ class Mamba(nn.Module):
             C,
             D=ssm.D,
             z=z,
-            dt_bias=ssm.dt_proj.bias,
+            dt_bias=dt_bias,
             initial_state=None if cache is None else cache.ssm_state,
             return_last_state=cache is not None,
             seq_idx=seq_idx,
@@ -139,8 +139,8 @@ class Mamba(nn.Module):
     def step(self, x: Tensor, cache: MambaCache) -> Tensor:
         """One step, x: (batch, d_model) -> (batch, d_model). The cache is updated in place."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = convolve(self.ssm.conv1d, x.unsqueeze(1), conv_state=cache.conv_state)
-        dt, A, B, C = self.ssm.project(u)
+        u = convolve(self.ssm.conv1d, self.ssm.d_conv, x.unsqueeze(1), conv_state=cache.conv_state)
+        dt, A, B, C, dt_bias = self.ssm.project(u)
         y, state = selective_state_update(
             cache.ssm_state,
             u.squeeze(1),
@@ -150,7 +150,7 @@ class Mamba(nn.Module):
             C.squeeze(1),
             D=self.ssm.D,
             z=z,
-            dt_bias=self.ssm.dt_proj.bias,
+            dt_bias=dt_bias,
         )
         cache.ssm_state.copy_(state.detach())
         return self.out_proj(y)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vim_kernels import selective_state_update, ssd
 
 from .norm import GatedRMSNorm
+from .plain import is_plain
 from .selective_ssm import negative_exp, start_steps
 from .short_conv import convolve, convolve_both
 
@@ -30,6 +31,7 @@ class HeadSSM(nn.Module):
     def __init__(self, d_conv_channels: int, heads: int, d_conv: int, *, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.d_conv = d_conv
         self.conv1d = nn.Conv1d(d_conv_channels, d_conv_channels, d_conv, groups=d_conv_channels, **dd)
         self.A_log = nn.Parameter(torch.empty(heads, **dd))
         self.D = nn.Parameter(torch.empty(heads, **dd))
@@ -73,7 +75,11 @@ class Projections(nn.Module):
 
     def project_in(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (..., d_inner), the convolution's input [x, B, C] (..., d_conv_channels) and dt (..., heads)."""
-        z, xBC, dt = _project(x, self.in_proj.weight, [self.d_inner, self.d_conv_channels, self.heads])
+        sizes = [self.d_inner, self.d_conv_channels, self.heads]
+        if is_plain(self.in_proj, bias=False):
+            z, xBC, dt = _project(x, self.in_proj.weight, sizes)
+        else:
+            z, xBC, dt = self.in_proj(x).split(sizes, dim=-1)
         return z, xBC, dt
 
     def by_head(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,16 +143,17 @@ class Mamba2(Projections):
 
     def allocate_cache(self, batch_size: int) -> Mamba2Cache:
         """A cache that has seen nothing, on the layer's device; the convolution's part in the weights' dtype."""
-        weight, A_log = self.ssm.conv1d.weight, self.ssm.A_log
+        A_log, weight = self.ssm.A_log, next(self.ssm.conv1d.parameters(), self.ssm.D)
         return Mamba2Cache(
-            weight.new_zeros(batch_size, weight.shape[2] - 1, self.d_conv_channels),
+            weight.new_zeros(batch_size, self.ssm.d_conv - 1, self.d_conv_channels),
             A_log.new_zeros(batch_size, self.heads, self.head_dim, self.d_state, dtype=torch.float32),
         )
 
     def forward(self, x: Tensor, cache: Mamba2Cache | None = None) -> Tensor:
         """x: (batch, length, d_model). cache: read, and updated in place."""
         z, xBC, dt = self.project_in(x)
-        u, B, C = self.by_head(convolve(self.ssm.conv1d, xBC, conv_state=None if cache is None else cache.conv_state))
+        conv_state = None if cache is None else cache.conv_state
+        u, B, C = self.by_head(convolve(self.ssm.conv1d, self.ssm.d_conv, xBC, conv_state=conv_state))
         y = ssd(
             u,
             dt,
@@ -164,7 +171,8 @@ class Mamba2(Projections):
     def step(self, x: Tensor, cache: Mamba2Cache) -> Tensor:
         """One step, x: (batch, d_model) -> (batch, d_model). The cache is updated in place."""
         z, xBC, dt = self.project_in(x)
-        u, B, C = self.by_head(convolve(self.ssm.conv1d, xBC.unsqueeze(1), conv_state=cache.conv_state).squeeze(1))
+        xBC = convolve(self.ssm.conv1d, self.ssm.d_conv, xBC.unsqueeze(1), conv_state=cache.conv_state).squeeze(1)
+        u, B, C = self.by_head(xBC)
         # A step of the selective recurrence, where each channel has its head's numbers.
         per_channel: dict[str, Any] = {name: self._repeat(t) for name, t in self.ssm.arguments().items()}
         per_channel["A"] = per_channel["A"].unsqueeze(1).expand(-1, self.d_state)
@@ -209,7 +217,7 @@ class BiMamba2(Projections):
 
     def forward(self, x: Tensor) -> Tensor:
         z, xBC, dt = self.project_in(x)
-        xBC_f, xBC_b = convolve_both((self.forward_ssm.conv1d, self.backward_ssm.conv1d), xBC)
+        xBC_f, xBC_b = convolve_both((self.forward_ssm.conv1d, self.backward_ssm.conv1d), self.forward_ssm.d_conv, xBC)
         u_f, B_f, C_f = self.by_head(xBC_f)
         u_b, B_b, C_b = self.by_head(xBC_b)
         y_f = ssd(u_f, dt, B=B_f, C=C_f, **self.forward_ssm.arguments())

@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from vim_kernels import MambaBlockWeights, mamba_block_step
 
 from .mamba import Mamba, MambaCache
 from .norm import RMSNorm
+from .plain import is_plain
 
 
 class MambaBlock(nn.Module):
@@ -45,12 +45,12 @@ class MambaBlock(nn.Module):
         """x: (batch, length, d_model). cache, mask, seq_idx: see `Mamba.forward`."""
         return x + self.mixer(self.norm(x), cache, mask, seq_idx)
 
+    @torch.no_grad()
     def step(self, x: Tensor, cache: MambaCache) -> Tensor:
         """One step, x: (batch, d_model) -> (batch, d_model), without gradients. The cache is updated in place."""
+        if not self._is_plain():
+            return x + self.mixer.step(self.norm(x), cache)
         mixer, ssm = self.mixer, self.mixer.ssm
-        if not all(map(is_plain, (self.norm, mixer.in_proj, mixer.out_proj, ssm.conv1d, ssm.x_proj, ssm.dt_proj))):
-            with torch.no_grad():
-                return x + mixer.step(self.norm(x), cache)
         weights = MambaBlockWeights(
             norm=self.norm.weight,
             in_proj=mixer.in_proj.weight,
@@ -66,11 +66,11 @@ class MambaBlock(nn.Module):
         assert self.norm.eps is not None
         return mamba_block_step(x, cache.conv_state, cache.ssm_state, weights, eps=self.norm.eps)
 
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a layer is its weights: not replaced by an adapter, parametrised, quantised, nor with hooks."""
-    return (
-        type(module) in (nn.Linear, nn.Conv1d, RMSNorm)
-        and "forward" not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
-    )
+    def _is_plain(self) -> bool:
+        if type(self.mixer) is not Mamba:
+            return False
+        mixer, ssm = self.mixer, self.mixer.ssm
+        without_bias, with_bias = (self.norm, mixer.in_proj, ssm.x_proj, mixer.out_proj), (ssm.conv1d, ssm.dt_proj)
+        return all(is_plain(module, bias=False) for module in without_bias) and all(
+            is_plain(module, bias=True) for module in with_bias
+        )

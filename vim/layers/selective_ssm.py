@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .plain import is_plain
 from .precision import at_least_fp32
 
 # FX keeps these calls as leaves; inside, they branch on shapes and dtypes.
@@ -41,9 +42,9 @@ class SelectiveSSM(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.d_state, self.dt_rank = d_state, dt_rank
+        self.d_state, self.d_conv, self.dt_rank = d_state, d_conv, dt_rank
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
-        # A Conv1d and Linears hold the weights, for their names; the kernels read them channel-last.
+        # A Conv1d and Linears hold the weights; the kernels read them channel-last where nothing else hangs on them.
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, **dd)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False, **dd)
         self.dt_proj = nn.Linear(dt_rank, d_inner, **dd)
@@ -62,14 +63,26 @@ class SelectiveSSM(nn.Module):
         self.A_log.copy_(n.log().expand_as(self.A_log))
         self.D.fill_(1)
 
-    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the scan takes besides u (B, L, E).
 
-        Returns: dt (B, L, E) without its bias, A (E, N), B and C (B, L, N).
+        Returns: dt (B, L, E), A (E, N), B and C (B, L, N), and the bias (E,) that is still to be added to dt.
         """
-        # The bias of dt joins in the scan, in fp32: bf16 would round away differences between small steps.
-        dt, B, C = project_by(self.x_proj.weight, self.dt_proj.weight, u)
-        return dt, negative_exp(self.A_log), B, C
+        A = negative_exp(self.A_log)
+        # The bias of dt joins in the scan, in fp32: bf16 would round away differences between small steps. A module
+        # that must be called adds its own.
+        plain = is_plain(self.dt_proj, bias=True)
+        bias = self.dt_proj.bias if plain else torch.zeros_like(self.D)
+        if plain and is_plain(self.x_proj, bias=False):
+            dt, B, C = project_by(self.x_proj.weight, self.dt_proj.weight, u)
+            return dt, A, B, C, bias
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return F.linear(dt, self.dt_proj.weight) if plain else self.dt_proj(dt), A, B, C, bias
+
+    def conv_state(self, batch_size: int) -> Tensor:
+        """Of a convolution that has seen nothing, (batch, d_conv - 1, E), in the dtype of its weights."""
+        like = next(self.conv1d.parameters(), self.D)
+        return like.new_zeros(batch_size, self.d_conv - 1, self.D.shape[0])
 
 
 def project_by(x_proj: Tensor, dt_proj: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

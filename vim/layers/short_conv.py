@@ -1,23 +1,35 @@
-"""The short causal convolution in front of a scan, with the weights of a depthwise Conv1d, followed by silu."""
+"""The short causal convolution in front of a scan, with the weights of a depthwise Conv1d, followed by silu.
 
-from collections.abc import Sequence
+The kernels read a plain Conv1d's weights; another module is called, on a sequence with d_conv - 1 steps in front of it.
+"""
+
+from typing import TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vim_kernels import bidirectional_causal_conv1d, causal_conv1d
+from vim_kernels.packing import segments_of
+
+from .plain import is_plain
 
 # FX keeps these calls as leaves; inside, they branch on shapes.
 torch.fx.wrap("bidirectional_causal_conv1d")
 torch.fx.wrap("causal_conv1d")
 
 
-def convolve(conv: nn.Conv1d, x: Tensor, *, conv_state: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
+def convolve(
+    conv: nn.Module, d_conv: int, x: Tensor, *, conv_state: Tensor | None = None, seq_idx: Tensor | None = None
+) -> Tensor:
     """(B, L, E) -> the same shape, in the forward direction.
 
+    conv, d_conv: a depthwise Conv1d without padding, or what stands in its place, and its taps.
     conv_state: (B, d_conv - 1, E), the steps in front of x; updated in place to the last steps of x.
     seq_idx: (B, L), which of several sequences packed into a row a step belongs to.
     """
+    if not _is_plain(conv):
+        return _call(conv, d_conv, x, conv_state, seq_idx)
     u = causal_conv1d(
         x,
         conv.weight.squeeze(1),
@@ -34,13 +46,40 @@ def convolve(conv: nn.Conv1d, x: Tensor, *, conv_state: Tensor | None = None, se
 
 
 def convolve_both(
-    convolutions: Sequence[nn.Conv1d], x: Tensor, *, seq_idx: Tensor | None = None
+    convolutions: tuple[nn.Module, nn.Module], d_conv: int, x: Tensor, *, seq_idx: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(B, L, E) -> the same shape twice, by the first in the forward direction and by the second in the other."""
-    return bidirectional_causal_conv1d(
-        x,
-        [conv.weight.squeeze(1) for conv in convolutions],
-        [conv.bias for conv in convolutions if conv.bias is not None],
-        activation="silu",
-        seq_idx=seq_idx,
-    )
+    forward, reverse = convolutions
+    if _is_plain(forward) and _is_plain(reverse):
+        return bidirectional_causal_conv1d(
+            x,
+            [forward.weight.squeeze(1), reverse.weight.squeeze(1)],
+            [bias for bias in (forward.bias, reverse.bias) if bias is not None],
+            activation="silu",
+            seq_idx=seq_idx,
+        )
+    flipped = None if seq_idx is None else seq_idx.flip(1)
+    y = convolve(reverse, d_conv, x.flip(1), seq_idx=flipped).flip(1)
+    return convolve(forward, d_conv, x, seq_idx=seq_idx), y
+
+
+def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv1d]:
+    return is_plain(conv) and (conv.stride, conv.padding, conv.dilation) == ((1,), (0,), (1,))
+
+
+def _call(conv: nn.Module, d_conv: int, x: Tensor, conv_state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    """`convolve` by a call of the module."""
+    past = d_conv - 1
+    whole = F.pad(x, (0, 0, past, 0)) if conv_state is None else torch.cat((conv_state.to(x.dtype), x), 1)
+    segments = segments_of(seq_idx)
+    if segments is None:
+        y, last = conv(whole.mT).mT, whole[:, x.shape[1] :]
+    else:  # each step by itself, with what its sequence has in front of it; what is in front of all is of the first
+        segments = torch.cat((segments[:, :1].expand(-1, past), segments), 1)
+        same = segments.unfold(1, d_conv, 1) == segments[:, past:, None]  # (B, L, d_conv)
+        windows = whole.unfold(1, d_conv, 1).masked_fill(~same.unsqueeze(2), 0)  # (B, L, E, d_conv)
+        y = conv(windows.flatten(0, 1)).view(x.shape)
+        last = whole[:, x.shape[1] :].masked_fill((segments[:, x.shape[1] :] != segments[:, -1:]).unsqueeze(-1), 0)
+    if conv_state is not None:
+        conv_state.copy_(last.detach())
+    return F.silu(y).contiguous()

@@ -16,9 +16,21 @@ for _layer in (S4, S4D, S4ND):
 
 Mixer = Literal["bimamba", "mamba", "bimamba2", "mamba2", "s4d", "s4", "s4nd", "none"]
 
+# Options and their values where none are given, and the mixers that have not all of them.
+DEFAULTS = {"d_state": 16, "d_conv": 4, "expand": 2}
+LACKS = {"s4d": ("d_conv", "expand"), "s4": ("d_conv", "expand"), "s4nd": ("d_conv", "expand"), "none": ("d_state",)}
+
 
 def create_mixer(
-    name: Mixer, dim: int, tokens: int, *, d_state: int, d_conv: int, expand: int, device=None, dtype=None
+    name: Mixer,
+    dim: int,
+    tokens: int,
+    *,
+    d_state: int | None = None,
+    d_conv: int | None = None,
+    expand: int | None = None,
+    device=None,
+    dtype=None,
 ) -> nn.Module:
     """A module (batch, tokens, dim) -> the same shape; S4ND's is (batch, height, width, dim) -> the same shape.
 
@@ -27,11 +39,17 @@ def create_mixer(
             directions and in one. s4d, s4: time-invariant, both directions. s4nd: both directions along each axis of
             the image. none: no state space, convolutions alone.
         dim: channels. tokens: in a sequence of the usual length.
-        d_state: states of a channel. d_conv, expand: of the Mambas and of none.
+        d_state: states of a channel, 16 if None; "none" has no such option. d_conv, expand: taps of the convolution and
+            d_inner / dim, 4 and 2 if None; of the Mambas and of "none" alone.
 
-    Raises: ValueError for another name.
+    Raises: ValueError for another name, or an option that the mixer does not have.
     """
     dd = {"device": device, "dtype": dtype}
+    given = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+    for option in LACKS.get(name, ()):
+        if given[option] is not None:
+            raise ValueError(f"mixer {name!r} has no {option}, got {given[option]}; leave it out")
+    d_state, d_conv, expand = (DEFAULTS[option] if value is None else value for option, value in given.items())
     head_dim = math.gcd(expand * dim, 64)  # the authors' 64, or the largest power of two below that divides d_inner
     makers: dict[str, Callable[[], nn.Module]] = {
         "bimamba": lambda: BiMamba(dim, d_state, d_conv, expand, **dd),

@@ -19,6 +19,13 @@ _NAMES = [
     (r"norm_f\.(.*)", r"norm.\1"),
 ]
 
+# Class tokens of the authors' files, and the class_token of models that have them.
+_CLASS_TOKENS = {
+    (): ("none",),
+    ("cls_token",): ("middle", "first"),
+    ("cls_token_head", "cls_token_tail"): ("both",),
+}
+
 
 def is_official(state_dict: dict[str, Tensor]) -> bool:
     # By name: the tensors have the same shapes in both layouts.
@@ -33,14 +40,32 @@ def native_name(key: str) -> str:
     return key
 
 
-def to_native(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An official state dict under our names, with the class entry of the position table moved from the middle to the
-    front, where timm expects it. The order of the keys does not matter."""
+def to_native(state_dict: dict[str, Tensor], class_token: str = "middle") -> dict[str, Tensor]:
+    """An official state dict under our names, with the class entries of the position table, which is in the order of
+    the sequence, moved to the front, where timm expects them. The order of the keys does not matter.
+
+    Args:
+        class_token: where the model has its class tokens, see VisionMamba. The middle and the beginning have the same
+            names and shapes. A model of "none" takes any file; one class token is then in the middle.
+
+    Raises: ValueError for a file whose class tokens stand elsewhere.
+    """
     out = {native_name(key): value for key, value in state_dict.items()}
+    tokens = [name for name in ("cls_token", "cls_token_head", "cls_token_tail") if name in out]
+    fitting = _CLASS_TOKENS.get(tuple(tokens), ())
+    anything = class_token == "none" and fitting
+    if not anything and class_token not in fitting and (tokens or "pos_embed" in out):
+        raise ValueError(
+            f"the checkpoint has {' and '.join(tokens) or 'no class token'}, the model class_token={class_token!r}; "
+            f"create it with {' or '.join(map(repr, fitting)) or 'the one of the checkpoint'}"
+        )
+    if tokens:
+        out["cls_token"] = torch.cat([out.pop(name) for name in tokens], 1)
     if "pos_embed" in out:
         table = out["pos_embed"]
-        middle = (table.shape[1] - 1) // 2
-        out["pos_embed"] = torch.cat([table[:, middle : middle + 1], table[:, :middle], table[:, middle + 1 :]], 1)
+        last = table.shape[1] - 1
+        places = {0: [], 1: [0 if class_token == "first" else last // 2], 2: [0, last]}[len(tokens)]
+        out["pos_embed"] = table[:, places + [i for i in range(last + 1) if i not in places]]
     return out
 
 

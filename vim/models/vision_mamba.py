@@ -9,16 +9,13 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
-    _assert,
     get_device_dtype,
     global_pool_nlc,
     lecun_normal_,
     resample_abs_pos_embed,
-    resample_patch_embed,
     to_2tuple,
     trunc_normal_,
 )
@@ -34,6 +31,8 @@ from vim.layers import S4ND, RMSNorm, recompute_all_but_scans
 
 from . import official
 from .mixers import Mixer, create_mixer
+from .patch_embed import PatchEmbed, Size
+from .position_table import GRID, check_table, fit_table, patches_of
 from .scan_order import SCAN_ORDERS, ScanOrder, order_of_block, token_order
 
 try:
@@ -42,92 +41,8 @@ try:
 except ImportError:
     _update_model_input_size = None  # type: ignore[assignment]
 
-Size = int | tuple[int, int]
 GLOBAL_POOLS = ("", "token", "avg", "max", "avgmax")
 CLASS_TOKENS = ("middle", "first", "both", "registers", "none")
-
-
-class PatchEmbed(nn.Module):
-    """Image (B, in_chans, H, W) -> patches (B, P, D), row by row; patches may overlap.
-
-    The grid is ((H - patch) // stride + 1) x ((W - patch) // stride + 1): pixels that fill no patch are left out.
-    """
-
-    def __init__(
-        self,
-        img_size: Size,
-        patch_size: Size,
-        patch_stride: Size | None,
-        in_chans: int,
-        embed_dim: int,
-        *,
-        strict_img_size: bool = True,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        self.img_size = to_2tuple(img_size)
-        self.patch_size = to_2tuple(patch_size)
-        self.patch_stride = to_2tuple(patch_size if patch_stride is None else patch_stride)
-        self.strict_img_size = strict_img_size
-        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
-        self._check()
-
-    def _check(self) -> None:
-        if min(self.patch_size) < 1 or min(self.patch_stride) < 1:
-            sizes = f"{self.patch_size} and {self.patch_stride}"
-            raise ValueError(f"patch_size and patch_stride must be positive, got {sizes}")
-        if any(i < p for i, p in zip(self.img_size, self.patch_size, strict=True)):
-            raise ValueError(f"img_size {self.img_size} must be at least the patch_size {self.patch_size}")
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        return self.dynamic_feat_size(self.img_size)
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
-
-    def feat_ratio(self) -> int:
-        """Pixels between neighbouring tokens."""
-        return max(self.patch_stride)
-
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """The grid of an image of `img_size`."""
-        (h, w), (p_h, p_w), (s_h, s_w) = img_size, self.patch_size, self.patch_stride
-        return (h - p_h) // s_h + 1, (w - p_w) // s_w + 1
-
-    @torch.no_grad()
-    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
-        """Change the image size, or resample the filters to another patch size; the stride follows a plain patch's."""
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            old, plain = self.proj, self.patch_stride == self.patch_size
-            self.patch_size = to_2tuple(patch_size)
-            self.patch_stride = self.patch_size if plain else self.patch_stride
-            dd = get_device_dtype(self)
-            proj = nn.Conv2d(old.in_channels, old.out_channels, self.patch_size, self.patch_stride, **dd)
-            weight = resample_patch_embed(old.weight, list(self.patch_size))
-            proj.load_state_dict({"weight": weight, "bias": old.bias})
-            for name, parameter in proj.named_parameters():
-                parameter.requires_grad_(getattr(old, name).requires_grad)
-            self.proj = proj.train(old.training)
-        if img_size is not None:
-            self.img_size = to_2tuple(img_size)
-        self._check()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.strict_img_size:
-            h, w = self.img_size
-            _assert(x.shape[-2] == h, f"input height must be img_size's {h}, got {x.shape[-2]}; see set_input_size")
-            _assert(x.shape[-1] == w, f"input width must be img_size's {w}, got {x.shape[-1]}; see set_input_size")
-        if self.patch_stride != self.patch_size:
-            return self.proj(x).flatten(2).transpose(1, 2)
-        # Patches that do not overlap are a matrix product; as a convolution in low precision cuDNN takes ten times as
-        # long, without tensor cores.
-        (p_h, p_w), (rows, columns) = self.patch_size, self.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        x = x[..., : rows * p_h, : columns * p_w].unflatten(3, (columns, p_w)).unflatten(2, (rows, p_h))
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Layout(NamedTuple):
@@ -152,6 +67,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = RMSNorm(dim, eps=1e-5, device=device, dtype=dtype)
         self.mixer = mixer
+        self.on_grid = isinstance(mixer, S4ND)  # also once it is wrapped
         self.order = order
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.grad_checkpointing = False
@@ -160,7 +76,7 @@ class Block(nn.Module):
         x = self.norm(x)
         if layout is None:
             return self.mixer(x)
-        if isinstance(self.mixer, S4ND):
+        if self.on_grid:
             return self.mixer(x.unflatten(1, layout.grid)).flatten(1, 2)
         order = layout.orders[self.order]
         return self.mixer(x) if order is None else self.mixer(x[:, order[0]])[:, order[1]]
@@ -180,7 +96,8 @@ class VisionMamba(nn.Module):
             with `dynamic_img_size`.
         patch_size: edge of a patch in pixels. patch_stride: pixels between patches, patch_size if None.
         in_chans: image channels. num_classes: classes of the head; 0 for no head.
-        embed_dim, depth: width and number of blocks. d_state, d_conv, expand: see `BiMamba`.
+        embed_dim, depth: width and number of blocks.
+        d_state, d_conv, expand: 16, 4 and 2 if None, see `BiMamba`; only for mixers that have them.
         mixer: what mixes the tokens, see `create_mixer`; "bimamba" is Vim's. "s4nd" works on the grid of the patches,
             and takes no class token.
         scan_order: how patches become a sequence, see `patch_order`; "raster" is Vim's. "cross" goes along rows and
@@ -188,8 +105,8 @@ class VisionMamba(nn.Module):
         class_token: where class tokens stand in the sequence: "middle" (the paper's), "first", "both" (one at each
             end, averaged by token pooling), "registers" (spread evenly, one behind the other by token pooling), or
             "none".
-        num_registers: of class_token "registers". register_dim: channels that each of them is projected to for the
-            head; None for all of them.
+        num_registers: of class_token "registers" alone, 12 if None. register_dim: channels that each of them is
+            projected to for the head; None for all of them.
         global_pool: "token", "avg", "max" or "avgmax" over the patches, or "" for none.
         dynamic_img_size: take images of any size, resampling the position table at every call.
         drop_rate: dropout before the head. drop_path_rate: stochastic depth of the last block, rising linearly from 0.
@@ -210,13 +127,13 @@ class VisionMamba(nn.Module):
         num_classes: int = 1000,
         embed_dim: int = 192,
         depth: int = 24,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: int = 2,
+        d_state: int | None = None,
+        d_conv: int | None = None,
+        expand: int | None = None,
         mixer: Mixer = "bimamba",
         scan_order: ScanOrder = "raster",
         class_token: Literal["middle", "first", "both", "registers", "none"] = "middle",
-        num_registers: int = 12,
+        num_registers: int | None = None,
         register_dim: int | None = None,
         global_pool: Literal["", "token", "avg", "max", "avgmax"] = "token",
         dynamic_img_size: bool = False,
@@ -229,8 +146,11 @@ class VisionMamba(nn.Module):
         super().__init__()
         if class_token not in CLASS_TOKENS:
             raise ValueError(f"class_token must be one of {CLASS_TOKENS}, got {class_token!r}")
-        if class_token == "registers" and num_registers < 1:
-            raise ValueError(f"num_registers must be at least 1, got {num_registers}")
+        for option, value in {"num_registers": num_registers, "register_dim": register_dim}.items():
+            if value is not None and class_token != "registers":
+                raise ValueError(f"{option} is of class_token 'registers' alone, got {value} with {class_token!r}")
+            if value is not None and value < 1:
+                raise ValueError(f"{option} must be at least 1, got {value}")
         if scan_order not in SCAN_ORDERS:
             raise ValueError(f"scan_order must be one of {SCAN_ORDERS}, got {scan_order!r}")
         if mixer == "s4nd" and (class_token, scan_order) != ("none", "raster"):
@@ -244,7 +164,8 @@ class VisionMamba(nn.Module):
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.embed_dim = embed_dim
         self.class_token = class_token
-        prefixes = {"middle": 1, "first": 1, "both": 2, "registers": num_registers, "none": 0}
+        registers = 12 if num_registers is None else num_registers
+        prefixes = {"middle": 1, "first": 1, "both": 2, "registers": registers, "none": 0}
         self.num_prefix_tokens = prefixes[class_token]
         self.register_dim = register_dim
         self.dynamic_img_size = dynamic_img_size
@@ -272,7 +193,7 @@ class VisionMamba(nn.Module):
             )
         )
         self.scan_orders: list[str] = sorted({order_of_block(scan_order, i) for i in range(depth)} - {"raster"})
-        self._keep_orders()
+        self._keep_grid()
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": self.patch_embed.feat_ratio()}
             for i in range(depth)
@@ -282,7 +203,7 @@ class VisionMamba(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
-        self.register_load_state_dict_pre_hook(_translate_official)
+        self.register_load_state_dict_pre_hook(_before_loading)
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
 
@@ -299,7 +220,7 @@ class VisionMamba(nn.Module):
         if needs_reset:
             # Children first: SelectiveSSM sets its dt_proj after the Linear has set itself.
             self.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
-            self._keep_orders()
+            self._keep_grid()
         for name, p in self.named_parameters():
             if name in ("pos_embed", "cls_token", "head.weight", "neck.0.weight"):
                 trunc_normal_(p, std=0.02)
@@ -365,7 +286,7 @@ class VisionMamba(nn.Module):
         if self.patch_embed.grid_size != old_grid:
             table = self._resampled_table(self.patch_embed.grid_size, old_grid)
             self.pos_embed = nn.Parameter(table.detach(), requires_grad=self.pos_embed.requires_grad)
-            self._keep_orders()
+            self._keep_grid()
         for info in self.feature_info:
             info["reduction"] = self.patch_embed.feat_ratio()
         if _update_model_input_size is not None:
@@ -407,10 +328,17 @@ class VisionMamba(nn.Module):
         starts, ends = (0, *(place + 1 for place in places)), (*places, x.shape[1])
         return torch.cat([*prefix, *(x[:, start:end] for start, end in zip(starts, ends, strict=True))], 1)
 
-    def _keep_orders(self) -> None:
-        """Note where tokens stand in an image of the usual size; not part of the state dict."""
+    def _keep_grid(self) -> None:
+        """Note the grid of an image of the usual size, and where its tokens stand in the sequence.
+
+        The order is not part of the state dict. The grid is, unless it is a square: the length of the position table
+        does not tell 4 x 4 patches from 8 x 2.
+        """
+        grid = self.patch_embed.grid_size
+        noted = None if grid[0] == grid[1] else torch.tensor(grid, device=self.pos_embed.device)
+        self.register_buffer(GRID, noted)
         for name in self.scan_orders:
-            for buffer, indices in zip(("to", "from"), self._order(name, self.patch_embed.grid_size), strict=True):
+            for buffer, indices in zip(("to", "from"), self._order(name, grid), strict=True):
                 self.register_buffer(f"_{buffer}_{name}", indices.to(self.pos_embed.device), persistent=False)
 
     def _order(self, name: str, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -514,49 +442,68 @@ class VisionMamba(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def checkpoint_filter_fn(state_dict: dict, model: VisionMamba) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict, model: VisionMamba, img_size: Size | None = None) -> dict[str, Tensor]:
     """A checkpoint for `model`: unwrapped, under native names, its tables resampled to the model's sizes.
 
     Takes official training states and state dicts, and native ones, with or without a head, with keys in any order.
-    A model without class token leaves out the checkpoint's, and its place in the table.
+    A model without class token leaves out the checkpoint's, and its place in the table; an official table's single
+    class entry is then taken to be in the middle, as in all released files.
 
+    Args:
+        img_size: of the images that the position table of the checkpoint is for. Needed where they are not square and
+            the checkpoint does not say it, because it is from another library, or older than its `pos_embed_grid`.
+
+    Raises: ValueError for a checkpoint with other class tokens, or a position table whose grid cannot be told.
     Source: names and layout of hustvl/Vim; `vim.models.official` holds the table.
     """
+    weights = _native(state_dict, model)
+    return fit_table(weights, model, None if img_size is None else _table_grid(weights, model, to_2tuple(img_size)))
+
+
+def _native(state_dict: dict, model: VisionMamba) -> dict[str, Tensor]:
+    """The weights of a checkpoint under native names."""
     is_training_state = any(isinstance(state_dict.get(key), dict) for key in ("model", "model_ema", "state_dict"))
     if is_training_state:
         state_dict = official.select_weights(state_dict, model)
     if official.is_official(state_dict):
         if not is_training_state:
             state_dict = official.reselect_weights(state_dict, model)
-        state_dict = official.to_native(state_dict)
-    out = dict(state_dict)
-    if "patch_embed.proj.weight" in out:
-        size = list(model.patch_embed.proj.weight.shape[-2:])
-        out["patch_embed.proj.weight"] = resample_patch_embed(out["patch_embed.proj.weight"], size)
-    if model.cls_token is None and "cls_token" in out:  # a detector's backbone has no use for a classifier's token
-        classes = out.pop("cls_token").shape[1]
-        if "pos_embed" in out:
-            out["pos_embed"] = out["pos_embed"][:, classes:]
-    table = out.get("pos_embed")
-    if table is not None and table.shape != model.pos_embed.shape:
-        prefix = model.num_prefix_tokens
-        if math.isqrt(table.shape[1] - prefix) ** 2 != table.shape[1] - prefix:
-            raise ValueError(
-                f"cannot tell the grid of a position table with {table.shape[1] - prefix} patches, which is not a "
-                f"square; load it at its own img_size, then call set_input_size"
-            )
-        out["pos_embed"] = resample_abs_pos_embed(table, model.patch_embed.grid_size, num_prefix_tokens=prefix)
-    return out
+        state_dict = official.to_native(state_dict, model.class_token)
+    return dict(state_dict)
 
 
-def _translate_official(model: VisionMamba, state_dict: dict, prefix: str, *_) -> None:
-    """Load-state-dict hook: official names become native ones in place, whichever way the weights come in."""
+def _table_grid(weights: dict[str, Tensor], model: VisionMamba, img_size: tuple[int, int]) -> tuple[int, int]:
+    """The grid of images of `img_size` by the checkpoint's patches."""
+    filters = weights.get("patch_embed.proj.weight")
+    patch_size = model.patch_embed.patch_size if filters is None else (filters.shape[-2], filters.shape[-1])
+    return model.patch_embed.grid_of(img_size, patch_size)
+
+
+def _filter_released(state_dict: dict, model: VisionMamba) -> dict[str, Tensor]:
+    """`checkpoint_filter_fn` for weights of whose model timm knows the configuration, from their folder or the hub."""
+    weights, grid = _native(state_dict, model), None
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    arguments: dict[str, Any] = getattr(model, "pretrained_model_args", {})  # type: ignore[assignment]
+    # A file that is given in place of the weights of a folder has nothing to do with the folder's configuration.
+    if cfg.get("source") in ("local-dir", "hf-hub") or not arguments:
+        size = arguments.get("img_size") or cfg["input_size"][-2:]
+        grid = _table_grid(weights, model, to_2tuple(size))
+        # The weights know better; configurations may name the size of another model.
+        if GRID in weights or patches_of(weights) != grid[0] * grid[1]:
+            grid = None
+    return fit_table(weights, model, grid)
+
+
+def _before_loading(model: VisionMamba, state_dict: dict, prefix: str, *_) -> None:
+    """Load-state-dict hook, whichever way the weights come in: official ones become native ones in place, and a
+    position table of another grid is refused, also one that has as many patches."""
     mine = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-    if not official.is_official(mine):
-        return
-    for key in mine:
-        del state_dict[prefix + key]
-    state_dict.update({prefix + key: value for key, value in checkpoint_filter_fn(mine, model).items()})
+    if official.is_official(mine):
+        for key in mine:
+            del state_dict[prefix + key]
+        state_dict.update({prefix + key: value for key, value in checkpoint_filter_fn(mine, model).items()})
+    else:
+        check_table(mine, model)
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> VisionMamba:
@@ -564,7 +511,7 @@ def _create(variant: str, pretrained: bool, **kwargs) -> VisionMamba:
         VisionMamba,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=_filter_released,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **kwargs,
     )
@@ -662,7 +609,10 @@ def vim_base(pretrained: bool = False, **kwargs) -> VisionMamba:
 
 @register_model
 def vim_small_registers(pretrained: bool = False, **kwargs) -> VisionMamba:
-    return _create("vim_small_registers", pretrained, **VARIANTS["vim_small_registers"] | kwargs)
+    options = dict(VARIANTS["vim_small_registers"])
+    if kwargs.get("class_token", "registers") != "registers":
+        del options["register_dim"]
+    return _create("vim_small_registers", pretrained, **options | kwargs)
 
 
 @register_model
