@@ -5,10 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vim.data import DataError
-from vim.data.decode import UNREADABLE
+from vim.data.decode import decode_image
 from vim.files import write_json
 
 from .coco import annotation, leads_out
@@ -71,12 +69,14 @@ def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:
             reader = csv.DictReader(stream)
             if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
                 raise DataError(f"{file} has no column {missing[0]!r}; want a header with {', '.join(COLUMNS)}")
+            if twice := [name for name in COLUMNS if (reader.fieldnames or ()).count(name) > 1]:
+                raise DataError(f"{file} has the column {twice[0]!r} twice")
             rows = []
             for row in reader:
                 if any(row.get(None) or ()):  # without quotes, a comma in a name would cut it short
                     raise DataError(f"{file}, line {reader.line_num}: more values than the header has columns")
                 rows.append((reader.line_num, {name: (row[name] or "").strip() for name in COLUMNS}))
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {file}: {error}; want comma-separated text in UTF-8") from error
     if not rows:
         raise DataError(f"{file} has no rows")
@@ -89,7 +89,7 @@ def _corners(row: dict[str, str]) -> list[float] | None:
     if not any(texts):
         return None
     try:
-        corners = [float(text) for text in texts]
+        corners = [float(text if text.isascii() and "_" not in text else "nan") for text in texts]
     except ValueError:
         corners = [math.nan]
     if corners == [0.0] * 4:
@@ -105,8 +105,7 @@ def _size(images: Path, path: str) -> tuple[int, int]:
     """Width and height of an image."""
     if not path or leads_out(path):
         raise DataError(f"want an image_path inside {images}, got {path!r}")
-    try:
-        with Image.open(images / path) as image:
-            return image.size
-    except UNREADABLE as error:
-        raise DataError(f"cannot read image {images / path}: {error}") from error
+    file = images / path
+    if not file.is_file():  # to open a pipe would wait
+        raise DataError(f"cannot read image {file}: no such file")
+    return decode_image(file, 3, file).size
