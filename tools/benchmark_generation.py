@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from vim.files import write_json
 from vim.models.mamba_lm import MambaLM, official_name
 from vim.training.benchmark import DTYPES
 from vim.training.environment import device_name, versions
+from vim.training.progress import plain_console
 
 PROMPT = 16
 Generate = Callable[[Tensor, int], Tensor]
@@ -100,7 +100,7 @@ def main() -> None:
             row = {"batch": batch, "who": key, "step_seconds": step, "prompt_seconds": prompt}
             report["rows"].append(row | {"rounds": steps[key]})
             table.add_row(str(batch), key, f"{1e3 * step:.2f}", f"{batch / step:,.0f}", f"{1e3 * prompt:.1f}")
-    Console().print(table)
+    plain_console().print(table)
     if args.output is not None:
         write_json(report, args.output)
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from vim.data import EvalDataConfig, ImageSource, eval_transform
-from vim.files import whole_file
 from vim.training.errors import ConfigError
 from vim.training.model import label_names, load_model, resolve_input
+from vim.training.plots import MAX_LINE, plain_text, save_figure
 
 from .config import VisualizeConfig
 from .maps import as_pixels, block_maps, has_scans, receptive_field
@@ -44,7 +44,8 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     files = []
     for i, index in enumerate(chosen):
         label = int(classes[i])
-        title = f"{source.entries[index].path}: {names[label] if names else f'class {label}'}, {parts[i]:.0%}"
+        name = plain_text(names[label] if names else f"class {label}")
+        title = f"{plain_text(source.entries[index].path, MAX_LINE)}: {name}, {parts[i]:.0%}"
         files.append(folder / f"{i}.png")
         _draw(files[-1], title, shown[i], [{k: m[i] for k, m in row.items()} for row in maps], blocks)
     files.append(folder / "receptive_fields.png")
@@ -83,8 +84,7 @@ def _draw(path: Path, title: str, image: np.ndarray, rows: list[dict[str, Tensor
                 place.set_title(name, fontsize=8)
     for place in grid.flat:
         place.set(xticks=[], yticks=[])
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, dpi=110)
+    save_figure(figure, path, 110)
 
 
 def _draw_fields(path: Path, fields: list[Tensor], blocks: list[int]) -> None:
@@ -95,5 +95,4 @@ def _draw_fields(path: Path, fields: list[Tensor], blocks: list[int]) -> None:
     for axes, field, block in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields, blocks, strict=True):
         axes.imshow(field.sqrt().numpy(), cmap="magma")
         axes.set(xticks=[], yticks=[], title=f"behind block {block}")
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, dpi=110)
+    save_figure(figure, path, 110)
