@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 from vim.data import DataError
 from vim.detection import CocoData, boxes_to_coco, coco_metrics
+from vim.training import ConfigError
 
 WIDTH, HEIGHT = 20, 12
 
@@ -382,6 +383,11 @@ def test_a_bad_row(table, tmp_path, row, message):
     with pytest.raises(DataError, match=rf"boxes\.csv, {message}"):
         boxes_to_coco(table(f"a.png,1,2,4,6,Oak,\n{row}\n"), tmp_path, tmp_path / "boxes.json")
     assert not (tmp_path / "boxes.json").exists()
+
+
+def test_an_output_that_cannot_be_written(table, tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot write to .*a\.png: File exists; choose another output"):
+        boxes_to_coco(table("a.png,1,2,4,6,Oak,\n"), tmp_path, tmp_path / "a.png" / "boxes.json")
 
 
 @pytest.mark.parametrize(

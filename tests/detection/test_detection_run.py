@@ -182,6 +182,8 @@ def test_what_does_not_fit_is_refused(finished, boxes, tmp_path):
     wrong.data.val_annotations = "renamed.json"
     with pytest.raises(ConfigError, match=r"was trained on the categories .*red.* has .*rot"):
         validate(wrong)
+    with pytest.raises(ConfigError, match=r"cannot write to .*val\.json: File exists; choose another output"):
+        validate(validation(boxes, run_dir, boxes / "val.json"))
     with pytest.raises(RunError, match=r"no detector in .*; give the folder of a finished run"):
         load_detector(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "vim_nano"}')

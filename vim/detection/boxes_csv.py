@@ -8,6 +8,7 @@ from typing import Any
 from vim.data import DataError
 from vim.data.decode import decode_image
 from vim.files import write_json
+from vim.training.output import make_output
 
 from .coco import annotation, leads_out
 
@@ -30,7 +31,9 @@ def boxes_to_coco(csv_file: str | Path, images: str | Path, output: str | Path) 
     csv_file, images, output = Path(csv_file), Path(images), Path(output)
     sizes: dict[str, tuple[int, int]] = {}
     found: dict[str, list[tuple[list[float], str]]] = {}
-    for line, row in _rows(csv_file):
+    rows = _rows(csv_file)
+    make_output(output.parent)
+    for line, row in rows:
         path = row["image_path"]
         try:
             if path not in sizes:
@@ -55,7 +58,6 @@ def boxes_to_coco(csv_file: str | Path, images: str | Path, output: str | Path) 
         for (x1, y1, x2, y2), label in of_image:
             number, box = len(content["annotations"]) + 1, (x1, y1, x2 - x1, y2 - y1)
             content["annotations"].append(annotation(number, image_id, names.index(label) + 1, box))
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_json(content, output)
     return content
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from vim.files import write_json
 from vim.training.errors import ConfigError
+from vim.training.output import make_output
 from vim.training.progress import Progress
 from vim.training.trainer import create_accelerator
 
@@ -29,6 +30,7 @@ def validate(config: DetectionValidateConfig) -> dict[str, Any]:
     root = Path(config.data.root)
     data = CocoData(root / config.data.val_annotations, root / config.data.val_images, masks=stored.config.masks)
     _check_categories(stored, data, config)
+    output = make_output(config.output)
     progress.line(data.describe())
     batches = accelerator.prepare(eval_loader(EvalImages(data), config.data.batch_size, config.data.num_workers))
     evaluation = evaluate(stored.model.to(accelerator.device), batches, data, accelerator, progress)
@@ -42,8 +44,6 @@ def validate(config: DetectionValidateConfig) -> dict[str, Any]:
         "precision": config.precision,
     }
     if accelerator.is_main_process:
-        output = Path(config.output)
-        output.mkdir(parents=True, exist_ok=True)
         write_json(evaluation.predictions, output / "predictions.json")
         write_json(results, output / "results.json")
         if config.sheet:

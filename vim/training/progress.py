@@ -15,9 +15,14 @@ _UNPRINTABLE = re.compile(r"[^\S ]|[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e
 
 
 def visible(text: str) -> str:
-    """One line in which each character shows: line breaks, control characters (a terminal would obey them), marks that
-    turn the direction of text, and bytes of file names that are no UTF-8, become escapes as in Python's strings."""
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    r"""One line in which each character shows: line breaks, control characters (a terminal would obey them), marks that
+    turn the direction of text, and bytes of file names that are no UTF-8, become escapes as in \n, \u202e, \xff."""
+
+    def escaped(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else found[0].encode("unicode_escape").decode()
+
+    return _UNPRINTABLE.sub(escaped, text)
 
 
 def plain_console(**options: Any) -> Console:

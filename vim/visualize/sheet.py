@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vim.data import EvalDataConfig, ImageSource, eval_transform
 from vim.training.errors import ConfigError
 from vim.training.model import label_names, load_model, resolve_input
+from vim.training.output import make_output
 from vim.training.plots import MAX_LINE, plain_text, save_figure
 
 from .config import VisualizeConfig
@@ -23,6 +24,8 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(config).to(device).eval()
+    if not model.num_classes:
+        raise ConfigError(f"{config.model} has no classes to explain; choose a classifier")
     if not has_scans(model):
         raise ConfigError(f"{config.model} is no Vision Mamba: its blocks have no selective scan to look into")
     blocks = _chosen_blocks(model, config.blocks)
@@ -31,7 +34,7 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     source = ImageSource(config.images)
     chosen = source.spread(min(config.count, len(source)))
     images = torch.stack([transform(source.load(i, in_chans)) for i in chosen]).to(device)
-    names = label_names(model)
+    names, folder = label_names(model), make_output(config.output)
     with torch.no_grad():
         logits = model(images).float()
     classes = logits.argmax(1)
@@ -39,8 +42,6 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     maps = [block_maps(model, images, classes, block) for block in blocks]
     shown = as_pixels(images, data_config).numpy()
 
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for i, index in enumerate(chosen):
         label = int(classes[i])
