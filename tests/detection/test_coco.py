@@ -183,6 +183,8 @@ def test_masks_of_polygons_and_run_length_codes(data):
         ({"segmentation": [{}]}, "no usable segmentation"),
         ({"segmentation": "1,1,5,5,3,7"}, "no usable segmentation"),
         ({"segmentation": {"size": [HEIGHT, WIDTH]}}, "no usable segmentation"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": ["240"]}}, "no usable segmentation"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [[240]]}}, "no usable segmentation"),
         (
             {"segmentation": {"size": [WIDTH, HEIGHT], "counts": [240]}},
             r"a segmentation of size \[20, 12\], want \[12, 20\]",
@@ -197,7 +199,7 @@ def test_masks_need_shapes(data, shape, message):
 
 
 @pytest.mark.parametrize("crowd", [0, 1])
-@pytest.mark.parametrize("counts", [[10], [200, 200], [-5, 245], [10**30], ["x"], [None], "xyz", "\u4e2d"])
+@pytest.mark.parametrize("counts", [[10], [200, 200], [-5, 245], [10**30], "xyz", "\u4e2d"])
 def test_a_damaged_run_length_code(data, counts, crowd):
     shape = {"size": [HEIGHT, WIDTH], "counts": counts}
     boxes = data([thing(4, [1, 1, 4, 4], segmentation=shape, iscrowd=crowd)], masks=True)

@@ -246,9 +246,9 @@ class CocoData:
             farthest = FARTHEST * max(image["width"], image["height"])
             if polygons and all(_is_polygon(p, farthest) for p in polygons):
                 return polygons
-        elif isinstance(shape, dict) and isinstance(shape.get("counts"), list | str):
+        elif isinstance(shape, dict) and _is_code(shape.get("counts")):
             if shape.get("size") == [image["height"], image["width"]]:
-                return shape
+                return {"size": [image["height"], image["width"]], "counts": shape["counts"]}
             size = f"{image['height']}, {image['width']}"
             raise self._no_shape(row, image, f"a segmentation of size {_short(shape.get('size'))}, want [{size}]")
         raise self._no_shape(row, image, "no usable segmentation, as polygons or a run-length code")
@@ -312,6 +312,11 @@ def _short(value: Any) -> str:
 def _is_number(value: Any) -> bool:
     """Is it a number that a coordinate in pixels can be? (NaN is not.)"""
     return isinstance(value, int | float) and not isinstance(value, bool) and -LIMIT < value < LIMIT
+
+
+def _is_code(counts: Any) -> bool:
+    """Is it what a run-length code has, a text or lengths?"""
+    return isinstance(counts, str) or (isinstance(counts, list) and all(isinstance(count, int) for count in counts))
 
 
 def _is_polygon(points: Any, farthest: float) -> bool:
