@@ -184,6 +184,7 @@ def test_files_that_are_no_images_to_open(predictor, tmp_path):
     for file, message in {
         tmp_path / "pipe.png": "pipe.png is no file",
         tmp_path / "none.png": "none.png is no file",
+        tmp_path / (300 * "a"): f"{300 * 'a'} is no file",
         Path("/dev/zero"): "zero is no file",
         tmp_path / "huge.png": "huge.png is larger than 64 MiB; scale it down",
     }.items():

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -262,6 +263,7 @@ PICTURE = {"id": 5, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
         ({"images": [PICTURE, PICTURE]}, "image id 5 stands there twice"),
         ({"images": [5]}, "one of images has no id: 5"),
         ({"images": [{"id": 5, "file_name": "a.png"}]}, "one of images has no width"),
+        ({"images": [PICTURE | {"file_name": 5000 * "a"}]}, "1 of 1 images of .* are not in .*, the first is aaaa"),
         ({"images": [PICTURE | {"width": 0}]}, "one of images has 0 for width, want pixels: id 5"),
         ({"images": [PICTURE | {"height": 10**400}]}, "has an integer of more than 100 digits for height, want pixels"),
         ({"images": [PICTURE | {"width": 20.0}]}, r"one of images has 20\.0 for width, want int: id 5"),
@@ -274,8 +276,34 @@ PICTURE = {"id": 5, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
     ],
 )
 def test_a_file_that_contradicts_itself(data, parts, message):
-    with pytest.raises(DataError, match=rf"boxes\.json.*{message}" if message[0] != "2" else message):
+    with pytest.raises(DataError, match=rf"boxes\.json.*{message}" if message[0] not in "12" else message):
         data(**{"annotations": [], **parts})
+
+
+HOSTILE = [None, True, 1, -1, 2.5, 1e308, float("nan"), 10**30, 2**63, "", "1", "\ud800", "a\nb\0", 5000 * "a"]
+HOSTILE += [[], {}, [None], [[1, 2]], [[1e300] * 6], [0, 0, 10**400, 1], {"size": [HEIGHT, WIDTH], "counts": "PPPP0"}]
+HOSTILE += [{"size": [HEIGHT, WIDTH], "counts": [-1, 241]}, {"size": [HEIGHT, WIDTH], "counts": [2**32, 240]}]
+
+
+def test_any_value_in_any_place_is_taken_or_refused_in_a_line(data):
+    shape = {"size": [HEIGHT, WIDTH], "counts": [10, 20, 210]}
+    rows = [thing(1, [1, 1, 4, 4], segmentation=[polygon(2, 3, 9, 8)], area=9), thing(2, [1, 1, 4, 4], iscrowd=1)]
+    rows[1]["segmentation"] = shape
+    whole = {"annotations": rows, "images": [PICTURE], "categories": [CAT]}
+    taken, messages = 0, []
+    cases = [(part, row, key) for part, rows in whole.items() for row in rows for key in row]
+    for (part, row, key), value in itertools.product(cases, HOSTILE):
+        changed = [other | {key: value} if other is row else other for other in whole[part]]
+        try:
+            boxes = data(**whole | {part: changed}, masks=True)
+            boxes.load(0)
+            json.dumps(boxes.truth(), allow_nan=False)
+            taken += 1
+        except DataError as error:
+            messages.append(str(error))
+    assert taken > 10
+    assert len(messages) > 200
+    assert [text for text in messages if len(text) > 1000 or len(text.splitlines()) > 1] == []
 
 
 @pytest.mark.parametrize(
@@ -375,6 +403,7 @@ def test_classes_are_in_the_order_of_their_names(table, tmp_path):
         ("a.png,1,2,4,6,Oak,1,red", r"line 3: more values than the header has columns"),
         ("a.png,1,2,1_0,6,Oak,", r"line 3: want xmin < xmax"),
         ("pipe.png,1,2,4,6,Oak,", r"line 3: cannot read image .*pipe\.png: no such file"),
+        (f"{5000 * 'a'},1,2,4,6,Oak,", r"line 3: cannot read image .*aaa: no such file"),
         ("c.png,1,2,4,6,Oak,", r"line 3: cannot read image .*c\.png"),
         ("../a.png,1,2,4,6,Oak,", r"line 3: want an image_path inside .*, got '\.\./a\.png'"),
         (",1,2,4,6,Oak,", r"line 3: want an image_path inside .*, got ''"),

@@ -1,5 +1,6 @@
 """From an image file to what the page shows of it. matplotlib is optional, and imported only here."""
 
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Predictor:
         """
         if self.blocks and block not in range(-1, self.blocks):
             raise DataError(f"block must be from 0 to {self.blocks - 1}, got {block!r}")
-        if not Path(file).is_file():  # to open a pipe would wait, and a device has no end
+        if not os.path.isfile(file):  # to open a pipe would wait, and a device has no end
             raise DataError(f"{Path(file).name} is no file")
         if Path(file).stat().st_size > MAX_BYTES:
             raise DataError(f"{Path(file).name} is larger than {MAX_BYTES // 2**20} MiB; scale it down")

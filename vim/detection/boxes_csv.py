@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,6 @@ def _size(images: Path, path: str) -> tuple[int, int]:
     if not path or leads_out(path):
         raise DataError(f"want an image_path inside {images}, got {path!r}")
     file = images / path
-    if not file.is_file():  # to open a pipe would wait
+    if not os.path.isfile(file):  # to open a pipe would wait
         raise DataError(f"cannot read image {file}: no such file")
     return decode_image(file, 3, file).size

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 
 from vim.data import DataError
 from vim.data.decode import decode_image
+from vim.training.progress import visible
 
 LIMIT = 2**31  # of the edges and coordinates of images and boxes, in pixels
 FARTHEST = 16  # times the longer edge of its image; a decoder takes memory for every pixel along a polygon
@@ -174,14 +176,14 @@ class CocoData:
     def _check_files(self) -> None:
         for image in self._images:
             if leads_out(image["file_name"]):
-                raise DataError(
-                    f"{self.annotations}: file name {image['file_name']!r} leads out of the folder of images"
-                )
-        missing = [image["file_name"] for image in self._images if not (self.folder / image["file_name"]).is_file()]
+                name = _short(image["file_name"])
+                raise DataError(f"{self.annotations}: file name {name} leads out of the folder of images")
+        # (Path.is_file would raise an error for a name that is too long.)
+        missing = [i["file_name"] for i in self._images if not os.path.isfile(self.folder / i["file_name"])]
         if missing:
             raise DataError(
                 f"{len(missing)} of {len(self)} images of {self.annotations} are not in {self.folder}, "
-                f"the first is {missing[0]}"
+                f"the first is {visible(missing[0])[:200]}"
             )
 
     def _read_objects(self, rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
@@ -257,7 +259,7 @@ class CocoData:
         return self._wrong(row, image, f"{found}; repair it or train a detector without masks")
 
     def _wrong(self, row: dict[str, Any], image: dict[str, Any], found: str) -> DataError:
-        return DataError(f"{self.annotations}: annotation {row['id']} of {image['file_name']} has {found}")
+        return DataError(f"{self.annotations}: annotation {row['id']} of {visible(image['file_name'])} has {found}")
 
 
 def annotation(number: int, image_id: int, category_id: int, box: tuple[float, float, float, float]) -> dict[str, Any]:
