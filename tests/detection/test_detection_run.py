@@ -124,6 +124,8 @@ def test_a_run_folder_evaluates_as_in_training(finished, boxes, folder, prefix, 
 def test_a_checkpoint_evaluates_with_its_averaged_weights(finished, boxes, tmp_path):
     run_dir, summary = finished
     last = str(run_dir / "checkpoints" / "last.pt")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "detections.png").write_bytes(b"of another evaluation")
     results = validate(validation(boxes, run_dir, tmp_path / "out", checkpoint=last, sheet=0))
     assert results["AR100"] == pytest.approx(summary["ema_AR100"], abs=1e-3)
     assert not (tmp_path / "out" / "detections.png").exists()

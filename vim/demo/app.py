@@ -76,7 +76,7 @@ def page(predictor: Predictor, name: str) -> Any:
     # Uploaded images go within the hour, and when the server ends.
     with gr.Blocks(analytics_enabled=False, title=visible(name), fill_width=True, delete_cache=(600, 3600)) as app:
         _section("h2", name, "Drop an image to see what the model makes of it.")
-        message = gr.HTML(visible=False)
+        message = gr.HTML()
         with gr.Row():
             image = gr.Image(label="your image", sources=["upload", "clipboard"], height=300, elem_classes="dropped")
             _fetch_nothing(image)
@@ -94,13 +94,12 @@ def page(predictor: Predictor, name: str) -> Any:
 
         def answer(upload: dict[str, Any] | None, at: int) -> list[Any]:
             if upload is None:
-                return [gr.update(visible=False), None, "", ""]
+                return ["", None, "", ""]
             try:
                 found = predictor(uploaded(upload["path"], Path(image.GRADIO_CACHE)), at)
             except DataError as error:
-                return [gr.update(value=f"<b>{html.escape(visible(str(error)))}</b>", visible=True), None, "", ""]
-            shown = figures(found.maps, 165), figures(found.neighbours, 120)
-            return [gr.update(visible=False), found.classes, *shown]
+                return [f"<b>{html.escape(visible(str(error)))}</b>", None, "", ""]
+            return ["", found.classes, figures(found.maps, 165), figures(found.neighbours, 120)]
 
         # Without gradio's reading of the file, which turns and converts images as validation does not, and has no word
         # for one that it cannot read. It also does not check where a file lies that a request names by its path alone.

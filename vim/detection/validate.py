@@ -44,11 +44,13 @@ def validate(config: DetectionValidateConfig) -> dict[str, Any]:
         "precision": config.precision,
     }
     if accelerator.is_main_process:
+        sheet = output / "detections.png"
+        sheet.unlink(missing_ok=True)  # one of an earlier evaluation would stand beside other results
         write_json(evaluation.predictions, output / "predictions.json")
         write_json(results, output / "results.json")
         if config.sheet:
             try:
-                write_sheet(data, evaluation, config.sheet, output / "detections.png")
+                write_sheet(data, evaluation, config.sheet, sheet)
             except ModuleNotFoundError as error:
                 progress.line(f"no detections.png: {error}; pip install matplotlib")
     accelerator.end_training()
