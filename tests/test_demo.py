@@ -1,10 +1,14 @@
 """The demo: its answers against the model run by hand, and the page itself in a headless browser."""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +171,134 @@ def test_what_it_refuses(setting, tmp_path):
         DemoConfig(port=0)
 
 
+@pytest.mark.parametrize("block", [3, -2, 10**400, 0.5, float("nan"), "1", None, [0]])
+def test_a_block_that_the_model_lacks(setting, predictor, block):
+    with pytest.raises(DataError, match="block must be from 0 to 2, got"):
+        predictor(setting / "val" / "b" / "1.png", block)
+
+
+def test_files_that_are_no_images_to_open(predictor, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(64 * 2**20 + 1)
+    for file, message in {
+        tmp_path / "pipe.png": "pipe.png is no file",
+        tmp_path / "none.png": "none.png is no file",
+        tmp_path / (300 * "a"): f"{300 * 'a'} is no file",
+        Path("/dev/zero"): "zero is no file",
+        tmp_path / "huge.png": "huge.png is larger than 64 MiB; scale it down",
+    }.items():
+        with pytest.raises(DataError, match=f"^{message}$"):
+            predictor(file)
+
+
+def test_label_names_are_shown_as_they_are(tmp_path):
+    """None vanishes: not one of two of the same name, nor one that is markup, or no UTF-8."""
+    pytest.importorskip("gradio")
+    from vim.demo.app import figures
+
+    run = RunFolder(tmp_path / "run", "tools/train.py")
+    run.path.mkdir()
+    model = timm.create_model("vim_nano", **KWARGS | {"num_classes": 5})
+    run.export(model, KWARGS | {"num_classes": 5}, INPUT, ["crane", "crane", "<b>x</b>", "x\ny", "\udcff"])
+    image = Image.new("L", (12, 12))
+    image.save(tmp_path / "a.png")
+    answer = Predictor(DemoConfig(str(run.path)))(tmp_path / "a.png")
+    assert list(answer.classes) == ["crane (class 0)", "crane (class 1)", "<b>x</b>", r"x\ny", r"\xff"]
+    json.dumps(answer.classes, ensure_ascii=False).encode()
+    assert "<figcaption>&lt;b&gt;x</figcaption>" in figures([(image, "<b>x")], 9)
+    run.export(model, KWARGS | {"num_classes": 5}, INPUT, ["a"])
+    with pytest.raises(ConfigError, match=r"run has 5 classes and 1 label names in its config\.json; repair it"):
+        Predictor(DemoConfig(str(run.path)))
+
+
+class Api:
+    """The server as a program without a browser sees it."""
+
+    def __init__(self, url: str):
+        self.url = f"{url}gradio_api/"
+
+    def post(self, what: str, body: bytes, kind: str = "application/json"):
+        with urllib.request.urlopen(
+            urllib.request.Request(self.url + what, body, {"Content-Type": kind}), timeout=60
+        ) as f:
+            return json.load(f)
+
+    def upload(self, content: bytes, name: str = "a.png") -> dict:
+        head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+        (path,) = self.post("upload", head.encode() + content + b"\r\n--x--\r\n", "multipart/form-data; boundary=x")
+        return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+    def ask(self, upload, block=0) -> str:
+        return self.post("call/answer", json.dumps({"data": [upload, block]}).encode())["event_id"]
+
+    def answer(self, event: str) -> str:
+        with urllib.request.urlopen(f"{self.url}call/answer/{event}", timeout=60) as f:
+            return f.read().decode()
+
+
+NOT_UPLOADED = "this image is not, or no longer, among those uploaded here; drop it again"
+
+
+def test_only_uploaded_files_are_read(setting, url, uploads):
+    api, image = Api(url), setting / "val" / "b" / "1.png"
+    ours = api.upload(image.read_bytes())
+    (folder,) = uploads.glob("vim-demo-*")
+    assert Path(ours["path"]).is_relative_to(folder)
+    (folder / "link.png").symlink_to(image)
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "loop.png").symlink_to("loop.png")
+    os.mkfifo(folder / "pipe.png")
+    outside = [image, "/dev/zero", folder / "link.png", folder / "zero.png", folder / "loop.png", "a\0b", None]
+    outside += [f"{folder}/../{image.relative_to('/')}", folder.parent, ""]
+    for path in outside:
+        # Without "meta", gradio takes it for no file, and does not look where it lies.
+        for upload in ({"path": path and str(path)}, {"path": path and str(path), "url": ours["path"]}):
+            found = api.answer(api.ask(upload))
+            assert "base64" not in found, path
+            assert NOT_UPLOADED in found or "event: error" in found, found
+    for upload in ({"path": "http://127.0.0.1:1/a.png", "meta": ours["meta"]}, "a", [1], {"url": str(image)}):
+        found = api.answer(api.ask(upload))
+        assert "base64" not in found
+        assert ("this page takes files, no addresses" in found) == ("http:" in str(upload))
+    assert "pipe.png is no file" in api.answer(api.ask({"path": str(folder / "pipe.png")}))
+    (folder / "<b>x.png").write_bytes(b"no image")
+    assert "&lt;b&gt;x.png cannot be read as an image" in api.answer(api.ask({"path": str(folder / "<b>x.png")}))
+    assert "block must be from 0 to 2, got 7" in api.answer(api.ask(ours, 7))
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        api.upload(bytes(64 * 2**20 + 1))
+    assert refused.value.code == 413
+    assert "class map of" in api.answer(api.ask(ours))  # nothing of all this holds up the others
+
+
+@pytest.mark.timeout(60)
+def test_a_slow_image_holds_up_nobody(monkeypatch, tmp_path):
+    pytest.importorskip("gradio")
+    from vim.demo.app import page
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    done = threading.Event()
+
+    class Stub:
+        blocks, features = 0, None
+
+        def __call__(self, file, block):
+            if Path(file).name == "slow.png":
+                done.wait()
+            raise DataError(f"{Path(file).name} is read")
+
+    app = page(Stub(), "stub")
+    try:
+        api = Api(app.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)[1])
+        slow = api.ask(api.upload(b"x", "slow.png"))
+        assert "quick.png is read" in api.answer(api.ask(api.upload(b"x", "quick.png")))
+        done.set()
+        assert "slow.png is read" in api.answer(slow)
+    finally:
+        done.set()
+        app.close()
+
+
 @pytest.fixture
 def browser_page():
     """A page of headless Chromium: the installed one, else playwright's own."""
@@ -181,7 +313,15 @@ def browser_page():
 
 
 @pytest.fixture
-def url(setting):
+def uploads(tmp_path):
+    """Where the running tool puts a folder of uploads."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def url(setting, uploads):
     """Address of the running tool."""
     pytest.importorskip("gradio")
     with socket.socket() as s:
@@ -189,15 +329,18 @@ def url(setting):
         port = s.getsockname()[1]
     command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--port", str(port)]
     command += ["--model", str(setting / "run"), "--features", str(setting / "features")]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(uploads)}
     process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        line = process.stdout.readline()
-        assert f"http://127.0.0.1:{port}/" in line, line + process.stdout.read()
+        said = []
+        while not said or f"http://127.0.0.1:{port}/" not in said[-1]:
+            said.append(process.stdout.readline())
+            assert said[-1], "".join(said)  # it has ended
         yield f"http://127.0.0.1:{port}/"
     finally:
         process.terminate()
         process.communicate(timeout=20)
+    assert not list(uploads.glob("vim-demo-*"))
 
 
 def drop(page, file: Path) -> None:

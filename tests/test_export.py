@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import vim  # noqa: F401  (registers the models)
 from vim.export import ExportConfig, export_model, programs
-from vim.training.errors import RunError
+from vim.training.errors import ConfigError, RunError
 
 KWARGS = {"img_size": [20, 12], "patch_size": 4, "in_chans": 1, "depth": 1, "num_classes": 5}
 # 15 patches and a class token: the last chunk of the scan is not full.
@@ -121,6 +121,29 @@ def test_a_file_that_disagrees_is_not_kept(setting, monkeypatch):
     with pytest.raises(RunError, match="differs from the model by 1"):
         export_model(config(path, formats=["pt2"], output=str(path / "wrong")))
     assert not list((path / "wrong").iterdir())
+
+
+def test_an_older_export_goes_as_a_whole(setting, monkeypatch):
+    """Else export.json of one model would stand beside files of another."""
+    path, _ = setting
+    old = path / "old"
+    old.mkdir()
+    for name in ("model.onnx", "model_aoti.pt2", "export.json", "mine.txt"):
+        (old / name).write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "read_pt2", lambda file: lambda x: torch.full((len(x), 5), torch.nan))
+        with pytest.raises(RunError, match="differs from the model by nan"):
+            export_model(config(path, formats=["pt2"], output=str(old)))
+    assert {p.name for p in old.iterdir()} == {"model.onnx", "model_aoti.pt2", "mine.txt"}
+    export_model(config(path, formats=["pt2"], output=str(old)))
+    assert {p.name for p in old.iterdir()} == {"model.pt2", "export.json", "mine.txt"}
+
+
+def test_an_output_that_cannot_be_written(setting):
+    path, _ = setting
+    for output in (path / "weights.safetensors", path / "weights.safetensors" / "new"):
+        with pytest.raises(ConfigError, match=f"cannot write to {output}: .*; choose another output"):
+            export_model(config(path, output=str(output)))
 
 
 def test_any_timm_model(setting):

@@ -109,6 +109,11 @@ def test_sheets(model, tmp_path):
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     with pytest.raises(ConfigError, match="the model has blocks 0 to 2, got 3"):
         visualize(VisualizeConfig("vim_nano", blocks=[3], **given))
+    headless = given | {"kwargs": KWARGS | {"num_classes": 0}}
+    with pytest.raises(ConfigError, match="vim_nano has no classes to explain; choose a classifier"):
+        visualize(VisualizeConfig("vim_nano", **headless))
+    with pytest.raises(ConfigError, match=r"cannot write to .*val/a/0\.png/x: Not a directory; choose another output"):
+        visualize(VisualizeConfig("vim_nano", **given | {"output": str(tmp_path / "val" / "a" / "0.png" / "x")}))
     model = timm.create_model("resnet10t", in_chans=1)
     save_file(model.state_dict(), tmp_path / "resnet.safetensors")
     other = given | {"checkpoint": str(tmp_path / "resnet.safetensors"), "kwargs": {"in_chans": 1}}

@@ -4,18 +4,17 @@ python tools/benchmark.py --config configs/benchmark.yaml
 python tools/benchmark.py --config configs/benchmark_cpu.yaml --models '[vim_tiny, resnet18]'
 """
 
-from rich.console import Console
-
 import vim  # noqa: F401  (registers the vim_* models)
 from vim.training import BenchmarkConfig, ConfigParser, benchmark, benchmark_table, plain_errors
+from vim.training.progress import plain_console
 
 
 def main() -> None:
     config, _ = ConfigParser(BenchmarkConfig, __doc__).parse_config()
     with plain_errors():
         results = benchmark(config)
-    terminal = Console().is_terminal
-    Console(width=None if terminal else 120).print(benchmark_table(results))
+    terminal = plain_console().is_terminal
+    plain_console(width=None if terminal else 120).print(benchmark_table(results))
 
 
 if __name__ == "__main__":

@@ -6,19 +6,18 @@ python tools/benchmark_detection.py --models '[resnet50]' --workloads '[{mode: t
 
 from functools import partial
 
-from rich.console import Console
-
 import vim  # noqa: F401  (registers the vim_* models)
 from vim.detection import DetectionBenchmarkConfig, build_detector_step
 from vim.training import ConfigParser, benchmark, benchmark_table, plain_errors
+from vim.training.progress import plain_console
 
 
 def main() -> None:
     config, _ = ConfigParser(DetectionBenchmarkConfig, __doc__).parse_config()
     with plain_errors():
         results = benchmark(config, partial(build_detector_step, config))
-    terminal = Console().is_terminal
-    Console(width=None if terminal else 120).print(benchmark_table(results))
+    terminal = plain_console().is_terminal
+    plain_console(width=None if terminal else 120).print(benchmark_table(results))
 
 
 if __name__ == "__main__":

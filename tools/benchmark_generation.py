@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from vim.models.lm_checkpoint import official_name
 from vim.models.mamba_lm import MambaLM
 from vim.training.benchmark import DTYPES
 from vim.training.environment import device_name, versions
+from vim.training.progress import plain_console
 
 PROMPT = 16
 Generate = Callable[[Tensor, int], Tensor]
@@ -101,7 +101,7 @@ def main() -> None:
             row = {"batch": batch, "who": key, "step_seconds": step, "prompt_seconds": prompt}
             report["rows"].append(row | {"rounds": steps[key]})
             table.add_row(str(batch), key, f"{1e3 * step:.2f}", f"{batch / step:,.0f}", f"{1e3 * prompt:.1f}")
-    Console().print(table)
+    plain_console().print(table)
     if args.output is not None:
         write_json(report, args.output)
 

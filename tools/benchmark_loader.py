@@ -3,12 +3,12 @@
 python tools/benchmark_loader.py --config configs/vim_tiny_in1k.yaml --data.root data/jpegs --workers 1 2 4 8
 """
 
-from rich.console import Console
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
 from vim.training import ConfigParser, TrainConfig, plain_errors
 from vim.training.loader_speed import loader_speed
+from vim.training.progress import plain_console
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         for workers in arguments.workers:
             rate = loader_speed(config, workers, arguments.seconds)
             table.add_row(str(workers), f"{rate:.0f}", f"{rate / max(workers, 1):.0f}")
-    Console().print(table)
+    plain_console().print(table)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 python tools/compare.py --config configs/compare_mnist5k.yaml
 """
 
-from rich.console import Console
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
 from vim.training import ConfigParser, plain_errors
 from vim.training.comparison import compare
 from vim.training.config import CompareConfig
+from vim.training.progress import plain_console
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
             f"{result['mean']:.2f}",
             f"{result['deviation']:.2f}" if len(config.seeds) > 1 else "",
         )
-    Console().print(table)
+    plain_console().print(table)
 
 
 if __name__ == "__main__":

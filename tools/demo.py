@@ -4,6 +4,9 @@ python tools/demo.py --model runs/quickstart
 python tools/demo.py --model runs/quickstart --features runs/features_train --port 8000
 """
 
+import signal
+import sys
+
 import vim  # noqa: F401  (registers the vim_* models)
 from vim.demo import DemoConfig, serve
 from vim.training import ConfigParser, plain_errors
@@ -11,6 +14,7 @@ from vim.training import ConfigParser, plain_errors
 
 def main() -> None:
     config, _ = ConfigParser(DemoConfig, __doc__).parse_config()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # uploaded images go then, too
     with plain_errors():
         serve(config)
 

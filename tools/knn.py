@@ -4,12 +4,12 @@ python tools/knn.py --train runs/features_train --val runs/features_val
 python tools/knn.py --train runs/features_train --val runs/features_val --column block23.token --shots [1,10]
 """
 
-from rich.console import Console
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
 from vim.features import KnnConfig, knn
 from vim.training import ConfigParser, plain_errors
+from vim.training.progress import plain_console
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     for row in report["results"]:
         shots = "all" if row["shots"] is None else str(row["shots"])
         table.add_row(shots, str(row["draw"]), str(row["k"]), f"{row['top1']:.2f}", f"{row['top5']:.2f}")
-    Console().print(table)
+    plain_console().print(table)
     print(f"results and plots: {config.output}")
 
 

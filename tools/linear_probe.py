@@ -6,12 +6,12 @@ python tools/linear_probe.py --train runs/features_train --val runs/features_val
 One that was stopped goes on where it was when the same command is given again.
 """
 
-from rich.console import Console
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
 from vim.features import LinearProbeConfig, probe
 from vim.training import ConfigParser, plain_errors
+from vim.training.progress import plain_console
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         shots = "all" if row["shots"] is None else str(row["shots"])
         figures = f"{row['lr']:g}", f"{row['top1']:.2f}", f"{row['top5']:.2f}"
         table.add_row(shots, str(row["draw"]), row["inputs"], *figures)
-    Console().print(table)
+    plain_console().print(table)
     print(f"results and plot: {config.output}")
 
 

@@ -7,11 +7,11 @@ python tools/validate.py --model vim_tiny --data.root data/imagenet --img_sizes 
 python tools/validate.py --model vim_tiny --data.root data --data.val_split imagenet-a --labels imagenet-a
 """
 
-from rich.console import Console
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
 from vim.training import ConfigParser, ValidateConfig, plain_errors, validate
+from vim.training.progress import plain_console
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         crop = f"{row['preprocessing']['crop_pct']:g}"
         numbers = (f"{row[key]:.{digits}f}" for key, digits in (("images", 0), ("top1", 2), ("top5", 2), ("loss", 4)))
         table.add_row(config.model, f"{height} x {width}", crop, *numbers)
-    Console().print(table)
+    plain_console().print(table)
     print(f"written to {config.output}")
 
 

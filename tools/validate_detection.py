@@ -4,12 +4,12 @@ python tools/validate_detection.py --model runs/trees --data.root data/trees \\
     --data.val_annotations val.json --data.val_images val
 """
 
-from rich.console import Console
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
 from vim.detection import METRICS, DetectionValidateConfig, validate
 from vim.training import ConfigParser, plain_errors
+from vim.training.progress import plain_console
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     table = Table("", *kinds, title=f"{results['annotations']}, {results['images']} images")
     for name in METRICS:  # a line each: twelve columns leave a terminal no room for numbers
         table.add_row(name, *(f"{results[prefix + name]:.3f}" for prefix in kinds.values()))
-    Console().print(table)
+    plain_console().print(table)
     print(f"written to {config.output}")
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import itertools
 import json
+import os
 import re
 import runpy
 import sys
@@ -20,6 +22,7 @@ from torch.testing import assert_close
 
 from vim.data import DataError
 from vim.detection import CocoData, boxes_to_coco, coco_metrics
+from vim.training import ConfigError
 
 WIDTH, HEIGHT = 20, 12
 
@@ -66,7 +69,7 @@ def test_boxes_are_clipped_and_those_without_area_counted(data):
             thing(1, [-2, -3, 5, 7]),
             thing(2, [18.5, 10, 10, 10]),
             thing(3, [4, 4, 0, 3]),
-            thing(4, [4, 4, -3, 3]),
+            thing(4, [4, 4, 3, 0]),
             thing(5, [WIDTH, 0, 5, 5]),  # only touches the image
             thing(6, [0, -5, 5, 5], iscrowd=1),
         ]
@@ -78,9 +81,13 @@ def test_boxes_are_clipped_and_those_without_area_counted(data):
 
 
 def test_crowds_are_for_the_metrics_alone(data):
-    boxes = data([thing(1, [1, 1, 4, 4], iscrowd=1, area=9), thing(2, [2, 2, 5, 5]), thing(3, [8, 2, 5, 5], area=0)])
-    assert_close(boxes.load(0)[1]["boxes"], torch.tensor([[2.0, 2, 7, 7], [8, 2, 13, 7]]))
-    assert [(a["iscrowd"], a["area"]) for a in boxes.truth()["annotations"]] == [(1, 9), (0, 25), (0, 25)]
+    rows = [thing(1, [1, 1, 4, 4], iscrowd=1, area=9), thing(2, [2, 2, 5, 5]), thing(3, [8, 2, 5, 5], area=0)]
+    rows += [thing(4, [0, 0, 1, 1], iscrowd=True), thing(5, [8, 2, 5, 5], iscrowd=False)]
+    rows += [thing(6, [8, 2, 5, 5], iscrowd=None, area=None)]
+    boxes = data(rows)
+    assert_close(boxes.load(0)[1]["boxes"], torch.tensor([[2.0, 2, 7, 7]] + 3 * [[8, 2, 13, 7]]))
+    found = [(a["iscrowd"], a["area"]) for a in boxes.truth()["annotations"]]
+    assert found == [(1, 9), (0, 25), (0, 25), (1, 1), (0, 25), (0, 25)]
 
 
 def test_an_image_without_a_box(data):
@@ -172,7 +179,13 @@ def test_masks_of_polygons_and_run_length_codes(data):
         ({"segmentation": [[1, 1, 5, 5, 3, 7, 2]]}, "no usable segmentation"),
         ({"segmentation": [[1, 1, 5, 5, 3, float("nan")]]}, "no usable segmentation"),
         ({"segmentation": [[1, 1, 5, 5, 3, "7"]]}, "no usable segmentation"),
+        ({"segmentation": [[1, 1, 5, 5, 3, 10**400]]}, "no usable segmentation"),
+        ({"segmentation": [[1, 1, 5, 5, 3, 1e9]]}, "no usable segmentation"),  # gigabytes, pixel by pixel
+        ({"segmentation": [{}]}, "no usable segmentation"),
+        ({"segmentation": "1,1,5,5,3,7"}, "no usable segmentation"),
         ({"segmentation": {"size": [HEIGHT, WIDTH]}}, "no usable segmentation"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": ["240"]}}, "no usable segmentation"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [[240]]}}, "no usable segmentation"),
         (
             {"segmentation": {"size": [WIDTH, HEIGHT], "counts": [240]}},
             r"a segmentation of size \[20, 12\], want \[12, 20\]",
@@ -186,9 +199,11 @@ def test_masks_need_shapes(data, shape, message):
         data(rows, masks=True)
 
 
-@pytest.mark.parametrize("counts", [[10], [200, 200], [-5, 245], "xyz"])
-def test_a_damaged_run_length_code(data, counts):
-    boxes = data([thing(4, [1, 1, 4, 4], segmentation={"size": [HEIGHT, WIDTH], "counts": counts})], masks=True)
+@pytest.mark.parametrize("crowd", [0, 1])
+@pytest.mark.parametrize("counts", [[10], [200, 200], [-5, 245], [10**30], "xyz", "\u4e2d"])
+def test_a_damaged_run_length_code(data, counts, crowd):
+    shape = {"size": [HEIGHT, WIDTH], "counts": counts}
+    boxes = data([thing(4, [1, 1, 4, 4], segmentation=shape, iscrowd=crowd)], masks=True)
     with pytest.raises(DataError, match=r"annotation 4 of a\.png has a segmentation that cannot be decoded"):
         boxes.load(0)
 
@@ -211,7 +226,30 @@ PICTURE = {"id": 5, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
         ({"annotations": [thing(8, [1, 2, 3, float("nan")])]}, r"annotation 8 of a.png has the box \[1, 2, 3, nan\]"),
         ({"annotations": [thing(8, [1, 2, float("inf"), 4])]}, r"annotation 8 of a.png has the box \[1, 2, inf, 4\]"),
         ({"annotations": [thing(8, [1, 2, 3, "4"])]}, r"annotation 8 of a.png has the box \[1, 2, 3, '4'\]"),
-        ({"annotations": [thing(8, None)]}, "one of annotations has None for bbox, want list"),
+        ({"annotations": [thing(8, [1, 2, -3, 4])]}, r"annotation 8 of a.png has the box \[1, 2, -3, 4\]"),
+        ({"annotations": [thing(8, [1, 2, True, 4])]}, r"annotation 8 of a.png has the box \[1, 2, True, 4\]"),
+        ({"annotations": [thing(8, [1, 2, 3, 10**400])]}, r"annotation 8 of a.png has the box \[1, 2, 3, 1000"),
+        ({"annotations": [thing(8, None)]}, "one of annotations has None for bbox, want list: id 8"),
+        (
+            {"annotations": [{"segmentation": 99 * [0]} | thing(8, [1, 2, 3, 4], "7")]},
+            "one of annotations has '7' for category_id, want int: id 8",
+        ),
+        ({"annotations": [thing(8, [1, 2, 3, 4], True)]}, "has True for category_id, want int: id 8"),
+        ({"annotations": [thing(8.0, [1, 2, 3, 4])]}, r"one of annotations has 8\.0 for id, want int: id 8\.0"),
+        ({"annotations": [thing(2**63, [1, 2, 3, 4])]}, f"has {2**63} for id, want an integer of 64 bits"),
+        ({"annotations": [thing(10**400, [1, 2, 3, 4])]}, "has an integer of more than 100 digits for id"),
+        *[
+            (
+                {"annotations": [thing(8, [1, 2, 3, 4], iscrowd=v)]},
+                f"annotation 8 of a.png has iscrowd {v!r}; want 0 or",
+            )
+            for v in ("0", "1", 2, -1, 0.0, 1.0, "false")
+        ],
+        ({"annotations": [thing(8, [1, 2, 3, 4], iscrowd=[])]}, r"annotation 8 of a.png has iscrowd \[\]; want 0 or 1"),
+        *[
+            ({"annotations": [thing(8, [1, 2, 3, 4], area=v)]}, f"annotation 8 of a.png has area {v!r}; want pixels")
+            for v in ("12", -1, float("nan"), True)
+        ],
         ({"annotations": [thing(8, [1, 2, 3, 4], image=1)]}, "annotation 8 is of image 1, which is not among"),
         ({"annotations": [thing(8, [1, 2, 3, 4], 9)]}, "annotation 8 is of category 9, which is not among"),
         ({"annotations": [thing(8, [1, 2, 3, 4]), thing(8, [1, 2, 3, 5])]}, "annotation id 8 stands there twice"),
@@ -219,11 +257,16 @@ PICTURE = {"id": 5, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
         ({"annotations": None}, "not in COCO's format: it has no list of annotations"),
         ({"categories": [CAT, CAT]}, "category id 7 stands there twice"),
         ({"categories": [CAT, {"id": "3", "name": "bird"}]}, "one of categories has '3' for id, want int"),
+        ({"categories": [CAT, {"id": 3, "name": "cat"}]}, "category name cat stands there twice"),
         ({"categories": []}, "has 2 images and 0 categories; want at least one"),
         ({"images": []}, "has 0 images and 2 categories; want at least one"),
         ({"images": [PICTURE, PICTURE]}, "image id 5 stands there twice"),
         ({"images": [5]}, "one of images has no id: 5"),
         ({"images": [{"id": 5, "file_name": "a.png"}]}, "one of images has no width"),
+        ({"images": [PICTURE | {"file_name": 5000 * "a"}]}, "1 of 1 images of .* are not in .*, the first is aaaa"),
+        ({"images": [PICTURE | {"width": 0}]}, "one of images has 0 for width, want pixels: id 5"),
+        ({"images": [PICTURE | {"height": 10**400}]}, "has an integer of more than 100 digits for height, want pixels"),
+        ({"images": [PICTURE | {"width": 20.0}]}, r"one of images has 20\.0 for width, want int: id 5"),
         ({"images": [PICTURE | {"file_name": "../a.png"}]}, r"file name '../a\.png' leads out of the folder"),
         ({"images": [PICTURE | {"file_name": "/a.png"}]}, r"file name '/a\.png' leads out of the folder"),
         (
@@ -233,8 +276,34 @@ PICTURE = {"id": 5, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
     ],
 )
 def test_a_file_that_contradicts_itself(data, parts, message):
-    with pytest.raises(DataError, match=rf"boxes\.json.*{message}" if message[0] != "2" else message):
+    with pytest.raises(DataError, match=rf"boxes\.json.*{message}" if message[0] not in "12" else message):
         data(**{"annotations": [], **parts})
+
+
+HOSTILE = [None, True, 1, -1, 2.5, 1e308, float("nan"), 10**30, 2**63, "", "1", "\ud800", "a\nb\0", 5000 * "a"]
+HOSTILE += [[], {}, [None], [[1, 2]], [[1e300] * 6], [0, 0, 10**400, 1], {"size": [HEIGHT, WIDTH], "counts": "PPPP0"}]
+HOSTILE += [{"size": [HEIGHT, WIDTH], "counts": [-1, 241]}, {"size": [HEIGHT, WIDTH], "counts": [2**32, 240]}]
+
+
+def test_any_value_in_any_place_is_taken_or_refused_in_a_line(data):
+    shape = {"size": [HEIGHT, WIDTH], "counts": [10, 20, 210]}
+    rows = [thing(1, [1, 1, 4, 4], segmentation=[polygon(2, 3, 9, 8)], area=9), thing(2, [1, 1, 4, 4], iscrowd=1)]
+    rows[1]["segmentation"] = shape
+    whole = {"annotations": rows, "images": [PICTURE], "categories": [CAT]}
+    taken, messages = 0, []
+    cases = [(part, row, key) for part, rows in whole.items() for row in rows for key in row]
+    for (part, row, key), value in itertools.product(cases, HOSTILE):
+        changed = [other | {key: value} if other is row else other for other in whole[part]]
+        try:
+            boxes = data(**whole | {part: changed}, masks=True)
+            boxes.load(0)
+            json.dumps(boxes.truth(), allow_nan=False)
+            taken += 1
+        except DataError as error:
+            messages.append(str(error))
+    assert taken > 10
+    assert len(messages) > 200
+    assert [text for text in messages if len(text) > 1000 or len(text.splitlines()) > 1] == []
 
 
 @pytest.mark.parametrize(
@@ -243,6 +312,8 @@ def test_a_file_that_contradicts_itself(data, parts, message):
         (b"{", "is not JSON"),
         (b"\xff\xfe\xff", "is not JSON"),
         (b"[]", "is not in COCO's format: want images, annotations and categories"),
+        (b"[" * 200_000, "is not in COCO's format: it is nested too deeply"),
+        (b'{"images": ' + b"9" * 5000 + b"}", "is not JSON: Exceeds the limit"),
         (None, "no annotations .*; give a JSON file in COCO's format"),
     ],
 )
@@ -330,15 +401,24 @@ def test_classes_are_in_the_order_of_their_names(table, tmp_path):
         ("a.png,1,2,nan,6,Oak,", r"line 3: want xmin < xmax"),
         ("a.png,1,2,4,6", r"line 3: a box has no label"),
         ("a.png,1,2,4,6,Oak,1,red", r"line 3: more values than the header has columns"),
+        ("a.png,1,2,1_0,6,Oak,", r"line 3: want xmin < xmax"),
+        ("pipe.png,1,2,4,6,Oak,", r"line 3: cannot read image .*pipe\.png: no such file"),
+        (f"{5000 * 'a'},1,2,4,6,Oak,", r"line 3: cannot read image .*aaa: no such file"),
         ("c.png,1,2,4,6,Oak,", r"line 3: cannot read image .*c\.png"),
         ("../a.png,1,2,4,6,Oak,", r"line 3: want an image_path inside .*, got '\.\./a\.png'"),
         (",1,2,4,6,Oak,", r"line 3: want an image_path inside .*, got ''"),
     ],
 )
 def test_a_bad_row(table, tmp_path, row, message):
+    os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(DataError, match=rf"boxes\.csv, {message}"):
         boxes_to_coco(table(f"a.png,1,2,4,6,Oak,\n{row}\n"), tmp_path, tmp_path / "boxes.json")
     assert not (tmp_path / "boxes.json").exists()
+
+
+def test_an_output_that_cannot_be_written(table, tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot write to .*a\.png: File exists; choose another output"):
+        boxes_to_coco(table("a.png,1,2,4,6,Oak,\n"), tmp_path, tmp_path / "a.png" / "boxes.json")
 
 
 @pytest.mark.parametrize(
@@ -350,6 +430,7 @@ def test_a_bad_row(table, tmp_path, row, message):
             r"has no column 'ymax'; want a header with image_path",
         ),
         (HEADER, "", "has no rows"),
+        (f"label,{HEADER}", "Ash,a.png,1,2,4,6,Oak,\n", "has the column 'label' twice"),
         (HEADER, "a.png,,,,,,\n", "has no box, only images without one"),
     ],
 )

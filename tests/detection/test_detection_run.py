@@ -124,6 +124,8 @@ def test_a_run_folder_evaluates_as_in_training(finished, boxes, folder, prefix, 
 def test_a_checkpoint_evaluates_with_its_averaged_weights(finished, boxes, tmp_path):
     run_dir, summary = finished
     last = str(run_dir / "checkpoints" / "last.pt")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "detections.png").write_bytes(b"of another evaluation")
     results = validate(validation(boxes, run_dir, tmp_path / "out", checkpoint=last, sheet=0))
     assert results["AR100"] == pytest.approx(summary["ema_AR100"], abs=1e-3)
     assert not (tmp_path / "out" / "detections.png").exists()
@@ -182,6 +184,8 @@ def test_what_does_not_fit_is_refused(finished, boxes, tmp_path):
     wrong.data.val_annotations = "renamed.json"
     with pytest.raises(ConfigError, match=r"was trained on the categories .*red.* has .*rot"):
         validate(wrong)
+    with pytest.raises(ConfigError, match=r"cannot write to .*val\.json: File exists; choose another output"):
+        validate(validation(boxes, run_dir, boxes / "val.json"))
     with pytest.raises(RunError, match=r"no detector in .*; give the folder of a finished run"):
         load_detector(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "vim_nano"}')

@@ -3,17 +3,22 @@
 import base64
 import html
 import io
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from vim.data import DataError
 from vim.training.errors import ConfigError
+from vim.training.progress import visible
 
 from .config import DemoConfig
-from .predict import Captioned, Predictor
+from .predict import MAX_BYTES, Captioned, Predictor
 
 TOP = 5
+AT_ONCE, WAITING = 4, 64  # requests
 CSS = """
 .dropped img { width: 100%; height: 100%; object-fit: contain; }
 .html-container { padding: 0 !important; }
@@ -29,9 +34,17 @@ def serve(config: DemoConfig) -> None:
 
     Raises: ConfigError, DataError, with a message for the user.
     """
+    predictor = Predictor(config)
+    # gradio serves whatever lies in its folder of uploads, and other apps and users share the one that it chooses.
+    with tempfile.TemporaryDirectory(prefix="vim-demo-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        _serve(predictor, config)
+
+
+def _serve(predictor: Predictor, config: DemoConfig) -> None:
     import gradio as gr
 
-    app = page(Predictor(config), config.model)
+    app = page(predictor, config.model)
     try:
         _, url, _ = app.launch(
             server_name=config.host,
@@ -41,13 +54,14 @@ def serve(config: DemoConfig) -> None:
             prevent_thread_lock=True,
             ssr_mode=False,
             run_history=False,
+            max_file_size=MAX_BYTES,
             footer_links=[],
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none to fetch
             css=CSS,
         )
     except OSError as error:
         raise ConfigError(f"cannot listen on {config.host}, port {config.port}; choose another --port") from error
-    print(f"{config.model}: {url} (Ctrl-C ends it)", flush=True)
+    print(f"{visible(config.model)}: {url} (Ctrl-C ends it)", flush=True)
     app.block_thread()
 
 
@@ -60,45 +74,84 @@ def page(predictor: Predictor, name: str) -> Any:
     else:
         about_maps = f"{name} is no Vision Mamba (vim_*): it has no scan to look into."
     # Uploaded images go within the hour, and when the server ends.
-    with gr.Blocks(analytics_enabled=False, title=name, fill_width=True, delete_cache=(600, 3600)) as app:
-        gr.Markdown(f"## {name}\nDrop an image to see what the model makes of it.")
-        message = gr.Markdown(visible=False)
+    with gr.Blocks(analytics_enabled=False, title=visible(name), fill_width=True, delete_cache=(600, 3600)) as app:
+        _section("h2", name, "Drop an image to see what the model makes of it.")
+        message = gr.HTML()
         with gr.Row():
             image = gr.Image(label="your image", sources=["upload", "clipboard"], height=300, elem_classes="dropped")
+            _fetch_nothing(image)
             label = gr.Label(label="classes", num_top_classes=TOP)
         with gr.Row():
-            gr.Markdown(f"### Maps\n{about_maps}")
+            _section("h3", "Maps", about_maps)
             last = max(predictor.blocks - 1, 0)
             block = gr.Slider(0, max(last, 1), last, step=1, label="block", visible=last > 0)
         maps = gr.HTML()
         if predictor.features is not None:
             where = f"{len(predictor.features)} images in {predictor.features.manifest['images']}"
-            gr.Markdown(f"### Nearest neighbours\nOf {where}: class, and cosine of the features ({predictor.column}).")
+            about = f"Of {where}: class, and cosine of the features ({predictor.column})."
+            _section("h3", "Nearest neighbours", about)
         neighbours = gr.HTML()
 
         def answer(upload: dict[str, Any] | None, at: int) -> list[Any]:
             if upload is None:
-                return [gr.Markdown(visible=False), None, "", ""]
+                return ["", None, "", ""]
             try:
-                found = predictor(upload["path"], int(at))
+                found = predictor(uploaded(upload["path"], Path(image.GRADIO_CACHE)), at)
             except DataError as error:
-                return [gr.Markdown(f"**{error}**", visible=True), None, "", ""]
-            shown = figures(found.maps, 165), figures(found.neighbours, 120)
-            return [gr.Markdown(visible=False), found.classes, *shown]
+                return [f"<b>{html.escape(visible(str(error)))}</b>", None, "", ""]
+            return ["", found.classes, figures(found.maps, 165), figures(found.neighbours, 120)]
 
-        # One event, so that gradio runs one at a time: maps hang hooks on the model. And without gradio's reading of
-        # the file, which turns and converts images as validation does not, and has no word for one that it cannot read.
+        # Without gradio's reading of the file, which turns and converts images as validation does not, and has no word
+        # for one that it cannot read. It also does not check where a file lies that a request names by its path alone.
         outputs = [message, label, maps, neighbours]
         gr.on([image.change, block.change], answer, [image, block], outputs, preprocess=False)
-    return app
+    return app.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE)
+
+
+def uploaded(path: str | None, folder: Path) -> Path:
+    """The file behind a path, wherever links lead, if it lies in the folder.
+
+    Raises: DataError.
+    """
+    try:
+        file = Path(path or "").resolve(strict=True)
+        inside = file.is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # no such file, links in a circle, a null byte
+        inside = False
+    if not inside:  # and no word about whether there is such a file
+        raise DataError("this image is not, or no longer, among those uploaded here; drop it again")
+    return file
+
+
+def _fetch_nothing(image: Any) -> None:
+    """Close gradio's other way to a file: a request may name an address, from which the server would fetch one of any
+    size. (gradio writes a file for each subclass of a component, so this one is changed in place.)"""
+    import gradio as gr
+
+    keep = image.async_move_resource_to_block_cache
+
+    async def keep_file(path: str | Path | None) -> str | None:
+        if str(path).lower().startswith(("http:", "https:")):
+            raise gr.Error("this page takes files, no addresses", print_exception=False)
+        return await keep(path)
+
+    image.async_move_resource_to_block_cache = keep_file
+
+
+def _section(heading: str, title: str, text: str) -> None:
+    """A heading and a line, as they are: in gr.Markdown a name could be markup."""
+    import gradio as gr
+
+    title, text = (html.escape(visible(part)) for part in (title, text))
+    gr.HTML(f"<{heading}>{title}</{heading}><p>{text}</p>")
 
 
 def figures(images: list[Captioned], width: int) -> str:
     """HTML of images with captions, each at least so many pixels wide."""
     parts = [
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{_png(image)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for image, caption in images
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{_png(image)}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+        for image, caption in ((image, html.escape(visible(caption))) for image, caption in images)
     ]
     return f'<div class="figures" style="--wide: {width}px">{"".join(parts)}</div>'
 

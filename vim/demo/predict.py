@@ -1,5 +1,8 @@
 """From an image file to what the page shows of it. matplotlib is optional, and imported only here."""
 
+import os
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +17,14 @@ from vim.features.extract import FeatureExtractor, weights_hash
 from vim.features.judge import nearest
 from vim.training.errors import ConfigError
 from vim.training.model import label_names, load_model, resolve_input
+from vim.training.progress import visible
 from vim.visualize import CLASS_MAP, as_pixels, block_maps, has_scans
 
 from .config import DemoConfig
 
 NEIGHBOURS = 8
 EDGE = 224  # pixels of the longer edge of what is shown
+MAX_BYTES = 64 * 2**20  # of an image file
 
 Captioned = tuple[Image.Image, str]
 
@@ -41,6 +46,8 @@ class Answer:
 class Predictor:
     """A classifier on the CPU, and an export of its features if the configuration names one.
 
+    Threads may share it: they decode images beside each other, and take turns at the model, on which maps hang hooks.
+
     blocks: number of blocks that have maps; 0 for a model that is no Vision Mamba.
 
     Raises: ConfigError for a model that does not exist or classify, and for features of another one; DataError for a
@@ -57,9 +64,10 @@ class Predictor:
             raise ConfigError(f"{config.model} takes {self.data_config['input_size'][0]} channels; images have 1 or 3")
         self.transform = eval_transform(self.data_config)
         names = label_names(self.model)
-        self.names = list(names) if names else [f"class {i}" for i in range(classes)]
+        self.names = _labels(names, classes, config.model)
         self.blocks = len(self.model.blocks) if has_scans(self.model) else 0  # type: ignore[arg-type]
         self.features: Features | None = None
+        self._turn = threading.Lock()
         if config.features is not None:
             self._open_features(config.features, config.model)
 
@@ -67,20 +75,30 @@ class Predictor:
     def __call__(self, file: str | Path, block: int = -1) -> Answer:
         """Classify an image file of any mode and size, as validation does; maps are those of the block.
 
-        Raises: DataError for a file that is no image.
+        Raises: DataError for a file that is no image, or larger than 64 MiB, and for a block that the model lacks.
         """
+        if self.blocks and block not in range(-1, self.blocks):
+            raise DataError(f"block must be from 0 to {self.blocks - 1}, got {block!r}")
+        if not os.path.isfile(file):  # to open a pipe would wait, and a device has no end
+            raise DataError(f"{Path(file).name} is no file")
+        if Path(file).stat().st_size > MAX_BYTES:
+            raise DataError(f"{Path(file).name} is larger than {MAX_BYTES // 2**20} MiB; scale it down")
         try:
             image = decode_image(file, self.data_config["input_size"][0], file)
         except DataError as error:  # the page need not know where its files lie
             raise DataError(f"{Path(file).name} cannot be read as an image") from error
         batch = self.transform(image)[None]
+        with self._turn:
+            return self._answer(batch, block)
+
+    def _answer(self, batch: Tensor, block: int) -> Answer:
         probabilities = self.model(batch).float().softmax(1)[0]
         classes = dict(zip(self.names, probabilities.tolist(), strict=True))
         seen = self._as_seen(batch)
         maps = [(seen, "what the model gets")]
         if self.blocks:
             label = probabilities.argmax()
-            for name, values in block_maps(self.model, batch, label[None], block).items():
+            for name, values in block_maps(self.model, batch, label[None], int(block)).items():
                 caption = f"{name} of “{self.names[int(label)]}”" if name == CLASS_MAP else name
                 maps.append((_overlay(seen, values[0]), caption))
         return Answer(classes, maps, [] if self.features is None else self._neighbours(batch))
@@ -116,6 +134,16 @@ class Predictor:
     def _as_seen(self, batch: Tensor) -> Image.Image:
         pixels = (as_pixels(batch, self.data_config)[0] * 255).round().byte()
         return _enlarged(Image.fromarray(pixels.numpy()))
+
+
+def _labels(names: Sequence[str] | None, classes: int, model: str) -> list[str]:
+    """A name for each class, and no two alike: WordNet has two cranes."""
+    if not names:
+        return [f"class {i}" for i in range(classes)]
+    if len(names) != classes:
+        raise ConfigError(f"{model} has {classes} classes and {len(names)} label names in its config.json; repair it")
+    texts = list(map(visible, map(str, names)))
+    return [f"{name} (class {i})" if texts.count(name) > 1 else name for i, name in enumerate(texts)]
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

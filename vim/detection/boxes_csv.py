@@ -2,14 +2,14 @@
 
 import csv
 import math
+import os
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vim.data import DataError
-from vim.data.decode import UNREADABLE
+from vim.data.decode import decode_image
 from vim.files import write_json
+from vim.training.output import make_output
 
 from .coco import annotation, leads_out
 
@@ -32,7 +32,9 @@ def boxes_to_coco(csv_file: str | Path, images: str | Path, output: str | Path) 
     csv_file, images, output = Path(csv_file), Path(images), Path(output)
     sizes: dict[str, tuple[int, int]] = {}
     found: dict[str, list[tuple[list[float], str]]] = {}
-    for line, row in _rows(csv_file):
+    rows = _rows(csv_file)
+    make_output(output.parent)
+    for line, row in rows:
         path = row["image_path"]
         try:
             if path not in sizes:
@@ -57,7 +59,6 @@ def boxes_to_coco(csv_file: str | Path, images: str | Path, output: str | Path) 
         for (x1, y1, x2, y2), label in of_image:
             number, box = len(content["annotations"]) + 1, (x1, y1, x2 - x1, y2 - y1)
             content["annotations"].append(annotation(number, image_id, names.index(label) + 1, box))
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_json(content, output)
     return content
 
@@ -71,12 +72,14 @@ def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:
             reader = csv.DictReader(stream)
             if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
                 raise DataError(f"{file} has no column {missing[0]!r}; want a header with {', '.join(COLUMNS)}")
+            if twice := [name for name in COLUMNS if (reader.fieldnames or ()).count(name) > 1]:
+                raise DataError(f"{file} has the column {twice[0]!r} twice")
             rows = []
             for row in reader:
                 if any(row.get(None) or ()):  # without quotes, a comma in a name would cut it short
                     raise DataError(f"{file}, line {reader.line_num}: more values than the header has columns")
                 rows.append((reader.line_num, {name: (row[name] or "").strip() for name in COLUMNS}))
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {file}: {error}; want comma-separated text in UTF-8") from error
     if not rows:
         raise DataError(f"{file} has no rows")
@@ -89,7 +92,7 @@ def _corners(row: dict[str, str]) -> list[float] | None:
     if not any(texts):
         return None
     try:
-        corners = [float(text) for text in texts]
+        corners = [float(text if text.isascii() and "_" not in text else "nan") for text in texts]
     except ValueError:
         corners = [math.nan]
     if corners == [0.0] * 4:
@@ -105,8 +108,7 @@ def _size(images: Path, path: str) -> tuple[int, int]:
     """Width and height of an image."""
     if not path or leads_out(path):
         raise DataError(f"want an image_path inside {images}, got {path!r}")
-    try:
-        with Image.open(images / path) as image:
-            return image.size
-    except UNREADABLE as error:
-        raise DataError(f"cannot read image {images / path}: {error}") from error
+    file = images / path
+    if not os.path.isfile(file):  # to open a pipe would wait
+        raise DataError(f"cannot read image {file}: no such file")
+    return decode_image(file, 3, file).size

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vim.training.plots import plain_text, save_figure
+
 from .coco import decode_mask
 
 MAX_NAMES = 40  # boxes in a picture beyond which their names would hide it
@@ -28,7 +30,7 @@ def plot_learning_curve(history: list[dict[str, Any]], path: Path) -> None:
     for axes in (loss, precision):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, 120)
 
 
 def plot_detections(
@@ -50,7 +52,7 @@ def plot_detections(
     for (left, right), image, truth, found in zip(grid, images, truths, predictions, strict=True):
         _draw(left, image, truth, names, f"truth: {len(truth)}")
         _draw(right, image, found, names, f"predicted, from the score of the best F1: {len(found)}")
-    figure.savefig(path, dpi=80)
+    save_figure(figure, path, 80)
 
 
 def _draw(axes, image: Image.Image, rows: list[dict[str, Any]], names: dict[int, str], title: str) -> None:
@@ -72,4 +74,5 @@ def _draw(axes, image: Image.Image, rows: list[dict[str, Any]], names: dict[int,
         if len(rows) <= MAX_NAMES:
             score = f" {row['score']:.2f}" if "score" in row else ""
             box = {"facecolor": "white", "alpha": 0.7, "pad": 0.5, "linewidth": 0}
-            axes.text(x, y, names[row["category_id"]] + score, fontsize=6, va="bottom", bbox=box, clip_on=True)
+            name = plain_text(names[row["category_id"]]) + score
+            axes.text(x, y, name, fontsize=6, va="bottom", bbox=box, clip_on=True)

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from vim.data import DataError
-from vim.data.decode import UNREADABLE
+from vim.data.decode import decode_image
 from vim.data.whole_folder import whole_folder
 from vim.files import write_json
 
@@ -108,10 +108,9 @@ def _read(picture: Path) -> tuple[Image.Image, list[Box]]:
     except (ElementTree.ParseError, ValueError) as error:
         raise DataError(f"cannot read the boxes of {boxes_file}: {error}; install deepforest anew") from error
     try:
-        with Image.open(image_file) as image:
-            return image.convert("RGB"), boxes
-    except UNREADABLE as error:
-        raise DataError(f"cannot read image {image_file}: {error}; install deepforest anew") from error
+        return decode_image(image_file, 3, image_file), boxes
+    except DataError as error:
+        raise DataError(f"{error}; or install deepforest anew") from error
 
 
 def tile_starts(length: int, step: int) -> list[int]:

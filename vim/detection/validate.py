@@ -5,6 +5,7 @@ from typing import Any
 
 from vim.files import write_json
 from vim.training.errors import ConfigError
+from vim.training.output import make_output
 from vim.training.progress import Progress
 from vim.training.trainer import create_accelerator
 
@@ -29,6 +30,7 @@ def validate(config: DetectionValidateConfig) -> dict[str, Any]:
     root = Path(config.data.root)
     data = CocoData(root / config.data.val_annotations, root / config.data.val_images, masks=stored.config.masks)
     _check_categories(stored, data, config)
+    output = make_output(config.output)
     progress.line(data.describe())
     batches = accelerator.prepare(eval_loader(EvalImages(data), config.data.batch_size, config.data.num_workers))
     evaluation = evaluate(stored.model.to(accelerator.device), batches, data, accelerator, progress)
@@ -42,13 +44,13 @@ def validate(config: DetectionValidateConfig) -> dict[str, Any]:
         "precision": config.precision,
     }
     if accelerator.is_main_process:
-        output = Path(config.output)
-        output.mkdir(parents=True, exist_ok=True)
+        sheet = output / "detections.png"
+        sheet.unlink(missing_ok=True)  # one of an earlier evaluation would stand beside other results
         write_json(evaluation.predictions, output / "predictions.json")
         write_json(results, output / "results.json")
         if config.sheet:
             try:
-                write_sheet(data, evaluation, config.sheet, output / "detections.png")
+                write_sheet(data, evaluation, config.sheet, sheet)
             except ModuleNotFoundError as error:
                 progress.line(f"no detections.png: {error}; pip install matplotlib")
     accelerator.end_training()

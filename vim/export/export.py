@@ -13,6 +13,7 @@ from vim.files import whole_file, write_json
 from vim.training.environment import versions
 from vim.training.errors import RunError
 from vim.training.model import label_names, load_model, resolve_input
+from vim.training.output import make_output
 from vim.training.progress import Progress
 
 from .config import ExportConfig
@@ -33,7 +34,7 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
     progress = Progress()
     model = load_model(config).eval()
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
-    images = _images(config, data_config)
+    images, folder = _images(config, data_config), make_output(config.output)
     eager: Runner = torch.inference_mode()(model)  # type: ignore[assignment]
     expected = eager(images)
     report: dict[str, Any] = {
@@ -46,8 +47,8 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
         "versions": versions(),
     }
     progress.line(f"eager: {_times(report['eager'])}")
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    about = folder / "export.json"
+    about.unlink(missing_ok=True)  # it must not describe other files than lie there
     for name in config.formats:
         path = folder / FORMATS[name].file
         report[name] = found = _export(FORMATS[name], model, images, expected, path, config.threads)
@@ -55,7 +56,9 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
             f"{name}: {path}, {found['bytes'] / 1e6:.1f} MB in {found['seconds']:.0f} s, "
             f"differs by {found['max_abs_error']:.1e} at most; {_times(found)}"
         )
-    write_json(report, folder / "export.json")
+    write_json(report, about)
+    for name in FORMATS.keys() - set(config.formats):
+        (folder / FORMATS[name].file).unlink(missing_ok=True)  # of an older export
     return report
 
 

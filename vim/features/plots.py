@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from vim.data import ImageSource
+from vim.training.plots import plain_text, save_figure
 
 from .store import Features
 
@@ -30,7 +31,7 @@ def plot_knn(results: list[dict[str, Any]], path: Path) -> None:
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, 120)
 
 
 def plot_linear_probe(result: dict[str, Any], path: Path) -> None:
@@ -43,15 +44,18 @@ def plot_linear_probe(result: dict[str, Any], path: Path) -> None:
     grid = [cell for cell in result["grid"] if cell["top1"] is not None]
     for inputs in dict.fromkeys(cell["inputs"] for cell in grid):
         cells = [cell for cell in grid if cell["inputs"] == inputs]
-        axes.plot([cell["lr"] for cell in cells], [cell["top1"] for cell in cells], marker="o", ms=4, label=inputs)
+        axes.plot(
+            [cell["lr"] for cell in cells], [cell["top1"] for cell in cells], marker="o", ms=4, label=plain_text(inputs)
+        )
     best = next(c for c in grid if (c["inputs"], c["lr"]) == (result["inputs"], result["lr"]))
     axes.plot(best["lr"], best["top1"], "o", ms=12, mfc="none", mec="black")
     axes.set(xlabel="learning rate for 256 images an update", ylabel="top-1 on held-out training images (%)")
     axes.set_xscale("log")
-    axes.set_title(f"chosen: {result['inputs']}, {result['lr']:g}; {result['top1']:.1f} % on val", fontsize=10)
+    chosen = plain_text(result["inputs"])
+    axes.set_title(f"chosen: {chosen}, {result['lr']:g}; {result['top1']:.1f} % on val", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, 120)
 
 
 def plot_neighbours(
@@ -80,11 +84,11 @@ def plot_neighbours(
             shown.append((sources[0].load(int(train.index[near])), f"{train.labels[near]}: {similarity:.2f}", colour))
         for axes, (image, text, colour) in zip(grid[row], shown, strict=True):
             axes.imshow(image)
-            axes.set_title(text, fontsize=8, color=colour)
+            axes.set_title(plain_text(text), fontsize=8, color=colour)
             axes.set(xticks=[], yticks=[])
             for spine in axes.spines.values():
                 spine.set(color=colour, linewidth=2)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, 100)
 
 
 def plot_projection(features: np.ndarray, labels: np.ndarray, path: Path) -> None:
@@ -102,8 +106,8 @@ def plot_projection(features: np.ndarray, labels: np.ndarray, path: Path) -> Non
     for place, label in enumerate(classes):
         points = layout[labels == label]
         colour = colours(place if len(classes) <= 20 else place / len(classes))
-        axes.scatter(points[:, 0], points[:, 1], s=8, color=colour, label=str(label), lw=0)
+        axes.scatter(points[:, 0], points[:, 1], s=8, color=colour, label=plain_text(label), lw=0)
     if len(classes) <= 20:
         axes.legend(title="class", markerscale=2, fontsize=8)
     axes.set(xticks=[], yticks=[], title="t-SNE of the features")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, 120)

@@ -1,6 +1,7 @@
 """Configurations from YAML files and dotted overrides: jsonargparse, with hints for misspelt keys."""
 
 import argparse
+import io
 import multiprocessing
 import re
 import signal
@@ -85,7 +86,13 @@ class ConfigParser(ArgumentParser):
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """End the program with the message alone, where that says all there is to know, and at once."""
+    """End the program with the message alone, where that says all there is to know, and at once.
+
+    A name that the terminal's encoding lacks prints as an escape: it must not end a finished run.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except (ConfigError, DataError, RunError) as error:

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .config import PushConfig, TrainConfig
 from .errors import ConfigError, RunError
+from .progress import visible
 from .run_folder import RunFolder
 
 PLOTS = {"learning_curve.png": "Learning curve", "confusion_matrix.png": "Confusion matrix"}
@@ -107,13 +108,13 @@ def model_card(run: FinishedRun, config: PushConfig) -> ModelCard:
 
 def _eval_results(run: FinishedRun, config: PushConfig) -> list[EvalResult]:
     prefix = "ema_" if config.weights == "ema" else ""
-    name = _dataset(run)
+    name = visible(_dataset(run))
     return [
         EvalResult(
             task_type="image-classification",
             dataset_type=config.datasets[0] if config.datasets else name,
             dataset_name=name,
-            dataset_split=run.config["data"]["val_split"],
+            dataset_split=visible(run.config["data"]["val_split"]),
             metric_type="accuracy",
             metric_name=label,
             metric_value=round(run.summary[prefix + key] / 100, 6),  # the hub's accuracy goes from 0 to 1
@@ -124,10 +125,11 @@ def _eval_results(run: FinishedRun, config: PushConfig) -> list[EvalResult]:
 
 def _what(run: FinishedRun, vision_mamba: bool) -> str:
     size = " x ".join(map(str, run.model["pretrained_cfg"]["input_size"]))
+    data = _plain(_dataset(run))
     kind = "[Vision Mamba](https://arxiv.org/abs/2401.09417)" if vision_mamba else "model"
     return (
         f"An image classifier for [timm](https://github.com/huggingface/pytorch-image-models): the {kind} "
-        f"`{run.model['architecture']}` with {run.summary['parameters']:,} parameters, trained on {_dataset(run)}. It "
+        f"`{run.model['architecture']}` with {run.summary['parameters']:,} parameters, trained on {data}. It "
         f"takes images of {size} (channels, height, width) and tells {run.model['num_classes']} classes apart."
     )
 
@@ -154,7 +156,8 @@ def _results(run: FinishedRun, weights: str) -> str:
         for key, (prefix, name) in names.items()
         if f"{prefix}top1" in run.summary
     ]
-    about = f"On the {run.summary['val_images']:,} images of {_dataset(run)}/{run.config['data']['val_split']}:"
+    split = _plain(f"{_dataset(run)}/{run.config['data']['val_split']}")
+    about = f"On the {run.summary['val_images']:,} images of {split}:"
     plots = [f"![{PLOTS[plot.name]}]({plot.name})" for plot in run.plots]
     table = "\n".join(["| weights | top-1 % | top-5 % |", "|---|---|---|", *lines])
     caption = ["The plots are of the weights after the last epoch."] if plots and weights == "ema" else []
@@ -179,18 +182,30 @@ def _training(run: FinishedRun) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
         "seed": summary["seed"],
     }
-    table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items() if value != "")])
-    commands = "\n".join(dict.fromkeys(start["command"] for start in run.starts))
+    table = "\n".join(["| | |", "|---|---|", *(f"| {k} | {_plain(str(v))} |" for k, v in facts.items() if v != "")])
+    commands = "\n".join(dict.fromkeys(visible(start["command"]) for start in run.starts))
     return "\n\n".join(
         [
             "## Training",
             table,
-            *([f"```sh\n{commands}\n```"] if commands else []),
+            *([_fenced("sh", f"{commands}\n")] if commands else []),
             "<details><summary>config.yaml</summary>",
-            f"```yaml\n{yaml.safe_dump(run.config, sort_keys=False)}```",
+            _fenced("yaml", yaml.safe_dump(run.config, sort_keys=False)),
             "</details>",
         ]
     )
+
+
+def _plain(text: str) -> str:
+    """A user's text in Markdown, not read as Markdown or HTML. An underscore inside a word is none."""
+    return re.sub(r"[\\`*\[\]<>|~$&#]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])", lambda sign: f"\\{sign[0]}", visible(text))
+
+
+def _fenced(language: str, text: str) -> str:
+    """A block of code that no line of the text ends."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}{fence}"
 
 
 def _dataset(run: FinishedRun) -> str:

@@ -1,12 +1,68 @@
 """Plots of a run, as PNG files. matplotlib is optional, and imported only here."""
 
+import warnings
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from vim.files import whole_file
+
+from .progress import visible
+
+MAX_NAME = 32  # characters of a name in a plot
+MAX_LINE = 80  # of a title
 MAX_NAMED_CLASSES = 40  # more names than this do not fit beside a confusion matrix
 MAX_PRINTED_COUNTS = 12
+
+
+def plain_text(text: object, most: int = MAX_NAME) -> str:
+    """A name as matplotlib shows it and does not read it: no mathematics between $, one line, at most so many
+    characters, and no underscore in front, with which matplotlib marks what a legend leaves out."""
+    shown = visible(str(text))
+    shown = shown if len(shown) <= most else f"{shown[: most - 1]}…"
+    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Write a matplotlib figure as a PNG file.
+
+    Where matplotlib's own font lacks characters of the texts, an installed font that has most of them helps out; what
+    no font has becomes a box, without a warning for each.
+    """
+    from matplotlib import rc_context, rcParams
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    families = [*rcParams["font.family"], *_fonts_for({c for text in texts for c in text.get_text()})]
+    with whole_file(path) as unfinished, rc_context({"font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        for text in texts:
+            text.set_fontfamily(families)
+        figure.savefig(unfinished, dpi=dpi)
+
+
+def _fonts_for(characters: set[str]) -> list[str]:
+    """Name of the installed font with most of the characters that matplotlib's default font lacks; none if it has all,
+    or no font has any."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+    default = get_font(findfont(FontProperties()))
+    lacking = [c for c in characters if c.isprintable() and not default.get_char_index(ord(c))]
+    if not lacking:
+        return []
+    found: tuple[int, str] = (0, "")
+    for font in fontManager.ttflist:
+        if font.name.startswith("Last Resort"):  # has a box for every character
+            continue
+        try:
+            file = get_font(font.fname)
+        except (OSError, RuntimeError):  # removed since matplotlib listed it, or damaged
+            continue
+        if file.scalable:  # matplotlib cannot draw bitmaps, which colour emoji are
+            found = max(found, (sum(bool(file.get_char_index(ord(c))) for c in lacking), font.name))
+    return [found[1]] if found[0] else []
 
 
 def write_plots(history: list[dict], confusion: Tensor, classes: list[str], folder: Path) -> str:
@@ -41,7 +97,7 @@ def plot_learning_curve(history: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, 120)
 
 
 def plot_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
@@ -55,13 +111,14 @@ def plot_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
     figure.colorbar(image, label="part of the true class")
     axes.set(xlabel="predicted", ylabel="true")
     if len(classes) <= MAX_NAMED_CLASSES:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        names = [plain_text(name) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90)
+        axes.set_yticks(range(len(classes)), names)
     if len(classes) <= MAX_PRINTED_COUNTS:
         for row, column in product(range(len(classes)), repeat=2):
             colour = "white" if parts[row, column] > 0.5 else "black"
             axes.text(column, row, str(confusion[row, column].item()), ha="center", va="center", color=colour)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, 120)
 
 
 def plot_comparison(report: dict, path: Path) -> str:
@@ -78,7 +135,7 @@ def plot_comparison(report: dict, path: Path) -> str:
     contenders = report["contenders"]
     for place, (name, result) in enumerate(contenders.items()):
         rates = [float(rate) for rate in result["choosing"]]
-        choosing.plot(rates, list(result["choosing"].values()), marker="o", color=f"C{place}", label=name)
+        choosing.plot(rates, list(result["choosing"].values()), marker="o", color=f"C{place}", label=plain_text(name))
         testing.plot([place] * len(result["test"]), result["test"], "o", color=f"C{place}", alpha=0.6)
         testing.hlines(result["mean"], place - 0.2, place + 0.2, color=f"C{place}")
     choosing.set(xlabel="learning rate", ylabel="top-1 on the split to choose on (%)", xscale="log")
@@ -87,10 +144,10 @@ def plot_comparison(report: dict, path: Path) -> str:
     choosing.set_xticks([], minor=True)
     choosing.legend()
     testing.set(ylabel="top-1 on the test split (%): seeds and mean", xlim=(-0.5, len(contenders) - 0.5))
-    testing.set_xticks(range(len(contenders)), list(contenders))
+    testing.set_xticks(range(len(contenders)), [plain_text(name) for name in contenders])
     for axes in (choosing, testing):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, 120)
     return f"plot: {path}"
 
 
@@ -127,7 +184,8 @@ def plot_benchmark(results: dict, path: Path) -> None:
     # Each row of panels: a line for each model, and the title with the axis.
     figure = Figure(figsize=(3 + 5 * columns, 0.6 + lines * (0.8 + 0.28 * len(models))), layout="constrained")
     grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
-    figure.suptitle(f"{results['device']}, {results['config']['precision']}, torch {results['versions']['torch']}")
+    about = f"{results['device']}, {results['config']['precision']}, torch {results['versions']['torch']}"
+    figure.suptitle(plain_text(about, MAX_LINE))
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     for axes, (title, rows) in zip(grid.flat, panels.items(), strict=False):
@@ -135,7 +193,8 @@ def plot_benchmark(results: dict, path: Path) -> None:
         for name, row in rows.items():
             place = models.index(name)
             if row["error"]:
-                axes.text(0.01 * longest, place, row["error"], va="center", fontsize=8, style="italic", color="dimgrey")
+                error = plain_text(row["error"], MAX_LINE)
+                axes.text(0.01 * longest, place, error, va="center", fontsize=8, style="italic", color="dimgrey")
                 continue
             speed = row["images_per_second"]
             spread = [[speed - row["min"]], [row["max"] - speed]]
@@ -145,10 +204,10 @@ def plot_benchmark(results: dict, path: Path) -> None:
             axes.text(row["max"] + 0.015 * longest, place, f"{figures}/s{peak}", va="center", fontsize=8)
         axes.set_title(title, fontsize=10)
         axes.set_xlim(0, 1.4 * longest)  # room for the figures
-        axes.set_yticks(range(len(models)), models, fontsize=8)
+        axes.set_yticks(range(len(models)), [plain_text(name) for name in models], fontsize=8)
         axes.set_ylim(len(models) - 0.4, -0.6)  # the first on top
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(grid.flat[: len(panels)])[-columns:]:
         axes.set_xlabel("images/s")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, 120)

@@ -1,14 +1,33 @@
 """Progress: a bar on a terminal, plain lines in a file or pipe, nothing on processes other than the main one."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 SECONDS_BETWEEN_LINES = 60
+_UNPRINTABLE = re.compile(r"[^\S ]|[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""One line in which each character shows: line breaks, control characters (a terminal would obey them), marks that
+    turn the direction of text, and bytes of file names that are no UTF-8, become escapes as in \n, \u202e, \xff."""
+
+    def escaped(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else found[0].encode("unicode_escape").decode()
+
+    return _UNPRINTABLE.sub(escaped, text)
+
+
+def plain_console(**options: Any) -> Console:
+    """A console that prints texts as they are: no markup between brackets, no :emoji: names, no coloured numbers."""
+    return Console(highlight=False, markup=False, emoji=False, **options)
 
 
 class Progress:
@@ -20,11 +39,12 @@ class Progress:
 
     def __init__(self, enabled: bool = True):
         self.enabled = enabled
-        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.console = plain_console(soft_wrap=True)
 
     def line(self, text: str) -> None:
         if not self.enabled:
             return
+        text = "\n".join(map(visible, text.split("\n")))
         if self.console.is_terminal:
             self.console.print(text)
         else:
@@ -39,10 +59,12 @@ class Progress:
             for batch in loader:
                 advance("loss 0.61")
         """
+        name = visible(name)
         if not self.enabled:
             yield lambda news: None
         elif self.console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            title = TextColumn("{task.description}", markup=False)
+            columns = title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
             with RichProgress(*columns, console=self.console, transient=True) as bar:
                 task = bar.add_task(name, total=total, completed=done)
                 yield lambda news: bar.update(task, advance=1, description=f"{name}  {news}" if news else name)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from vim.data import EvalDataConfig, ImageSource, eval_transform
-from vim.files import whole_file
 from vim.training.errors import ConfigError
 from vim.training.model import label_names, load_model, resolve_input
+from vim.training.output import make_output
+from vim.training.plots import MAX_LINE, plain_text, save_figure
 
 from .config import VisualizeConfig
 from .maps import as_pixels, block_maps, has_scans, receptive_field
@@ -23,6 +24,8 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(config).to(device).eval()
+    if not model.num_classes:
+        raise ConfigError(f"{config.model} has no classes to explain; choose a classifier")
     if not has_scans(model):
         raise ConfigError(f"{config.model} is no Vision Mamba: its blocks have no selective scan to look into")
     blocks = _chosen_blocks(model, config.blocks)
@@ -31,7 +34,7 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     source = ImageSource(config.images)
     chosen = source.spread(min(config.count, len(source)))
     images = torch.stack([transform(source.load(i, in_chans)) for i in chosen]).to(device)
-    names = label_names(model)
+    names, folder = label_names(model), make_output(config.output)
     with torch.no_grad():
         logits = model(images).float()
     classes = logits.argmax(1)
@@ -39,12 +42,11 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     maps = [block_maps(model, images, classes, block) for block in blocks]
     shown = as_pixels(images, data_config).numpy()
 
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for i, index in enumerate(chosen):
         label = int(classes[i])
-        title = f"{source.entries[index].path}: {names[label] if names else f'class {label}'}, {parts[i]:.0%}"
+        name = plain_text(names[label] if names else f"class {label}")
+        title = f"{plain_text(source.entries[index].path, MAX_LINE)}: {name}, {parts[i]:.0%}"
         files.append(folder / f"{i}.png")
         _draw(files[-1], title, shown[i], [{k: m[i] for k, m in row.items()} for row in maps], blocks)
     files.append(folder / "receptive_fields.png")
@@ -83,8 +85,7 @@ def _draw(path: Path, title: str, image: np.ndarray, rows: list[dict[str, Tensor
                 place.set_title(name, fontsize=8)
     for place in grid.flat:
         place.set(xticks=[], yticks=[])
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, dpi=110)
+    save_figure(figure, path, 110)
 
 
 def _draw_fields(path: Path, fields: list[Tensor], blocks: list[int]) -> None:
@@ -95,5 +96,4 @@ def _draw_fields(path: Path, fields: list[Tensor], blocks: list[int]) -> None:
     for axes, field, block in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields, blocks, strict=True):
         axes.imshow(field.sqrt().numpy(), cmap="magma")
         axes.set(xticks=[], yticks=[], title=f"behind block {block}")
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, dpi=110)
+    save_figure(figure, path, 110)

@@ -11,6 +11,7 @@ from torch import Tensor
 from vim.layers.discretize import RULES, discretize_diagonal
 from vim.layers.hippo import diagonal
 from vim.layers.linear_system import LinearSystem
+from vim.training.plots import save_figure
 
 INITS = ("lin", "inv", "legs", "real")
 SLOWEST = 4  # states drawn of each
@@ -29,7 +30,7 @@ def plot_state_spaces(path: str | Path) -> str:
     views, differences, errors = below.subplots(1, 3)
     _plot_views(views, differences)
     _plot_errors(errors)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, Path(path), 110)
     return f"plot: {path}"
 
 
