@@ -437,7 +437,7 @@ def test_columns(tmp_path, cache, files):
     with pytest.raises(DataError, match=rf"several columns of labels \(whole numbers\): a, b; want one, .*{columns}"):
         opened(photo=image, a=label, b=zero)
     with pytest.raises(
-        DataError, match=r"no column of images \(a structure with bytes\); want one, or one called image"
+        DataError, match=r"no column of images \(a structure with bytes, or bytes\); want one, or one called image"
     ):
         opened(number=label)
     unnamed = pa.table({"image": image, "label": label})
@@ -461,3 +461,78 @@ def test_without_pyarrow_it_says_what_to_install(parquet, monkeypatch):
     monkeypatch.setitem(sys.modules, "vim.data.parquet_shards", None)
     with pytest.raises(DataError, match=r"Parquet shards need pyarrow: pip install 'vim-mamba\[features\]'"):
         open_images(DataConfig(str(parquet)), "train")
+
+
+def one_tar(tmp_path, *members):
+    tmp_path.mkdir()
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name, content in members:
+            add(tar, name, content)
+    return open_images(DataConfig(str(tmp_path)), "train")
+
+
+def test_a_key_in_a_tar_file_ends_at_the_first_dot_of_the_name(tmp_path):
+    source = one_tar(
+        tmp_path / "1",
+        ("v1.0/x.input.jpg", b""),
+        ("v1.0/x.cls", b"2"),
+        ("y.CLS", b"0"),
+        ("./y.png", b""),
+        ("y.a.json", b""),
+    )
+    assert (source.classes, source.labels.tolist()) == (["0", "1", "2"], [2, 0])
+    folders = one_tar(tmp_path / "2", ("cat/cat.1.jpg", b""), ("cat/cat.2.jpg", b""), ("dog/dog.1.jpg", b""))
+    assert (folders.classes, folders.labels.tolist()) == (["cat", "dog"], [0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (["dir/x.jpg", "x.json"], r"train.tar/x.json is for no image, only for dir/x.jpg: want one of the same path"),
+        (["dir/x.jpg", "x.cls"], r"train.tar/x.cls is for no image, only for dir/x.jpg: "),
+        (["images/x.jpg", "labels/x.txt"], r"train.tar/labels/x.txt is for no image, only for images/x.jpg"),
+        (["a/x.jpg", "b/y.cls"], r"train.tar/b/y.cls is for no image: want one of the same path up to the first dot"),
+        (["x.1.jpg", "x.2.jpg", "x.1.cls"], r"train.tar/x.1.cls is for 2 images, x.1.jpg and x.2.jpg: what follows"),
+        (["x.jpg", "x.cls", "x.b.cls"], r"train.tar/x.b.cls is a second label of x.jpg; want one"),
+        (["a/x.jpg", "a/x.cls", "a/y.jpg"], r"image train.tar/a/y.jpg has no .cls file beside it, others have"),
+    ],
+)
+def test_labels_in_tar_files_that_do_not_match_are_refused(tmp_path, members, message):
+    with pytest.raises(DataError, match=message):
+        one_tar(tmp_path / "set", *((name, b"1") for name in members))
+
+
+def test_columns_as_older_versions_of_datasets_wrote_them(tmp_path, cache, files):
+    content = files[0][0].read_bytes()
+
+    def opened(features, **columns):
+        table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        pq.write_table(table, tmp_path / "val.parquet")
+        return open_images(DataConfig(str(tmp_path)), "val")
+
+    label, names = pa.array([1]), {"names": ["a", "b\n"], "_type": "ClassLabel"}
+    lists = [{"bbox": {"dtype": "float32", "_type": "Value"}}]
+    described, boxes = {"label": names, "objects": lists}, pa.array([[1.0]])
+    source = opened(described, image=pa.array([content]), label=label, objects=boxes)
+    assert source.classes == ["a", r"b\n"]
+    assert source.load(0, 1)[1] == 1
+    with pytest.raises(DataError, match=r"no column of images \(.*\); .* image \(string\), label \(int64\)"):
+        opened({}, image=pa.array(["x.png"]), label=label)
+    with pytest.raises(DataError, match=r"no column of labels \(whole numbers\); .*label \(list<.*int64>\)"):
+        opened({}, image=pa.array([content]), label=pa.array([[1]]))
+    with pytest.raises(DataError, match=r"its description by Hugging Face cannot be read .*names are 'ab'"):
+        opened({"label": {"names": "ab"}}, image=pa.array([content]), label=label)
+
+
+def test_parquet_files_with_damaged_names_of_columns_are_refused(tmp_path, cache, files):
+    table = parquet_table([files[0][0].read_bytes()] * 2, [0, 1], "ab")
+    pq.write_table(table, tmp_path / "val.parquet")
+    whole = (tmp_path / "val.parquet").read_bytes()
+    places = [match.start() for match in re.finditer(b"label|bytes", whole)]
+    for place in places:
+        (tmp_path / "val.parquet").write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+        try:
+            source = open_images(DataConfig(str(tmp_path)), "val")
+            source.load(1)
+        except DataError as error:
+            assert "val.parquet" in str(error)  # noqa: PT017 (a copy of a name that is not read does no harm)
