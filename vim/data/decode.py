@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from .errors import DataError
+from .errors import DataError, reason
 
 IMAGE_MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
 # Pillow knows more, and among them EPS, which it hands to Ghostscript to run.
@@ -68,7 +68,7 @@ def decode_image(file: str | Path | BinaryIO, in_chans: int, name: str | Path) -
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):  # whose own message has the address of a buffer
         return f"it holds none of the formats {', '.join(image_formats())}"
-    return str(error) or type(error).__name__
+    return reason(error)
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

@@ -24,7 +24,7 @@ class ImageFolder:
     shards = None
 
     def __init__(self, root: str | Path, split: str):
-        self.path = _split_folder(Path(root), split)
+        self.path = _split_folder(Path(root).expanduser(), split)
         folders = {p.name for p in self.path.iterdir() if p.is_dir() and not p.name.startswith(".")}
         paths, others = find_images(self.path)
         if not paths:

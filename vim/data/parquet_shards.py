@@ -20,7 +20,7 @@ from huggingface_hub.errors import HTTPError  # of whichever library the hub's c
 from PIL import Image
 
 from .decode import decode_image
-from .errors import DataError, ShardError
+from .errors import DataError, ShardError, reason
 from .labelled_images import Shards
 from .names import numbered_classes, plain_name
 from .shard_cache import ShardCache, shard_folder
@@ -269,4 +269,4 @@ def _clear_errors(what: str, kind: type[DataError]) -> Iterator[None]:
         pa.ArrowException,
         HTTPError,
     ) as error:  # damaged names are no UTF-8, or there twice
-        raise kind(f"{what}: {str(error) or type(error).__name__}") from error
+        raise kind(f"{what}: {reason(error)}") from error

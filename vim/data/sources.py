@@ -30,7 +30,7 @@ class ImageSource:
     """
 
     def __init__(self, where: str | Path):
-        self.where = where = Path(where)
+        self.where = where = Path(where).expanduser()
         if not where.exists():
             raise DataError(f"no images at {where}: it does not exist; give a folder, a list (.txt, .tsv) or a .tar")
         shards = [where] if where.suffix == ".tar" else []

@@ -21,7 +21,7 @@ def split_folder(root: str | Path, split: str, parts: dict[str, float], seed: in
     Returns: images in each part.
     Raises: DataError for shares that do not add up, a part that exists, or one that a class has no image for.
     """
-    root = Path(root)
+    root = Path(root).expanduser()
     if not all(share > 0 for share in parts.values()) or abs(sum(parts.values()) - 1) > 1e-6:
         raise DataError(f"shares must be above 0 and add up to 1, got {parts}")
     for part in parts:
