@@ -370,6 +370,14 @@ def test_tar_files_that_cannot_be_used(files, tmp_path):
         open_images(DataConfig(str(tmp_path / "8" / "tars")), "train")
 
 
+def test_names_of_classes_are_lines_of_any_bytes(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "classnames.txt").write_bytes(b"caf\xe9\r\nno\xc2\x85line\r\n")
+    write_tars([(Path("x"), 0)], tmp_path / "tars", lambda *_: [("x.png", b""), ("x.cls", b"1")])
+    source = TarImages([tmp_path / "tars" / "train-0000.tar"], tmp_path / "set", "")
+    assert source.classes == [r"caf\xe9", r"no\x85line"]
+
+
 def test_a_tar_file_that_ends_early(files, tmp_path):
     write_tars(files, tmp_path / "tars", in_folders)
     tar = tmp_path / "tars" / "train-0001.tar"
@@ -396,6 +404,14 @@ def test_a_parquet_file_that_ends_early_or_is_damaged(parquet, cache):
     with pytest.raises(ShardError, match=r"cannot fetch file://.*train-00001-of-00003.parquet into .*: "):
         source.load(9)
     assert fetched(cache) == ["train-00000"]
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged" * 100, None])
+def test_a_shard_that_is_damaged_in_the_cache_is_fetched_anew(parquet, cache, folder, content):
+    want = open_images(DataConfig(str(parquet)), "train").load(9, 1)[0]
+    (kept,) = cache.glob("*.arrow")
+    kept.write_bytes(kept.read_bytes()[:-100] if content is None else content)
+    assert np.array_equal(open_images(DataConfig(str(parquet)), "train").load(9, 1)[0], want)
 
 
 def test_rows_that_cannot_be_used(tmp_path, cache, files):

@@ -416,3 +416,15 @@ def test_an_export_without_names_of_classes_is_read_but_not_judged(exports, tmp_
     assert len(vim.features.load(tmp_path / "old")) == 15
     with pytest.raises(DataError, match=r"val have no names of classes, as of an earlier version; export them anew"):
         knn(KnnConfig(str(exports / "train"), str(tmp_path / "old")))
+
+
+@pytest.mark.parametrize("tool", ["knn", "linear_probe"])
+def test_paths_are_no_markup(exports, tmp_path, monkeypatch, capsys, tool):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[b]:x:").symlink_to(exports / "val")
+    options = {"knn": ["--sheet", "0", "--projection", "0"], "linear_probe": ["--epochs", "1", "--pools", "[avg]"]}
+    path = Path(__file__).parent.parent / "tools" / f"{tool}.py"
+    monkeypatch.setattr(sys, "argv", [tool, "--train", str(exports / "train"), "--val", "[b]:x:", *options[tool]])
+    runpy.run_path(str(path), run_name="__main__")
+    assert "[b]:x:" in capsys.readouterr().out

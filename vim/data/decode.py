@@ -76,7 +76,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
         return _from_16_bits(image, mode)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; convert it to 8 or 16 bits")
-    if image.mode == "P":  # by way of RGBA, for Pillow warns of palettes with transparency
+    if image.mode == "P" and "transparency" in image.info:  # by way of RGBA, for Pillow warns of it
         image = image.convert("RGBA")
     return image.convert(mode)
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import mmap
 import posixpath
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -166,8 +167,15 @@ class ParquetImages:
         name = f"{posixpath.basename(shard.url).removesuffix('.parquet')}-{key}.arrow"
         with _clear_errors(f"cannot fetch {shard.url} into {self._cache.folder}", ShardError):
             content = self._cache.open(name, lambda path: _rewrite(shard, path))
-            table = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(content))).read_all()
-        return table
+            try:
+                return _table_of(content)
+            except pa.ArrowInvalid:  # damaged on this disk
+                self._cache.remove(name)
+                return _table_of(self._cache.open(name, lambda path: _rewrite(shard, path)))
+
+
+def _table_of(content: mmap.mmap) -> pa.Table:
+    return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(content))).read_all()
 
 
 def _read_end(url: str) -> Shard:
