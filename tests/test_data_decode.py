@@ -182,7 +182,7 @@ def test_large_images_of_16_bits_take_little_memory(tmp_path):
     header = struct.pack(">IIBBBBB", 13_000, 13_000, 16, 0, 0, 0, 0)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, (b"IHDR", b"IDAT", b"IEND"), (header, data, b""))))
     command = [sys.executable, "-c", PEAKS, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr == ""  # Pillow warns of images of this size
     for line, limit in zip(done.stdout.splitlines(), (800, 1200), strict=True):
         box, _, peak = line.rpartition(" ")

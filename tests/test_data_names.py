@@ -12,7 +12,7 @@ from image_shards import add
 from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
-from vim.data import DataError, ImageFolder, ImageSource, check_same_classes
+from vim.data import DataError, EvalImages, ImageFolder, ImageSource, check_same_classes
 from vim.data.names import natural_order, plain_name, read_lines
 from vim.data.splits import split_folder
 from vim.data.tar_shards import TarImages
@@ -61,7 +61,8 @@ def test_classes_and_files_have_one_order_in_every_reader_and_process(tmp_path):
     write_tar(tmp_path / "val.tar", {f"{name}/{file}.png": png() for name in IN_ORDER for file in "Xx"})
     command = [sys.executable, "-c", ORDERS, str(tmp_path)]
     running = [
-        subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE) for seed in "01"
+        subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": seed}, cwd=tmp_path, stdout=subprocess.PIPE)
+        for seed in "01"
     ]
     found = [json.loads(process.communicate()[0]) for process in running]
     assert found[0] == found[1]
@@ -101,6 +102,7 @@ def test_names_that_are_no_text_are_escaped(tmp_path):
     with pytest.raises(DataError, match=r"cannot read image .*caf\\xe9/x.png: "):
         folder.load(1)
     assert folder.load(0)[1] == source.entries[0].label == 0
+    assert EvalImages(folder, lambda image: image, bad_images="skip")[1][2] == [folder.name(1)]
     members = {f"{name}/{file}.png": png() for name in (CAFE, "two\nlines") for file in "Xx"}
     tar = TarImages([write_tar(tmp_path / "val.tar", members)], tmp_path, "")
     assert tar.classes == folder.classes

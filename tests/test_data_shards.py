@@ -391,6 +391,15 @@ def test_a_tar_file_that_ends_early(files, tmp_path):
             open_images(DataConfig(str(tmp_path / "tars")), "train")
 
 
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_tar_file_with_a_size_that_no_file_has(tmp_path, kind):
+    member = tarfile.TarInfo("a/x.png")
+    member.size, member.type = 2**70, kind
+    (tmp_path / "train.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(DataError, match=r"cannot read .*train.tar: .*; shards are plain tar files"):
+        open_images(DataConfig(str(tmp_path)), "train")
+
+
 def test_a_parquet_file_that_ends_early_or_is_damaged(parquet, cache):
     shard = parquet / "data" / "train-00001-of-00003.parquet"
     whole = shard.read_bytes()

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .decode import decode_image
-from .errors import DataError
+from .errors import DataError, reason
 from .image_files import is_image, no_images, report_left_out
 from .names import LONGEST_LABEL, class_positions, numbered_classes, parse_label, plain_name, read_lines
 
@@ -144,8 +144,8 @@ def _members(shard: Path) -> _Members:
                 else:
                     found.beside.append(member.name)
             _check_end(tar)
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"cannot read {shard}: {error}; shards are plain tar files, not compressed ones") from error
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # of damaged sizes
+        raise DataError(f"cannot read {shard}: {reason(error)}; shards are plain tar files, not compressed ones") from error
     return found
 
 
