@@ -144,8 +144,9 @@ def _members(shard: Path) -> _Members:
                 else:
                     found.beside.append(member.name)
             _check_end(tar)
-    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # of damaged sizes
-        raise DataError(f"cannot read {shard}: {reason(error)}; shards are plain tar files, not compressed ones") from error
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # the last three of sizes
+        what = f"cannot read {shard}: {reason(error)}"
+        raise DataError(f"{what}; shards are plain tar files, not compressed ones") from error
     return found
 
 
