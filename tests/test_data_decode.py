@@ -129,11 +129,12 @@ def test_images_of_every_kind_are_in_folders_tars_and_lists(tmp_path, caplog):
             image = loaded if isinstance(loaded, Image.Image) else loaded[0]
             assert np.abs(np.asarray(image).astype(int) - (200, 30, 90)).max() <= 6
     where, tar = tmp_path / "val", tmp_path / "val.tar"
-    left_out = (
-        "left out 6 that are hidden or no image files: a/0.json, a/1.json, a/2.json, a/.hidden.png, a/notes.txt, ..."
-    )
-    of_tar = "left out 2 that are hidden or no image files: val.tar/a/notes.txt, val.tar/a/link.png"
-    assert caplog.messages == [f"{where}: {left_out}", f"val.tar: {of_tar}", f"{tar}: {of_tar}"]
+    of_folder = "6 (a/0.json, a/1.json, a/2.json, a/.hidden.png, a/notes.txt, ...)"
+    of_tar = "2 (val.tar/a/notes.txt, val.tar/a/link.png)"
+    left_out = "files left out, hidden or no images:"
+    assert caplog.messages == [
+        f"{where}: {left_out} {of_folder}", f"val.tar: {left_out} {of_tar}", f"{tar}: {left_out} {of_tar}"
+    ]  # fmt: skip
 
 
 def test_only_the_formats_of_images_are_opened(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def report_left_out(where: str | Path, others: Sequence[str]) -> None:
     """Count and name, in one line and once, files that a reader does not take for images."""
     if others and os.environ.get("RANK", "0") == "0":
         named = ", ".join(map(plain_name, others[:NAMED])) + ", ..." * (len(others) > NAMED)
-        _say(f"{where}: left out {len(others)} that are hidden or no image files: {named}")
+        _say(f"{where}: files left out, hidden or no images: {len(others)} ({named})")
 
 
 @functools.cache

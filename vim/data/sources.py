@@ -42,7 +42,7 @@ class ImageSource:
         if shards:
             self.entries, others = tar_entries(shards)
             if where.is_dir():
-                others += sorted(path.name for path in where.iterdir() if path not in shards)
+                others += sorted(path.name for path in where.iterdir() if path not in shards and path.name != CLASS_NAMES)
         elif where.is_dir():
             self.entries, self.classes, others = _tree_entries(where)
         elif where.suffix in LIST_SUFFIXES:
