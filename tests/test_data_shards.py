@@ -376,6 +376,13 @@ def test_names_of_classes_are_lines_of_any_bytes(tmp_path):
     write_tars([(Path("x"), 0)], tmp_path / "tars", lambda *_: [("x.png", b""), ("x.cls", b"1")])
     source = TarImages([tmp_path / "tars" / "train-0000.tar"], tmp_path / "set", "")
     assert source.classes == [r"caf\xe9", r"no\x85line"]
+    (tmp_path / "set" / "classnames.txt").write_text("crane\ncrane\ncrane\n")
+    thrice = TarImages([tmp_path / "tars" / "train-0000.tar"], tmp_path / "set", "thrice")
+    (tmp_path / "set" / "classnames.txt").write_text("crane\ncrane\n")
+    twice = TarImages([tmp_path / "tars" / "train-0000.tar"], tmp_path / "set", "twice")
+    check_same_classes(twice, twice)
+    with pytest.raises(DataError, match="the same classes; there are 3 in thrice and 2 in twice, some of one name"):
+        check_same_classes(thrice, twice)
 
 
 def test_a_tar_file_that_ends_early(files, tmp_path):

@@ -42,7 +42,8 @@ class ImageSource:
         if shards:
             self.entries, others = tar_entries(shards)
             if where.is_dir():
-                others += sorted(path.name for path in where.iterdir() if path not in shards and path.name != CLASS_NAMES)
+                read = {*shards, where / CLASS_NAMES}
+                others += sorted(path.name for path in where.iterdir() if path not in read)
         elif where.is_dir():
             self.entries, self.classes, others = _tree_entries(where)
         elif where.suffix in LIST_SUFFIXES:
@@ -52,7 +53,7 @@ class ImageSource:
         if not self.entries:
             raise no_images(where, others, "files")
         if not self.classes and any(entry.label is not None for entry in self.entries):
-            names = where / CLASS_NAMES if (where / CLASS_NAMES).is_file() else where.parent / CLASS_NAMES
+            names = _names_beside(shards) if shards else None
             self.classes = classes_of_numbers(self.entries, names, str(where))
         report_left_out(where, others)
 
@@ -74,6 +75,12 @@ class ImageSource:
 def spread(length: int, count: int) -> list[int]:
     """So many positions, evenly spread from the first of `length` to the last; some twice if there are fewer."""
     return np.linspace(0, length - 1, count).round().astype(int).tolist()
+
+
+def _names_beside(shards: Sequence[Path]) -> Path | None:
+    """The file with names of classes in the shards' folder, or in that above it."""
+    folder = shards[0].absolute().parent
+    return next((path for path in (folder / CLASS_NAMES, folder.parent / CLASS_NAMES) if path.is_file()), None)
 
 
 def _tree_entries(folder: Path) -> tuple[list[ImageEntry], list[str], list[str]]:

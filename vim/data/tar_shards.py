@@ -88,13 +88,13 @@ class TarImages:
         return classes_of_numbers(self.entries, names, self.path), np.array(numbers)
 
 
-def classes_of_numbers(entries: Iterable[ImageEntry], names: Path, where: str) -> list[str]:
+def classes_of_numbers(entries: Iterable[ImageEntry], names: Path | None, where: str) -> list[str]:
     """Classes of numbered images: the lines of a file, or the numbers where there is none.
 
     Raises: DataError for a label above the last line, or one that is no number of a class.
     """
     highest, path = max((entry.label, entry.path) for entry in entries if entry.label is not None)
-    if not names.is_file():
+    if names is None or not names.is_file():
         return numbered_classes(highest, where)
     classes = [plain_name(line.removesuffix("\r")) for line in read_lines(names)]
     if highest >= len(classes):
