@@ -156,6 +156,10 @@ def test_folders_that_cannot_be_walked(tmp_path):
     source = ImageSource(tmp_path / "val")
     with pytest.raises(DataError, match=r"cannot read image a/gone.png: .*No such file"):
         source.load(0)
+    (tmp_path / "val" / "a" / "itself").symlink_to(tmp_path / "val" / "a" / "itself")
+    with pytest.raises(DataError, match=r"cannot read .*val/a/itself: Too many levels of symbolic links"):
+        ImageSource(tmp_path / "val")
+    (tmp_path / "val" / "a" / "itself").unlink()
     (tmp_path / "val" / "a" / "loop").symlink_to(tmp_path / "val")
     for reader in (lambda: ImageSource(tmp_path / "val"), lambda: ImageFolder(tmp_path, "val")):
         with pytest.raises(DataError, match=r"folder .*a/loop is a link to one that it is in; remove it"):

@@ -290,7 +290,8 @@ def exported(setting):
         ({"classes": [0]}, r"classes is \[0\]"),
         ({"classes": ["a"]}, "parquet is damaged: it has labels without a class"),
         ({"columns": {"token": [32]}}, "parquet is damaged: cannot reshape"),
-        ({"columns": {"tokens": [64]}}, "parquet is damaged: .*tokens"),
+        ({"columns": {"tokens": [64]}}, r"columns \['tokens'\] of pools \['token'\] and blocks None"),
+        ({"columns": {}, "pools": []}, r"columns \[\] of pools \[\] and"),
     ],
 )
 def test_a_damaged_manifest_is_one_line(exported, tmp_path, content, message):

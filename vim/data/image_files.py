@@ -40,19 +40,21 @@ def find_images(folder: Path) -> tuple[list[str], list[str]]:
     while below:
         prefix = below.pop()
         try:
-            entries = list(os.scandir(folder / prefix))
+            for entry in os.scandir(folder / prefix):
+                path = prefix + entry.name
+                if entry.is_dir() and not entry.name.startswith("."):
+                    if entry.is_symlink() and (folder / prefix).resolve().is_relative_to(os.path.realpath(entry)):
+                        raise DataError(f"folder {plain_name(entry.path)} is a link to one that it is in; remove it")
+                    below.append(f"{path}/")
+                elif is_image(entry.name) and (
+                    entry.is_file() or not os.path.exists(entry)
+                ):  # a dangling link; no pipe
+                    images.append(path)
+                else:
+                    others.append(path)
         except OSError as error:
-            raise DataError(f"cannot read folder {folder / prefix}: {error.strerror}") from error
-        for entry in entries:
-            path = prefix + entry.name
-            if entry.is_dir() and not entry.name.startswith("."):
-                if entry.is_symlink() and Path(folder / prefix).resolve().is_relative_to(os.path.realpath(entry)):
-                    raise DataError(f"folder {plain_name(entry.path)} is a link to one that it is in; remove it")
-                below.append(f"{path}/")
-            elif is_image(entry.name) and (entry.is_file() or not os.path.exists(entry)):  # no pipe; a dangling link is
-                images.append(path)
-            else:
-                others.append(path)
+            where = plain_name(str(error.filename or folder / prefix))
+            raise DataError(f"cannot read {where}: {error.strerror}") from error
     return sorted(images, key=natural_order), sorted(others, key=natural_order)
 
 

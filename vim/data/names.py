@@ -17,8 +17,8 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 def natural_order(name: str) -> tuple[list[str | Decimal], str]:
     """Key of the one order of classes and files: timm's natural order, and the name itself where that has a tie.
 
-    Numbers count as numbers, and case does not matter: 1, 01, 2, 10, A, a, B. timm's own key leaves 1 and 01, or a and
-    A, to the chance of a set's order, and stops at digits that are no decimals, as in `m²`.
+    Numbers count as numbers, and case does not matter: 01, 1, 2, 10, A, a, B. timm's own key leaves 01 and 1, or A and
+    a, to the chance of a set's order, and stops at digits that are no decimals, as in `m²`.
     """
     parts = re.split(r"(\d+)", name.lower())
     # Decimal, because int refuses more than 4300 digits.

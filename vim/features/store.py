@@ -102,6 +102,10 @@ def _wrong_entry(manifest: Any) -> str | None:
     rows, rows_per_shard, shards = (manifest[key] for key in ("rows", "rows_per_shard", "shards"))
     if rows < 1 or rows_per_shard < 1 or shards != -(-rows // rows_per_shard):
         return f"{rows} rows in {shards} shards of {rows_per_shard}"
+    pools, blocks = manifest["pools"], manifest["blocks"]
+    wanted = pools if blocks is None else [f"block{block}.{pool}" for block in blocks for pool in pools]
+    if not wanted or list(manifest["columns"]) != wanted:
+        return f"columns {list(manifest['columns'])} of pools {pools} and blocks {blocks}"
     for name, shape in manifest["columns"].items():
         if not isinstance(shape, list) or not all(isinstance(size, int) and size > 0 for size in shape):
             return f"the shape of {name} is {shape!r}"
