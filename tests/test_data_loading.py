@@ -180,3 +180,14 @@ def test_seeds_are_spread_and_fixed_for_all_time():
     # Written down: a change of this function would silently change every run.
     assert derive_seed("augment", 0, 1, 2, 3) == 9021559265415204881
     assert len({derive_seed("order", 0, epoch) for epoch in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize("policy", ["rand", "rand-m9-n3-p0.3-mmax12-inc1-t3aw", "augmix-m5-w4-d2-b1-a1.5", "3a-mstd1"])
+def test_policies_that_timm_knows(policy):
+    train_transform(AugmentConfig(auto_augment=policy), GREY)
+
+
+@pytest.mark.parametrize("policy", ["foo", "rand-x3", "rand-m9-foo", "rand-m9.5", "autoaugment", "v0-m9", "rand-tw"])
+def test_policies_that_timm_fails_at_or_leaves_out_are_refused(policy):
+    with pytest.raises(ValueError, match=f"augment.auto_augment is rand, .* or 3a, .* or null; got '{policy}'"):
+        AugmentConfig(auto_augment=policy)

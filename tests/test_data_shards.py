@@ -370,6 +370,21 @@ def test_tar_files_that_cannot_be_used(files, tmp_path):
         open_images(DataConfig(str(tmp_path / "8" / "tars")), "train")
 
 
+def test_names_of_classes_are_lines_of_any_bytes(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "classnames.txt").write_bytes(b"caf\xe9\r\nno\xc2\x85line\r\n")
+    write_tars([(Path("x"), 0)], tmp_path / "tars", lambda *_: [("x.png", b""), ("x.cls", b"1")])
+    source = TarImages([tmp_path / "tars" / "train-0000.tar"], tmp_path / "set", "")
+    assert source.classes == [r"caf\xe9", r"no\x85line"]
+    (tmp_path / "set" / "classnames.txt").write_text("crane\ncrane\ncrane\n")
+    thrice = TarImages([tmp_path / "tars" / "train-0000.tar"], tmp_path / "set", "thrice")
+    (tmp_path / "set" / "classnames.txt").write_text("crane\ncrane\n")
+    twice = TarImages([tmp_path / "tars" / "train-0000.tar"], tmp_path / "set", "twice")
+    check_same_classes(twice, twice)
+    with pytest.raises(DataError, match="the same classes; there are 3 in thrice and 2 in twice, some of one name"):
+        check_same_classes(thrice, twice)
+
+
 def test_a_tar_file_that_ends_early(files, tmp_path):
     write_tars(files, tmp_path / "tars", in_folders)
     tar = tmp_path / "tars" / "train-0001.tar"
@@ -381,6 +396,15 @@ def test_a_tar_file_that_ends_early(files, tmp_path):
         tar.write_bytes(content)
         with pytest.raises(DataError, match=r"cannot read .*train-0001.tar: .*; shards are plain tar files"):
             open_images(DataConfig(str(tmp_path / "tars")), "train")
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_tar_file_with_a_size_that_no_file_has(tmp_path, kind):
+    member = tarfile.TarInfo("a/x.png")
+    member.size, member.type = 2**70, kind
+    (tmp_path / "train.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(DataError, match=r"cannot read .*train.tar: .*; shards are plain tar files"):
+        open_images(DataConfig(str(tmp_path)), "train")
 
 
 def test_a_parquet_file_that_ends_early_or_is_damaged(parquet, cache):
@@ -396,6 +420,14 @@ def test_a_parquet_file_that_ends_early_or_is_damaged(parquet, cache):
     with pytest.raises(ShardError, match=r"cannot fetch file://.*train-00001-of-00003.parquet into .*: "):
         source.load(9)
     assert fetched(cache) == ["train-00000"]
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged" * 100, None])
+def test_a_shard_that_is_damaged_in_the_cache_is_fetched_anew(parquet, cache, folder, content):
+    want = open_images(DataConfig(str(parquet)), "train").load(9, 1)[0]
+    (kept,) = cache.glob("*.arrow")
+    kept.write_bytes(kept.read_bytes()[:-100] if content is None else content)
+    assert np.array_equal(open_images(DataConfig(str(parquet)), "train").load(9, 1)[0], want)
 
 
 def test_rows_that_cannot_be_used(tmp_path, cache, files):
@@ -437,7 +469,7 @@ def test_columns(tmp_path, cache, files):
     with pytest.raises(DataError, match=rf"several columns of labels \(whole numbers\): a, b; want one, .*{columns}"):
         opened(photo=image, a=label, b=zero)
     with pytest.raises(
-        DataError, match=r"no column of images \(a structure with bytes\); want one, or one called image"
+        DataError, match=r"no column of images \(a structure with bytes, or bytes\); want one, or one called image"
     ):
         opened(number=label)
     unnamed = pa.table({"image": image, "label": label})
@@ -461,3 +493,78 @@ def test_without_pyarrow_it_says_what_to_install(parquet, monkeypatch):
     monkeypatch.setitem(sys.modules, "vim.data.parquet_shards", None)
     with pytest.raises(DataError, match=r"Parquet shards need pyarrow: pip install 'vim-mamba\[features\]'"):
         open_images(DataConfig(str(parquet)), "train")
+
+
+def one_tar(tmp_path, *members):
+    tmp_path.mkdir()
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name, content in members:
+            add(tar, name, content)
+    return open_images(DataConfig(str(tmp_path)), "train")
+
+
+def test_a_key_in_a_tar_file_ends_at_the_first_dot_of_the_name(tmp_path):
+    source = one_tar(
+        tmp_path / "1",
+        ("v1.0/x.input.jpg", b""),
+        ("v1.0/x.cls", b"2"),
+        ("y.CLS", b"0"),
+        ("./y.png", b""),
+        ("y.a.json", b""),
+    )
+    assert (source.classes, source.labels.tolist()) == (["0", "1", "2"], [2, 0])
+    folders = one_tar(tmp_path / "2", ("cat/cat.1.jpg", b""), ("cat/cat.2.jpg", b""), ("dog/dog.1.jpg", b""))
+    assert (folders.classes, folders.labels.tolist()) == (["cat", "dog"], [0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (["dir/x.jpg", "x.json"], r"train.tar/x.json is for no image, only for dir/x.jpg: want one of the same path"),
+        (["dir/x.jpg", "x.cls"], r"train.tar/x.cls is for no image, only for dir/x.jpg: "),
+        (["images/x.jpg", "labels/x.txt"], r"train.tar/labels/x.txt is for no image, only for images/x.jpg"),
+        (["a/x.jpg", "b/y.cls"], r"train.tar/b/y.cls is for no image: want one of the same path up to the first dot"),
+        (["x.1.jpg", "x.2.jpg", "x.1.cls"], r"train.tar/x.1.cls is for 2 images, x.1.jpg and x.2.jpg: what follows"),
+        (["x.jpg", "x.cls", "x.b.cls"], r"train.tar/x.b.cls is a second label of x.jpg; want one"),
+        (["a/x.jpg", "a/x.cls", "a/y.jpg"], r"image train.tar/a/y.jpg has no .cls file beside it, others have"),
+    ],
+)
+def test_labels_in_tar_files_that_do_not_match_are_refused(tmp_path, members, message):
+    with pytest.raises(DataError, match=message):
+        one_tar(tmp_path / "set", *((name, b"1") for name in members))
+
+
+def test_columns_as_older_versions_of_datasets_wrote_them(tmp_path, cache, files):
+    content = files[0][0].read_bytes()
+
+    def opened(features, **columns):
+        table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        pq.write_table(table, tmp_path / "val.parquet")
+        return open_images(DataConfig(str(tmp_path)), "val")
+
+    label, names = pa.array([1]), {"names": ["a", "b\n"], "_type": "ClassLabel"}
+    lists = [{"bbox": {"dtype": "float32", "_type": "Value"}}]
+    described, boxes = {"label": names, "objects": lists}, pa.array([[1.0]])
+    source = opened(described, image=pa.array([content]), label=label, objects=boxes)
+    assert source.classes == ["a", r"b\n"]
+    assert source.load(0, 1)[1] == 1
+    with pytest.raises(DataError, match=r"no column of images \(.*\); .* image \(string\), label \(int64\)"):
+        opened({}, image=pa.array(["x.png"]), label=label)
+    with pytest.raises(DataError, match=r"no column of labels \(whole numbers\); .*label \(list<.*int64>\)"):
+        opened({}, image=pa.array([content]), label=pa.array([[1]]))
+    with pytest.raises(DataError, match=r"its description by Hugging Face cannot be read .*names are 'ab'"):
+        opened({"label": {"names": "ab"}}, image=pa.array([content]), label=label)
+
+
+def test_parquet_files_with_damaged_names_of_columns_are_refused(tmp_path, cache, files):
+    table = parquet_table([files[0][0].read_bytes()] * 2, [0, 1], "ab")
+    pq.write_table(table, tmp_path / "val.parquet")
+    whole = (tmp_path / "val.parquet").read_bytes()
+    places = [match.start() for match in re.finditer(b"label|bytes", whole)]
+    for place in places:
+        (tmp_path / "val.parquet").write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+        try:
+            source = open_images(DataConfig(str(tmp_path)), "val")
+            source.load(1)
+        except DataError as error:
+            assert "val.parquet" in str(error)  # noqa: PT017 (a copy of a name that is not read does no harm)

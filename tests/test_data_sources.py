@@ -66,6 +66,22 @@ def test_tar_shards_in_webdataset_form(tree, tmp_path):
     assert len(ImageSource(tmp_path / "shard-1.tar")) == 2
 
 
+def test_numbers_in_tar_shards_have_the_names_beside_them(tree, tmp_path, caplog):
+    shards = tmp_path / "set" / "train"
+    shards.mkdir(parents=True)
+    for file in (shards / "0.tar", tmp_path / "alone.tar"):
+        with tarfile.open(file, "w") as tar:
+            add(tar, "x.png", (tree / "a" / "0.png").read_bytes())
+            add(tar, "x.cls", b"1")
+    (shards.parent / "classnames.txt").write_text("cat\ndog\n")
+    assert ImageSource(shards).classes == ImageSource(shards / "0.tar").classes[:2] == ["cat", "dog"]
+    assert ImageSource(tmp_path / "alone.tar").classes == ["0", "1"]
+    (shards / "classnames.txt").write_text("cat\nbird\n")
+    (shards / "more.png").write_bytes(b"")
+    assert ImageSource(shards).classes == ["cat", "bird"]
+    assert caplog.messages == [f"{shards}: files left out, hidden or no images: 1 (more.png)"]
+
+
 def test_clear_errors(tree, tmp_path):
     with pytest.raises(DataError, match=r"no images at .*nowhere: it does not exist; give a folder"):
         ImageSource(tmp_path / "nowhere")

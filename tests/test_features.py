@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -248,3 +249,81 @@ def test_features_that_are_not_finite_name_their_image(setting, tmp_path):
         export_features(config(setting, tmp_path / "fp16", dtype="fp16", **large))
     export_features(config(setting, tmp_path / "fp32", **large))
     assert not [file for file in (tmp_path / "fp16").iterdir() if file.name != "manifest.json"]
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "npz", "safetensors"])
+def test_names_that_are_no_text_are_written_escaped(setting, tmp_path, file_format):
+    names = {os.fsdecode(b"caf\xe9"): r"caf\xe9", "two\nlines": r"two\nlines"}
+    for name in names:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "x.png").write_bytes((setting / "images/val/a/0.png").read_bytes())
+    export_features(config(setting, tmp_path / "out", images=str(tmp_path / "images"), format=file_format))
+    features = vim.features.load(tmp_path / "out")
+    assert features.classes == list(names.values())
+    assert features.paths == [f"{name}/x.png" for name in names.values()]
+    assert features.labels.tolist() == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def exported(setting):
+    """A folder of exports of few rows, by their format."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        for file_format in ("parquet", "npz", "safetensors"):
+            export_features(config(setting, setting / f"few-{file_format}", format=file_format))
+    return setting
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "Expecting value"),
+        (b"\xff", "can't decode byte"),
+        (b"[" * 100_000, "maximum recursion depth"),
+        (b"[]", "it holds list, no mapping"),
+        ({"shards": "5"}, "shards is '5'"),
+        ({"shards": 4}, "23 rows in 4 shards of 5"),
+        ({"rows": True, "rows_per_shard": 0}, "rows in 5 shards of 0"),
+        ({"columns": None}, "columns is None"),
+        ({"columns": {"token": [-1]}}, r"the shape of token is \[-1\]"),
+        ({"format": "pickle"}, "format is 'pickle'"),
+        ({"classes": [0]}, r"classes is \[0\]"),
+        ({"classes": ["a"]}, "parquet is damaged: it has labels without a class"),
+        ({"columns": {"token": [32]}}, "parquet is damaged: cannot reshape"),
+        ({"columns": {"tokens": [64]}}, r"columns \['tokens'\] of pools \['token'\] and blocks None"),
+        ({"columns": {}, "pools": []}, r"columns \[\] of pools \[\] and"),
+    ],
+)
+def test_a_damaged_manifest_is_one_line(exported, tmp_path, content, message):
+    shutil.copytree(exported / "few-parquet", tmp_path / "few")
+    file = tmp_path / "few" / "manifest.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(file.read_text()) | content).encode()
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=f"is damaged: .*{message.split('damaged: ')[-1]}") as found:
+        vim.features.load(tmp_path / "few")
+    assert "\n" not in str(found.value)
+    with pytest.raises(DataError, match=r"no features in .*manifest.json: .* is missing"):
+        vim.features.load(file)
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "npz", "safetensors"])
+def test_a_damaged_shard_is_one_line(exported, tmp_path, file_format):
+    shutil.copytree(exported / f"few-{file_format}", tmp_path / "few")
+    file = tmp_path / "few" / f"features-00002.{file_format}"
+    whole = file.read_bytes()
+    other = (tmp_path / "few" / f"features-00001.{file_format}").read_bytes()
+    for content in (b"", whole[:100], whole[:-30], b"\0" * 60 + whole[60:], whole[: len(whole) // 2], other):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=rf"few/features-00002.{file_format} is damaged: .*; remove it, and run"):
+            vim.features.load(tmp_path / "few")
+
+
+def test_without_pyarrow_it_says_what_to_install(setting, exported, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for use in (
+        lambda: export_features(config(setting, tmp_path)),
+        lambda: vim.features.load(exported / "few-parquet"),
+    ):
+        with pytest.raises(DataError, match=r"features in Parquet need pyarrow: pip install 'vim-mamba\[features\]'"):
+            use()

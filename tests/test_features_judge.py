@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from image_tree import write_image_tree
 from safetensors.torch import save_file
 
-import vim  # noqa: F401 (registers the vim_* models)
+import vim  # (registers the vim_* models)
+import vim.features
 import vim.features.judge as judge
 import vim.features.unfinished as unfinished
 from vim.data import DataError
@@ -330,3 +332,99 @@ def test_clear_errors(exports, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             config(**wrong)
+
+
+def export(exports, images, output, **changes):
+    """Of the fixture's model."""
+    given = {"checkpoint": str(exports / "weights.safetensors"), "kwargs": KWARGS, "num_workers": 0, **changes}
+    export_features(FeaturesConfig("vim_nano", images=str(images), output=output and str(output), **given))
+
+
+@pytest.fixture
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_classes_are_matched_by_name(exports, tmp_path):
+    """Val has no image of the first class, and what it has stands at other places in its list."""
+    for name in "bc":
+        (tmp_path / "val").mkdir(exist_ok=True)
+        (tmp_path / "val" / name).symlink_to(exports / "images" / "val" / name)
+    pools = {"pools": ["token", "avg"], "blocks": [0, 1]}
+    export(exports, tmp_path / "val", tmp_path / "some", **pools)
+    train, some = str(exports / "train"), str(tmp_path / "some")
+    report = knn(KnnConfig(train, some, k=[3], sheet=0, projection=0, output=str(tmp_path / "knn")))
+    assert report["results"][0]["top1"] > 90
+    assert report["classes"] == 3
+    assert vim.features.load(some).classes == ["b", "c"]
+    short = {"learning_rates": [0.1], "epochs": 20, "batch_size": 16, "output": str(tmp_path / "probe")}
+    assert probe(LinearProbeConfig(train, some, **short))["results"][0]["top1"] > 90
+    with pytest.raises(DataError, match=r"train has classes that .*some has not: 1 of 3 \(a\); export splits of the s"):
+        knn(KnnConfig(some, train))
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_numbers_are_the_names_of_classes_that_have_none(exports, tmp_path):
+    for split in ("train", "val"):
+        paths = sorted((exports / "images" / split).glob("*/*.png"))
+        kept = [path for path in paths if split == "train" or path.parent.name != "a"]
+        lines = "".join(f"{path}\t{'abc'.index(path.parent.name)}\n" for path in kept)
+        (tmp_path / f"{split}.txt").write_text(lines)
+        export(exports, tmp_path / f"{split}.txt", tmp_path / split, pools=["token"])
+    train, val = str(tmp_path / "train"), str(tmp_path / "val")
+    assert vim.features.load(val).classes == ["0", "1", "2"]
+    report = knn(KnnConfig(train, val, k=[3], sheet=0, projection=0, output=str(tmp_path / "out")))
+    assert report["results"][0]["top1"] > 90
+    export(exports, exports / "images" / "val", tmp_path / "named", pools=["token"])
+    with pytest.raises(DataError, match=r"named has classes that .*train has not: 3 of 3 \(a, b, c\)"):
+        knn(KnnConfig(train, str(tmp_path / "named")))
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_the_defaults_of_export_knn_and_probe_fit_one_another(exports, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        export(exports, exports / "images" / split, None)
+    assert [row["k"] for row in knn(KnnConfig())["results"]] == [10, 20]
+    assert list(probe(LinearProbeConfig())["inputs"]) == ["last, token"]
+    assert (tmp_path / "runs" / "knn" / "neighbours.png").is_file()
+    with pytest.raises(ConfigError, match=r"--pools: 'avg' was not exported, only token; export it, with --pools of"):
+        probe(LinearProbeConfig(pools=["token+avg"], output="other"))
+
+
+def test_images_that_are_others_now_are_not_shown(exports, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(exports / "images" / "val", tmp_path / "val")
+    for name in ("train", "val"):
+        shutil.copytree(exports / name, tmp_path / f"of-{name}")
+    manifest = json.loads((exports / "val" / "manifest.json").read_text()) | {"images": str(tmp_path / "val")}
+    (tmp_path / "of-val" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "val" / "a" / "0.png").rename(tmp_path / "val" / "a" / "new.png")
+    knn(KnnConfig(str(tmp_path / "of-train"), str(tmp_path / "of-val"), projection=0, output=str(tmp_path / "out")))
+    assert f"no sheet of neighbours: {tmp_path}/val no longer holds the images that were exp" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "neighbours.png").exists()
+
+
+def test_an_export_without_names_of_classes_is_read_but_not_judged(exports, tmp_path):
+    shutil.copytree(exports / "val", tmp_path / "old")
+    file = tmp_path / "old" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["classes"]
+    file.write_text(json.dumps(manifest))
+    assert len(vim.features.load(tmp_path / "old")) == 15
+    with pytest.raises(DataError, match=r"val have no names of classes, as of an earlier version; export them anew"):
+        knn(KnnConfig(str(exports / "train"), str(tmp_path / "old")))
+
+
+@pytest.mark.parametrize("tool", ["knn", "linear_probe"])
+def test_paths_are_no_markup(exports, tmp_path, monkeypatch, capsys, tool):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[b]:x:").symlink_to(exports / "val")
+    options = {"knn": ["--sheet", "0", "--projection", "0"], "linear_probe": ["--epochs", "1", "--pools", "[avg]"]}
+    path = Path(__file__).parent.parent / "tools" / f"{tool}.py"
+    monkeypatch.setattr(sys, "argv", [tool, "--train", str(exports / "train"), "--val", "[b]:x:", *options[tool]])
+    runpy.run_path(str(path), run_name="__main__")
+    assert "[b]:x:" in capsys.readouterr().out

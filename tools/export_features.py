@@ -1,14 +1,15 @@
 """Export features of images, by any timm model: rows of path, label, index and features, in shards.
 
-python tools/export_features.py --model runs/quickstart --images data/mnist5k/val --output runs/features
+python tools/export_features.py --model runs/quickstart --images data/mnist5k/train  # writes runs/features_train
 python tools/export_features.py --model vim_small --images data/imagenet/val --pools [token,avg] --dtype fp16
 python tools/export_features.py --model vim_small --images shards/ --blocks [-4,-3,-2,-1] --precision bf16
 accelerate launch tools/export_features.py --model vim_small --images data/imagenet/train
 
-Read them back: vim.features.load("runs/features").
+Read them back: vim.features.load("runs/features_train").
 """
 
 import vim  # noqa: F401  (registers the vim_* models)
+from vim.data.names import plain_name
 from vim.features import FeaturesConfig, export_features
 from vim.training import ConfigParser, plain_errors
 
@@ -18,7 +19,7 @@ def main() -> None:
     with plain_errors():
         done = export_features(config)
     print(
-        f"{done['rows']} images in {done['shards']} shards in {config.output}; "
+        f"{done['rows']} images in {done['shards']} shards in {plain_name(config.output)}; "
         f"{done['made_now']} shards made now in {done['seconds']:.0f} s, {done['images_per_second']:.0f} images/s"
     )
 

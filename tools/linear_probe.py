@@ -9,6 +9,7 @@ One that was stopped goes on where it was when the same command is given again.
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
+from vim.data.names import plain_name
 from vim.features import LinearProbeConfig, probe
 from vim.training import ConfigParser, plain_errors
 from vim.training.progress import plain_console
@@ -18,13 +19,15 @@ def main() -> None:
     config, _ = ConfigParser(LinearProbeConfig, __doc__).parse_config()
     with plain_errors():
         report = probe(config)
-    table = Table("images a class", "draw", "inputs", "learning rate", "top-1 %", "top-5 %", title=config.val)
+    table = Table(
+        "images a class", "draw", "inputs", "learning rate", "top-1 %", "top-5 %", title=plain_name(config.val)
+    )
     for row in report["results"]:
         shots = "all" if row["shots"] is None else str(row["shots"])
         figures = f"{row['lr']:g}", f"{row['top1']:.2f}", f"{row['top5']:.2f}"
         table.add_row(shots, str(row["draw"]), row["inputs"], *figures)
     plain_console().print(table)
-    print(f"results and plot: {config.output}")
+    print(f"results and plot: {plain_name(config.output)}")
 
 
 if __name__ == "__main__":

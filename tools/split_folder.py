@@ -5,6 +5,7 @@ python tools/split_folder.py data/mnist5k --split train --parts fit=0.8 choose=0
 
 import argparse
 
+from vim.data.names import plain_name
 from vim.data.splits import split_folder
 from vim.training import plain_errors
 
@@ -18,7 +19,7 @@ def main() -> None:
     args = parser.parse_args()
     with plain_errors():
         counts = split_folder(args.root, args.split, dict(args.parts), args.seed)
-    print(", ".join(f"{args.root}/{name}: {count} images" for name, count in counts.items()))
+    print(", ".join(f"{plain_name(args.root)}/{plain_name(name)}: {count} images" for name, count in counts.items()))
 
 
 def _part(text: str) -> tuple[str, float]:

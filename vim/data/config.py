@@ -1,7 +1,15 @@
 """The `data` and `augment` sections of a training configuration."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
+
+# timm's policies; it leaves out sections that it does not know, or fails at them without a word.
+AUTO_AUGMENT = re.compile(
+    r"rand(-(m|n|mmax)\d+|-inc[01]|-(p|mstd)\d+(\.\d+)?|-t(weights|3aw?))*"
+    r"|augmix(-[mwd]\d+|-b[01]|-(a|mstd)\d+(\.\d+)?)*"
+    r"|(original|originalr|v0|v0r|3a)(-mstd\d+(\.\d+)?)?"
+)
 
 
 def check_loading(batch_size: int, num_workers: int) -> None:
@@ -134,5 +142,11 @@ class AugmentConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"augment.{name} must be (low, high) with 0 < low <= high, got {(low, high)}")
+        if self.auto_augment is not None and not AUTO_AUGMENT.fullmatch(self.auto_augment):
+            raise ValueError(
+                "augment.auto_augment is rand, with any of -m9 -n2 -p0.5 -mstd0.5 -mmax10 -inc1 -tweights, or augmix, "
+                "with -m3 -w3 -d2 -b1 -a1 -mstd0.5, or original, originalr, v0, v0r or 3a, with -mstd0.5, or null; "
+                f"got {self.auto_augment!r}"
+            )
         if self.repeats < 1:
             raise ValueError(f"augment.repeats must be at least 1, got {self.repeats}")

@@ -7,3 +7,8 @@ class DataError(ValueError):
 
 class ShardError(DataError):
     """A shard cannot be fetched or read. Thousands of images are missing then, so that nobody skips it as a bad one."""
+
+
+def reason(error: Exception) -> str:
+    """What another library says is wrong, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

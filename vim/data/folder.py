@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from PIL import Image
-from timm.data import create_reader, get_img_extensions
 
 from .decode import decode_image
 from .errors import DataError
+from .image_files import find_images, no_images, report_left_out
+from .names import class_positions, plain_name
 
 
 class ImageFolder:
-    """The images of one split, and the names of their classes in label order.
+    """The images of one split, and the names of their classes in label order; both in natural order.
 
     Args:
         root: folder of the data set.
@@ -23,28 +24,27 @@ class ImageFolder:
     shards = None
 
     def __init__(self, root: str | Path, split: str):
-        self.path = _split_folder(Path(root), split)
+        self.path = _split_folder(Path(root).expanduser(), split)
         folders = {p.name for p in self.path.iterdir() if p.is_dir() and not p.name.startswith(".")}
-        try:
-            reader = create_reader("", root=str(self.path))
-        except RuntimeError as error:
-            kinds = " ".join(get_img_extensions())
-            raise DataError(f"no images in {self.path}: want {self.path}/<class>/<image>, as {kinds}") from error
-        self.samples: list[tuple[str, int]] = reader.samples
-        self.classes: list[str] = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
-        if empty := sorted(folders - set(self.classes)):
-            raise DataError(f"no image in class folder {self.path / empty[0]}{_and_others(empty)}; fill or remove it")
-        if misplaced := set(self.classes) - folders:
-            label = reader.class_to_idx[min(misplaced)]
-            path = next(path for path, target in self.samples if target == label)
-            raise DataError(f"image {path} is not directly in a class folder: want {self.path}/<class>/<image>")
+        paths, others = find_images(self.path)
+        if not paths:
+            raise no_images(self.path, others, f"{self.path}/<class>/<image>")
+        if empty := sorted(folders - {path.split("/")[0] for path in paths}):
+            where = plain_name(str(self.path / empty[0]))
+            raise DataError(f"no image in class folder {where}{_and_others(empty)}; fill or remove it")
+        if misplaced := [path for path in paths if path.count("/") != 1]:
+            where = plain_name(f"{self.path}/{misplaced[0]}")
+            raise DataError(f"image {where} is not directly in a class folder: want {self.path}/<class>/<image>")
+        self.classes, labels = class_positions(folders, self.path)
+        self.samples: list[tuple[str, int]] = [(f"{self.path}/{path}", labels[path.split("/")[0]]) for path in paths]
+        report_left_out(self.path, others)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def name(self, index: int) -> str:
-        """Path of an image."""
-        return self.samples[index][0]
+        """Path of an image, as `plain_name` writes it."""
+        return plain_name(self.samples[index][0])
 
     def load(self, index: int, in_chans: int = 3) -> tuple[Image.Image, int]:
         """Image with so many channels, 1 (grey) or 3, and its label.
@@ -53,14 +53,14 @@ class ImageFolder:
             next image.)
         """
         path, label = self.samples[index]
-        return decode_image(path, in_chans, path), label
+        return decode_image(path, in_chans, plain_name(path)), label
 
 
 def _split_folder(root: Path, split: str) -> Path:
     if not root.is_dir():
         raise DataError(f"no data set folder {root}; set data.root to a folder with {split}/<class>/<image> in it")
     if not (root / split).is_dir():
-        found = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folders"
+        found = ", ".join(sorted(plain_name(p.name) for p in root.iterdir() if p.is_dir())) or "no folders"
         raise DataError(
             f"no split {split!r} in {root}: want the folder {root / split}, found {found}; "
             f"nor are there shards {split}-*.tar or {split}-*.parquet"

@@ -8,8 +8,6 @@ from PIL import Image
 
 from .errors import DataError
 
-MOST_CLASSES = 1_000_000
-
 
 class Shards(NamedTuple):
     """Of images that come shard by shard from far away.
@@ -52,18 +50,11 @@ def check_same_classes(train: LabelledImages, val: LabelledImages) -> None:
     for name in sorted(set(train.classes) ^ set(val.classes)):
         here, there = (train, val) if name in train.classes else (val, train)
         raise DataError(f"class {name!r} is in {here.path} but not in {there.path}; splits need the same classes")
+    if len(train.classes) != len(val.classes):  # of which some are the same name
+        counts = f"{len(train.classes)} in {train.path} and {len(val.classes)} in {val.path}"
+        raise DataError(f"splits need the same classes; there are {counts}, some of one name")
     for label, (name, other) in enumerate(zip(train.classes, val.classes, strict=True)):
         if name != other:
             raise DataError(
                 f"label {label} is {name!r} in {train.path} and {other!r} in {val.path}; give both one order"
             )
-
-
-def numbered_classes(highest: int, where: str) -> list[str]:
-    """Names of classes that have none but their numbers: "0" up to the highest.
-
-    Raises: DataError for a number that no set of images reaches; a damaged one would fill the memory with names.
-    """
-    if highest >= MOST_CLASSES:
-        raise DataError(f"{where} has the label {highest}; labels are numbers from 0 up, below {MOST_CLASSES}")
-    return [str(label) for label in range(highest + 1)]

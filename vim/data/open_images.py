@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HTTPError  # of whichever library the hub's client uses
 
 from .config import EvalDataConfig
-from .errors import DataError
+from .errors import DataError, reason
 from .folder import ImageFolder
 from .labelled_images import LabelledImages
 from .tar_shards import TarImages
@@ -35,7 +35,7 @@ def open_images(data: EvalDataConfig, split: str, window: int = 1) -> LabelledIm
         shards = _find_shards(fs, folder, split)
         found = [Path(name).name for name in _names(fs, folder)]
     except (OSError, ValueError, ImportError, HTTPError) as error:
-        raise DataError(f"cannot open data.root {data.root}: {str(error) or type(error).__name__}") from error
+        raise DataError(f"cannot open data.root {data.root}: {reason(error)}") from error
     local = isinstance(fs, LocalFileSystem)
     tree = Path(folder, split)
     classes = local and tree.is_dir() and any(p.is_dir() and p.name[0] != "." for p in tree.iterdir())

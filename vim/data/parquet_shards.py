@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import mmap
 import posixpath
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,9 @@ from huggingface_hub.errors import HTTPError  # of whichever library the hub's c
 from PIL import Image
 
 from .decode import decode_image
-from .errors import DataError, ShardError
-from .labelled_images import Shards, numbered_classes
+from .errors import DataError, ShardError, reason
+from .labelled_images import Shards
+from .names import numbered_classes, plain_name
 from .shard_cache import ShardCache, shard_folder
 
 # What they are called in most data sets, for those that have several that could be meant.
@@ -33,11 +35,20 @@ GIB = 2**30
 
 
 class Columns(NamedTuple):
-    """Where image and label are, and the names of the classes, if the file has them."""
+    """Where image and label are, and the names of the classes, if the file has them.
+
+    structures: True where images are structures with `bytes`, False where they are bytes.
+    """
 
     image: str
     label: str
     classes: tuple[str, ...] | None
+    structures: bool
+
+    @property
+    def content(self) -> str:
+        """Path of the images' bytes, as Parquet has it."""
+        return f"{self.image}.bytes" if self.structures else self.image
 
 
 class Shard(NamedTuple):
@@ -58,8 +69,8 @@ class Shard(NamedTuple):
 class ParquetImages:
     """The images of one split in Parquet shards.
 
-    Images are the only column of structures with `bytes`, labels the only one with names of classes, or else of whole
-    numbers. Names decide among several, see IMAGE_NAMES and LABEL_NAMES.
+    Images are the only column of structures with `bytes`, or of bytes, labels the only one with names of classes, or
+    else of whole numbers. Names decide among several, see IMAGE_NAMES and LABEL_NAMES.
 
     A shard is fetched when its first image is wanted, if not before. Since Parquet has no single rows, it is rewritten
     once, as an uncompressed Arrow file in a folder that all processes of the machine share.
@@ -156,8 +167,15 @@ class ParquetImages:
         name = f"{posixpath.basename(shard.url).removesuffix('.parquet')}-{key}.arrow"
         with _clear_errors(f"cannot fetch {shard.url} into {self._cache.folder}", ShardError):
             content = self._cache.open(name, lambda path: _rewrite(shard, path))
-            table = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(content))).read_all()
-        return table
+            try:
+                return _table_of(content)
+            except pa.ArrowInvalid:  # damaged on this disk
+                self._cache.remove(name)
+                return _table_of(self._cache.open(name, lambda path: _rewrite(shard, path)))
+
+
+def _table_of(content: mmap.mmap) -> pa.Table:
+    return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(content))).read_all()
 
 
 def _read_end(url: str) -> Shard:
@@ -166,31 +184,33 @@ def _read_end(url: str) -> Shard:
         with fs.open(path, "rb") as file:
             end = pq.read_metadata(file)
         info = fs.info(path)
-    schema = end.schema.to_arrow_schema()
-    columns = _find_columns(schema, url)
-    groups = [end.row_group(i) for i in range(end.num_row_groups)]
-    chunks = [[group.column(i) for i in range(group.num_columns)] for group in groups]
-    taken = [c for group in chunks for c in group if c.path_in_schema in (f"{columns.image}.bytes", columns.label)]
-    highest = 0
-    if columns.classes is None:
-        for chunk in taken:
-            if chunk.path_in_schema == columns.label and chunk.num_values:
-                if not chunk.is_stats_set or not chunk.statistics.has_min_max:
-                    raise DataError(f"{url}: column {columns.label!r} has neither names of classes nor a highest value")
-                highest = max(highest, chunk.statistics.max)
-    # The hub's name of a content stays the same in other revisions of the data set.
-    content = info.get("blob_id") or fs.ukey(path)
-    return Shard(url, content, end.num_rows, sum(c.total_uncompressed_size for c in taken), columns, highest)
+        columns = _find_columns(end.schema.to_arrow_schema(), url)
+        groups = [end.row_group(i) for i in range(end.num_row_groups)]
+        chunks = [[group.column(i) for i in range(group.num_columns)] for group in groups]
+        taken = [c for group in chunks for c in group if c.path_in_schema in (columns.content, columns.label)]
+        highest = 0
+        if columns.classes is None:
+            for chunk in taken:
+                if chunk.path_in_schema == columns.label and chunk.num_values:
+                    if not chunk.is_stats_set or not chunk.statistics.has_min_max:
+                        raise DataError(
+                            f"{url}: column {columns.label!r} has neither names of classes nor a highest value"
+                        )
+                    highest = max(highest, chunk.statistics.max)
+        # The hub's name of a content stays the same in other revisions of the data set.
+        content = info.get("blob_id") or fs.ukey(path)
+        return Shard(url, content, end.num_rows, sum(c.total_uncompressed_size for c in taken), columns, highest)
 
 
 def _find_columns(schema: pa.Schema, url: str) -> Columns:
     classes = _class_names(schema, url)
-    images = [f.name for f in schema if pa.types.is_struct(f.type) and _is_bytes(f.type)]
+    structures = [f.name for f in schema if pa.types.is_struct(f.type) and _is_bytes(f.type)]
+    plain = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
     numbers = [f.name for f in schema if pa.types.is_integer(f.type)]
-    image = _choose("images (a structure with bytes)", images, IMAGE_NAMES, schema, url)
+    image = _choose("images (a structure with bytes, or bytes)", structures or plain, IMAGE_NAMES, schema, url)
     named = [name for name in numbers if name in classes]
     label = _choose("labels (whole numbers)", named or numbers, LABEL_NAMES, schema, url)
-    return Columns(image, label, classes.get(label))
+    return Columns(image, label, classes.get(label), bool(structures))
 
 
 def _is_bytes(struct: pa.StructType) -> bool:
@@ -216,8 +236,12 @@ def _class_names(schema: pa.Schema, url: str) -> dict[str, tuple[str, ...]]:
         return {}
     try:
         features = json.loads(text)["info"]["features"]
-        return {column: tuple(map(str, f["names"])) for column, f in features.items() if f.get("names")}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # A list, as of older versions, is a column of lists, which holds no labels.
+        found = {column: f["names"] for column, f in features.items() if isinstance(f, dict) and f.get("names")}
+        if wrong := [names for names in found.values() if not isinstance(names, list)]:
+            raise TypeError(f"names are {wrong[0]!r}")
+        return {column: tuple(plain_name(str(name)) for name in names) for column, names in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{url}: its description by Hugging Face cannot be read ({error!r}); write it anew") from error
 
 
@@ -226,11 +250,15 @@ def _rewrite(shard: Shard, path: Path) -> None:
     schema = pa.schema({"image": pa.binary(), "label": pa.int64()})
     with fsspec.open(shard.url, "rb") as file, pa.ipc.new_file(path, schema) as arrow:
         parquet, rows = pq.ParquetFile(file), 0
-        wanted = [f"{shard.columns.image}.bytes", shard.columns.label]
+        wanted = [shard.columns.content, shard.columns.label]
         # Without threads, for loaders are forked from a process that had some.
         for batch in parquet.iter_batches(ROWS, columns=wanted, use_threads=False):
-            image = pc.struct_field(batch[shard.columns.image], "bytes").cast(pa.binary())
-            arrow.write_batch(pa.record_batch([image, batch[shard.columns.label].cast(pa.int64())], schema=schema))
+            image = batch[shard.columns.image]
+            if shard.columns.structures:
+                image = pc.struct_field(image, "bytes")
+            arrow.write_batch(
+                pa.record_batch([image.cast(pa.binary()), batch[shard.columns.label].cast(pa.int64())], schema=schema)
+            )
             rows += len(image)
     if rows != shard.rows:
         raise ShardError(f"{shard.url} has {rows} rows now, and had {shard.rows}; start again")
@@ -240,5 +268,13 @@ def _rewrite(shard: Shard, path: Path) -> None:
 def _clear_errors(what: str, kind: type[DataError]) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowException, HTTPError) as error:
-        raise kind(f"{what}: {str(error) or type(error).__name__}") from error
+    except DataError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        pa.ArrowException,
+        HTTPError,
+    ) as error:  # damaged names are no UTF-8, or there twice
+        raise kind(f"{what}: {reason(error)}") from error

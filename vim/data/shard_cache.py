@@ -51,6 +51,10 @@ class ShardCache:
         self._make_room(path)
         return content
 
+    def remove(self, name: str) -> None:
+        """Have a file made anew by who opens it next; those who have it mapped keep it."""
+        (self.folder / name).unlink(missing_ok=True)
+
     def _lock(self, name: str, timeout: float = -1) -> FileLock:
         """The operating system opens it when its process ends, however that ends."""
         return FileLock(self.folder / f"{name}.lock", timeout)
@@ -74,6 +78,9 @@ class ShardCache:
 
 
 def _mapped(path: Path) -> mmap.mmap:
+    """Raises: FileNotFoundError; also for an empty file, which is none that was made here."""
     with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise FileNotFoundError(path)
         os.utime(file.fileno())  # opened just now
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

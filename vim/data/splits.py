@@ -1,5 +1,6 @@
 """Splits of an image folder tree into parts, for data that come without one to choose on or to test on."""
 
+import os
 import random
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def split_folder(root: str | Path, split: str, parts: dict[str, float], seed: in
     Returns: images in each part.
     Raises: DataError for shares that do not add up, a part that exists, or one that a class has no image for.
     """
-    root = Path(root)
+    root = Path(root).expanduser()
     if not all(share > 0 for share in parts.values()) or abs(sum(parts.values()) - 1) > 1e-6:
         raise DataError(f"shares must be above 0 and add up to 1, got {parts}")
     for part in parts:
@@ -30,7 +31,7 @@ def split_folder(root: str | Path, split: str, parts: dict[str, float], seed: in
     of_part: dict[str, list[Path]] = {part: [] for part in parts}
     for label, name in enumerate(folder.classes):
         paths = sorted(Path(path) for path, target in folder.samples if target == label)
-        random.Random(f"{seed} {name}").shuffle(paths)
+        random.Random(os.fsencode(f"{seed} {paths[0].parent.name}")).shuffle(paths)  # a name may be no UTF-8
         first, passed = 0, 0.0
         for part, share in parts.items():
             passed += share

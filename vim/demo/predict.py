@@ -113,6 +113,7 @@ class Predictor:
         if manifest["preprocessing"] != ours:
             was = manifest["preprocessing"]
             raise ConfigError(f"the images of the features in {folder} went in as {was}, here as {ours}; {again}")
+        self.feature_classes = features.classes
         self.source = ImageSource(manifest["images"])
         if [entry.path for entry in self.source.entries] != features.paths:
             raise DataError(f"{manifest['images']} no longer holds the images of {folder}; {again}")
@@ -127,7 +128,7 @@ class Predictor:
         shown = []
         for similarity, row in zip(similarities[0].tolist(), found[0].tolist(), strict=True):
             label = int(self.features.labels[row])
-            name = self.names[label] if 0 <= label < len(self.names) else "no class"
+            name = self.feature_classes[label] if label >= 0 else "no class"
             shown.append((_enlarged(self.source.load(row)), f"{name} ({similarity:.3f})"))
         return shown
 

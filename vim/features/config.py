@@ -1,6 +1,7 @@
 """The configuration of a feature export; every field is read, and explained in `--help`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from vim.training.config import LoadedModelConfig, Precision
@@ -14,8 +15,8 @@ class FeaturesConfig(LoadedModelConfig):
 
     images: str = "data/imagenet/val"
     """A folder of images at any depth, a list (.txt, .tsv: path, tab, label), a .tar file or a folder of such."""
-    output: str = "runs/features"
-    """Folder of the export. An unfinished one of the same configuration is gone on with."""
+    output: str | None = None
+    """Folder; null: runs/features_<name of images>. An unfinished export of the same configuration is gone on with."""
     pools: list[str] = field(default_factory=lambda: ["token"])
     """What to keep of the tokens: token (the class token), avg (mean over the image), map (the image, row by row)."""
     blocks: list[int] | None = None
@@ -36,6 +37,8 @@ class FeaturesConfig(LoadedModelConfig):
     """Of the forward pass."""
 
     def __post_init__(self):
+        if self.output is None:
+            self.output = f"runs/features_{Path(self.images).stem}"
         for pool in self.pools:
             if pool not in POOLS:
                 raise ValueError(f"pools must be of {', '.join(POOLS)}, got {pool!r}")
@@ -93,8 +96,8 @@ class LinearProbeConfig:
     """Export to report on."""
     last_blocks: list[int] = field(default_factory=lambda: [1, 4])
     """Inputs: the last so many of the exported blocks, side by side. More than there are count as all."""
-    pools: list[str] = field(default_factory=lambda: ["token", "token+avg"])
-    """Inputs: of each block, pools that were exported, joined by +."""
+    pools: list[str] | None = None
+    """Inputs: of each block, pools that were exported, joined by +; null: the first, and all but maps together."""
     learning_rates: list[float] = field(
         default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0]
     )
@@ -117,7 +120,7 @@ class LinearProbeConfig:
 
     def __post_init__(self):
         for name in ("last_blocks", "pools", "learning_rates"):
-            if not getattr(self, name):
+            if getattr(self, name) == []:
                 raise ValueError(f"{name} must name at least one")
         if min(self.last_blocks) < 1 or min(self.learning_rates) <= 0:
             raise ValueError("last_blocks must be from 1 up, learning_rates positive")

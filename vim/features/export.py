@@ -24,9 +24,19 @@ from vim.training.trainer import create_accelerator
 
 from .config import FeaturesConfig
 from .extract import FeatureExtractor, weights_hash
-from .store import MANIFEST, NO_LABEL, Features, read_manifest, shard_file, write_manifest, write_shard
+from .store import (
+    MANIFEST,
+    NO_LABEL,
+    Features,
+    check_format,
+    read_manifest,
+    rows_of,
+    shard_file,
+    write_manifest,
+    write_shard,
+)
 
-NUMPY = {"fp16": np.float16, "fp32": np.float32}
+LONGEST_VALUE = 200  # in a message
 
 
 class SourceImages(Dataset[tuple[Tensor, int]]):
@@ -59,11 +69,12 @@ def export_features(config: FeaturesConfig) -> dict[str, Any]:
 def _export(config: FeaturesConfig, interruption: Interruption) -> dict[str, Any]:
     accelerator = create_accelerator(config.precision)
     progress = Progress(accelerator.is_main_process)
+    check_format(config.format)
     source = ImageSource(config.images)
     model = load_model(config).to(accelerator.device)
     extractor = FeatureExtractor(model, config.pools, config.blocks, config.l2)
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
-    folder = Path(config.output)
+    folder = _folder(config)
     manifest = _manifest(config, extractor, data_config, source, accelerator)
     _check_folder(folder, manifest)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
@@ -86,7 +97,7 @@ def _export(config: FeaturesConfig, interruption: Interruption) -> dict[str, Any
         ) from None
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - start
-    rows = sum(len(_rows_of(shard, manifest)) for shard in missing)
+    rows = sum(len(rows_of(shard, manifest)) for shard in missing)
     accelerator.end_training()
     return {
         "rows": len(source),
@@ -107,7 +118,7 @@ def _export_shards(
     progress: Progress,
     interruption: Interruption,
 ) -> None:
-    ranges = [_rows_of(shard, manifest) for shard in shards]
+    ranges = [rows_of(shard, manifest) for shard in shards]
     batches = [list(rows[i : i + config.batch_size]) for rows in ranges for i in range(0, len(rows), config.batch_size)]
     loader = DataLoader(
         images,
@@ -128,7 +139,7 @@ def _export_shards(
             if held == len(rows):
                 if writing is not None:
                     writing.result()  # a full disk shows here; and no more than one shard waits in memory
-                file = shard_file(Path(config.output), shard, config.format)
+                file = shard_file(_folder(config), shard, config.format)
                 writing = writer.submit(write_shard, file, _joined(parts, rows, images.source), config.format)
                 parts, held = [], 0
                 shard, rows = next(todo, (0, range(0)))
@@ -189,11 +200,6 @@ def _joined(parts: list[dict[str, np.ndarray]], rows: range, source: ImageSource
     )
 
 
-def _rows_of(shard: int, manifest: dict[str, Any]) -> range:
-    first = shard * manifest["rows_per_shard"]
-    return range(first, min(first + manifest["rows_per_shard"], manifest["rows"]))
-
-
 @torch.no_grad()
 def _manifest(
     config: FeaturesConfig,
@@ -219,6 +225,7 @@ def _manifest(
         "precision": config.precision,
         "batch_size": config.batch_size,  # another one may round differently
         "images": config.images,
+        "classes": source.classes,  # in label order
         "images_sha256": names.hexdigest(),  # of their paths and labels
         "rows": len(source),
         "rows_per_shard": config.rows_per_shard,
@@ -233,7 +240,17 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
     if (folder / MANIFEST).is_file():
         saved = read_manifest(folder)
         if changed := [key for key in manifest if saved.get(key) != manifest[key]]:
-            was = ", ".join(f"{key} was {saved.get(key)!r}, is {manifest[key]!r}" for key in changed)
+            was = ", ".join(f"{key} was {_short(saved.get(key))}, is {_short(manifest[key])}" for key in changed)
             raise RunError(f"{folder} holds another export: {was}; choose another --output, or remove it")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and holds no export; choose another --output, or remove it")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."  # a thousand names of classes
+
+
+def _folder(config: FeaturesConfig) -> Path:
+    assert config.output is not None
+    return Path(config.output).expanduser()

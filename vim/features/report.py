@@ -57,7 +57,7 @@ def knn(config: KnnConfig) -> dict[str, Any]:
         similarities, found = nearest(bank, queries[torch.from_numpy(chosen).to(device)], min(8, len(train)))
         try:
             with whole_file(folder / "neighbours.png") as path:
-                sources = ImageSource(train.manifest["images"]), ImageSource(val.manifest["images"])
+                sources = _images(train), _images(val)
                 plot_neighbours(train, val, sources, chosen, found.cpu(), similarities.cpu(), path)
         except DataError as error:
             progress.line(f"no sheet of neighbours: {error}")
@@ -94,7 +94,9 @@ def _probe(config: LinearProbeConfig, interruption: Interruption) -> dict[str, A
     results, progress = [], Progress()
     identity = asdict(config) | {"train": train.manifest, "val": val.manifest}
     del identity["output"]
-    trainings = UnfinishedProbe(Path(config.output) / "unfinished.pt", identity, interruption, progress.line)
+    trainings = UnfinishedProbe(
+        Path(config.output).expanduser() / "unfinished.pt", identity, interruption, progress.line
+    )
     with progress.bar("linear probe", 2 * config.epochs * len(plan), trainings.epochs_done) as advance:
         for shots, draw, rows in plan:
             order = torch.from_numpy(np.random.RandomState(config.seed).permutation(rows)).to(device)
@@ -141,9 +143,10 @@ def _diverged(cells: list[dict[str, Any]]) -> str:
 
 
 def _exports(train: str, val: str) -> tuple[Features, Features, int]:
-    """Both exports and the number of classes.
+    """Both exports, with labels as positions in the classes of train, and the number of these.
 
-    Raises: DataError for images without labels, or exports that differ in more than their images.
+    Raises: DataError for images without labels, for classes that train does not have, or exports that differ in more
+        than their images.
     """
     both = load(train), load(val)
     for name, features in zip((train, val), both, strict=True):
@@ -154,7 +157,34 @@ def _exports(train: str, val: str) -> tuple[Features, Features, int]:
         a, b = (features.manifest[key] for features in both)
         if a != b:
             raise DataError(f"{train} and {val} cannot be compared: {key} is {a} in one, {b} in the other")
-    return *both, int(max(features.labels.max() for features in both)) + 1
+    both[1].labels = _same_labels(*both, f"{val} has classes that {train} has not")
+    return *both, len(both[0].classes)
+
+
+def _same_labels(train: Features, val: Features, otherwise: str) -> np.ndarray:
+    """Labels of val as positions in the classes of train, by their names.
+
+    Raises: DataError, which begins with `otherwise`, for names that train does not have, or has twice.
+    """
+    if train.classes == val.classes:
+        return val.labels
+    used = sorted(set(val.labels.tolist()))
+    known = {name: label for label, name in enumerate(train.classes)}
+    if len(known) < len(train.classes):
+        raise DataError(f"{otherwise}: names that several classes have cannot be matched; export both from one list")
+    if unknown := [val.classes[label] for label in used if val.classes[label] not in known]:
+        some = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
+        raise DataError(f"{otherwise}: {len(unknown)} of {len(used)} ({some}); export splits of the same classes")
+    positions = np.array([known.get(name, NO_LABEL) for name in val.classes])
+    return positions[val.labels]
+
+
+def _images(features: Features) -> ImageSource:
+    """Raises: DataError if the images that were exported are no longer there."""
+    source = ImageSource(features.manifest["images"])
+    if [entry.path for entry in source.entries] != features.paths:
+        raise DataError(f"{source.where} no longer holds the images that were exported")
+    return source
 
 
 def _features(features: Features, columns: list[str]) -> Tensor:
@@ -162,7 +192,7 @@ def _features(features: Features, columns: list[str]) -> Tensor:
     for name in columns:
         if name not in features.columns:
             hint = did_you_mean(name, features.columns, f"there are {', '.join(features.columns)}")
-            raise ConfigError(f"the export has no column {name!r}{hint}")
+            raise ConfigError(f"--column: the export has no column {name!r}{hint}")
     parts = [features[name].reshape(len(features), -1).astype(np.float32) for name in columns]
     return torch.from_numpy(np.concatenate(parts, 1))
 
@@ -177,27 +207,32 @@ def _draws(labels: np.ndarray, shots: list[int], draws: int, seed: int) -> Itera
 
 def _inputs(features: Features, config: LinearProbeConfig) -> dict[str, list[str]]:
     """Name of an input -> its columns."""
-    blocks = features.manifest["blocks"]
+    blocks, exported = features.manifest["blocks"], features.manifest["pools"]
+    pools = config.pools
+    if pools is None:
+        vectors = [pool for pool in exported if pool != "map"] or exported
+        pools = list(dict.fromkeys((vectors[0], "+".join(vectors))))
     inputs = {}
-    for pools in config.pools:
-        wanted = pools.split("+")
-        if missing := [pool for pool in wanted if pool not in features.manifest["pools"]]:
-            known = ", ".join(features.manifest["pools"])
+    for names in pools:
+        wanted = names.split("+")
+        if missing := [pool for pool in wanted if pool not in exported]:
             raise ConfigError(
-                f"pools: {missing[0]!r} was not exported, only {known}; export it, or leave {pools!r} out"
+                f"--pools: {missing[0]!r} was not exported, only {', '.join(exported)}; export it, with --pools of "
+                f"tools/export_features.py, or leave {names!r} out"
             )
         if blocks is None:
-            inputs[f"last, {pools}"] = wanted
+            inputs[f"last, {names}"] = wanted
             continue
         for count in config.last_blocks:
             taken = blocks[-min(count, len(blocks)) :]
-            inputs[f"{len(taken)} block{'s' * (len(taken) > 1)}, {pools}"] = [
+            inputs[f"{len(taken)} block{'s' * (len(taken) > 1)}, {names}"] = [
                 f"block{b}.{pool}" for b in taken for pool in wanted
             ]
     return inputs
 
 
-def _write(folder: str, name: str, report: dict[str, Any]) -> Path:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_json(report, Path(folder) / name)
-    return Path(folder)
+def _write(output: str, name: str, report: dict[str, Any]) -> Path:
+    folder = Path(output).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(report, folder / name)
+    return folder

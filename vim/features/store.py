@@ -1,7 +1,9 @@
 """The folder of an export: shards of rows, and manifest.json, which says what they hold."""
 
+import importlib.util
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,23 @@ from typing import Any
 import numpy as np
 
 from vim.data import DataError
+from vim.data.errors import reason
 from vim.files import whole_file, write_json
 
 MANIFEST = "manifest.json"
 SUFFIX = {"parquet": ".parquet", "npz": ".npz", "safetensors": ".safetensors"}
 NO_LABEL = -1
+# Entries of a manifest that are read, and what they hold.
+ENTRIES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("rows", "rows_per_shard", "shards"), int),
+    **dict.fromkeys(("format", "images", "model", "weights_sha256"), str),
+    **dict.fromkeys(("columns", "preprocessing"), dict),
+    "pools": list,
+    "blocks": (list, type(None)),
+    "l2": bool,
+}
+# What the readers of the formats raise.
+DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass
@@ -21,7 +35,8 @@ class Features:
     """Rows of an export, in the order of its images.
 
     columns: name -> (rows, D), or (rows, P, D) for maps, float16 or float32.
-    index: (rows,), position among the source's images. labels: (rows,), -1 where an image has none.
+    index: (rows,), position among the source's images. labels: (rows,), positions in `classes`, -1 where an image has
+    none. paths: as `plain_name` writes them.
     """
 
     columns: dict[str, np.ndarray]
@@ -36,17 +51,68 @@ class Features:
     def __getitem__(self, column: str) -> np.ndarray:
         return self.columns[column]
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in label order; the numbers where they have none.
+
+        Raises: DataError for an export of an earlier version, which did not keep them.
+        """
+        if "classes" not in self.manifest:
+            where = self.manifest["images"]
+            raise DataError(
+                f"the features of {where} have no names of classes, as of an earlier version; export them anew"
+            )
+        return self.manifest["classes"]
+
 
 def shard_file(folder: Path, number: int, file_format: str) -> Path:
     return folder / f"features-{number:05d}{SUFFIX[file_format]}"
 
 
+def rows_of(shard: int, manifest: dict[str, Any]) -> range:
+    first = shard * manifest["rows_per_shard"]
+    return range(first, min(first + manifest["rows_per_shard"], manifest["rows"]))
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises: DataError if the folder holds no export."""
+    """Raises: DataError if the folder holds no export, or its manifest is damaged."""
+    file = folder / MANIFEST
     try:
-        return json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise DataError(f"no features in {folder}: {folder / MANIFEST} is missing") from None
+        manifest = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"no features in {folder}: {file} is missing") from None
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is damaged: {reason(error)}; export the features anew") from error
+    if wrong := _wrong_entry(manifest):
+        raise DataError(f"{file} is damaged: {wrong}; export the features anew")
+    return manifest
+
+
+def _wrong_entry(manifest: Any) -> str | None:
+    """What a manifest has that none of an export has."""
+    if not isinstance(manifest, dict):
+        return f"it holds {type(manifest).__name__}, no mapping"
+    for key, kind in ENTRIES.items():
+        if not isinstance(manifest.get(key), kind):
+            return f"{key} is {manifest.get(key)!r}"
+    if manifest["format"] not in SUFFIX:
+        return f"format is {manifest['format']!r}"
+    rows, rows_per_shard, shards = (manifest[key] for key in ("rows", "rows_per_shard", "shards"))
+    if rows < 1 or rows_per_shard < 1 or shards != -(-rows // rows_per_shard):
+        return f"{rows} rows in {shards} shards of {rows_per_shard}"
+    pools, blocks = manifest["pools"], manifest["blocks"]
+    wanted = pools if blocks is None else [f"block{block}.{pool}" for block in blocks for pool in pools]
+    if not wanted or list(manifest["columns"]) != wanted:
+        return f"columns {list(manifest['columns'])} of pools {pools} and blocks {blocks}"
+    for name, shape in manifest["columns"].items():
+        if not isinstance(shape, list) or not all(isinstance(size, int) and size > 0 for size in shape):
+            return f"the shape of {name} is {shape!r}"
+    classes = manifest.get("classes", [])  # since a later version
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return f"classes is {classes!r}"
+    return None
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -64,14 +130,14 @@ def load(folder: str | Path) -> Features:
 
     Raises: DataError for a folder without one, or with an unfinished one.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
+    check_format(manifest["format"])
     files = [shard_file(folder, i, manifest["format"]) for i in range(manifest["shards"])]
     if missing := [file.name for file in files if not file.is_file()]:
         raise DataError(f"the export in {folder} is not finished: {len(missing)} of {len(files)} shards are missing, "
                         f"{missing[0]} first; run it again to go on")  # fmt: skip
-    read = {"parquet": _read_parquet, "npz": _read_npz, "safetensors": _read_safetensors}[manifest["format"]]
-    parts = [read(file, manifest) for file in files]
+    parts = [_read(file, number, manifest) for number, file in enumerate(files)]
     return Features(
         {name: np.concatenate([part.columns[name] for part in parts]) for name in manifest["columns"]},
         np.concatenate([part.index for part in parts]),
@@ -79,6 +145,30 @@ def load(folder: str | Path) -> Features:
         [path for part in parts for path in part.paths],
         manifest,
     )
+
+
+def check_format(file_format: str) -> None:
+    """Raise DataError for a format whose library is not there."""
+    if file_format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise DataError("features in Parquet need pyarrow: pip install 'vim-mamba[features]', or export to npz")
+
+
+def _read(file: Path, number: int, manifest: dict[str, Any]) -> Features:
+    """Raises: DataError for a shard that is damaged, or holds other rows than the manifest says."""
+    read = {"parquet": _read_parquet, "npz": _read_npz, "safetensors": _read_safetensors}[manifest["format"]]
+    rows = rows_of(number, manifest)
+    try:
+        part = read(file, manifest)
+        shapes = {name: part.columns[name].shape for name in manifest["columns"]}
+        wanted = {name: (len(rows), *shape) for name, shape in manifest["columns"].items()}
+        if shapes != wanted or len(part.paths) != len(rows) or part.index.tolist() != list(rows):
+            raise ValueError(f"it does not hold rows {rows.start} to {rows.stop - 1}, of {wanted}")
+        highest = len(manifest["classes"]) - 1 if "classes" in manifest else part.labels.max()
+        if part.labels.min() < NO_LABEL or part.labels.max() > highest:
+            raise ValueError("it has labels without a class")
+    except DAMAGED as error:
+        raise DataError(f"{file} is damaged: {reason(error)}; remove it, and run the export again") from error
+    return part
 
 
 def _write_parquet(path: Path, rows: Features) -> None:
@@ -99,21 +189,24 @@ def _write_parquet(path: Path, rows: Features) -> None:
 
 
 def _read_parquet(file: Path, manifest: dict[str, Any]) -> Features:
+    import pyarrow as pa
     import pyarrow.parquet as pq
-
-    table = pq.read_table(file, memory_map=True).combine_chunks()
 
     def features(name: str) -> np.ndarray:
         values = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return values.reshape(table.num_rows, *manifest["columns"][name])
 
-    return Features(
-        {name: features(name) for name in manifest["columns"]},
-        table["index"].to_numpy(),
-        table["label"].combine_chunks().fill_null(NO_LABEL).to_numpy(zero_copy_only=False),
-        table["path"].to_pylist(),
-        manifest,
-    )
+    try:
+        table = pq.read_table(file, memory_map=True).combine_chunks()
+        return Features(
+            {name: features(name) for name in manifest["columns"]},
+            table["index"].to_numpy(),
+            table["label"].combine_chunks().fill_null(NO_LABEL).to_numpy(zero_copy_only=False),
+            table["path"].to_pylist(),
+            manifest,
+        )
+    except pa.ArrowException as error:
+        raise ValueError(error) from error
 
 
 def _write_npz(path: Path, rows: Features) -> None:
@@ -139,9 +232,12 @@ def _write_safetensors(path: Path, rows: Features) -> None:
 
 
 def _read_safetensors(file: Path, manifest: dict[str, Any]) -> Features:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, "np") as archive:
-        columns = {name: archive.get_tensor(name) for name in manifest["columns"]}
-        paths = json.loads(archive.metadata()["path"])
-        return Features(columns, archive.get_tensor("index"), archive.get_tensor("label"), paths, manifest)
+    try:
+        with safe_open(file, "np") as archive:
+            columns = {name: archive.get_tensor(name) for name in manifest["columns"]}
+            paths = json.loads(archive.metadata()["path"])
+            return Features(columns, archive.get_tensor("index"), archive.get_tensor("label"), paths, manifest)
+    except SafetensorError as error:
+        raise ValueError(error) from error

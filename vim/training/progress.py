@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from vim.data.names import as_escape
+
 SECONDS_BETWEEN_LINES = 60
 _UNPRINTABLE = re.compile(r"[^\S ]|[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -17,12 +19,7 @@ _UNPRINTABLE = re.compile(r"[^\S ]|[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e
 def visible(text: str) -> str:
     r"""One line in which each character shows: line breaks, control characters (a terminal would obey them), marks that
     turn the direction of text, and bytes of file names that are no UTF-8, become escapes as in \n, \u202e, \xff."""
-
-    def escaped(found: re.Match[str]) -> str:
-        code = ord(found[0])
-        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else found[0].encode("unicode_escape").decode()
-
-    return _UNPRINTABLE.sub(escaped, text)
+    return _UNPRINTABLE.sub(as_escape, text)
 
 
 def plain_console(**options: Any) -> Console:
