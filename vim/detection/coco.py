@@ -13,6 +13,7 @@ from PIL import Image
 
 from vim.data import DataError
 from vim.data.decode import decode_image
+from vim.data.names import plain_name
 from vim.training.progress import visible
 
 LIMIT = 2**31  # of the edges and coordinates of images and boxes, in pixels
@@ -84,8 +85,8 @@ class CocoData:
         return f"{len(self):,} images, {len(self.classes)} classes, {self.boxes:,} boxes{left_out}"
 
     def name(self, index: int) -> str:
-        """Path of an image."""
-        return str(self.folder / self._images[index]["file_name"])
+        """Path of an image, as `plain_name` writes it."""
+        return plain_name(str(self.folder / self._images[index]["file_name"]))
 
     def load(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
         """RGB image and its target: image_id, boxes (n, 4) as x1, y1, x2, y2 in pixels, labels (n,) from 1, and masks

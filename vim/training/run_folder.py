@@ -162,7 +162,7 @@ class RunFolder:
     @staticmethod
     def _write(path: Path, text: str) -> None:
         with whole_file(path) as unfinished:
-            unfinished.write_text(text, "utf-8", "surrogateescape")  # file names may be any bytes
+            unfinished.write_text(text, "utf-8")
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
