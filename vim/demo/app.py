@@ -31,7 +31,9 @@ def serve(config: DemoConfig) -> None:
     """
     import gradio as gr
 
-    app = page(Predictor(config), config.model)
+    predictor = Predictor(config)
+    print(f"weights: {predictor.weights}", flush=True)
+    app = page(predictor, config.model)
     try:
         _, url, _ = app.launch(
             server_name=config.host,

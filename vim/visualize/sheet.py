@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from vim.data import EvalDataConfig, ImageSource, eval_transform
 from vim.files import whole_file
 from vim.training.errors import ConfigError
-from vim.training.model import label_names, load_model, resolve_input
+from vim.training.model import label_names, load_model, resolve_input, weights_from
+from vim.training.progress import Progress
 
 from .config import VisualizeConfig
 from .maps import as_pixels, block_maps, has_scans, receptive_field
@@ -23,6 +24,7 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(config).to(device).eval()
+    Progress().line(f"weights: {weights_from(model)}")
     if not has_scans(model):
         raise ConfigError(f"{config.model} is no Vision Mamba: its blocks have no selective scan to look into")
     blocks = _chosen_blocks(model, config.blocks)
