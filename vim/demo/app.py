@@ -32,7 +32,6 @@ def serve(config: DemoConfig) -> None:
     import gradio as gr
 
     predictor = Predictor(config)
-    print(f"weights: {predictor.weights}", flush=True)
     app = page(predictor, config.model)
     try:
         _, url, _ = app.launch(
@@ -49,7 +48,7 @@ def serve(config: DemoConfig) -> None:
         )
     except OSError as error:
         raise ConfigError(f"cannot listen on {config.host}, port {config.port}; choose another --port") from error
-    print(f"{config.model}: {url} (Ctrl-C ends it)", flush=True)
+    print(f"{config.model}: {url} (Ctrl-C ends it)\nweights: {predictor.weights}", flush=True)
     app.block_thread()
 
 

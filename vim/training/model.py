@@ -186,7 +186,7 @@ def resolve_input(model: nn.Module, model_kwargs: dict[str, Any], data: EvalData
     channels, height, width = cfg["input_size"]
     channels = model_kwargs.get("in_chans", channels)
     if channels not in IMAGE_MODES:
-        raise ConfigError(f"the model takes {channels} channels, images have 1 or 3; set in_chans in its kwargs")
+        raise ConfigError(f"the model takes {channels} channels; images have 1 or 3: set in_chans in its kwargs")
     size = data.img_size or model_kwargs.get("img_size") or (height, width)
     height, width = (size, size) if isinstance(size, int) else size
     input_size = (channels, height, width)

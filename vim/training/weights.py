@@ -135,9 +135,12 @@ class TimmLoading:
         """
         cfg = dict(pretrained_cfg)  # the model keeps the one that was given
         source, file = self._locate(cfg)
+        if self.checkpoint is not None:  # filters look there for the images that the weights are for
+            model.pretrained_cfg["source"] = ""  # type: ignore[index, operator, assignment]
         own = model.state_dict()
         heads = _classifiers(cfg)
         head_names = {name for name in own if name.startswith(tuple(f"{head}." for head in heads))}
+        classes = num_classes if head_names else 0  # a trunk has no head
         arrived = self.arrived = Arrived(source)
         filtered: dict[str, Tensor] = {}
 
@@ -146,11 +149,14 @@ class TimmLoading:
                 state = unwrapped(state, own, source)
             elif not any(isinstance(value, dict) for value in state.values()):
                 state = _without_wrappers(state, own)
-            filtered.update(self._filtered(filter_fn, state, model, cfg, source, own))
+            filtered.update(self._filtered(filter_fn, state, model, source, own))
             if file:
                 _describe(cfg, filtered, model, in_chans, heads)
-            arrived.changes += _changes(cfg, filtered, model, in_chans, num_classes, heads)
+            arrived.changes += _changes(cfg, filtered, model, in_chans, classes, heads)
             return dict(filtered)
+
+        def spared() -> set[str]:  # once timm knows the classes of the file
+            return head_names if num_classes != cfg["num_classes"] else set()
 
         with _noting(model) as found:
             try:
@@ -167,17 +173,16 @@ class TimmLoading:
                 raise
             except Exception as error:  # torch raises almost anything on a damaged file
                 if filtered:
-                    spared = head_names if num_classes != cfg["num_classes"] else set()
-                    shapes = _other_shapes(filtered, {name: own[name] for name in own if name not in spared})
+                    found.missing = [name for name in found.missing if name not in spared()]
+                    shapes = _other_shapes(filtered, {name: own[name] for name in own if name not in spared()})
                     raise unfit(source, self.name, found, shapes, len(own), self.remedy, error) from error
                 if file:
                     raise ConfigError(unreadable(source, error)) from error
                 raise
         if not found.loaded:  # timm reads a few models' released files by code of their own
             return
-        spared = head_names if num_classes != cfg["num_classes"] else set()
-        arrived.new_head = bool(spared) and num_classes > 0
-        found.missing = [name for name in found.missing if name not in spared]
+        arrived.new_head = bool(spared()) and classes > 0
+        found.missing = [name for name in found.missing if name not in spared()]
         found.unexpected = found.unexpected if strict else []
         if found.missing or found.unexpected:
             raise unfit(source, self.name, found, [], len(own), self.remedy)
@@ -212,7 +217,6 @@ class TimmLoading:
         filter_fn: Callable[..., dict] | None,
         state: dict,
         model: nn.Module,
-        cfg: dict[str, Any],
         source: str,
         own: dict[str, Tensor],
     ) -> dict[str, Tensor]:
