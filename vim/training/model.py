@@ -12,6 +12,7 @@ from urllib.request import getproxies
 
 import timm
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.data import resolve_data_config
 from torch import nn
 
@@ -60,7 +61,10 @@ def create_model(config: ModelConfig, num_classes: int | None, section: str = "m
         raise ConfigError(f"{section}kwargs do not fit {config.name}: {one_line(error)}") from error
     except OSError as error:
         instead = "local-dir:FOLDER with its files" if ":" in name else f"weights as a file: --{section}checkpoint FILE"
-        raise ConfigError(f"cannot fetch {config.name}: {one_line(error)} Without a network give {instead}") from error
+        why = one_line(error)
+        if isinstance(error, LocalEntryNotFoundError):
+            why = "the hub cannot be reached, and its cache here has not all files"
+        raise ConfigError(f"cannot fetch {config.name}: {why}; without a network give {instead}") from error
     except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # timm has models of each kind
         if str(error).startswith("No pretrained weights exist"):
             why = "has no released weights; name a checkpoint or a run folder"

@@ -1,6 +1,7 @@
 """Weights from wherever they lie into a model: all of them, or one line that says which are missing or left over."""
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -110,13 +111,15 @@ class TimmLoading:
     def in_place(self) -> Iterator[None]:
         # timm hands a model's filter, which knows the layouts of its checkpoints, to this one function and keeps it
         # nowhere.
-        original = _builder.load_pretrained
+        original, log, level = _builder.load_pretrained, _builder._logger, _builder._logger.level
         self.original: Callable[..., None] = original
         _builder.load_pretrained = self  # type: ignore[assignment]
+        log.setLevel(logging.ERROR)  # it would list what is refused here
         try:
             yield
         finally:
             _builder.load_pretrained = original
+            log.setLevel(level)
 
     def __call__(
         self,
