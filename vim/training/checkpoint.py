@@ -22,7 +22,7 @@ import torch
 from vim.data.whole_folder import link_or_copy
 from vim.files import whole_file
 
-from .errors import RunError
+from .errors import InterruptedRunError, RunError
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -91,6 +91,8 @@ def _load_file(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # of others' files: plain data
             return torch.load(path, map_location="cpu", weights_only=True)
+    except InterruptedRunError:
+        raise
     except Exception as error:  # torch raises almost anything on a damaged file
         raise RunError(f"cannot load checkpoint {path}: {one_line(error)}") from error
 

@@ -12,7 +12,7 @@ from timm.models import _builder
 from torch import Tensor, nn
 
 from .checkpoint import check_archive, load_weights, one_line, unsafe_or_foreign
-from .errors import ConfigError
+from .errors import ConfigError, RunError
 
 # Under which keys training code keeps weights in its checkpoints; averaged ones first, as timm's own loader has it.
 CONTAINERS = (
@@ -80,6 +80,8 @@ def put(model: nn.Module, state: Any, source: str, name: str, remedy: str) -> Ar
     with _noting(model) as found:
         try:
             model.load_state_dict(weights, strict=False)
+        except RunError:  # of a signal
+            raise
         except RuntimeError as error:  # shapes
             raise unfit(source, name, found, _other_shapes(weights, own), len(own), remedy, error) from error
     if found.missing or found.unexpected:
@@ -172,7 +174,7 @@ class TimmLoading:
                     strict=False,
                     **others,
                 )
-            except ConfigError:
+            except (ConfigError, RunError):  # the latter of a signal, too
                 raise
             except Exception as error:  # torch raises almost anything on a damaged file
                 if filtered:
@@ -229,6 +231,8 @@ class TimmLoading:
         takes = inspect.signature(filter_fn).parameters
         try:
             return filter_fn(state, model) if len(takes) > 1 else filter_fn(state)
+        except RunError:  # of a signal
+            raise
         except ValueError as error:  # its own words
             raise ConfigError(f"{source} does not fit {self.name}: {one_line(error)}") from error
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
