@@ -132,6 +132,10 @@ def test_what_does_not_fit_is_refused_by_name(model, saved):
     for classes in (CLASSES, 2):
         with pytest.raises(ConfigError, match=r"vim_nano: 1 have another shape \(norm.weight \(8,\) for \(16,\)\)"):
             loaded(saved(weights | {"norm.weight": torch.ones(8)}), classes)
+    with pytest.raises(
+        ConfigError, match=r"model.kwargs.checkpoint_path is not taken; name the file as model.checkpoint"
+    ):
+        create_model(ModelConfig("vim_nano", kwargs=KWARGS | {"checkpoint_path": path}), CLASSES)
     with pytest.raises(ConfigError, match=r"1 of \d+ tensors are missing \(head.bias\)"):
         loaded(saved({name: weight for name, weight in weights.items() if name != "head.bias"}))
 

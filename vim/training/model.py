@@ -46,6 +46,8 @@ def create_model(config: ModelConfig, num_classes: int | None, section: str = "m
             f"{section}kwargs.num_classes is {kwargs['num_classes']}, the data set has {num_classes} classes; leave it "
             "out"
         )
+    if "checkpoint_path" in kwargs:  # timm would load it past the rules here
+        raise ConfigError(f"{section}kwargs.checkpoint_path is not taken; name the file as {section}checkpoint")
     if config.checkpoint is not None:
         check_file(Path(config.checkpoint))
     name = timm_name(config.name)
