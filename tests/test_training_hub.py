@@ -4,6 +4,7 @@ No test reaches the hub: what would be sent to it is looked at instead.
 """
 
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -153,6 +154,26 @@ def hub(monkeypatch):
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     monkeypatch.setattr(HfApi, "model_info", lambda self, repo_id: SimpleNamespace(private=hub.private))
     return hub
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "first"),
+    [
+        ("/home/ann/runs/digits", None, "pretrained ones of digits"),
+        ("hf-hub:ann/digits", None, "pretrained ones of hf-hub:ann/digits"),
+        ("hf-hub:ann/digits", False, "random"),
+        ("vim_nano", None, "random"),
+        ("vim_tiny", True, "pretrained ones of vim_tiny"),
+    ],
+)
+def test_the_card_says_which_weights_a_run_began_with(finished, tmp_path, name, pretrained, first):
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    about = yaml.safe_load(file.read_text())
+    about["model"] |= {"name": name, "pretrained": pretrained, "checkpoint": None}
+    file.write_text(yaml.safe_dump(about))
+    push_to_hub(push_config(tmp_path, output=str(tmp_path / "files")))
+    assert f"| initial weights | {first} |" in ModelCard.load(tmp_path / "files" / "README.md").text
 
 
 @pytest.mark.parametrize(("private", "asked"), [(True, True), (False, None)])

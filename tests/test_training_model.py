@@ -50,7 +50,7 @@ def test_unknown_names_and_arguments():
 
 
 def test_a_folder_with_a_configuration_is_a_model(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"architecture": "vim_nano"}')
     assert timm_name(str(tmp_path)) == f"local-dir:{tmp_path}"
     assert timm_name("resnet18") == "resnet18"
 

@@ -314,15 +314,15 @@ def test_a_loss_that_stays_without_finite_numbers_stops_the_run(tree, tmp_path, 
 
 def test_a_diagnosis_names_block_and_files(tree, tmp_path, monkeypatch):
     """Weights of the second block that overflow: everything before it is finite."""
-    create = classification.create_model
+    create = classification.create_model_at
 
     def overflowing(*args):
-        model = create(*args)
+        model, kwargs = create(*args)
         with torch.no_grad():
             model.blocks[1].mlp.fc1.weight.fill_(3e38)
-        return model
+        return model, kwargs
 
-    monkeypatch.setattr(classification, "create_model", overflowing)
+    monkeypatch.setattr(classification, "create_model_at", overflowing)
     with pytest.raises(RunError, match=r"Activations: first in blocks.1 "):
         train(config(tree, tmp_path / "run", max_skipped=0, accumulate=2))
     found = tmp_path / "run" / "not_finite"

@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_refused():
         detector(name="vit_small_patch14_dinov2", kwargs={"depth": 3})
     with pytest.raises(ConfigError, match=r"vim_nano has 7 x 7 patches in 64 pixels, .*every 8 pixels .*not overlap"):
         detector(kwargs=TINY | {"patch_stride": 8})
-    with pytest.raises(ConfigError, match=r"vim_nano cannot be a backbone: .*out of range"):
+    with pytest.raises(ConfigError, match=r"cannot make vim_nano with .*: .*out of range"):
         detector(kwargs=TINY | {"depth": 2})
     with pytest.raises(ValueError, match=r"model.channels must be a multiple of 32 for fcos, got 16"):
         DetectorConfig(detector="fcos", channels=16)

@@ -61,7 +61,8 @@ def _serve(predictor: Predictor, config: DemoConfig) -> None:
         )
     except OSError as error:
         raise ConfigError(f"cannot listen on {config.host}, port {config.port}; choose another --port") from error
-    print(f"{visible(config.model)}: {url} (Ctrl-C ends it)", flush=True)
+    about = f"{visible(config.model)}: {url} (Ctrl-C ends it)"
+    print(f"{about}\nweights: {visible(str(predictor.weights))}", flush=True)
     app.block_thread()
 
 

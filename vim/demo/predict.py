@@ -11,12 +11,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vim.data import DataError, EvalDataConfig, ImageSource, eval_transform
-from vim.data.decode import IMAGE_MODES, decode_image
+from vim.data.decode import decode_image
 from vim.features import Features, load
 from vim.features.extract import FeatureExtractor, weights_hash
 from vim.features.judge import nearest
 from vim.training.errors import ConfigError
-from vim.training.model import label_names, load_model, resolve_input
+from vim.training.model import label_names, load_model, resolve_input, weights_from
 from vim.training.progress import visible
 from vim.visualize import CLASS_MAP, as_pixels, block_maps, has_scans
 
@@ -48,7 +48,7 @@ class Predictor:
 
     Threads may share it: they decode images beside each other, and take turns at the model, on which maps hang hooks.
 
-    blocks: number of blocks that have maps; 0 for a model that is no Vision Mamba.
+    weights: where they are from. blocks: number of blocks that have maps; 0 for a model that is no Vision Mamba.
 
     Raises: ConfigError for a model that does not exist or classify, and for features of another one; DataError for a
         folder without features, or whose images are no longer where they were.
@@ -56,12 +56,11 @@ class Predictor:
 
     def __init__(self, config: DemoConfig):
         self.model = load_model(config).eval()
+        self.weights = weights_from(self.model)
         classes: int = self.model.num_classes  # type: ignore[assignment]
         if not classes:
             raise ConfigError(f"{config.model} has no classes to tell; choose a classifier")
         self.data_config = resolve_input(self.model, config.kwargs, EvalDataConfig())
-        if self.data_config["input_size"][0] not in IMAGE_MODES:
-            raise ConfigError(f"{config.model} takes {self.data_config['input_size'][0]} channels; images have 1 or 3")
         self.transform = eval_transform(self.data_config)
         names = label_names(self.model)
         self.names = _labels(names, classes, config.model)

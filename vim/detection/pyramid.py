@@ -11,9 +11,10 @@ from torchvision.ops import FeaturePyramidNetwork
 
 from vim.training.config import ModelConfig
 from vim.training.errors import ConfigError
-from vim.training.model import create_model, enable_grad_checkpointing
+from vim.training.model import create_model_at, enable_grad_checkpointing
 
 STRIDES = (4, 8, 16, 32)
+COLOURS = 3
 LEVELS = ("0", "1", "2", "3")  # torchvision's names of the maps of these strides; its pooling of regions knows them
 TOP = "pool"  # stride 64
 
@@ -147,17 +148,8 @@ class OnBackbone(nn.Module):
 
 
 def _create_body(config: ModelConfig, img_size: int) -> nn.Module:
-    def create(**kwargs) -> nn.Module:
-        kwargs = {"features_only": True} | config.kwargs | kwargs
-        source = ModelConfig(config.name, config.pretrained, config.checkpoint, kwargs)
-        try:
-            return create_model(source, num_classes=None)
-        except (AssertionError, RuntimeError) as error:  # the first for fewer blocks than the maps that timm makes, 3
-            raise ConfigError(f"{config.name} cannot be a backbone: {error}") from error
-
-    try:
-        return create(img_size=img_size)
-    except ConfigError as error:
-        if "'img_size'" not in str(error):
-            raise
-        return create()  # models of convolutions take any size and have no such argument
+    kwargs = {"features_only": True, "in_chans": COLOURS} | config.kwargs
+    if kwargs["in_chans"] != COLOURS:
+        raise ConfigError(f"model.kwargs.in_chans must be {COLOURS}, detectors see colours, got {kwargs['in_chans']}")
+    source = ModelConfig(config.name, config.pretrained, config.checkpoint, kwargs)
+    return create_model_at(source, None, img_size)[0]

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vim.training.store import load_trained, read_about, save_trained
+from vim.training.errors import RunError
+from vim.training.store import CONFIG, load_trained, read_about, save_trained
 
 from .config import DetectionTrainConfig, DetectorConfig
 from .detector import Detector
@@ -11,12 +12,13 @@ from .detector import Detector
 
 @dataclass
 class StoredDetector:
-    """A detector with its classes in label order and their ids in COCO's format."""
+    """A detector with its classes in label order, their ids in COCO's format, and where its weights are from."""
 
     model: Detector
     config: DetectorConfig
     classes: list[str]
     category_ids: list[int]
+    weights: str = ""
 
 
 def save_detector(detector: StoredDetector, folder: Path) -> None:
@@ -37,7 +39,10 @@ def load_detector(folder: str | Path, checkpoint: str | None = None) -> StoredDe
     """
     folder = Path(folder)
     about = read_about(folder, "detector", DetectionTrainConfig.TOOL)
-    config = DetectorConfig(**about["detector"])
-    model = Detector(config, len(about["classes"]))
-    load_trained(model, folder, checkpoint)
-    return StoredDetector(model.eval(), config, about["classes"], about["category_ids"])
+    try:
+        config, classes, ids = DetectorConfig(**about["detector"]), list(about["classes"]), list(about["category_ids"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{folder / CONFIG} is damaged, or of another version: {error}") from error
+    model = Detector(config, len(classes))
+    weights = load_trained(model, folder, checkpoint)
+    return StoredDetector(model.eval(), config, classes, ids, weights)

@@ -12,6 +12,7 @@ from vim.data import KeyedSampler
 from vim.files import write_json
 from vim.training.errors import ConfigError
 from vim.training.graphs import capture_training, wants_cuda_graph
+from vim.training.model import weights_from
 from vim.training.progress import Progress
 from vim.training.run_folder import RunFolder
 from vim.training.trainer import AUTOCAST, Trainer
@@ -76,6 +77,10 @@ class Detection(Trainer):
 
     def evaluate_model(self, model: nn.Module, after_batch: Callable[[], None]) -> Evaluation:
         return evaluate(model, self.val_batches, self.data, self.accelerator, self.progress, after_batch)
+
+    def initial_weights(self) -> str:
+        line, from_elsewhere = super().initial_weights(), weights_from(self.state.model) is not None
+        return f"{line}; of pyramid and heads: random (seed {self.config.seed})" if from_elsewhere else line
 
     def describe(self) -> str:
         model, parameters = self.config.model, sum(p.numel() for p in self.state.model.parameters())

@@ -27,6 +27,7 @@ def validate(config: DetectionValidateConfig) -> dict[str, Any]:
     accelerator = create_accelerator(config.precision)
     progress = Progress(accelerator.is_main_process)
     stored = load_detector(config.model, config.checkpoint)
+    progress.line(f"weights: {stored.weights}")
     root = Path(config.data.root)
     data = CocoData(root / config.data.val_annotations, root / config.data.val_images, masks=stored.config.masks)
     _check_categories(stored, data, config)

@@ -12,7 +12,7 @@ from vim.data import EvalDataConfig, ImageSource, eval_transform
 from vim.files import whole_file, write_json
 from vim.training.environment import versions
 from vim.training.errors import RunError
-from vim.training.model import label_names, load_model, resolve_input
+from vim.training.model import label_names, load_model, resolve_input, weights_from
 from vim.training.output import make_output
 from vim.training.progress import Progress
 
@@ -33,6 +33,7 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
     """
     progress = Progress()
     model = load_model(config).eval()
+    progress.line(f"weights: {weights_from(model)}")
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
     images, folder = _images(config, data_config), make_output(config.output)
     eager: Runner = torch.inference_mode()(model)  # type: ignore[assignment]

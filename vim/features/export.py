@@ -18,7 +18,7 @@ from vim.data.loaders import leave_signals_to_the_parent
 from vim.training.environment import versions
 from vim.training.errors import InterruptedRunError, RunError
 from vim.training.interruption import Interruption, interruptible
-from vim.training.model import load_model, resolve_input
+from vim.training.model import load_model, resolve_input, weights_from
 from vim.training.progress import Progress
 from vim.training.trainer import create_accelerator
 
@@ -71,7 +71,8 @@ def _export(config: FeaturesConfig, interruption: Interruption) -> dict[str, Any
     progress = Progress(accelerator.is_main_process)
     check_format(config.format)
     source = ImageSource(config.images)
-    model = load_model(config).to(accelerator.device)
+    model = load_model(config, needs_head=False).to(accelerator.device)
+    progress.line(f"weights: {weights_from(model)}")
     extractor = FeatureExtractor(model, config.pools, config.blocks, config.l2)
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
     folder = _folder(config)

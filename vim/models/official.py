@@ -90,7 +90,8 @@ def reselect_weights(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     path = _file_being_loaded()
     if path is None or path.suffix == ".safetensors":
         return state_dict
-    return load_state_dict(str(path), use_ema=_prefers_ema(model))
+    again = load_state_dict(str(path), use_ema=_prefers_ema(model))
+    return again if again.keys() == state_dict.keys() else state_dict  # others: the caller has unwrapped them
 
 
 def _prefers_ema(model: nn.Module) -> bool:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from vim.files import whole_file, write_json
 
-from .config import BenchmarkConfig, Contender, Precision, Workload
+from .config import BenchmarkConfig, Contender, ModelConfig, Precision, Workload
 from .errors import ConfigError, InterruptedRunError, RunError
-from .model import enable_grad_checkpointing, timm_name
+from .model import create_model_at, enable_grad_checkpointing, timm_name
 from .plots import contender_name, plot_benchmark, workload_name
 from .progress import Progress
 
@@ -84,7 +84,7 @@ def benchmark(config: BenchmarkConfig, build: BuildStep | None = None) -> dict[s
                 raise InterruptedRunError(f"interrupted at {contender}, {workload_name(row)}; {done}") from None
             except Exception as error:
                 row["error"] = "out of memory" if _out_of_memory(error) else f"{type(error).__name__}: {error}"
-                if row["error"] != "out of memory":
+                if row["error"] != "out of memory" and not isinstance(error, ConfigError):
                     traceback.print_exc()
             # Behind `except`: before its end, the error's traceback holds the tensors of the contender.
             results["rows"].append(row)
@@ -203,15 +203,9 @@ def build_step(contender: Contender, workload: Workload, precision: Precision, d
 def create_contender(contender: Contender, img_size: int) -> nn.Module:
     """The timm model with random weights, at this image size if it has one to choose.
 
-    Raises: ConfigError for `checkpoint` and `materialised` where the model has no such thing.
+    Raises: ConfigError for a model that cannot be made, and `checkpoint` and `materialised` where it has no such thing.
     """
-    name = timm_name(contender.model)
-    try:
-        model = timm.create_model(name, num_classes=CLASSES, img_size=img_size)
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise
-        model = timm.create_model(name, num_classes=CLASSES)  # convolutions take any size
+    model, _ = create_model_at(ModelConfig(contender.model, pretrained=False), CLASSES, img_size)
     if "checkpoint" in contender.options:
         enable_grad_checkpointing(model, contender.model)
     if "materialised" in contender.options:

@@ -5,10 +5,13 @@ A checkpoint is a file, or, of a model that is divided among processes, a folder
 checksums.)
 """
 
+import argparse
 import errno
 import os
+import pickle
 import shutil
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ import torch
 from vim.data.whole_folder import link_or_copy
 from vim.files import whole_file
 
-from .errors import RunError
+from .errors import InterruptedRunError, RunError
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -84,14 +87,37 @@ def _shard(folder: Path, process: int, processes: int) -> Path:
 def _load_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RunError(f"no checkpoint {path}")
+    check_archive(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of others' files: plain data
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InterruptedRunError:
+        raise
+    except Exception as error:  # torch raises almost anything on a damaged file
+        raise RunError(f"cannot load checkpoint {path}: {one_line(error)}") from error
+
+
+def check_archive(path: Path) -> None:
+    """Raise RunError for a damaged file; only of an archive, as torch writes them, can that be told here."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # its checksums, which torch writes and does not read
                 if (damaged := archive.testzip()) is not None:
-                    raise ValueError(f"{damaged} in it is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises almost anything on a damaged file
-        raise RunError(f"cannot load checkpoint {path}: {error}") from error
+                    raise RunError(f"cannot load checkpoint {path}: {damaged} in it is damaged")
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, zlib.error) as error:
+        raise RunError(f"cannot load checkpoint {path}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException | None) -> str:
+    """The first line of what an error says; torch and safetensors write paragraphs."""
+    return str(error).strip().partition("\n")[0].rstrip(":") or type(error).__name__
+
+
+def unsafe_or_foreign(error: BaseException | None) -> bool:
+    """Whether a file was refused because it is no pickle, or one of more than data."""
+    while error is not None and not isinstance(error, pickle.UnpicklingError):
+        error = error.__cause__
+    return error is not None
 
 
 def duplicate(source: Path, path: Path) -> None:

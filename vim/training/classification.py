@@ -28,7 +28,7 @@ from .config import TrainConfig
 from .distillation import Teacher, distillation_loss
 from .evaluation import Evaluation, evaluate
 from .graphs import capture_training, wants_cuda_graph
-from .model import create_model, enable_grad_checkpointing, resolve_input
+from .model import check_size, create_model_at, enable_grad_checkpointing, resolve_input, weights_from
 from .plots import write_plots
 from .progress import Progress
 from .progressive import check_sizes, create_model_of_sizes
@@ -50,18 +50,17 @@ class Classification(Trainer):
         check_same_classes(train, val)
         self.classes = train.classes
 
-        self.model_kwargs = config.model.kwargs
-        if data.progressive:
-            model, self.model_kwargs = create_model_of_sizes(config.model, len(self.classes))
-        else:
-            model = create_model(config.model, len(self.classes))
+        create = create_model_of_sizes if data.progressive else create_model_at
+        model, self.model_kwargs = create(config.model, len(self.classes), data.img_size)
         model = model.to(accelerator.device)
         self.data_config = resolve_input(model, self.model_kwargs, data)
+        check_size(model, config.model.name, self.model_kwargs, self.data_config)
         check_sizes(model, config.model.name, self.data_config["input_size"], [size for size, _ in data.progressive])
         in_chans = self.data_config["input_size"][0]
         self.teacher = None
         if config.distill.teacher is not None:  # made after the model, whose initial weights do not depend on it
             self.teacher = Teacher(config.distill, self.classes, self.data_config, accelerator)
+            progress.line(f"the teacher's weights: {weights_from(self.teacher.model)}")
             if hasattr(model, "set_distilled_training"):
                 model.set_distilled_training(True)  # type: ignore[operator]  # logits of both heads
 

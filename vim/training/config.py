@@ -19,10 +19,11 @@ class ModelConfig:
 
     name: str = "vim_tiny"
     """Any timm model, a run folder (runs/quickstart), local-dir:<folder> or hf-hub:<repository>."""
-    pretrained: bool = False
-    """Start from the model's released weights."""
+    pretrained: bool | None = None
+    """Start from the model's released weights, or those of the folder or repository. null: from the latter only."""
     checkpoint: str | None = None
-    """Start from this file: official weights, a run's checkpoint, safetensors. The head is new where classes differ."""
+    """Start from this file: official weights, a run's checkpoint, safetensors. All must fit, but for the head where
+    classes differ."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm.create_model: img_size, patch_size, in_chans, depth, drop_path_rate ..."""
     grad_checkpointing: bool = False

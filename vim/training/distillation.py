@@ -33,7 +33,7 @@ class Teacher:
         self, config: DistillConfig, classes: list[str], data_config: dict[str, Any], accelerator: Accelerator
     ):
         assert config.teacher is not None
-        model = load_model(LoadedModelConfig(config.teacher, config.checkpoint, config.kwargs))
+        model = load_model(LoadedModelConfig(config.teacher, config.checkpoint, config.kwargs), "distill.")
         self.model = model.eval().requires_grad_(False).to(accelerator.device)
         self.accelerator = accelerator
         own = resolve_input(self.model, config.kwargs, EvalDataConfig())

@@ -107,6 +107,7 @@ def _measure(
 ) -> dict[str, Any]:
     accelerator, state = trainer.accelerator, trainer.state
     progress.line(trainer.describe())
+    progress.line(trainer.initial_weights())
     watch = _Watch(run, CheckpointConfig(None), interruption, accelerator, state)
     watch.steps, watch.ends = steps, []
     waited, start = 0.0, time.perf_counter()

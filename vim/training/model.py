@@ -1,59 +1,135 @@
 """Models by timm's factory, from a configuration."""
 
 import copy
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.data import resolve_data_config
-from timm.models import load_state_dict
 from torch import nn
 
 from vim.data import EvalDataConfig
+from vim.data.decode import IMAGE_MODES
 
-from .checkpoint import load_weights
+from .checkpoint import one_line
 from .config import LoadedModelConfig, ModelConfig
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, RunError, did_you_mean
+from .store import CONFIG, read_json
+from .weights import Arrived, TimmLoading, check_file
+
+HUB = ("hf-hub:", "hf_hub:")
+CONNECT_SECONDS = 5
 
 
-def create_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
-    """A timm model with the weights that the configuration names.
+def create_model(config: ModelConfig, num_classes: int | None, section: str = "model.") -> nn.Module:
+    """A timm model with the weights that the configuration names; `weights_from` tells which.
 
     Args:
         config: the model; its grad_checkpointing and compile are not applied here.
         num_classes: of the data set; None keeps the model's own.
+        section: what stands before the names of the tool's options.
 
-    Raises: ConfigError for a name, a keyword or a file that does not exist.
+    Raises: ConfigError for a name, a keyword or a file that does not exist, and weights that do not fit; RunError for a
+        damaged file.
     """
     kwargs = dict(config.kwargs)
     if num_classes is not None and kwargs.setdefault("num_classes", num_classes) != num_classes:
         raise ConfigError(
-            f"model.kwargs.num_classes is {kwargs['num_classes']}, the data set has {num_classes} classes; leave it out"
+            f"{section}kwargs.num_classes is {kwargs['num_classes']}, the data set has {num_classes} classes; leave it "
+            "out"
         )
+    if "checkpoint_path" in kwargs:  # timm would load it past the rules here
+        raise ConfigError(f"{section}kwargs.checkpoint_path is not taken; name the file as {section}checkpoint")
     if config.checkpoint is not None:
-        kwargs["pretrained_cfg_overlay"] = _weights_from(config.checkpoint, config.name)
-    pretrained = config.pretrained or config.checkpoint is not None
+        check_file(Path(config.checkpoint))
+    name = timm_name(config.name)
+    remedy = f"give weights of this model, with the {section}kwargs that they were trained with"
+    loading = TimmLoading(config.name, config.checkpoint, remedy)
+    pretrained = takes_weights(config)
     try:
-        model = timm.create_model(timm_name(config.name), pretrained=pretrained, **kwargs)
+        with loading.in_place(), _quick_without_network(name, pretrained and config.checkpoint is None):
+            model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    except (ConfigError, RunError):
+        raise
     except TypeError as error:
-        raise ConfigError(f"model.kwargs do not fit {config.name}: {error}") from error
-    except RuntimeError as error:
-        if not str(error).startswith("No pretrained weights exist"):
-            raise
-        raise ConfigError(f"{config.name} has no released weights; name a checkpoint or a run folder") from error
+        raise ConfigError(f"{section}kwargs do not fit {config.name}: {one_line(error)}") from error
+    except OSError as error:
+        instead = "local-dir:FOLDER with its files" if ":" in name else f"weights as a file: --{section}checkpoint FILE"
+        why = one_line(error)
+        if isinstance(error, LocalEntryNotFoundError):
+            why = "the hub cannot be reached, and its cache here has not all files"
+        raise ConfigError(f"cannot fetch {config.name}: {why}; without a network give {instead}") from error
+    except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # timm has models of each kind
+        if str(error).startswith("No pretrained weights exist"):
+            why = "has no released weights; name a checkpoint or a run folder"
+            raise ConfigError(f"{config.name} {why}") from error
+        values = ", ".join(f"{key}: {value}" for key, value in kwargs.items())
+        given = f" with {section}kwargs {{{values}}}" if kwargs else ""
+        raise ConfigError(f"cannot make {config.name}{given}: {one_line(error)}") from error
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    cfg.pop("state_dict", None)  # it would go into the model's config.json
+    if num_classes is not None:
+        cfg.pop("label_names", None)  # of the data that the weights are from
+    model.arrived = loading.arrived  # type: ignore[assignment]
     return model
 
 
-def load_model(source: LoadedModelConfig) -> nn.Module:
+def create_model_at(
+    config: ModelConfig, num_classes: int | None, img_size: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """`create_model` of a model for images of img_size pixels to the edge, where it wants to know; None: its own.
+
+    Returns: the model, and its arguments of timm.create_model.
+    """
+    if img_size is not None and "img_size" not in config.kwargs:
+        sized = replace(config, kwargs=config.kwargs | {"img_size": img_size})
+        try:
+            return create_model(sized, num_classes), sized.kwargs
+        except ConfigError as error:
+            if "'img_size'" not in str(error):
+                raise  # convolutions take any size, and have no such argument
+    return create_model(config, num_classes), config.kwargs
+
+
+def takes_weights(config: ModelConfig) -> bool:
+    """Whether a model starts from weights: those of a folder or of a repository come along unless they are refused."""
+    if config.checkpoint is not None:
+        return True
+    return ":" in timm_name(config.name) if config.pretrained is None else config.pretrained
+
+
+def load_model(source: LoadedModelConfig, section: str = "", needs_head: bool = True) -> nn.Module:
     """A timm model with its own classes, and weights from the checkpoint, or else its released ones or its folder's.
+
+    Args:
+        section: what stands before the names of the tool's options.
+        needs_head: refuse weights that have no classifier for the model's classes: it would answer at random.
 
     Raises: as `create_model`.
     """
     checkpoint = source.checkpoint
     config = ModelConfig(source.model, pretrained=checkpoint is None, checkpoint=checkpoint, kwargs=source.kwargs)
-    return create_model(config, num_classes=None)
+    model = create_model(config, None, section)
+    arrived: Arrived | None = model.arrived  # type: ignore[assignment]
+    if needs_head and arrived is not None and arrived.new_head:
+        raise ConfigError(
+            f"{arrived.source} has no classifier for {source.model} ({'; '.join(arrived.changes)}): it would answer at "
+            f"random; set {section}kwargs.num_classes to the classes that the weights were trained on"
+        )
+    return model
+
+
+def weights_from(model: nn.Module) -> str | None:
+    """Where the weights of a created model are from, how many, and what is new; None for random ones."""
+    arrived = getattr(model, "arrived", None)
+    return None if arrived is None else str(arrived)
 
 
 def label_names(model: nn.Module) -> list[str] | None:
@@ -72,23 +148,51 @@ def enable_grad_checkpointing(model: nn.Module, name: str) -> None:
 def timm_name(name: str) -> str:
     """The name for timm.create_model; a run folder may be given as its path.
 
-    Raises: ConfigError for a model that timm does not have.
+    Raises: ConfigError for a model that timm does not have, and a folder that holds none.
     """
-    if (Path(name) / "config.json").is_file():
-        return f"local-dir:{name}"
-    if ":" in name or timm.is_model(name):
+    folder = Path(name.removeprefix("local-dir:"))
+    if (folder / CONFIG).is_file():
+        _check_classifier(folder)
+        return f"local-dir:{folder}"
+    if name.startswith(HUB) or timm.is_model(name):
         return name
+    if folder.exists() or name.startswith("local-dir:"):
+        raise ConfigError(_no_model_in(folder))
     hint = did_you_mean(name, timm.list_models(), "see timm.list_models()")
     raise ConfigError(f"no model {name!r} in timm, and no run folder of that name{hint}")
+
+
+def _check_classifier(folder: Path) -> None:
+    about = read_json(folder / CONFIG)
+    if "detector" in about:
+        raise ConfigError(f"{folder} holds a detector, not a classifier; tools/validate_detection.py takes it")
+    if not isinstance(about.get("architecture"), str):
+        raise ConfigError(f"{folder / CONFIG} names no architecture; give the folder of a finished run")
+    if not timm.is_model(about["architecture"]):
+        raise ConfigError(f"{folder / CONFIG} names {about['architecture']!r}, which timm does not have")
+
+
+def _no_model_in(folder: Path) -> str:
+    if folder.is_file():
+        return f"{folder} is a file of weights, not a model; give the model's name, and the file as checkpoint"
+    if (folder / "config.yaml").is_file():
+        last = folder / "checkpoints" / "last.pt"
+        return f"the run in {folder} is not finished, it has no {CONFIG}; give the model's name, and {last} as file"
+    return f"no model in {folder}: {folder / CONFIG} is missing; give the folder of a finished run"
 
 
 def resolve_input(model: nn.Module, model_kwargs: dict[str, Any], data: EvalDataConfig) -> dict[str, Any]:
     """How images become the model's input: timm's data_config, with input_size (C, H, W), mean, std, interpolation,
     crop_pct and crop_mode. What `data` leaves open comes from the model; some of timm's have a crop of their own for a
-    larger size to test at."""
+    larger size to test at.
+
+    Raises: ConfigError for a model that images do not have the channels for.
+    """
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = cfg["input_size"]
     channels = model_kwargs.get("in_chans", channels)
+    if channels not in IMAGE_MODES:
+        raise ConfigError(f"the model takes {channels} channels; images have 1 or 3: set in_chans in its kwargs")
     size = data.img_size or model_kwargs.get("img_size") or (height, width)
     height, width = (size, size) if isinstance(size, int) else size
     input_size = (channels, height, width)
@@ -103,6 +207,24 @@ def resolve_input(model: nn.Module, model_kwargs: dict[str, Any], data: EvalData
         pretrained_cfg=cfg,
         use_test_size=tuple(cfg.get("test_input_size") or ()) == input_size != tuple(cfg["input_size"]),
     )
+
+
+def check_size(model: nn.Module, name: str, kwargs: dict[str, Any], data_config: dict[str, Any]) -> None:
+    """Raise ConfigError for a model that keeps its size, if images have another.
+
+    Args:
+        name, kwargs: of the model. data_config: of `resolve_input`.
+    """
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    if not cfg["fixed_input_size"] or kwargs.get("dynamic_img_size") or kwargs.get("strict_img_size") is False:
+        return
+    size = kwargs.get("img_size") or cfg["input_size"][1:]
+    own, (height, width) = (size, size) if isinstance(size, int) else tuple(size), data_config["input_size"][1:]
+    if own != (height, width):
+        raise ConfigError(
+            f"{name} takes images of {own[0]} x {own[1]} pixels, data.img_size makes them {height} x {width}; set one "
+            f"size: --model.kwargs '{{img_size: {height}}}', or leave data.img_size out"
+        )
 
 
 def at_size(model: nn.Module, config: LoadedModelConfig, size: int | None) -> nn.Module:
@@ -140,17 +262,17 @@ def _per_channel(name: str, given: tuple[float, ...] | None, default: tuple[floa
     return given
 
 
-def _weights_from(checkpoint: str, name: str) -> dict[str, Any]:
-    """A pretrained_cfg_overlay that makes timm load the file as it loads released weights: through the model's filter,
-    and with a new head where the class counts differ. So timm must know the file's class count."""
-    path = Path(checkpoint)
-    if not path.exists():
-        raise ConfigError(f"no file {checkpoint} to load weights from")
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    classifier = (cfg and cfg.classifier) or "head"
-    classifier = classifier if isinstance(classifier, str) else classifier[0]
-    weights = load_weights(path) if path.is_dir() else load_state_dict(checkpoint)
-    head = weights.get(f"{classifier}.weight")
-    where = {"state_dict": weights} if path.is_dir() else {"file": checkpoint}
-    # (custom_load: timm would read some models' weights as of another framework.)
-    return {"source": "", "custom_load": False, "num_classes": 0 if head is None else head.shape[0], **where}
+@contextmanager
+def _quick_without_network(name: str, wanted: bool) -> Iterator[None]:
+    """Where the hub cannot be reached, let its client look into its cache alone: it would try again for a minute."""
+    offline = constants.HF_HUB_OFFLINE
+    if (wanted or name.startswith(HUB)) and not name.startswith("local-dir:") and not offline and not getproxies():
+        address = urlsplit(constants.ENDPOINT)
+        try:
+            socket.create_connection((address.hostname or "", address.port or 443), timeout=CONNECT_SECONDS).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -29,7 +30,7 @@ class FinishedRun:
     """What a run folder says of itself; of paths outside of the run's working folder only the last part.
 
     config: of config.yaml. summary: of summary.json. starts: lines of starts.jsonl, oldest first. weights: folder of
-    model.safetensors and config.json. model: content of that config.json.
+    model.safetensors and config.json. model: content of that config.json. first_weights: that the run began with.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class FinishedRun:
     starts: list[dict[str, Any]]
     weights: Path
     model: dict[str, Any]
+    first_weights: str
 
     @property
     def plots(self) -> list[Path]:
@@ -72,7 +74,14 @@ def read_run(folder: str, weights: str) -> FinishedRun:
         [_start(json.loads(line)) for line in starts],
         trained,
         json.loads((trained / "config.json").read_text()),
+        shareable(_first_weights(**{key: config["model"][key] for key in ("name", "pretrained", "checkpoint")})),
     )
+
+
+def _first_weights(name: str, pretrained: bool | None, checkpoint: str | None) -> str:
+    if pretrained is None:  # those of a folder or repository came along
+        pretrained = not timm.is_model(name)
+    return checkpoint or (f"pretrained ones of {name}" if pretrained else "random")
 
 
 def shareable(value: Any) -> Any:
@@ -165,12 +174,9 @@ def _results(run: FinishedRun, weights: str) -> str:
 
 
 def _training(run: FinishedRun) -> str:
-    summary, model = run.summary, run.config["model"]
-    first = "random"
-    if model["checkpoint"] or model["pretrained"]:
-        first = model["checkpoint"] or f"pretrained ones of {model['name']}"
+    summary = run.summary
     facts = {
-        "initial weights": first,
+        "initial weights": run.first_weights,
         "epochs": summary["epochs"],
         "updates": f"{summary['updates']:,}",
         "updates left out, not finite": summary["skipped_updates"],

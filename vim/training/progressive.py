@@ -9,21 +9,23 @@ from torch import nn
 
 from .config import ModelConfig
 from .errors import ConfigError
-from .model import create_model
+from .model import create_model_at
 
 
-def create_model_of_sizes(config: ModelConfig, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """`create_model` of a model that takes images of several sizes, if it can.
+def create_model_of_sizes(
+    config: ModelConfig, num_classes: int, img_size: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """`create_model_at` of a model that takes images of several sizes, if it can.
 
     Returns: the model, and its arguments of timm.create_model.
     """
     dynamic = replace(config, kwargs={"dynamic_img_size": True} | config.kwargs)
     try:
-        return create_model(dynamic, num_classes), dynamic.kwargs
+        return create_model_at(dynamic, num_classes, img_size)
     except ConfigError as error:
         if "'dynamic_img_size'" not in str(error):
             raise
-        return create_model(config, num_classes), config.kwargs  # convolutions take any size, and no such argument
+        return create_model_at(config, num_classes, img_size)  # convolutions take any size, and no such argument
 
 
 def check_sizes(model: nn.Module, name: str, input_size: tuple[int, int, int], sizes: Iterable[int]) -> None:

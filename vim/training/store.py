@@ -4,21 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vim.files import whole_file, write_json
 
 from .checkpoint import load_weights
-from .errors import RunError
+from .errors import ConfigError, RunError
+from .weights import FOLDER_WEIGHTS, check_file, put, unreadable
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CONFIG = "config.json"
 
 
 def save_trained(model: nn.Module, about: dict[str, Any], folder: Path) -> None:
     """Write the weights and `about`, from which `read_about` and a constructor make the model again."""
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / WEIGHTS) as unfinished:
+    with whole_file(folder / FOLDER_WEIGHTS) as unfinished:
         save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, unfinished)
     write_json(about, folder / CONFIG)
 
@@ -30,24 +32,40 @@ def read_about(folder: Path, kind: str, tool: str) -> dict[str, Any]:
     """
     if not (folder / CONFIG).is_file():
         raise RunError(f"no {kind} in {folder}: {folder / CONFIG} is missing; give the folder of a finished run")
-    about = json.loads((folder / CONFIG).read_text())
+    about = read_json(folder / CONFIG)
     if kind not in about:
         raise RunError(f"{folder} holds another model than a {kind}; train one with {tool}")
     return about
 
 
-def load_trained(model: nn.Module, folder: Path, checkpoint: str | None) -> None:
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a configuration.
+
+    Raises: RunError for a file that is damaged, or holds none.
+    """
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise RunError(f"{path} is damaged: {error}; take the folder from a backup, or train again") from error
+    if not isinstance(about, dict):
+        raise RunError(f"{path} holds no model's configuration; give the folder of a finished run")
+    return about
+
+
+def load_trained(model: nn.Module, folder: Path, checkpoint: str | None) -> str:
     """Put the weights of a run folder into a model.
 
     Args:
         checkpoint: takes the weights from this file instead: safetensors, or a checkpoint of a run, of which the
             averaged weights count where there are any.
 
-    Raises: RunError for weights that do not fit.
+    Returns: where the weights are from, and how many.
+    Raises: ConfigError for weights that do not fit, RunError for a file that is damaged.
     """
-    weights = Path(checkpoint) if checkpoint else folder / WEIGHTS
-    state = load_file(weights) if weights.suffix == ".safetensors" else load_weights(weights)
+    path = Path(checkpoint) if checkpoint else folder / FOLDER_WEIGHTS
+    check_file(path)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise RunError(f"{weights} does not fit the model of {folder}: {error}") from error
+        state = load_file(path) if path.suffix == ".safetensors" else load_weights(path)
+    except SafetensorError as error:
+        raise ConfigError(unreadable(str(path), error)) from error
+    return str(put(model, state, str(path), f"the model of {folder}", "give weights that were trained with it"))

@@ -1,6 +1,7 @@
 """A training run, from a configuration to a folder with the trained model."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from accelerate import Accelerator
 
 from .checkpointer import Checkpointer
 from .classification import Classification
-from .config import RunConfig
+from .config import ModelConfig, RunConfig
 from .interruption import Interruption, interruptible
 from .progress import Progress
 from .run_folder import RunFolder, flat, plain
@@ -55,7 +56,8 @@ def _train(
 ) -> dict[str, Any]:
     main, epochs = accelerator.is_main_process, config.schedule.epochs
     progress = Progress(main)
-    trainer = task(config, accelerator, progress)
+    saved = run.load(progress.line) if resume else None
+    trainer = task(config if saved is None else _without_weights(config), accelerator, progress)
     state = trainer.state
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
     if main and not resume:
@@ -64,9 +66,10 @@ def _train(
         run.note_start(accelerator.num_processes, accelerator.device)
     if config.trackers:
         accelerator.init_trackers(run.path.name, {key: _loggable(v) for key, v in flat(plain(config)).items()})
-    if resume and (saved := run.load(progress.line)) is not None:
+    if saved is not None:
         state.load_state_dict(saved)
     progress.line(trainer.describe())
+    progress.line(trainer.initial_weights() if saved is None else "weights: those of the run's checkpoint")
 
     checkpointer = Checkpointer(run, config.checkpoint, interruption, accelerator, state)
     complete = state.epoch == epochs
@@ -99,6 +102,12 @@ def _train(
             results += f"\n{len(state.bad_images)} images could not be read and were skipped: {run.bad_images}"
         progress.line(f"{epochs} epochs in {summary['train_seconds']:.0f} s\n{results}\nsummary: {run.summary}")
     return summary
+
+
+def _without_weights(config: RunConfig) -> RunConfig:
+    """For a run that goes on from a checkpoint: nothing is read, or fetched, that the checkpoint would replace."""
+    model: ModelConfig = config.model  # type: ignore[attr-defined]  # the configuration of every task has it
+    return replace(config, model=replace(model, pretrained=False, checkpoint=None))  # type: ignore[call-arg]
 
 
 def _loggable(value: Any) -> Any:

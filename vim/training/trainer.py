@@ -23,6 +23,7 @@ from .config import Precision, RunConfig
 from .diagnosis import first_not_finite, gradient_norms, largest_activations
 from .errors import ConfigError, RunError
 from .graphs import average_gradients
+from .model import weights_from
 from .optim import create_optimizer, create_schedule
 from .progress import Progress
 from .run_folder import RunFolder
@@ -150,6 +151,10 @@ class Trainer(ABC):
         if self.state.ema is not None:
             metrics |= self.evaluate_model(self.state.ema.module, after_batch).metrics("ema_")
         return metrics
+
+    def initial_weights(self) -> str:
+        """Where they are from, in one line."""
+        return f"initial weights: {weights_from(self.state.model) or f'random (seed {self.config.seed})'}"
 
     @abstractmethod
     def describe(self) -> str:

@@ -11,7 +11,7 @@ from vim.files import write_json
 from .config import ValidateConfig
 from .evaluation import evaluate
 from .labels import map_labels
-from .model import at_size, load_model, resolve_input
+from .model import at_size, load_model, resolve_input, weights_from
 from .progress import Progress
 from .trainer import create_accelerator
 
@@ -28,6 +28,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     source = open_images(config.data, config.data.val_split)
     split = str(source.path)
     model = load_model(config).to(accelerator.device)
+    progress.line(f"weights: {weights_from(model)}")
     labels = map_labels(config.labels, source, split, model, config.model)
     if len(source.classes) < model.num_classes:  # type: ignore[operator]
         others = "may be predicted too" if labels.candidates is None else "take no part"

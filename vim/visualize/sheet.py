@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from vim.data import EvalDataConfig, ImageSource, eval_transform
 from vim.training.errors import ConfigError
-from vim.training.model import label_names, load_model, resolve_input
+from vim.training.model import label_names, load_model, resolve_input, weights_from
 from vim.training.output import make_output
 from vim.training.plots import MAX_LINE, plain_text, save_figure
+from vim.training.progress import Progress
 
 from .config import VisualizeConfig
 from .maps import as_pixels, block_maps, has_scans, receptive_field
@@ -26,6 +27,7 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     model = load_model(config).to(device).eval()
     if not model.num_classes:
         raise ConfigError(f"{config.model} has no classes to explain; choose a classifier")
+    Progress().line(f"weights: {weights_from(model)}")
     if not has_scans(model):
         raise ConfigError(f"{config.model} is no Vision Mamba: its blocks have no selective scan to look into")
     blocks = _chosen_blocks(model, config.blocks)
