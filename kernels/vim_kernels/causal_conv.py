@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import backends, cpu_conv, reference, torch_conv
-from .checks import check, check_shape, check_tensors
+from .checks import check, check_shape, check_tensors, shape_of
 from .packing import check_seq_idx, segments_of
+from .reference import state_dtype
 
 
 def causal_conv1d(
@@ -72,8 +73,9 @@ def bidirectional_causal_conv1d(
     Raises: as `causal_conv1d`.
     """
     for name, pair in {"weight": weight, "bias": bias}.items():
-        if pair is not None and (isinstance(pair, Tensor) or len(pair) != 2):
-            raise ValueError(f"{name} must be a pair of tensors (forward, reverse), got {type(pair).__name__}")
+        if pair is not None and (isinstance(pair, Tensor) or len(pair) != 2 or any(t is None for t in pair)):
+            got = f"a tensor of shape {shape_of(pair)}" if isinstance(pair, Tensor) else f"{len(pair)} items: {pair}"
+            raise ValueError(f"{name} must be a pair of tensors (forward, reverse), got {got}")
     for i in range(2):
         _check(x, weight[i], None if bias is None else bias[i], None, activation, backend)
     check_shape("weight[1]", weight[1], "the shape of weight[0]", tuple(weight[0].shape))
@@ -112,6 +114,10 @@ def _convolve(
     backend: str,
 ) -> list[Tensor]:
     silu = activation == "silu"
+    backend = backends.under_transforms(backend)
+    dtype = state_dtype(x, *weight, *(bias or []), initial_state)
+    if dtype == torch.float64:
+        weight = [w.to(dtype) for w in weight]  # the backends take fp64 where x or a weight is, for each direction
     if backend == "reference":
         biases = [None] * len(weight) if bias is None else bias
         return [
@@ -142,7 +148,7 @@ def _final_state(x: Tensor, past: int, reverse: bool, initial_state: Tensor | No
 
 _INPUTS = (
     "Tensor x, Tensor[] weight, Tensor[] bias, Tensor? initial_state, Tensor? segments, "
-    "bool silu, bool[] reverse, str backend"
+    "bool silu, int[] reverse, str backend"
 )
 
 
@@ -161,6 +167,8 @@ def _one_direction(backend: str, x: Tensor):
 
 @torch.library.custom_op("vim_kernels::causal_conv1d", mutates_args=(), schema=f"({_INPUTS}) -> Tensor[]")
 def _forward_op(x, weight, bias, initial_state, segments, silu, reverse, backend):
+    backends.check_no_tangents()
+    reverse = [bool(r) for r in reverse]
     if (triton := _triton(backend, x)) is not None:
         return triton.forward(x, weight, bias or None, initial_state, segments, silu=silu, reverse=reverse)
     run = _one_direction(backend, x).forward
@@ -178,6 +186,8 @@ def _(x, weight, bias, initial_state, segments, silu, reverse, backend):
 )
 def _backward_op(dy, x, weight, bias, initial_state, segments, silu, reverse, backend):
     """Gradients of x, the weights, and of biases and initial_state if they are given; contiguous, in their dtypes."""
+    backends.check_no_tangents()
+    reverse = [bool(r) for r in reverse]
     if (triton := _triton(backend, x)) is not None:
         run = triton.backward
         dx, d_weight, d_bias, d_initial = run(
@@ -218,3 +228,6 @@ def _backward(ctx, dy):
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(backends.refuse_transform)
+for _op in (_forward_op, _backward_op):
+    _op.register_vmap(backends.refuse_transform)

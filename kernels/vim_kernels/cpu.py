@@ -164,9 +164,9 @@ def readable(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def per_step(t: Tensor | None) -> Tensor | None:
+def per_step(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """(B, L) of what is known of a step, as a sequence of one channel."""
-    return None if t is None else t.unsqueeze(-1)
+    return None if t is None else t.to(dtype).unsqueeze(-1)
 
 
 def dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
