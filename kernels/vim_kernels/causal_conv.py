@@ -152,6 +152,22 @@ _INPUTS = (
 )
 
 
+def _check_sizes(
+    x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], initial_state: Tensor | None, segments: Tensor | None
+) -> None:
+    """Raise unless all tensors have the sizes that a kernel is told: traced programs call the operator by itself."""
+    batch, length, channels = x.shape
+    width = weight[0].shape[1]
+    for name, tensors, size in (("weight", weight, (channels, width)), ("bias", bias, (channels,))):
+        for t in tensors:
+            if t.shape != size:
+                raise ValueError(f"{name} must be {size} in this call, got {shape_of(t)}")
+    if initial_state is not None and initial_state.shape != (batch, width - 1, channels):
+        raise ValueError(f"initial_state must be {(batch, width - 1, channels)} here, got {shape_of(initial_state)}")
+    if segments is not None and segments.shape != (batch, length):
+        raise ValueError(f"segments must be {(batch, length)} in this call, got {shape_of(segments)}")
+
+
 def _triton(backend: str, x: Tensor):
     """The module that takes all directions at once; None where `_one_direction` runs each by itself."""
     if x.numel() == 0 or backends.resolve(backend, x.device) != "triton":  # a grid cannot be empty
@@ -168,6 +184,7 @@ def _one_direction(backend: str, x: Tensor):
 @torch.library.custom_op("vim_kernels::causal_conv1d", mutates_args=(), schema=f"({_INPUTS}) -> Tensor[]")
 def _forward_op(x, weight, bias, initial_state, segments, silu, reverse, backend):
     backends.check_no_tangents()
+    _check_sizes(x, weight, bias, initial_state, segments)
     reverse = [bool(r) for r in reverse]
     if (triton := _triton(backend, x)) is not None:
         return triton.forward(x, weight, bias or None, initial_state, segments, silu=silu, reverse=reverse)

@@ -232,6 +232,34 @@ def _directions(columns: Sequence[Sequence[Tensor]], cuts: Tensor | None, revers
     return [Direction._make((*row, cuts)) for row in rows]
 
 
+def _check_sizes(directions: Sequence[Direction], z: Tensor | None, cuts: Tensor | None) -> None:
+    """Raise unless all tensors have the sizes that a kernel is told: traced programs call the operator by itself."""
+    first = directions[0]
+    row, steps = first.u.shape, first.B.shape
+    batch, length, d_inner = row
+    *_, groups, d_state = steps
+    sizes = (
+        row,
+        row,
+        (d_inner, d_state),
+        (batch, length, groups, d_state),
+        steps,
+        (d_inner,),
+        (d_inner,),
+        (batch, d_inner, d_state),
+    )
+    for d in directions:
+        for name, t, size in zip(DirectionGrads._fields, d.tensors, sizes, strict=True):
+            if t is not None and t.shape != size:
+                raise ValueError(f"{name} must be {size} in this call, got {shape_of(t)}")
+    if d_inner % groups:
+        raise ValueError(f"B must have groups that divide d_inner = {d_inner} evenly, got {shape_of(first.B)}")
+    if z is not None and z.shape != row:
+        raise ValueError(f"z must be {shape_of(first.u)} in this call, got {shape_of(z)}")
+    if cuts is not None and cuts.shape != (batch, length + 1):
+        raise ValueError(f"cuts must be {(batch, length + 1)} in this call, got {shape_of(cuts)}")
+
+
 def _implementation(backend: str, u: Tensor):
     module = _module(backend, u)
     return module if u.numel() > 0 else torch_scan  # a grid cannot be empty, a loop can
@@ -255,6 +283,7 @@ def _forward_op(*args):
     backends.check_no_tangents()
     *columns, z, cuts, reverse, dt_softplus, scale, save, backend = args
     directions = _directions(columns, cuts, reverse)
+    _check_sizes(directions, z, cuts)
     run = _implementation(backend, directions[0].u).forward
     return run(directions, z, dt_softplus=dt_softplus, scale=scale, save=save)
 

@@ -236,6 +236,21 @@ def test_traced(function, relative_error):
             assert relative_error(got, want) < 1e-14
 
 
+@each_with_backends
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
+def test_a_trace_refuses_other_sizes(function):
+    """It calls the operator alone, without what the function checks: a kernel would read past a buffer."""
+    inputs = inputs_of(function)
+    traced = torch.jit.trace(function, inputs)
+    for i, t in enumerate(inputs):
+        for dim in range(t.dim()):
+            if function is of_conv and (i, dim) == (0, 1):
+                continue  # the length, which x alone has
+            others = [*inputs[:i], t.narrow(dim, 0, t.shape[dim] - 1), *inputs[i + 1 :]]
+            with pytest.raises(RuntimeError):
+                traced(*others)
+
+
 def test_an_export_without_gradients_has_none():
     class Scan(torch.nn.Module):
         def forward(self, *tensors):
