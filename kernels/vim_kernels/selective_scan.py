@@ -89,7 +89,8 @@ def bidirectional_selective_scan(
         y = scale * (y_forward + y_reverse) * silu(z)
 
     Args:
-        u, dt, A, B, C, D, dt_bias: pairs (forward, reverse) of what `selective_scan` takes.
+        u, dt, A, B, C, D, dt_bias: pairs (forward, reverse) of what `selective_scan` takes, of the same sizes. fp64 in
+            one of them takes both directions to it.
         z: (batch, length, d_inner), the gate that both share.
         scale: factor of the sum; Vim takes the mean, 0.5.
         seq_idx: (batch, length), which of several sequences packed into a row a step belongs to; neither direction
