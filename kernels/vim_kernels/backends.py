@@ -4,8 +4,10 @@ import functools
 import importlib.util
 import logging
 import os
+from typing import NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 from . import cpu
 
@@ -63,6 +65,53 @@ def _fastest(device_type: str) -> str:
         return wanted
     _log.warning("backend 'torch' for tensors on %s: the faster %r cannot run here: %s", device_type, wanted, reason)
     return "torch"
+
+
+def takes_triton(device: torch.device) -> bool:
+    """Whether to run a Triton kernel where there are ATen's operators too, which compilers and transforms know."""
+    return not torch.compiler.is_compiling() and not _transformed() and resolve("auto", device) == "triton"
+
+
+def under_transforms(backend: str) -> str:
+    """`backend`; under a transform of torch.func or a forward-mode derivative "reference" for "auto".
+
+    The operators have a backward and nothing else, and would lose a tangent without a word.
+
+    Raises: RuntimeError for a named backend.
+    """
+    if backend == "reference" or not _transformed():
+        return backend
+    if backend != "auto":
+        raise RuntimeError(f"backend {backend!r} {_NO_TRANSFORM}")
+    if not torch.compiler.is_compiling():  # which cannot trace a log
+        _log_reference()
+    return "reference"
+
+
+def refuse_transform(*args) -> NoReturn:
+    """The rule of an operator where it has none."""
+    raise RuntimeError(f"an operator of vim_kernels {_NO_TRANSFORM}")
+
+
+def check_no_tangents() -> None:
+    """Raise where an operator itself is called in forward mode: it does not see whether its tensors have tangents."""
+    if forward_ad._current_level >= 0:
+        refuse_transform()
+
+
+_NO_TRANSFORM = (
+    "has first derivatives in reverse mode alone and no rules for vmap: take them by torch.func (jvp, vmap, grad, "
+    "jacrev, hessian) with backend='auto', or anyhow with backend='reference'"
+)
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@functools.cache
+def _log_reference() -> None:
+    _log.warning("backend 'reference', a plain loop, under a transform of torch.func or in forward mode")
 
 
 def _triton_interprets() -> bool:

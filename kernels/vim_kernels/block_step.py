@@ -76,8 +76,7 @@ def mamba_block_step(
     with torch.no_grad():
         if (
             batch
-            and backends.resolve("auto", x.device) == "triton"
-            and not torch.compiler.is_compiling()
+            and backends.takes_triton(x.device)
             and torch.float64 not in (ssm_state.dtype, weights.in_proj.dtype)
             and all(t.is_contiguous() for t in (conv_state, ssm_state, *weights))
         ):

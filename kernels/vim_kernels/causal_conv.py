@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import backends, cpu_conv, reference, torch_conv
-from .checks import check, check_shape, check_tensors
+from .checks import check, check_shape, check_tensors, shape_of
 from .packing import check_seq_idx, segments_of
+from .reference import state_dtype
 
 
 def causal_conv1d(
@@ -72,8 +73,9 @@ def bidirectional_causal_conv1d(
     Raises: as `causal_conv1d`.
     """
     for name, pair in {"weight": weight, "bias": bias}.items():
-        if pair is not None and (isinstance(pair, Tensor) or len(pair) != 2):
-            raise ValueError(f"{name} must be a pair of tensors (forward, reverse), got {type(pair).__name__}")
+        if pair is not None and (isinstance(pair, Tensor) or len(pair) != 2 or any(t is None for t in pair)):
+            got = f"a tensor of shape {shape_of(pair)}" if isinstance(pair, Tensor) else f"{len(pair)} items: {pair}"
+            raise ValueError(f"{name} must be a pair of tensors (forward, reverse), got {got}")
     for i in range(2):
         _check(x, weight[i], None if bias is None else bias[i], None, activation, backend)
     check_shape("weight[1]", weight[1], "the shape of weight[0]", tuple(weight[0].shape))
@@ -112,6 +114,10 @@ def _convolve(
     backend: str,
 ) -> list[Tensor]:
     silu = activation == "silu"
+    backend = backends.under_transforms(backend)
+    dtype = state_dtype(x, *weight, *(bias or []), initial_state)
+    if dtype == torch.float64:
+        weight = [w.to(dtype) for w in weight]  # the backends take fp64 where x or a weight is, for each direction
     if backend == "reference":
         biases = [None] * len(weight) if bias is None else bias
         return [
@@ -142,8 +148,24 @@ def _final_state(x: Tensor, past: int, reverse: bool, initial_state: Tensor | No
 
 _INPUTS = (
     "Tensor x, Tensor[] weight, Tensor[] bias, Tensor? initial_state, Tensor? segments, "
-    "bool silu, bool[] reverse, str backend"
+    "bool silu, int[] reverse, str backend"
 )
+
+
+def _check_sizes(
+    x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], initial_state: Tensor | None, segments: Tensor | None
+) -> None:
+    """Raise unless all tensors have the sizes that a kernel is told: traced programs call the operator by itself."""
+    batch, length, channels = x.shape
+    width = weight[0].shape[1]
+    for name, tensors, size in (("weight", weight, (channels, width)), ("bias", bias, (channels,))):
+        for t in tensors:
+            if t.shape != size:
+                raise ValueError(f"{name} must be {size} in this call, got {shape_of(t)}")
+    if initial_state is not None and initial_state.shape != (batch, width - 1, channels):
+        raise ValueError(f"initial_state must be {(batch, width - 1, channels)} here, got {shape_of(initial_state)}")
+    if segments is not None and segments.shape != (batch, length):
+        raise ValueError(f"segments must be {(batch, length)} in this call, got {shape_of(segments)}")
 
 
 def _triton(backend: str, x: Tensor):
@@ -161,6 +183,9 @@ def _one_direction(backend: str, x: Tensor):
 
 @torch.library.custom_op("vim_kernels::causal_conv1d", mutates_args=(), schema=f"({_INPUTS}) -> Tensor[]")
 def _forward_op(x, weight, bias, initial_state, segments, silu, reverse, backend):
+    backends.check_no_tangents()
+    _check_sizes(x, weight, bias, initial_state, segments)
+    reverse = [bool(r) for r in reverse]
     if (triton := _triton(backend, x)) is not None:
         return triton.forward(x, weight, bias or None, initial_state, segments, silu=silu, reverse=reverse)
     run = _one_direction(backend, x).forward
@@ -178,6 +203,8 @@ def _(x, weight, bias, initial_state, segments, silu, reverse, backend):
 )
 def _backward_op(dy, x, weight, bias, initial_state, segments, silu, reverse, backend):
     """Gradients of x, the weights, and of biases and initial_state if they are given; contiguous, in their dtypes."""
+    backends.check_no_tangents()
+    reverse = [bool(r) for r in reverse]
     if (triton := _triton(backend, x)) is not None:
         run = triton.backward
         dx, d_weight, d_bias, d_initial = run(
@@ -218,3 +245,6 @@ def _backward(ctx, dy):
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(backends.refuse_transform)
+for _op in (_forward_op, _backward_op):
+    _op.register_vmap(backends.refuse_transform)

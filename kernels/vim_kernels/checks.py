@@ -24,11 +24,12 @@ def check_tensors(tensors: dict[str, Tensor | None], like: str, dtypes: tuple[to
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     device = present[like].device
     for name, t in present.items():
-        check(t.device == device, name, t, f"be on the device of {like}, {device}", got=t.device)
+        if t.device != device:
+            raise ValueError(f"{name} must be on the device of {like}, {device}, got {t.device}")
         if t.dtype not in dtypes:
             raise TypeError(f"{name} must have a dtype of {[str(d) for d in dtypes]}, got {t.dtype}")
 
 
 def check_shape(name: str, t: Tensor | None, dims: str, want: tuple[int, ...]) -> None:
-    if t is not None:
-        check(shape_of(t) == want, name, t, f"be {dims} = {want}")
+    if t is not None and t.shape != want:  # the message takes longer to make than the rest
+        raise ValueError(f"{name} must be {dims} = {want}, got {shape_of(t)}")

@@ -1,9 +1,11 @@
 """The library behind backend `cpu`: C, compiled on first use with the system's compiler into the user's cache.
 
 One library holds one precision. The name of its file is a hash of all that decides the machine code, so a cache may be
-shared between machines, compilers and versions of this package; and a file is in the cache whole or not at all.
+shared between machines, compilers and versions of this package; behind it stands a hash of the file itself, without
+which a truncated one would end the process that loads it. Nothing is loaded that another user can write.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,7 +19,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -55,16 +57,21 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     sources = [path.read_bytes() for path in sorted(_SOURCES.glob("*.[ch]"))]
     for part in (*sources, shlex.join(command).encode(), macros):
         key.update(hashlib.sha256(part).digest())
-    name = f"{sysconfig.get_platform()}-{key.hexdigest()[:24]}.so"
+    name = f"{sysconfig.get_platform()}-{key.hexdigest()[:24]}"
     try:
-        return _load(_cache_folder() / name, command)
-    except OSError as error:  # a read-only or full disk, or one that runs no programs
+        return _cached(_cache_folder(), name, command)
+    except (OSError, RuntimeError) as error:  # a read-only or full disk, one that runs no programs, others' files
         _log.warning("compiling the CPU kernels into a temporary folder, because the cache does not work: %s", error)
-    try:
-        with tempfile.TemporaryDirectory(prefix="vim_kernels_") as folder:  # once loaded, a library needs no file
-            return _load(Path(folder) / name, command)
-    except OSError as error:
-        raise RuntimeError(f"there is no folder to keep the compiled CPU kernels in: {error}") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vim_kernels_"))
+            path = _compile(Path(folder), name, command)
+        except OSError as error:
+            raise RuntimeError(f"there is no folder to keep the compiled CPU kernels in: {error}") from error
+        try:
+            return ctypes.CDLL(str(path))  # once loaded, a library needs no file
+        except OSError as error:
+            raise RuntimeError(f"the library that {shlex.join(command)} made does not load: {error}") from error
 
 
 def _compiler(flags: list[str]) -> tuple[list[str], bytes]:
@@ -74,7 +81,11 @@ def _compiler(flags: list[str]) -> tuple[list[str], bytes]:
     """
     if sys.platform == "win32":
         raise RuntimeError("the CPU kernels need POSIX threads, which Windows does not have")
-    wanted = [shlex.split(os.environ["CC"])] if os.environ.get("CC", "").strip() else [["cc"], ["gcc"], ["clang"]]
+    try:
+        chosen = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise RuntimeError(f"CC must be a command as a shell reads it, got {os.environ['CC']!r}: {error}") from error
+    wanted = [chosen] if chosen else [["cc"], ["gcc"], ["clang"]]
     found = [command for command in wanted if shutil.which(command[0])]
     if not found:
         names = " or ".join(command[0] for command in wanted)
@@ -91,7 +102,7 @@ def _compiler(flags: list[str]) -> tuple[list[str], bytes]:
 def _run_compiler(command: list[str]) -> tuple[str | None, bytes]:
     """What went wrong (None if nothing), and the output."""
     try:
-        done = subprocess.run(command, capture_output=True, check=False)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     except OSError as error:
         return f"the C compiler does not start: {error}", b""
     if done.returncode == 0:
@@ -102,37 +113,120 @@ def _run_compiler(command: list[str]) -> tuple[str | None, bytes]:
 def _cache_folder() -> Path:
     """The folder of compiled kernels, made if need be. Raises: OSError."""
     if chosen := os.environ.get("VIM_KERNELS_CACHE"):
-        folder = Path(chosen)
-    elif chosen := os.environ.get("XDG_CACHE_HOME"):
+        folder = Path(_STARTED_IN, os.path.expanduser(chosen))
+    elif os.path.isabs(chosen := os.environ.get("XDG_CACHE_HOME", "")):  # its standard: ignore a relative one
         folder = Path(chosen) / "vim_kernels"
     else:
         home = os.path.expanduser("~")
         if not os.path.isabs(home):
             raise OSError("there is no home directory")
         folder = Path(home, "Library/Caches" if sys.platform == "darwin" else ".cache") / "vim_kernels"
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_absolute():
+        raise OSError(f"VIM_KERNELS_CACHE={chosen} is relative to a working directory that is gone")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 
-def _load(path: Path, command: list[str]) -> ctypes.CDLL:
-    """The library at `path`, compiled if it is not there or damaged. Raises: OSError, RuntimeError (the compiler)."""
+def _started_in() -> str:
     try:
-        return ctypes.CDLL(str(path))
-    except OSError:
-        pass
+        return os.getcwd()
+    except OSError:  # it is gone
+        return ""
+
+
+_STARTED_IN = _started_in()  # a relative cache stays the same one when the process goes elsewhere
+
+
+def _cached(folder: Path, name: str, command: list[str]) -> ctypes.CDLL:
+    """The library of this name, compiled if there is no whole one. Raises: OSError, RuntimeError (the compiler)."""
+    if (fault := _others_may_write(folder)) is not None:
+        raise PermissionError(f"{folder} {fault}; set VIM_KERNELS_CACHE to a folder of your own")
+    if (found := _load(folder, name)) is not None:
+        return found
+    with _alone(folder) as alone:
+        for left in folder.glob("build-*") if alone else ():
+            shutil.rmtree(left, ignore_errors=True)  # of a compilation that was killed
+        found = _load(folder, name)  # another process may have compiled it meanwhile
+        return ctypes.CDLL(str(_compile(folder, name, command))) if found is None else found
+
+
+def _load(folder: Path, name: str) -> ctypes.CDLL | None:
+    """A library of this name that is in the folder; damaged ones are removed."""
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        if (fault := _fault(path)) is not None:
+            _log.warning("compiling the CPU kernels again, because %s %s", path, fault)
+            path.unlink(missing_ok=True)
+            continue
+        with contextlib.suppress(OSError):  # of a machine with another C library
+            return ctypes.CDLL(str(path))
+    return None
+
+
+def _fault(path: Path) -> str | None:
+    """Why a file must not be loaded; None if nothing is wrong."""
+    if path.name != f"{path.name.rpartition('-')[0]}-{_digest(path)}.so":
+        return "is damaged: its checksum is not the one in its name"
+    return _others_may_write(path)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+def _others_may_write(path: Path) -> str | None:
+    """In words, if they may; None if only this user and root may."""
+    found = path.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"belongs to another user, uid {found.st_uid}"
+    if found.st_mode & 0o022:
+        return f"can be written by other users (mode {found.st_mode & 0o777:o}; `chmod go-w` takes that away)"
+    return None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock, so that one process compiles and the others wait; yields whether it is held."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the lock was to be had, within the time that a compiler may take. Some network disks have no locks."""
+    import fcntl  # not on Windows
+
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:
+            break
+    return False
+
+
+def _compile(folder: Path, name: str, command: list[str]) -> Path:
+    """The library, whole or not at all. Raises: OSError, RuntimeError (the compiler)."""
     start = time.perf_counter()
-    # Each process compiles in a folder of its own; the last to finish wins with the same content.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
-        built = Path(folder) / path.name
+    with tempfile.TemporaryDirectory(dir=folder, prefix="build-", ignore_cleanup_errors=True) as own:
+        built = Path(own) / "kernels.so"
         sources = [str(source) for source in sorted(_SOURCES.glob("*.c"))]
         failure, _ = _run_compiler([*command, *sources, "-o", str(built), "-lm"])
+        if failure is None and not built.is_file():
+            failure = f"the C compiler makes no library: {shlex.join(command)}"
         if failure is not None:
             raise RuntimeError(failure)
+        built.chmod(0o755)  # whatever the umask: see `_others_may_write`
         with open(built, "rb") as file:
             os.fsync(file)  # a crash of the machine must not leave the name without the content
+        path = folder / f"{name}-{_digest(built)}.so"
         os.replace(built, path)
     _log.info("compiled the CPU kernels with %s in %.1f s: %s", command[0], time.perf_counter() - start, path)
-    return ctypes.CDLL(str(path))
+    return path
 
 
 # What the two kernels share of their launchers.
@@ -164,9 +258,9 @@ def readable(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def per_step(t: Tensor | None) -> Tensor | None:
+def per_step(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """(B, L) of what is known of a step, as a sequence of one channel."""
-    return None if t is None else t.unsqueeze(-1)
+    return None if t is None else t.to(dtype).unsqueeze(-1)
 
 
 def dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from . import cpu
@@ -35,7 +36,7 @@ def forward(
     """y (B, L, E) in x's dtype; shapes as in `causal_conv1d` and `packing`."""
     dtype = state_dtype(x, weight)
     y = cpu.empty(x.shape, dtype)
-    sequences = {"x": cpu.readable(x, dtype), "y": y, "segments": cpu.per_step(segments)}
+    sequences = {"x": cpu.readable(x, dtype), "y": y, "segments": cpu.per_step(segments, torch.int32)}
     arrays = {name: cpu.dense(t, dtype) for name, t in zip(_ARRAYS, (weight, bias, initial_state), strict=True)}
     _run("conv_forward", x, weight, sequences, arrays, silu, reverse)
     return y.to(x.dtype)
@@ -57,7 +58,7 @@ def backward(
     inputs = (x, weight, bias, initial_state)
     dx, *d_arrays = grads = [None if t is None else cpu.empty(t.shape, dtype) for t in inputs]
     sequences = {"x": cpu.readable(x, dtype), "dy": cpu.readable(dy, dtype), "dx": dx}
-    sequences["segments"] = cpu.per_step(segments)
+    sequences["segments"] = cpu.per_step(segments, torch.int32)
     arrays = {name: cpu.dense(t, dtype) for name, t in zip(_ARRAYS, inputs[1:], strict=True)}
     arrays |= {f"d_{name}": grad for name, grad in zip(_ARRAYS, d_arrays, strict=True)}
     _run("conv_backward", x, weight, sequences, arrays, silu, reverse)

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from . import cpu
@@ -40,18 +41,19 @@ def forward(
 ) -> ScanOutput:
     """See `directions`."""
     u, A = directions[0].u, directions[0].A
+    dtype = A.dtype  # of every tensor that the kernel gets
     batch, length, d_inner = u.shape
     states = (batch, d_inner, A.shape[1])
-    y = cpu.empty(u.shape, A.dtype)
-    y_sum = cpu.empty(u.shape if save and z is not None else (0,), A.dtype)
-    last_state = cpu.empty((len(directions), *states), A.dtype)
+    y = cpu.empty(u.shape, dtype)
+    y_sum = cpu.empty(u.shape if save and z is not None else (0,), dtype)
+    last_state = cpu.empty((len(directions), *states), dtype)
     rows = checkpoint_rows(length, len(directions))
-    checkpoints = cpu.empty((len(directions), batch, rows, *states[1:]) if save else (0,), A.dtype)
+    checkpoints = cpu.empty((len(directions), batch, rows, *states[1:]) if save else (0,), dtype)
 
-    shared = {"z": cpu.readable(z, A.dtype), "y": y, "y_sum": y_sum if y_sum.numel() else None}
+    shared = {"z": cpu.readable(z, dtype), "y": y, "y_sum": y_sum if y_sum.numel() else None}
     arguments = []
     for i, d in enumerate(directions):
-        sequences, arrays = _inputs(d)
+        sequences, arrays = _inputs(d, dtype)
         arrays |= {"last_state": last_state[i], "checkpoints": checkpoints[i] if save else None}
         arguments.append((sequences | shared, arrays))
     _run("scan_forward", directions, arguments, dt_softplus, scale)
@@ -78,10 +80,10 @@ def backward(
     grads, arguments = [], []
     for i, d in enumerate(directions):
         grad = DirectionGrads._make(None if t is None else cpu.empty(t.shape, dtype) for t in d.tensors)
-        sequences, arrays = _inputs(d)
+        sequences, arrays = _inputs(d, dtype)
         sequences |= {"du": grad.u, "ddt": grad.dt, "dB": grad.B, "dC": grad.C}
         arrays |= {"dA": grad.A, "dD": grad.D, "d_bias": grad.dt_bias, "d_initial_state": grad.initial_state}
-        arrays |= {"checkpoints": checkpoints[i], "d_last_state": None}
+        arrays |= {"checkpoints": cpu.dense(checkpoints[i], dtype), "d_last_state": None}
         if d_last_state is not None:
             arrays["d_last_state"] = cpu.dense(d_last_state[i], dtype)
         grads.append(grad)
@@ -95,12 +97,11 @@ def backward(
     ], None if z is None else dz.to(z.dtype)
 
 
-def _inputs(d: Direction) -> _Arguments:
-    dtype = d.A.dtype
+def _inputs(d: Direction, dtype: torch.dtype) -> _Arguments:
     return (
         {"u": cpu.readable(d.u, dtype), "dt": cpu.readable(d.dt, dtype)}
-        | {"B": cpu.readable(d.B, dtype), "C": cpu.readable(d.C, dtype), "starts": cpu.per_step(d.starts)},
-        {"A": d.A.contiguous(), "D": cpu.dense(d.D, dtype), "dt_bias": cpu.dense(d.dt_bias, dtype)}
+        | {"B": cpu.readable(d.B, dtype), "C": cpu.readable(d.C, dtype), "starts": cpu.per_step(d.starts, torch.bool)},
+        {"A": cpu.dense(d.A, dtype), "D": cpu.dense(d.D, dtype), "dt_bias": cpu.dense(d.dt_bias, dtype)}
         | {"initial_state": cpu.dense(d.initial_state, dtype)},
     )
 

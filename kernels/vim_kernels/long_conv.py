@@ -39,7 +39,7 @@ def long_conv(u: Tensor, kernel: Tensor, *, ahead: int = 0, method: Method = "ff
     check(0 <= ahead < length, "ahead", u, f"be from 0 to {length - 1} for a length of {length}", got=ahead)
     check(ahead < lags <= ahead + length, "kernel", kernel, f"have {ahead + 1} to {ahead + length} lags", got=lags)
     with own_precision(u.device.type):  # half precision has no FFT
-        if not torch.compiler.is_compiling() and backends.resolve("auto", u.device) == "triton":
+        if backends.takes_triton(u.device):
             from . import triton_long_conv  # imports triton, which not every platform has
 
             return triton_long_conv.long_conv(u, kernel, ahead, method)

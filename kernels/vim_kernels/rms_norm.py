@@ -46,7 +46,7 @@ def rms_norm(
         raise ValueError(f"groups must divide the {x.shape[-1]} channels of x, got {groups}")
     dtype = x.dtype if dtype is None else dtype
     # The compiler fuses torch's own with its neighbours.
-    if x.numel() == 0 or torch.compiler.is_compiling() or backends.resolve("auto", x.device) != "triton":
+    if x.numel() == 0 or not backends.takes_triton(x.device):
         full = state_dtype(x, weight, gate)
         x = x.to(full) if gate is None else x.to(full) * F.silu(gate.to(full))
         if groups == 1:
@@ -64,6 +64,7 @@ def rms_norm(
 def _forward_op(x, weight, gate, eps, groups, dtype):
     from . import triton_norm  # imports triton, which not every platform has
 
+    backends.check_no_tangents()
     return triton_norm.forward(x, weight, gate, eps, groups, dtype)
 
 
@@ -81,6 +82,7 @@ def _(x, weight, gate, eps, groups, dtype):
 def _backward_op(dy, x, weight, gate, eps, groups):
     from . import triton_norm
 
+    backends.check_no_tangents()
     return triton_norm.backward(dy, x, weight, gate, eps, groups)
 
 
@@ -102,3 +104,4 @@ def _backward(ctx, dy):
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(backends.refuse_transform)

@@ -89,7 +89,8 @@ def bidirectional_selective_scan(
         y = scale * (y_forward + y_reverse) * silu(z)
 
     Args:
-        u, dt, A, B, C, D, dt_bias: pairs (forward, reverse) of what `selective_scan` takes.
+        u, dt, A, B, C, D, dt_bias: pairs (forward, reverse) of what `selective_scan` takes, of the same sizes. fp64 in
+            one of them takes both directions to it.
         z: (batch, length, d_inner), the gate that both share.
         scale: factor of the sum; Vim takes the mean, 0.5.
         seq_idx: (batch, length), which of several sequences packed into a row a step belongs to; neither direction
@@ -109,7 +110,6 @@ def bidirectional_selective_scan(
     D = (None, None) if D is None else D
     dt_bias = (None, None) if dt_bias is None else dt_bias
     directions = [Direction(u[i], dt[i], A[i], B[i], C[i], D[i], dt_bias[i], None, reverse=i == 1) for i in range(2)]
-    check(u[1].shape == u[0].shape, "u[1]", u[1], f"have the shape of u[0], {shape_of(u[0])}")
     y, _ = _scan(directions, z, seq_idx, dt_softplus=dt_softplus, scale=scale, backend=backend)
     return y
 
@@ -128,23 +128,26 @@ def _scan(
     for i, d in enumerate(directions):
         _check(d, z, backend, suffix=f"[{i}]" if len(directions) > 1 else "")
     check_seq_idx(seq_idx, "u", directions[0].u)
+    backend = backends.under_transforms(backend)
     cuts = cuts_of(seq_idx)
+    present = [t for d in directions for t in d.tensors if t is not None] + ([] if z is None else [z])
+    dtype = state_dtype(*present)  # one for both directions: they share their outputs and one call of a kernel
     directions = [
         d._replace(
-            A=d.A if d.A.is_complex() else d.A.to(state_dtype(*d.tensors, z)),
+            A=d.A.to(dtype.to_complex() if d.A.is_complex() else dtype),
             B=d.B.unsqueeze(2) if d.B.dim() == 3 else d.B,
             C=d.C.unsqueeze(2) if d.C.dim() == 3 else d.C,
             cuts=cuts,
         )
         for d in directions
     ]
+    _check_pair(directions)
     if backend == "reference":
         ys, states = zip(*(reference.scan(d, dt_softplus=dt_softplus) for d in directions), strict=True)
         y = scale * sum(ys)
         if z is not None:
             y = y * torch.nn.functional.silu(z.to(y.dtype))
         return y.to(directions[0].u.dtype), torch.stack(states)
-    present = [t for d in directions for t in d.tensors if t is not None]
     out = torch.ops.vim_kernels.selective_scan(
         *_columns(directions),
         z,
@@ -152,7 +155,8 @@ def _scan(
         [d.reverse for d in directions],
         dt_softplus,
         scale,
-        torch.is_grad_enabled() and any(t.requires_grad for t in (*present, *([] if z is None else [z]))),
+        # A trace is checked without gradients, must be the same then, and may be trained.
+        torch.jit.is_tracing() or (torch.is_grad_enabled() and any(t.requires_grad for t in present)),
         backend,
     )
     return out[0], out[1]
@@ -199,12 +203,23 @@ def _check(d: Direction, z: Tensor | None, backend: str, suffix: str) -> None:
     check_shape("initial_state", initial_state, "(batch, d_inner, d_state)", (batch, d_inner, d_state))
 
 
+def _check_pair(directions: list[Direction]) -> None:
+    """Raise unless both directions have the same sizes, which a kernel is told once."""
+    first, *others = directions
+    for d in others:
+        for name, t, like in (("u", d.u, first.u), ("A", d.A, first.A), ("B", d.B, first.B)):
+            if t.shape != like.shape:
+                want, got = shape_of(like), shape_of(t)
+                raise ValueError(f"{name}[1] must have the shape of {name}[0], {want}, got {got}")
+
+
 # The operator. Its schema knows no `Direction`, so the fields travel as columns; an absent field is an empty list.
+# `reverse` is of integers, because torch.jit.trace knows no list of booleans.
 
 _COLUMNS = (
     "Tensor[] u, Tensor[] dt, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] dt_bias, Tensor[] initial_state"
 )
-_INPUTS = f"{_COLUMNS}, Tensor? z, Tensor? cuts, bool[] reverse, bool dt_softplus, float scale"
+_INPUTS = f"{_COLUMNS}, Tensor? z, Tensor? cuts, int[] reverse, bool dt_softplus, float scale"
 
 
 def _columns(directions: Sequence[Direction]) -> list[list[Tensor]]:
@@ -212,11 +227,38 @@ def _columns(directions: Sequence[Direction]) -> list[list[Tensor]]:
     return [[t for t in column if t is not None] for column in fields]
 
 
-def _directions(columns: Sequence[Sequence[Tensor]], cuts: Tensor | None, reverse: Sequence[bool]) -> list[Direction]:
+def _directions(columns: Sequence[Sequence[Tensor]], cuts: Tensor | None, reverse: Sequence[int]) -> list[Direction]:
     absent = [None] * len(reverse)
-    return [
-        Direction._make((*row, cuts)) for row in zip(*(column or absent for column in columns), reverse, strict=True)
-    ]
+    rows = zip(*(column or absent for column in columns), map(bool, reverse), strict=True)
+    return [Direction._make((*row, cuts)) for row in rows]
+
+
+def _check_sizes(directions: Sequence[Direction], z: Tensor | None, cuts: Tensor | None) -> None:
+    """Raise unless all tensors have the sizes that a kernel is told: traced programs call the operator by itself."""
+    first = directions[0]
+    row, steps = first.u.shape, first.B.shape
+    batch, length, d_inner = row
+    *_, groups, d_state = steps
+    sizes = (
+        row,
+        row,
+        (d_inner, d_state),
+        (batch, length, groups, d_state),
+        steps,
+        (d_inner,),
+        (d_inner,),
+        (batch, d_inner, d_state),
+    )
+    for d in directions:
+        for name, t, size in zip(DirectionGrads._fields, d.tensors, sizes, strict=True):
+            if t is not None and t.shape != size:
+                raise ValueError(f"{name} must be {size} in this call, got {shape_of(t)}")
+    if d_inner % groups:
+        raise ValueError(f"B must have groups that divide d_inner = {d_inner} evenly, got {shape_of(first.B)}")
+    if z is not None and z.shape != row:
+        raise ValueError(f"z must be {shape_of(first.u)} in this call, got {shape_of(z)}")
+    if cuts is not None and cuts.shape != (batch, length + 1):
+        raise ValueError(f"cuts must be {(batch, length + 1)} in this call, got {shape_of(cuts)}")
 
 
 def _implementation(backend: str, u: Tensor):
@@ -239,8 +281,10 @@ def _module(backend: str, u: Tensor):
     schema=f"({_INPUTS}, bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward_op(*args):
+    backends.check_no_tangents()
     *columns, z, cuts, reverse, dt_softplus, scale, save, backend = args
     directions = _directions(columns, cuts, reverse)
+    _check_sizes(directions, z, cuts)
     run = _implementation(backend, directions[0].u).forward
     return run(directions, z, dt_softplus=dt_softplus, scale=scale, save=save)
 
@@ -266,6 +310,7 @@ def _(u, dt, A, *args):
 )
 def _backward_op(dy, d_last_state, *args):
     """Gradients of the columns' tensors in the order of the arguments, then of z if it is given; all contiguous."""
+    backends.check_no_tangents()
     *columns, z, cuts, reverse, dt_softplus, scale, checkpoints, y_sum, backend = args
     directions = _directions(columns, cuts, reverse)
     run = _implementation(backend, dy).backward
@@ -293,6 +338,10 @@ def _backward(ctx, dy, d_last_state, _checkpoints, _y_sum):
     *flat, z, cuts, checkpoints, y_sum = ctx.saved_tensors
     reverse, dt_softplus, scale, backend = ctx.options
     columns = _split(flat, ctx.lengths)
+    if checkpoints.numel() == 0 < columns[0][0].numel():
+        raise RuntimeError(
+            "the scan was exported without gradients and kept nothing for them; export it with gradients"
+        )
     if dy is None:
         dy = torch.zeros_like(columns[0][0])
     grads = torch.ops.vim_kernels.selective_scan_backward(
@@ -303,6 +352,9 @@ def _backward(ctx, dy, d_last_state, _checkpoints, _y_sum):
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(backends.refuse_transform)
+for _op in (_forward_op, _backward_op):
+    _op.register_vmap(backends.refuse_transform)
 
 
 def _split(flat: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:

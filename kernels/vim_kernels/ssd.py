@@ -78,8 +78,7 @@ def _has_kernels(x: Tensor, B: Tensor, *others: Tensor | None) -> bool:
         and x.shape[3] <= 128
         and 0 < B.shape[3] <= 256
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
-        and backends.resolve("auto", x.device) == "triton"
+        and backends.takes_triton(x.device)
     )
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backends import check_no_tangents
 from .long_conv import fft_points, hankel
 from .reference import state_dtype
 from .rows import on_device_of
@@ -88,6 +89,7 @@ class _ByFFT(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        check_no_tangents()
         u, kernel = ctx.saved_tensors
         (length, lags), wide = (u.shape[1], kernel.shape[1]), state_dtype(u, kernel)
         points, du, d_kernel = fft_points(length), None, None
@@ -125,6 +127,7 @@ class _ByMatrix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        check_no_tangents()
         u, kernel = ctx.saved_tensors
         width, du, d_kernel = _width(u), None, None
         d_rows = _rows(dy, len(kernel), width, u.dtype)

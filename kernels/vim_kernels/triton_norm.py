@@ -96,7 +96,7 @@ def _backward_kernel(
     tl.store(d_weight + at, tl.sum(total, 0)[None, :], column < channels)
 
 
-def _sizes(x: Tensor, gate: Tensor | None, eps: float, groups: int) -> dict[str, object]:
+def _sizes(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, groups: int) -> dict[str, object]:
     channels = x.shape[-1] // groups
     columns = triton.next_power_of_2(channels)
     return {
@@ -107,7 +107,7 @@ def _sizes(x: Tensor, gate: Tensor | None, eps: float, groups: int) -> dict[str,
         "EPS": eps,
         "ROWS": max(1, 2048 // columns),
         "COLUMNS": columns,
-        "S": tl.float64 if state_dtype(x, gate) == torch.float64 else tl.float32,
+        "S": tl.float64 if state_dtype(x, weight, gate) == torch.float64 else tl.float32,
         "num_warps": 4 if columns <= 2048 else 8,
     }
 
@@ -124,7 +124,7 @@ def forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, groups: 
     """See `rms_norm`."""
     x, gate = x.contiguous(), _as_rows(gate)
     y = x.new_empty(x.shape, dtype=dtype)
-    sizes = _sizes(x, gate, eps, groups)
+    sizes = _sizes(x, weight, gate, eps, groups)
     with on_device_of(x):
         grid = triton.cdiv(sizes["rows"], sizes["ROWS"]), groups
         _forward_kernel[grid](x, weight.contiguous(), gate, y, **sizes)
@@ -138,10 +138,10 @@ def backward(
     dy, x = dy.contiguous(), x.contiguous()
     d_gate = x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
     gate = _as_rows(gate)
-    sizes = _sizes(x, gate, eps, groups)
+    sizes = _sizes(x, weight, gate, eps, groups)
     programs = min(PROGRAMS, triton.cdiv(sizes["rows"], sizes["ROWS"]))
     dx = x.new_empty(x.shape)
-    parts = x.new_empty(programs, x.shape[-1], dtype=torch.promote_types(torch.float32, x.dtype))
+    parts = x.new_empty(programs, x.shape[-1], dtype=state_dtype(x, weight, gate))
     with on_device_of(x):
         _backward_kernel[(programs, groups)](dy, x, weight.contiguous(), gate, dx, parts, d_gate, **sizes)
     return dx, parts.sum(0).to(weight.dtype), d_gate

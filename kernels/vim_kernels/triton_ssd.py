@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backends import check_no_tangents
 from .rows import as_rows, on_device_of, row_arguments
 from .triton_tiles import sigmoid, softplus
 
@@ -490,6 +491,7 @@ class _SSD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, d_last_state):
+        check_no_tangents()
         given = ctx.saved_tensors
         shape = _Shape(given[0], given[3], *ctx.options)
         x, dt, B, C = (_rows(given[i]) for i in (0, 1, 3, 4))

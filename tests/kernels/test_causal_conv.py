@@ -151,6 +151,42 @@ def test_both_directions_at_once(backend, relative_error):
             assert relative_error(g, w) < 1e-13 if w.any() else not g.any()
 
 
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("wide", range(5))
+def test_one_tensor_in_fp64_widens_all(backend, pair, wide, relative_error):
+    """What is rounded less is right to more digits: its gradient, and y if x is it."""
+    x, weight, bias, state = conv_inputs(length=9, dtype=torch.float32).values()
+    leaves = [x, weight, bias, *((weight * 2, bias * 2) if pair else (state,))]
+    leaves = [t.detach().requires_grad_() for t in leaves][:5]
+    wide = min(wide, len(leaves) - 1)
+    leaves[wide] = leaves[wide].detach().double().requires_grad_()
+
+    def outputs(leaves, backend):
+        options = {"activation": "silu", "backend": backend}
+        if pair:
+            y = torch.stack(bidirectional_causal_conv1d(leaves[0], leaves[1::2], leaves[2::2], **options))
+        else:
+            y = causal_conv1d(*leaves[:3], initial_state=leaves[3], **options)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    want = outputs([t.detach().double().requires_grad_() for t in leaves], "reference")
+    for got, right, leaf in zip(outputs(leaves, backend), want, [x if wide else leaves[0], *leaves], strict=True):
+        assert got.dtype == leaf.dtype
+        assert relative_error(got, right) < (1e-13 if got.dtype == torch.float64 else 1e-7)
+
+
+@pytest.mark.parametrize("pair", [("weight", None), ("bias", None), ("weight", "tensor")])
+def test_bad_pairs_are_named(pair):
+    inputs = conv_inputs(dtype=torch.float32, absent=("initial_state",))
+    x, pairs = inputs.pop("x"), {name: (t, t) for name, t in inputs.items()}
+    name, second = pair
+    pairs[name] = inputs[name] if second else (inputs[name], None)
+    with pytest.raises(ValueError, match=rf"{name} must be a pair of tensors \(forward, reverse\), got"):
+        bidirectional_causal_conv1d(x, **pairs)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -1,7 +1,9 @@
 """Backend `cpu` as a program: how it is compiled, cached and loaded, and how it runs on threads."""
 
 import os
+import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -20,10 +22,13 @@ pytestmark = pytest.mark.skipif(CC is None, reason="needs a C compiler")
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache, and a library that is loaded anew from it."""
+    """An empty cache, a library that is loaded anew from it, and a compiler that does not optimise."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("VIM_KERNELS_CACHE", str(folder))
-    monkeypatch.setenv("CC", CC)
+    script = tmp_path / "quick-cc"
+    script.write_text(f'#!/bin/sh\nexec "{CC}" "$@" -O0\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
     cpu.library.cache_clear()
     yield folder
     cpu.library.cache_clear()
@@ -35,7 +40,7 @@ def fake_compiler(tmp_path, monkeypatch):
 
     def install(script: str) -> None:
         path = tmp_path / "fake-cc"
-        path.write_text(f'#!/bin/sh\nreal() {{ "{CC}" "$@"; }}\n{textwrap.dedent(script)}')
+        path.write_text(f'#!/bin/sh\nreal() {{ "{CC}" "$@" -O0; }}\n{textwrap.dedent(script)}')
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("CC", str(path))
 
@@ -47,11 +52,11 @@ def load_anew() -> str | None:
     return cpu.load_error()
 
 
-def run_python(code: str, **environment: str) -> tuple[str, str]:
+def run_python(code: str, cwd: Path | None = None, **environment: str) -> tuple[str, str]:
     """What a new Python process prints and logs."""
     code = "import logging; logging.basicConfig(level=logging.INFO)\n" + textwrap.dedent(code)
     command, environment = [sys.executable, "-c", code], os.environ | environment
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
@@ -70,13 +75,18 @@ def test_compiles_once(cache, caplog):
 def test_each_compiler_and_precision_has_a_library_of_its_own(cache, monkeypatch):
     assert load_anew() is None
     assert cpu.library(torch.float64) is not cpu.library(torch.float32)
-    monkeypatch.setenv("CC", f"{CC} -DSOMETHING_ELSE")
+    monkeypatch.setenv("CC", f"{os.environ['CC']} -DSOMETHING_ELSE")
     assert load_anew() is None
     assert len(list(cache.iterdir())) == 3
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_first_use_by_many_processes(cache):
+def test_first_use_by_many_processes(cache, fake_compiler, tmp_path):
+    """One compiles, the others wait for it."""
+    fake_compiler(f"""
+        case "$*" in *-dM*) ;; *) echo compiled >> {tmp_path}/log;; esac
+        real "$@"
+    """)
     children = []
     for _ in range(4):
         children.append(os.fork())
@@ -84,17 +94,122 @@ def test_first_use_by_many_processes(cache):
             os._exit(0 if load_anew() is None else 1)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert [path.suffix for path in cache.iterdir()] == [".so"]
+    assert (tmp_path / "log").read_text() == "compiled\n"
 
 
-def test_a_damaged_library_is_compiled_again(cache, tmp_path, monkeypatch):
+SCAN = """
+    import torch, vim_kernels
+    u = torch.ones(1, 3, 2)
+    y = vim_kernels.selective_scan(u, u, -torch.ones(2, 1), u[..., :1], u[..., :1], backend="cpu")
+    assert y.isfinite().all()
+"""
+
+
+@pytest.mark.parametrize("fault", ["short", "one bit"])
+def test_a_damaged_library_is_compiled_again(cache, fault):
+    """A short one would end the process by a signal, one with another bit compute anything."""
     assert load_anew() is None
     (built,) = cache.iterdir()
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / built.name).write_bytes(b"not a library")
-    monkeypatch.setenv("VIM_KERNELS_CACHE", str(other))
+    whole = built.read_bytes()
+    half = len(whole) // 2
+    rest = b"" if fault == "short" else bytes([whole[half] ^ 1]) + whole[half + 1 :]
+    built.write_bytes(whole[:half] + rest)
+    _, log = run_python(SCAN)
+    assert "is damaged: its checksum is not the one in its name" in log
+    assert [path.read_bytes() for path in cache.iterdir()] == [whole]
+
+
+def disown(path: Path, monkeypatch) -> None:
+    """Make a file or folder another user's."""
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+    elif path.is_dir():
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    else:
+        pytest.skip("only root gives a file away")
+
+
+@pytest.mark.parametrize("fault", [0o777, 0o770, "owner"])
+@pytest.mark.parametrize("of", ["folder", "library"])
+def test_what_others_can_write_is_not_loaded(cache, monkeypatch, caplog, fault, of):
     assert load_anew() is None
-    assert (other / built.name).stat().st_size == built.stat().st_size
+    (built,) = cache.iterdir()
+    path = cache if of == "folder" else built
+    disown(path, monkeypatch) if fault == "owner" else path.chmod(fault)
+    with caplog.at_level("INFO", "vim_kernels"):
+        assert load_anew() is None
+    assert f"{path} {'belongs to another user' if fault == 'owner' else 'can be written by other users'}" in caplog.text
+    assert "compiled the CPU kernels" in caplog.text
+    if of == "folder":
+        assert "set VIM_KERNELS_CACHE to a folder of your own" in caplog.text
+
+
+def test_an_open_umask(cache, caplog):
+    """What this user makes is loaded again, whatever others may do to its other new files."""
+    before = os.umask(0)
+    try:
+        assert load_anew() is None
+    finally:
+        os.umask(before)
+    with caplog.at_level("INFO", "vim_kernels"):
+        assert load_anew() is None
+    assert not caplog.text
+
+
+def test_what_a_killed_compiler_leaves_is_removed(cache, fake_compiler):
+    """It kills the process that waits for it, as a scheduler may."""
+    fake_compiler("""
+        case "$*" in *-dM*) real "$@"; exit;; esac
+        while [ $# -gt 1 ]; do [ "$1" = -o ] && echo half > "$2"; shift; done
+        kill -9 $PPID
+    """)
+    code = "from vim_kernels import cpu; cpu.load_error()"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == -signal.SIGKILL
+    assert [path.name[:6] for path in cache.iterdir()] == ["build-"]
+    fake_compiler('real "$@"')
+    assert load_anew() is None
+    assert [path.suffix for path in cache.iterdir()] == [".so"]
+
+
+def test_a_full_disk(cache, fake_compiler, caplog):
+    fake_compiler("""
+        case "$*" in *"$VIM_KERNELS_CACHE"/*) echo "ld: No space left on device" >&2; exit 1;; esac
+        real "$@"
+    """)
+    assert load_anew() is None
+    assert "the cache does not work: the C compiler fails" in caplog.text
+    assert "No space left on device" in caplog.text
+    assert list(cache.iterdir()) == []
+
+
+def test_a_relative_cache_stays_where_the_process_began(cache, tmp_path):
+    for name in ("start", "elsewhere"):
+        (tmp_path / name).mkdir()
+    code = f"""
+        import os, vim_kernels
+        os.chdir({str(tmp_path / "elsewhere")!r})
+        vim_kernels.available_backends()
+    """
+    run_python(code, cwd=tmp_path / "start", VIM_KERNELS_CACHE="kept")
+    assert [path.suffix for path in (tmp_path / "start" / "kept").iterdir()] == [".so"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_the_user_cache(cache, tmp_path, monkeypatch):
+    """~ stands for the home directory; a relative XDG_CACHE_HOME is none, says its standard."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("VIM_KERNELS_CACHE", "~/own")
+    assert load_anew() is None
+    assert len(list((tmp_path / "own").iterdir())) == 1
+    monkeypatch.delenv("VIM_KERNELS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert load_anew() is None
+    (folder,) = (
+        tmp_path / folder / "vim_kernels" for folder in (".cache", "Library/Caches") if (tmp_path / folder).exists()
+    )
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not (tmp_path / "relative").exists()
 
 
 def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch, caplog):
@@ -156,6 +271,35 @@ def test_no_compiler(cache, tmp_path):
     assert "torch.Size([1, 3, 2])" in out
     assert "backend 'cpu' cannot run here: there is no C compiler: cc or gcc or clang is not on PATH" in out
     assert log.count("backend 'torch' for tensors on cpu: the faster 'cpu' cannot run here: there is no C") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ('cc "-DX', r"CC must be a command as a shell reads it, got 'cc \"-DX': No closing quotation"),
+        ("true", "the C compiler makes no library: true "),
+        ("false", "the C compiler fails: false "),
+        ("{tmp_path}", "is not on PATH"),
+        ("{tmp_path}/text", "is not on PATH"),
+        ("{tmp_path}/nonsense", r"the library that \S*nonsense .* made does not load"),
+    ],
+)
+def test_a_command_that_is_no_compiler(cache, tmp_path, monkeypatch, command, message):
+    (tmp_path / "text").write_text("not a program")
+    nonsense = tmp_path / "nonsense"
+    nonsense.write_text('#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && echo nonsense > "$2"; shift; done\n')
+    nonsense.chmod(0o755)
+    monkeypatch.setenv("CC", command.format(tmp_path=tmp_path))
+    assert re.search(message, load_anew())
+
+
+def test_a_launcher_and_arguments(cache, tmp_path, monkeypatch):
+    """As in CC="ccache gcc -m64"."""
+    launcher = tmp_path / "launcher"
+    launcher.write_text('#!/bin/sh\nexec "$@"\n')
+    launcher.chmod(0o755)
+    monkeypatch.setenv("CC", f"{launcher} {os.environ['CC']} -DX='a b'")
+    assert load_anew() is None
 
 
 def test_no_compiler_by_that_name(cache, monkeypatch):

@@ -75,6 +75,32 @@ def test_bidirectional_equals_two_reference_scans(backend, absent, relative_erro
         assert relative_error(g, w) < 1e-12
 
 
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("direction", [0, 1])
+@pytest.mark.parametrize("wide", ["u", "dt", "A", "B", "C", "D", "dt_bias", "z"])
+@pytest.mark.parametrize("others", [torch.float32, torch.bfloat16])
+def test_one_tensor_in_fp64_widens_both_directions(backend, direction, wide, others, relative_error):
+    """What is rounded less is right to more digits: its gradient, and y if u[0] is it."""
+    inputs = pair_inputs(length=45, d_inner=9, d_state=5, dtype=others)
+    leaves = {(name, i): t for name, pair in inputs.items() for i, t in enumerate(pair if name != "z" else [pair])}
+    key = wide, 0 if wide == "z" else direction
+    leaves[key] = leaves[key].detach().double().requires_grad_()
+
+    def outputs(leaves, backend):
+        pairs = {name: (leaves[name, 0], leaves[name, 1]) for name in inputs if name != "z"}
+        y = bidirectional_selective_scan(**pairs, z=leaves["z", 0], backend=backend)
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).bfloat16().to(y)
+        return {"y": y} | dict(zip(leaves, torch.autograd.grad((y * weight).sum(), leaves.values()), strict=True))
+
+    want = outputs(as_leaves(leaves, dtype=torch.float64), "reference")
+    for name, t in outputs(leaves, backend).items():
+        assert t.dtype == (leaves["u", 0] if name == "y" else leaves[name]).dtype
+        # The gradient of z is from the ungated sum, which is kept in u's dtype.
+        dtypes = (t.dtype, leaves["u", 0].dtype) if name == ("z", 0) else (t.dtype,)
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+        assert relative_error(t, want[name]) < (eps if eps > 1e-10 else 1e-12), name
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_stays_within_the_eager_error(backend, dtype, relative_error):
@@ -364,6 +390,22 @@ def test_bad_pairs_are_named():
         bidirectional_selective_scan(**inputs | {"D": (inputs["D"][0], None)})
     with pytest.raises(ValueError, match=r"C\[1\] must be"):
         bidirectional_selective_scan(**inputs | {"C": (inputs["C"][0], inputs["C"][1][:1])})
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"length": 36}, r"u\[1\] must have the shape of u\[0\], \(2, 37, 24\), got \(2, 36, 24\)"),
+        ({"d_state": 8}, r"A\[1\] must have the shape of A\[0\], \(24, 16\), got \(24, 8\)"),
+        ({"groups": 2}, r"B\[1\] must have the shape of B\[0\], \(2, 37, 1, 16\), got \(2, 37, 2, 16\)"),
+    ],
+)
+def test_directions_of_other_sizes_are_refused(backend, second, message):
+    """A kernel is told one length, one d_state and one number of groups."""
+    first, other = (pair_inputs(**shape, absent=("z",), dtype=torch.float32) for shape in ({}, second))
+    with pytest.raises(ValueError, match=message):
+        bidirectional_selective_scan(**{n: (first[n][0], other[n][1]) for n in first}, backend=backend)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

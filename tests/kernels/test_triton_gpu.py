@@ -25,9 +25,18 @@ from triton_checks import (
     ssd_results,
     step_excess,
     uneven_pair,
+    widened_convolutions,
+    widened_pair,
 )
 
-from vim_kernels import bidirectional_selective_scan, causal_conv1d, rms_norm, selective_scan, ssd
+from vim_kernels import (
+    bidirectional_causal_conv1d,
+    bidirectional_selective_scan,
+    causal_conv1d,
+    rms_norm,
+    selective_scan,
+    ssd,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -142,6 +151,8 @@ def test_packed_sequences_in_windows():
 
 def test_uneven_pairs_and_strides():
     assert_within(excess(bidirectional_selective_scan, uneven_pair(device="cuda")))
+    assert_within(excess(bidirectional_selective_scan, widened_pair("cuda"), limit=2e-7))
+    assert_within(excess(bidirectional_causal_conv1d, widened_convolutions("cuda"), activation="silu", limit=2e-7))
 
 
 def test_extremes():

@@ -29,6 +29,7 @@ NAMES = [
     "pair_two_channels_a_lane",
     "pair_bf16",
     "pair_that_needs_two_launches",
+    "pair_widened",
     "scan_extremes",
     "conv",
     "conv_reverse_fp64",
@@ -36,6 +37,7 @@ NAMES = [
     "conv_width_1",
     "conv_bf16",
     "conv_pair",
+    "conv_pair_widened",
     "scan_packed",
     "pair_packed",
     "scan_packed_windows",
@@ -98,9 +100,12 @@ def cases() -> dict[str, dict[str, float]]:
         ssd_excess,
         step_excess,
         uneven_pair,
+        widened_convolutions,
+        widened_pair,
     )
 
     from vim_kernels import (
+        bidirectional_causal_conv1d,
         bidirectional_selective_scan,
         selective_scan,
         triton_scan_backward,
@@ -134,6 +139,8 @@ def cases() -> dict[str, dict[str, float]]:
         ),
         "pair_bf16": pair_excess(batch=1, length=9, d_inner=6, d_state=4, dtype=torch.bfloat16, limit=bf16),
         "pair_that_needs_two_launches": excess(bidirectional_selective_scan, uneven_pair(), limit=bf16),
+        "pair_widened": excess(bidirectional_selective_scan, widened_pair(), limit=2e-7),
+        "conv_pair_widened": excess(bidirectional_causal_conv1d, widened_convolutions(), activation="silu", limit=2e-7),
         "pair_two_channels_a_lane": pair_excess(
             batch=1, length=6, d_inner=70, d_state=6, dtype=torch.float32, limit=1e-5
         ),

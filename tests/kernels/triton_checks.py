@@ -122,6 +122,20 @@ def uneven_pair(dtype=torch.bfloat16, device="cpu") -> dict:
     return inputs
 
 
+def widened_pair(device="cpu") -> dict:
+    """fp32, and in the reverse direction a D in fp64, which takes both directions to it."""
+    inputs = pair_inputs(batch=1, length=6, d_inner=3, d_state=3, dtype=torch.float32, device=device)
+    inputs["D"] = (inputs["D"][0], inputs["D"][1].detach().double().requires_grad_())
+    return inputs
+
+
+def widened_convolutions(device="cpu") -> dict:
+    """fp32, and in the reverse direction a bias in fp64."""
+    a, b = (conv_inputs(1, 9, 3, dtype=torch.float32, device=device, seed=seed) for seed in range(2))
+    bias = b["bias"].detach().double().requires_grad_()
+    return {"x": a["x"], "weight": (a["weight"], b["weight"]), "bias": (a["bias"], bias)}
+
+
 def extreme_inputs(dtype=torch.float32, device="cpu", **shape) -> dict:
     """Steps, inputs and gates so large or small that a careless softplus, sigmoid or silu overflows."""
     inputs = scan_inputs(batch=1, length=6, dtype=dtype, device=device, **shape)
