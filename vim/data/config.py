@@ -134,5 +134,13 @@ class AugmentConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"augment.{name} must be (low, high) with 0 < low <= high, got {(low, high)}")
+        for name, needs in (
+            ("erasing_mode", ("erasing",)),
+            ("mix_prob", ("mixup", "cutmix")),
+            ("mix_switch_prob", ("mixup", "cutmix")),
+        ):
+            if getattr(self, name) != getattr(AugmentConfig, name) and not any(getattr(self, n) for n in needs):
+                wanted = " or ".join(f"augment.{n}" for n in needs)
+                raise ValueError(f"augment.{name} has no effect without {wanted}; set it, or leave augment.{name} out")
         if self.repeats < 1:
             raise ValueError(f"augment.repeats must be at least 1, got {self.repeats}")
