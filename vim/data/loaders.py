@@ -1,5 +1,6 @@
 """Data sets of tensors, and the loaders that accelerate prepares."""
 
+import errno
 import functools
 import multiprocessing.queues
 import os
@@ -208,9 +209,10 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
             of_worker = not isinstance(error, RuntimeError) or _ABOUT_WORKERS.search(str(error))
             if not (loader.num_workers and of_worker):
                 raise
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            what = _shared_memory() if full else _without_traceback(error)
             raise WorkerError(
-                f"a process that loads images has failed: {_without_traceback(error)}; with data.num_workers 0 there "
-                "are none, and more is said"
+                f"a process that loads images has failed: {what}; data.num_workers 0 loads without them, and shows more"
             ) from error
         yield batch
 

@@ -257,7 +257,7 @@ class Trainer(ABC):
             for buffer, value in zip(self.state.model.buffers(), buffers, strict=False):  # none without accumulation
                 buffer.copy_(value)
             checkpointer.after_failure()
-            saved = f"All up to update {self.state.update} is saved"
+            saved = f"All up to update {self.state.update} is saved" if self.state.update else "It had not begun"
         if isinstance(error, InterruptedRunError):
             checkpointer.stop()
         if isinstance(error, WorkerError):
