@@ -30,6 +30,7 @@ class Interruption:
     def __init__(self) -> None:
         self.asked: int | None = None
         self._postponed = False
+        self._process = os.getpid()
         self._former: dict[signal.Signals, object] = {}
         self._former_wakeup = -1
         self._pipe: tuple[int, int] | None = None
@@ -75,7 +76,8 @@ class Interruption:
             raise InterruptedRunError(f"stopped by {signal.Signals(self.asked).name}", self.asked)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is None:
+        # A worker that has only just been forked has this handler, too, and leaves signals to its parent.
+        if self.asked is None and os.getpid() == self._process:
             self.asked = number
             if not self._postponed:
                 self.obey()
