@@ -84,6 +84,15 @@ def test_a_run_that_fails_says_where_to_look(tmp_path):
     assert "no data set folder" in log.read_text()
 
 
+@pytest.mark.parametrize("change", [{"data.val_split": "test"}, {"data.train_split": "test"}])
+def test_nothing_is_chosen_on_the_split_that_counts(config, change):
+    config, calls, _ = config
+    config.contenders["vit"] = change
+    with pytest.raises(ConfigError, match=rf"test_split 'test' is {next(iter(change))} of vit; nothing may be"):
+        compare(config)
+    assert not calls
+
+
 def test_what_a_comparison_refuses():
     with pytest.raises(ConfigError, match="contenders, lrs and seeds must name at least one each"):
         CompareConfig()

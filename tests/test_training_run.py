@@ -1,7 +1,6 @@
 """Whole runs of a tiny model: what they learn, write, resume and refuse."""
 
 import json
-import math
 import multiprocessing
 import os
 import pickle
@@ -328,7 +327,7 @@ def test_a_diagnosis_names_block_and_files(tree, tmp_path, monkeypatch):
     found = tmp_path / "run" / "not_finite"
     report = json.loads((found / "report-0.json").read_text())
     peaks = report["largest_activation_by_block"]
-    assert [math.isfinite(peaks[name]) for name in ("patch_embed", "blocks.0", "blocks.1", "head")] == [1, 1, 0, 0]
+    assert [peaks[name] is not None for name in ("patch_embed", "blocks.0", "blocks.1", "head")] == [1, 1, 0, 0]
     assert set(report["gradient_norm_by_block"]) == {"cls_token", "pos_embed", *peaks}
     images, labels, _ = load_checkpoint(found / "batch-0.pt")["batch"]
     assert len(images) == len(labels) == len(report["files"]) == 32
@@ -436,7 +435,9 @@ def full_disk():
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, full_disk):
     path = tmp_path / "last.pt"
     save_checkpoint({"update": 1}, path)
-    with pytest.raises(RunError, match=rf"cannot save {path}: the disk is full. It takes 0.4 MiB, [0-9.]+ MiB are"):
+    with pytest.raises(
+        RunError, match=rf"cannot save {path}: the file grows beyond what the limit .* It takes 0.4 MiB"
+    ):
         save_checkpoint({"update": 2, "model": {"head": torch.zeros(100_000)}}, path)
     assert load_checkpoint(path) == {"update": 1}
     assert list(tmp_path.iterdir()) == [path]

@@ -6,6 +6,7 @@ Both have the same random weights and are checked against each other first. A ro
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--tokens", type=int, default=100, help="more of them in a long run than in a short one")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=None, help="JSON to write")
+    parser.add_argument("--output", type=os.path.expanduser, default=None, help="JSON to write")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -103,7 +104,7 @@ def main() -> None:
             table.add_row(str(batch), key, f"{1e3 * step:.2f}", f"{batch / step:,.0f}", f"{1e3 * prompt:.1f}")
     plain_console().print(table)
     if args.output is not None:
-        write_json(report, args.output)
+        write_json(report, Path(args.output))
 
 
 if __name__ == "__main__":

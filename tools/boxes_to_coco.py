@@ -4,6 +4,7 @@ python tools/boxes_to_coco.py boxes.csv photographs/ annotations.json
 """
 
 import argparse
+import os
 
 from vim.detection import boxes_to_coco
 from vim.training import plain_errors
@@ -11,9 +12,9 @@ from vim.training import plain_errors
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("boxes", help="the CSV file")
-    parser.add_argument("images", help="folder that its paths are relative to")
-    parser.add_argument("output", help="JSON file to write")
+    parser.add_argument("boxes", type=os.path.expanduser, help="the CSV file")
+    parser.add_argument("images", type=os.path.expanduser, help="folder that its paths are relative to")
+    parser.add_argument("output", type=os.path.expanduser, help="JSON file to write")
     arguments = parser.parse_args()
     with plain_errors():
         content = boxes_to_coco(arguments.boxes, arguments.images, arguments.output)

@@ -3,30 +3,33 @@
 python tools/prepare_mnist.py data/mnist5k
 python tools/kill_and_resume.py runs/killed --signal SIGKILL -- tools/train.py --config configs/kill_test.yaml
 python tools/kill_and_resume.py runs/stopped --signal SIGTERM -- tools/train.py --config configs/kill_test.yaml
+python tools/kill_and_resume.py runs/warned --signal SIGUSR1 -- tools/train.py --config configs/kill_test.yaml
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections import Counter
 from pathlib import Path
 
 from vim.training import plain_errors
+from vim.training.interruption import NAMES
 from vim.training.kill_test import KillTest
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="for the runs; must be new")
+    parser.add_argument("folder", type=os.path.expanduser, help="for the runs; must be new")
     parser.add_argument("--runs", type=int, default=20, help="that are killed")
     parser.add_argument("--kills", type=int, default=2, help="signals for each run")
-    parser.add_argument("--signal", choices=["SIGKILL", "SIGTERM", "SIGINT"], default="SIGKILL")
+    parser.add_argument("--signal", choices=["SIGKILL", *NAMES], default="SIGKILL")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("command", nargs="+", help="training tool and its arguments, without --run_dir")
     args = parser.parse_args()
     with plain_errors():
-        test = KillTest(args.command, args.folder, signal.Signals[args.signal], args.kills, args.seed)
+        test = KillTest(args.command, Path(args.folder), signal.Signals[args.signal], args.kills, args.seed)
         print(f"left alone: {test.start_seconds:.1f} s to start, {test.run_seconds:.1f} s to run", flush=True)
         killed = test.run_all(args.runs, args.jobs)
     for index, run in enumerate(killed):

@@ -4,13 +4,14 @@ python tools/plot_state_spaces.py --output docs/state_spaces.png
 """
 
 import argparse
+import os
 
 from vim.visualize.state_spaces import plot_state_spaces
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="docs/state_spaces.png", help="PNG to write")
+    parser.add_argument("--output", type=os.path.expanduser, default="docs/state_spaces.png", help="PNG to write")
     print(plot_state_spaces(parser.parse_args().output))
 
 

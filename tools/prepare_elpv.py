@@ -6,6 +6,7 @@ python tools/split_folder.py data/elpv --split all --parts train=0.6 val=0.2 tes
 """
 
 import argparse
+import os
 
 from vim.data.elpv import EDGE, write_elpv
 from vim.training import plain_errors
@@ -13,7 +14,7 @@ from vim.training import plain_errors
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", help="folder to write; must be new")
+    parser.add_argument("root", type=os.path.expanduser, help="folder to write; must be new")
     parser.add_argument("--size", type=int, default=EDGE, help="edge of the images, in pixels")
     args = parser.parse_args()
     with plain_errors():

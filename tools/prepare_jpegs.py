@@ -4,6 +4,7 @@ python tools/prepare_jpegs.py data/jpegs --classes 1000 --images 4096
 """
 
 import argparse
+import os
 
 from vim.data.synthetic import write_jpegs
 from vim.training import plain_errors
@@ -11,7 +12,7 @@ from vim.training import plain_errors
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", help="folder to write; must be new")
+    parser.add_argument("root", type=os.path.expanduser, help="folder to write; must be new")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--images", type=int, default=4096, help="in train, and as many in val")
     args = parser.parse_args()

@@ -4,6 +4,7 @@ python tools/prepare_mnist.py data/mnist5k
 """
 
 import argparse
+import os
 import sys
 
 from vim.data import DataError, write_mnist5k
@@ -11,7 +12,7 @@ from vim.data import DataError, write_mnist5k
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", help="folder to write")
+    parser.add_argument("root", type=os.path.expanduser, help="folder to write")
     root = parser.parse_args().root
     try:
         written = write_mnist5k(root)

@@ -5,6 +5,7 @@ python tools/prepare_trees.py data/trees
 """
 
 import argparse
+import os
 
 from vim.detection import CocoData, write_trees
 from vim.training import plain_errors
@@ -12,7 +13,7 @@ from vim.training import plain_errors
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", help="folder to write")
+    parser.add_argument("root", type=os.path.expanduser, help="folder to write")
     root = parser.parse_args().root
     with plain_errors():
         written = write_trees(root)

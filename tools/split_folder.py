@@ -4,6 +4,7 @@ python tools/split_folder.py data/mnist5k --split train --parts fit=0.8 choose=0
 """
 
 import argparse
+import os
 
 from vim.data.names import plain_name
 from vim.data.splits import split_folder
@@ -12,7 +13,7 @@ from vim.training import plain_errors
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", help="folder of the data set")
+    parser.add_argument("root", type=os.path.expanduser, help="folder of the data set")
     parser.add_argument("--split", default="train", help="folder below it to take the images from; it stays")
     parser.add_argument("--parts", nargs="+", type=_part, required=True, metavar="NAME=SHARE", help="the new splits")
     parser.add_argument("--seed", type=int, default=0, help="of the random choice")

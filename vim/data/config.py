@@ -148,5 +148,13 @@ class AugmentConfig:
                 "with -m3 -w3 -d2 -b1 -a1 -mstd0.5, or original, originalr, v0, v0r or 3a, with -mstd0.5, or null; "
                 f"got {self.auto_augment!r}"
             )
+        for name, needs in (
+            ("erasing_mode", ("erasing",)),
+            ("mix_prob", ("mixup", "cutmix")),
+            ("mix_switch_prob", ("mixup", "cutmix")),
+        ):
+            if getattr(self, name) != getattr(AugmentConfig, name) and not any(getattr(self, n) for n in needs):
+                wanted = " or ".join(f"augment.{n}" for n in needs)
+                raise ValueError(f"augment.{name} has no effect without {wanted}; set it, or leave augment.{name} out")
         if self.repeats < 1:
             raise ValueError(f"augment.repeats must be at least 1, got {self.repeats}")

@@ -5,6 +5,10 @@ class DataError(ValueError):
     """A data set folder or file cannot be used as it is; the message names the path and says what to do."""
 
 
+class WorkerError(DataError):
+    """A process that loads images has died, or cannot hand over what it has loaded."""
+
+
 class ShardError(DataError):
     """A shard cannot be fetched or read. Thousands of images are missing then, so that nobody skips it as a bad one."""
 

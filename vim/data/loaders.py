@@ -1,20 +1,27 @@
 """Data sets of tensors, and the loaders that accelerate prepares."""
 
+import errno
 import functools
+import multiprocessing.queues
 import os
+import re
+import shutil
 import signal
+import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from .config import BadImages
 from .decode import IMAGE_MODES
-from .errors import DataError, ShardError
+from .errors import DataError, ShardError, WorkerError
 from .labelled_images import LabelledImages
 from .packed import Augmented, PackedImages
 from .randomness import derive_seed, preserved_generators, seed_cpu_generators
@@ -160,8 +167,15 @@ def eval_loader(images: EvalImages, batch_size: int, num_workers: int = 0) -> Da
     return loader(images, batch_size, num_workers, shuffle=False, collate_fn=collate)
 
 
-def loader(images: Dataset, batch_size: int, num_workers: int, **options) -> DataLoader:
-    """torch's loader; `options` are its own, order among them."""
+def loader(
+    images: Dataset,
+    batch_size: int,
+    num_workers: int,
+    *,
+    collate_fn: Callable[[list[Any]], Any] = default_collate,
+    **options: Any,
+) -> DataLoader:
+    """torch's loader; `options` are its own, order among them. Read it by `batches_of`."""
     return DataLoader(
         images,
         batch_size,
@@ -169,21 +183,158 @@ def loader(images: Dataset, batch_size: int, num_workers: int, **options) -> Dat
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_the_parent,
+        collate_fn=functools.partial(_collate_to_share, collate_fn),
         **options,
     )
 
 
+def batches_of(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader that accelerate has prepared.
+
+    Raises: WorkerError for a worker that has died or cannot hand over; what a worker raised. All of them where a batch
+        is fetched, and nowhere else: torch alone raises the death of a worker wherever the main thread happens to be,
+        be it between the update of the weights and its count.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            with _deaths.raised():
+                batch = next(batches)
+        except StopIteration:
+            return
+        except DataError as error:
+            raise type(error)(_without_traceback(error)) from error
+        except (EOFError, OSError, RuntimeError) as error:
+            # What a worker that has died had begun to hand over is an EOFError or an OSError.
+            of_worker = not isinstance(error, RuntimeError) or _ABOUT_WORKERS.search(str(error))
+            if not (loader.num_workers and of_worker):
+                raise
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            what = _shared_memory() if full else _without_traceback(error)
+            raise WorkerError(
+                f"a process that loads images has failed: {what}; data.num_workers 0 loads without them, and shows more"
+            ) from error
+        yield batch
+
+
+_ABOUT_WORKERS = re.compile(r"DataLoader worker|with the workers|Pin memory thread")
+
+
+def _without_traceback(error: Exception) -> str:
+    """The message alone, in a line: an error of a worker arrives with the traceback of that process before it."""
+    message = " ".join(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].split()).rstrip(".")
+    return message or type(error).__name__
+
+
+class _Deaths:
+    """torch's handler of SIGCHLD, which raises an error if a worker has died, held back outside of `raised`."""
+
+    def __init__(self) -> None:
+        self.torchs: Callable[[int, Any], Any] | None = None
+        self.fetching = False
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        self.fetching = True
+        try:
+            self._handle()  # of deaths since the last batch
+            yield
+        finally:
+            self.fetching = False
+            self._take_over()
+
+    def _take_over(self) -> None:
+        if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+            return
+        present = signal.getsignal(signal.SIGCHLD)
+        if callable(present) and present != self._handle:
+            self.torchs = present
+            signal.signal(signal.SIGCHLD, self._handle)
+
+    def _handle(self, number: int = 0, frame: Any = None) -> None:
+        if self.fetching and self.torchs is not None:
+            self.torchs(number, frame)
+
+
+_deaths = _Deaths()
+
+
+def _collate_to_share(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    """A batch, in a worker in shared memory already.
+
+    torch would put it there in a thread, which drops a batch for which there is no room, and the run would wait for it
+    for ever.
+    """
+    batch = collate(samples)
+    if get_worker_info() is None:
+        return batch
+    tensors = list(_tensors(batch))
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        size = sum(tensor.nbytes for tensor in tensors) / 2**20
+        raise WorkerError(
+            f"a process that loads images cannot hand over a batch of {size:.1f} MiB: {_shared_memory()}; lower "
+            f"data.num_workers or data.batch_size, or give it more (docker run --shm-size): {error}"
+        ) from error
+    return batch
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _tensors(value)
+    elif isinstance(batch, dict):
+        yield from _tensors(list(batch.values()))
+    elif is_dataclass(batch):
+        yield from _tensors([getattr(batch, f.name) for f in fields(batch)])
+
+
+def _shared_memory() -> str:
+    try:
+        usage = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return "there is not enough shared memory"
+    return f"/dev/shm has {usage.free / 2**20:.1f} of {usage.total / 2**20:.1f} MiB free"
+
+
+def _die_with_a_lost_batch() -> None:
+    """The thread that hands over batches drops one that fails, for whatever reason (files open at a time, say), and
+    goes on; the parent would wait for it for ever. It notices a worker that dies."""
+
+    def end(error: Exception, batch: Any) -> None:
+        print(f"error: process {os.getpid()}, which loads images, cannot hand over a batch: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
+
+
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of a group, and the parent still needs its loaders to end
-    the step that it is in. A worker ends when its parent says so, or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
+    """What a worker does first: it ends when its parent says so, or is gone, or a batch is lost, and at nothing else.
+
+    Ctrl-C and a scheduler's signals reach every process of a group, and the parent still needs its workers to end the
+    step that it is in.
+    """
+    _die_with_a_lost_batch()
+    signal.set_wakeup_fd(-1)  # the parent's
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if not hasattr(signal, "sigtimedwait"):  # macOS
         return
+    parent, starter = multiprocessing.parent_process(), os.getppid()  # a fork server may have started it
+    assert parent is not None
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
+        while os.getppid() == starter:
+            sent = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if sent is not None and sent.si_pid == parent.pid:
+                break
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -17,6 +17,10 @@ def whole_folder(root: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.chmod(0o755)  # a temporary folder is its owner's alone
         unfinished.rename(root)
+        if os.name == "posix":  # the new name reaches the disk, too; Windows opens no folders
+            descriptor = os.open(root.parent, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

@@ -1,5 +1,6 @@
 """Data sets in COCO's format: a JSON file of annotations and a folder of images, read and checked once."""
 
+import hashlib
 import json
 import math
 import os
@@ -83,6 +84,10 @@ class CocoData:
     def describe(self) -> str:
         left_out = f"; {self.dropped:,} boxes without area left out" if self.dropped else ""
         return f"{len(self):,} images, {len(self.classes)} classes, {self.boxes:,} boxes{left_out}"
+
+    def digest(self) -> str:
+        """A hash of all objects, which tells whether they are the same."""
+        return hashlib.blake2b(self._text.tobytes(), digest_size=16).hexdigest()
 
     def name(self, index: int) -> str:
         """Path of an image, as `plain_name` writes it."""

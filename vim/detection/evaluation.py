@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vim.data.loaders import batches_of
 from vim.training.errors import ConfigError, RunError
 from vim.training.progress import Progress
 
@@ -99,9 +100,11 @@ def evaluate(
     Returns: the same on all processes.
     """
     model.eval()
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        progress.line("warning: the model has weights that are not finite; it will find nothing")
     mine: dict[int, list[dict[str, Any]]] = {}
     with progress.bar("evaluating", len(loader)) as advance:
-        for images, targets in loader:
+        for images, targets in batches_of(loader):
             with accelerator.autocast():
                 detections = model(images)
             for detected, target in zip(detections, targets, strict=True):

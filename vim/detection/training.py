@@ -1,5 +1,6 @@
 """Detection: its parts of a training run."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from vim.data import KeyedSampler
 from vim.files import write_json
+from vim.training.data_record import record_data
 from vim.training.errors import ConfigError
 from vim.training.graphs import capture_training, wants_cuda_graph
 from vim.training.model import weights_from
@@ -55,7 +57,7 @@ class Detection(Trainer):
             model,
             train_loader(images, sampler, data.batch_size, data.num_workers),
             eval_loader(EvalImages(self.data), data.batch_size, data.num_workers),
-            total_batch,
+            _record(train, self.data),
         )
 
     def accelerate_model(self, model: nn.Module) -> bool:
@@ -119,6 +121,16 @@ class Detection(Trainer):
         except ModuleNotFoundError as error:
             lines.append(f"no plots: {error}; pip install matplotlib")
         return "\n".join(lines)
+
+
+def _record(train: CocoData, val: CocoData) -> dict[str, Any]:
+    classes = [f"{name} (id {number})" for number, name in train.categories.items()]
+    splits = {"training": train, "evaluation": val}
+    names = {
+        split: [data.name(i).removeprefix(f"{data.folder}{os.sep}") for i in range(len(data))]
+        for split, data in splits.items()
+    }
+    return record_data(classes, names, {split: data.digest() for split, data in splits.items()})
 
 
 def _read(data: DetectionDataConfig, annotations: str, images: str, masks: bool) -> CocoData:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vim.data import EvalDataConfig, ImageSource, Transform, eval_transform
-from vim.data.loaders import leave_signals_to_the_parent
+from vim.data.loaders import batches_of, leave_signals_to_the_parent
 from vim.training.environment import versions
 from vim.training.errors import InterruptedRunError, RunError
 from vim.training.interruption import Interruption, interruptible
@@ -166,7 +166,7 @@ def _features(
             ready.synchronize()
         return index, {name: t.numpy() for name, t in columns.items()}
 
-    for batch, index in loader:
+    for batch, index in batches_of(loader):
         with accelerator.autocast():
             columns = extractor(batch.to(accelerator.device, non_blocking=True))
         columns = {name: t.to(dtype).to("cpu", non_blocking=True) for name, t in columns.items()}

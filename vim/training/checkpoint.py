@@ -6,7 +6,7 @@ checksums.)
 """
 
 import argparse
-import errno
+import math
 import os
 import pickle
 import shutil
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from vim.data.whole_folder import link_or_copy
-from vim.files import whole_file
+from vim.files import sync_folder, whole_file, why
 
 from .errors import InterruptedRunError, RunError
 
@@ -30,20 +30,30 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
 
     Raises: RunError that says what was missing, for a disk that is full or cannot be written to.
     """
+    cause: BaseException | None
     try:
         with whole_file(path) as unfinished, unfinished.open("wb") as file:
             torch.save(state, file)
+    except InterruptedRunError:
+        raise
     except (OSError, RuntimeError) as error:  # torch turns what the file says into an error of its own
-        cause: BaseException | None = error
+        cause = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
-        need, free = (size / 2**20 for size in (_bytes(state), shutil.disk_usage(path.parent).free))
-        full = free < need or (cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-        why = "the disk is full" if full else str(cause or error)
+        need, free = (size / 2**20 for size in (_bytes(state), _free(path.parent)))
+        reason = why(cause) if cause is not None else "the disk is full" if free < need else str(error)
         raise RunError(
-            f"cannot save {path}: {why}. It takes {need:.1f} MiB, {free:.1f} MiB are free; earlier checkpoints are as "
-            "they were"
+            f"cannot save {path}: {reason}. It takes {need:.1f} MiB, {free:.1f} MiB are free; earlier checkpoints are "
+            "as they were"
         ) from error
+
+
+def _free(folder: Path) -> float:
+    """Bytes; NaN where nobody knows."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return math.nan
 
 
 @dataclass
@@ -136,6 +146,7 @@ def replace(source: Path, path: Path) -> None:
     if source.is_dir() or path.is_dir():
         remove(path)
     source.replace(path)
+    sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:

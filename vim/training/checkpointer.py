@@ -35,7 +35,7 @@ class Checkpointer:
     ):
         self.run, self.config, self.interruption = run, config, interruption
         self.accelerator, self.state = accelerator, state
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_update = time.monotonic(), state.update
 
     def wishes(self) -> tuple[bool, bool]:
         """Whether this process wants a checkpoint, because its minutes are over, and whether a signal stops it."""
@@ -61,6 +61,11 @@ class Checkpointer:
         if stop:
             self.stop()
 
+    def after_failure(self) -> None:
+        """Save what is not saved yet of a run that cannot go on."""
+        if self.state.update > self._saved_update:
+            self.save()
+
     def stop_if_asked(self) -> None:
         """Raise InterruptedRunError on all processes if a signal has come to any of them; nothing is saved.
 
@@ -83,7 +88,7 @@ class Checkpointer:
         self._write(self.run.new)
         if self.accelerator.is_main_process:
             self.run.keep_new(*also)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_update = time.monotonic(), self.state.update
 
     def _write(self, path: Path) -> None:
         """Write the state as it is now: one file, or, where it is sharded, a folder with a file from each process."""

@@ -1,6 +1,7 @@
 """Image classification: its parts of a training run."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from vim.data import (
     EvalImages,
     FetchAhead,
     KeyedSampler,
+    LabelledImages,
     TrainImages,
     check_same_classes,
     eval_loader,
@@ -25,6 +27,7 @@ from vim.data import (
 
 from .checkpointer import Checkpointer
 from .config import TrainConfig
+from .data_record import record_data
 from .distillation import Teacher, distillation_loss
 from .evaluation import Evaluation, evaluate
 from .graphs import capture_training, wants_cuda_graph
@@ -49,6 +52,10 @@ class Classification(Trainer):
         train, val = open_images(data, data.train_split, 2 * data.window), open_images(data, data.val_split)
         check_same_classes(train, val)
         self.classes = train.classes
+        if len(self.classes) == 1:
+            progress.line(
+                f"warning: {train.path} has one class, {self.classes[0]!r}: any answer is right, and nothing is learned"
+            )
 
         create = create_model_of_sizes if data.progressive else create_model_at
         model, self.model_kwargs = create(config.model, len(self.classes), data.img_size)
@@ -83,7 +90,7 @@ class Classification(Trainer):
             model,
             train_loader(images, sampler, data.batch_size, data.num_workers),
             eval_loader(held_out, data.batch_size, data.num_workers),
-            total_batch,
+            record_data(self.classes, {data.train_split: _names(train), data.val_split: _names(val)}),
         )
 
     def accelerate_model(self, model: nn.Module) -> bool:
@@ -155,6 +162,12 @@ class Classification(Trainer):
             f"top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % on {self.evaluation.images} images\n"
             f"{write_plots(self.state.history, self.evaluation.confusion, self.classes, run.path)}"
         )
+
+
+def _names(images: LabelledImages) -> Iterator[str]:
+    """Of a split, without the folder that it lies in."""
+    folder = f"{images.path}{os.sep}"
+    return (images.name(index).removeprefix(folder) for index in range(len(images)))
 
 
 def create_mixup(augment: AugmentConfig, num_classes: int) -> Mixup | None:

@@ -3,6 +3,7 @@
 import argparse
 import io
 import multiprocessing
+import os
 import re
 import signal
 import sys
@@ -10,13 +11,17 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from vim.data import DataError
+from vim.files import why
 
+from .config import RunConfig
 from .errors import ConfigError, InterruptedRunError, RunError, did_you_mean
+from .run_folder import RunFolder
 
 # How jsonargparse says that it does not know a key, in YAML and on the command line.
 _UNKNOWN_KEY = (
@@ -24,6 +29,9 @@ _UNKNOWN_KEY = (
     re.compile(r"Option '(?P<key>[\w.]+)' is not accepted"),
     re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)"),
 )
+
+
+_IN_HOME = re.compile(r"(?P<scheme>(local-dir:|file://)?)(?P<path>~[^/]*(/.*)?)")
 
 
 class ConfigParser(ArgumentParser):
@@ -50,12 +58,16 @@ class ConfigParser(ArgumentParser):
 
         Returns: the configuration, and the namespace with arguments that were added besides.
         """
-        namespace = self.parse_args(_config_first(sys.argv[1:] if args is None else list(args)))
+        words = sys.argv[1:] if args is None else list(args)
+        namespace = self.parse_args(_config_first(list(words)))
         try:
             built = self.instantiate(namespace)
             config = self.config_class(**{f.name: getattr(built, f.name) for f in fields(self.config_class)})
         except ValueError as error:
             self.error(str(error))
+        _expand_home(config)
+        if built.config and not any(word.split("=")[0] == "--run_dir" for word in words):
+            _stay_in_folder(config, Path(str(built.config[-1])))
         return config, built
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
@@ -100,6 +112,10 @@ def plain_errors() -> Iterator[None]:
         message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
         print(f"error: {message}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, InterruptedRunError) else 1)
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {where}{why(error)}", file=sys.stderr)
+        sys.exit(1)
     finally:
         _end_children()
 
@@ -130,6 +146,25 @@ def _config_first(args: list[str]) -> list[str]:
         else:
             (front if arg.startswith("--config=") else rest).append(arg)
     return front + rest
+
+
+def _expand_home(config: Any) -> None:
+    """Put the home folder in place of ~ in all paths of a configuration: what a shell leaves in YAML files and behind
+    an equals sign. No other text begins so."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            _expand_home(value)
+        elif isinstance(value, str) and (path := _IN_HOME.fullmatch(value)):
+            setattr(config, f.name, f"{path['scheme']}{os.path.expanduser(path['path'])}")
+
+
+def _stay_in_folder(config: Any, file: Path) -> None:
+    """A run folder's own configuration means that folder, wherever it was moved or copied to."""
+    if isinstance(config, RunConfig):
+        run = RunFolder(file.parent, config.TOOL)
+        if file.name == run.config.name and run.starts.exists():
+            config.run_dir = str(file.parent)
 
 
 def _sections(config_class: type) -> list[str]:

@@ -17,7 +17,7 @@ from vim.files import write_json
 
 from .cli import ConfigParser, plain_errors
 from .config import CompareConfig, TrainConfig, ValidateConfig
-from .errors import RunError
+from .errors import ConfigError, RunError
 from .plots import plot_comparison
 from .progress import Progress
 from .train import train
@@ -51,6 +51,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         deviation, in percent.
     Raises: RunError for a run that failed.
     """
+    for contender in config.contenders:
+        _check_splits(config, contender)
     progress, first = Progress(), config.seeds[0]
     grid = {name: [_Run(name, lr, first) for lr in config.lrs] for name in config.contenders}
     _train_all(config, [run for runs in grid.values() for run in runs], progress)
@@ -77,6 +79,18 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     return report
 
 
+def _check_splits(config: CompareConfig, contender: str) -> None:
+    """Raise ConfigError if something is learned or chosen on the split that counts."""
+    changes = _arguments(config.contenders[contender])
+    run, _ = ConfigParser(TrainConfig, "").parse_config(["--config", config.train, *changes])
+    for name in ("train_split", "val_split"):
+        if getattr(run.data, name) == config.test_split:
+            raise ConfigError(
+                f"test_split {config.test_split!r} is data.{name} of {contender}; nothing may be learned or chosen on "
+                "it, or the results are too good: give another split"
+            )
+
+
 def _train_all(config: CompareConfig, runs: Iterable[_Run], progress: Progress) -> None:
     def train_one(run: _Run) -> None:
         folder = run.folder(config)
@@ -95,8 +109,10 @@ def _test(config: CompareConfig, run: _Run) -> float:
     folder = run.folder(config)
     output = folder / f"{config.test_split}.json"
     if not output.exists():
-        root = yaml.safe_load((folder / "config.yaml").read_text())["data"]["root"]
-        data = EvalDataConfig(root, config.test_split)
+        trained = yaml.safe_load((folder / "config.yaml").read_text())["data"]
+        # (The size and the crop of the images are the model's.)
+        loading = {key: trained[key] for key in ("batch_size", "num_workers", "bad_images", "cache_gib")}
+        data = EvalDataConfig(trained["root"], config.test_split, **loading)
         test = ValidateConfig(str(folder), data=data, output=str(output))
         _in_a_process(validate, test, run.log(config))
     return json.loads(output.read_text())["top1"]

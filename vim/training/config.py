@@ -93,6 +93,8 @@ class ScheduleConfig:
             raise ValueError(f"schedule.epochs must be at least 1, got {self.epochs}")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"schedule.warmup_epochs must be in 0 .. epochs {self.epochs}, got {self.warmup_epochs}")
+        if self.steps is not None and self.min_lr != ScheduleConfig.min_lr:
+            raise ValueError("schedule.min_lr ends the cosine, which schedule.steps replace; give one of them")
         for name in ("warmup_lr", "min_lr"):
             if getattr(self, name) < 0:
                 raise ValueError(f"schedule.{name} must be 0 or more, got {getattr(self, name)}")
@@ -110,6 +112,8 @@ class EmaConfig:
     def __post_init__(self):
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay must be at least 0 and below 1, got {self.decay}")
+        if self.warmup and not self.decay:
+            raise ValueError("ema.warmup belongs to an average; give an ema.decay above 0 too, or leave it out")
 
 
 @dataclass
@@ -219,6 +223,11 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         if (early := len(self.data.early_sizes)) > self.schedule.epochs:
             raise ValueError(f"data.progressive has {early} epochs, more than schedule.epochs {self.schedule.epochs}")
+        for name in ("mode", "alpha", "temperature"):
+            if self.distill.teacher is None and getattr(self.distill, name) != getattr(DistillConfig, name):
+                raise ValueError(f"distill.{name} belongs to a distill.teacher; name one, or leave it out")
+        if self.distill.mode == "hard" and self.distill.temperature != DistillConfig.temperature:
+            raise ValueError("distill.temperature is for distill.mode soft; give that, or leave it out")
         if (self.augment.mixup or self.augment.cutmix) and self.data.batch_size % 2:
             raise ValueError(f"mixup and cutmix mix pairs: data.batch_size must be even, got {self.data.batch_size}")
 

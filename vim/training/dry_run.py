@@ -38,6 +38,9 @@ class _Watch(Checkpointer):
     def wants(self, update: int) -> bool:
         return update in (1, 1 + self.steps)
 
+    def after_failure(self) -> None:
+        pass
+
     def after_update(self, save: bool, stop: bool) -> None:
         if stop:
             self.stop()

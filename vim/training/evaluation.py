@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vim.data import DataError
-from vim.data.loaders import NO_LABEL
+from vim.data.loaders import NO_LABEL, batches_of
 
 from .errors import RunError
 from .progress import Progress
@@ -20,7 +20,8 @@ from .progress import Progress
 class Evaluation:
     """Results over `images` images: top1 and top5 in percent, mean cross-entropy, and of each image the classes.
 
-    true, predicted: (images,), in the order of the split. classes: number that the model has.
+    not_finite: images whose logits are not finite. They count as wrong, and make the loss NaN.
+    true, predicted: (images - not_finite,), in the order of the split. classes: number that the model has.
     bad_images: files that could not be read and are not counted.
     """
 
@@ -28,13 +29,15 @@ class Evaluation:
     loss: float
     top1: float
     top5: float
+    not_finite: int
     true: Tensor
     predicted: Tensor
     classes: int
     bad_images: list[str]
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
-        return {f"{prefix}{name}": getattr(self, name) for name in ("loss", "top1", "top5")}
+        names = ("loss", "top1", "top5", *["not_finite"] * (self.not_finite > 0))
+        return {f"{prefix}{name}": getattr(self, name) for name in names}
 
     @property
     def confusion(self) -> Tensor:
@@ -65,21 +68,21 @@ def evaluate(
 
     Of several right classes, finding one is right, and the loss is -log of the probability that they have together. As
     true counts the predicted class if it is right, else the first of them. With fewer than five classes, top5 counts
-    all of them.
+    all of them. Logits that are not finite are wrong, and told of.
     """
     model.eval()
     answers, candidates = (None if t is None else t.to(accelerator.device) for t in (answers, candidates))
     bad: set[str] = set()
     loss = torch.zeros((), dtype=torch.float64)
     hits = torch.zeros(2, dtype=torch.int64)
-    classes, true, predicted = 0, [], []
+    images, classes, true, predicted = 0, 0, [], []
     with progress.bar("evaluating", len(loader)) as advance:
-        for batch, label, unreadable in loader:
+        for batch, label, unreadable in batches_of(loader):
             bad.update(unreadable)
             with accelerator.autocast():
                 logits = model(batch)
             logits = logits.float()
-            classes = logits.shape[1]
+            finite, classes = logits.isfinite().all(1), logits.shape[1]
             if candidates is not None:
                 logits = logits.masked_fill(~candidates, -torch.inf)
             right = label[:, None]
@@ -88,23 +91,38 @@ def evaluate(
             likelihoods = logits.log_softmax(1).gather(1, right.clamp(min=0))
             losses = -likelihoods.masked_fill(right == NO_LABEL, -torch.inf).logsumexp(1)
             ranked = logits.topk(min(5, classes)).indices
-            losses, ranked, right = (t.cpu() for t in accelerator.gather_for_metrics((losses, ranked, right)))
+            losses = losses.where(finite, torch.nan)
+            mine = losses, ranked, right, finite
+            losses, ranked, right, finite = (t.cpu() for t in accelerator.gather_for_metrics(mine))
             labelled = right[:, 0] != NO_LABEL
-            losses, ranked, right = losses[labelled], ranked[labelled], right[labelled]
+            loss += losses[labelled].double().sum()
+            images += int(labelled.sum())
+            ranked, right = ranked[labelled & finite], right[labelled & finite]
             found = (ranked[:, :, None] == right[:, None]).any(2)
-            loss += losses.double().sum()
             hits += torch.stack([found[:, 0].sum(), found.any(1).sum()])
             true.append(ranked[:, 0].where(found[:, 0], right[:, 0]))
             predicted.append(ranked[:, 0])
             advance("")
             after_batch()
     bad = set().union(*gather_object([bad]))
-    images = sum(map(len, true))
+    not_finite = images - sum(map(len, true))
     if images + len(bad) != len(loader.dataset):  # type: ignore[arg-type]
         raise RunError(f"evaluation counted {images} images of {len(loader.dataset)}")  # type: ignore[arg-type]
     if not images:
         raise DataError(f"no image could be read, {min(bad)} for one" if bad else "no images to evaluate on")
+    if not_finite:
+        progress.line(
+            f"warning: the model's logits are not finite for {not_finite} of {images} images, which count as wrong"
+        )
     top1, top5 = (100 * hits.double() / images).tolist()
     return Evaluation(
-        images, loss.item() / images, top1, top5, torch.cat(true), torch.cat(predicted), classes, sorted(bad)
+        images,
+        loss.item() / images,
+        top1,
+        top5,
+        not_finite,
+        torch.cat(true),
+        torch.cat(predicted),
+        classes,
+        sorted(bad),
     )

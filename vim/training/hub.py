@@ -1,6 +1,5 @@
 """A finished run on the Hugging Face hub."""
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,6 +8,8 @@ import yaml
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HTTPError  # of the library that it speaks HTTP with, which has changed
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from vim.files import write_json
 
 from .config import PushConfig
 from .errors import ConfigError, RunError
@@ -50,7 +51,7 @@ def write_files(run: FinishedRun, config: PushConfig, folder: Path) -> None:
     for file in (run.weights / "model.safetensors", run.weights / "config.json", run.folder / "log.jsonl", *run.plots):
         shutil.copyfile(file, folder / file.name)
     (folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False))
-    (folder / "summary.json").write_text(json.dumps(run.summary, indent=2) + "\n")
+    write_json(run.summary, folder / "summary.json")
     model_card(run, config).save(folder / "README.md")
 
 

@@ -1,35 +1,54 @@
-"""Signals that ask a run to stop: Ctrl-C, and the SIGTERM of a scheduler that takes the machine back."""
+"""Signals that ask a run to stop: Ctrl-C, and those of a scheduler or a terminal that goes away."""
 
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from .errors import InterruptedRunError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGUSR1: Slurm's --signal, before the time of a job is over. (Windows has only the first two.)
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+SIGNALS = tuple(signal.Signals[name] for name in NAMES if hasattr(signal, name))
+
+# A launcher passes on to its children what the scheduler or the terminal has sent to them already.
+SECONDS_OF_AN_ECHO = 0.5
 
 
 class Interruption:
     """While it is entered, a signal to stop raises InterruptedRunError; in a `postponed` block it waits in `asked`.
 
-    Where the interpreter does not let it handle signals, outside of the main thread, they do what they did.
+    A second signal, half a second or more after the first, ends the process at once, even where it hangs: a thread of
+    its own sees to that. Under nohup SIGHUP is ignored, as it was. Where the interpreter does not let it handle
+    signals, outside of the main thread, they do what they did.
     """
 
     def __init__(self) -> None:
         self.asked: int | None = None
         self._postponed = False
+        self._process = os.getpid()
         self._former: dict[signal.Signals, object] = {}
+        self._former_wakeup = -1
+        self._pipe: tuple[int, int] | None = None
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._watch()
+            ignored = [n for n in SIGNALS if n.name == "SIGHUP" and signal.getsignal(n) == signal.SIG_IGN]
+            self._former = {n: signal.signal(n, self._handle) for n in SIGNALS if n not in ignored}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._former_wakeup)
+            os.write(self._pipe[1], b"\0")  # which ends the thread
+            os.close(self._pipe[1])
 
     @contextmanager
     def postponed(self) -> Iterator[None]:
@@ -41,15 +60,51 @@ class Interruption:
             self._postponed = False
         self.obey()
 
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Part of a `postponed` block in which a signal is raised at once after all."""
+        before, self._postponed = self._postponed, False
+        try:
+            self.obey()
+            yield
+        finally:
+            self._postponed = before
+
     def obey(self) -> None:
         """Raise what was asked for."""
         if self.asked is not None:
             raise InterruptedRunError(f"stopped by {signal.Signals(self.asked).name}", self.asked)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = number
-        if not self._postponed:
-            self.obey()
+        # A worker that has only just been forked has this handler, too, and leaves signals to its parent.
+        if self.asked is None and os.getpid() == self._process:
+            self.asked = number
+            if not self._postponed:
+                self.obey()
+
+    def _watch(self) -> None:
+        """Have the interpreter write signals into a pipe, and a thread read them. Handlers wait for the main thread,
+        which may wait for something that never comes."""
+        if sys.platform == "win32":  # there only sockets take signals
+            return
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._former_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        threading.Thread(target=_end_at_the_second, args=(self._pipe[0],), daemon=True).start()
+
+
+def _end_at_the_second(pipe: int) -> None:
+    first = None
+    while number := os.read(pipe, 1)[0]:
+        if number not in SIGNALS:
+            continue
+        now = time.monotonic()
+        if first is None:
+            first = now
+        elif now - first > SECONDS_OF_AN_ECHO:
+            os.write(2, b"error: ended at once by a second signal; what was saved before is there\n")
+            os._exit(128 + number)
+    os.close(pipe)
 
 
 @contextmanager

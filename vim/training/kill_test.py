@@ -18,6 +18,7 @@ import torch
 from .checkpoint import load_checkpoint
 from .errors import RunError
 from .run_folder import RunFolder
+from .state import UpdateSplit
 
 TIME_FIELDS = {"seconds", "waited", "images_per_second", "data_wait"}
 WAIT = 600  # seconds for a whole run
@@ -25,7 +26,7 @@ WAIT = 600  # seconds for a whole run
 
 @dataclass
 class Killed:
-    """What happened to a run. moments: where each signal found it. exit_seconds: from a SIGTERM to the end of the
+    """What happened to a run. moments: where each signal found it. exit_seconds: from the signal to the end of the
     process, the longest. differences: what is not as in the run that was left alone; empty if all is well."""
 
     moments: list[str] = field(default_factory=list)
@@ -113,7 +114,7 @@ class KillTest:
 
 def _epoch_done(state: dict[str, Any], whole: dict[str, Any]) -> bool:
     updates = whole["update"] // len(whole["history"])
-    return state["so_far"]["images"] == updates * state["total_batch"]
+    return state["so_far"]["images"] == updates * UpdateSplit(**state["split"]).total_batch
 
 
 def differences(whole: Path, cut: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """The folder of a run: configuration, log, checkpoints, summary, and the trained model as timm loads it."""
 
-import json
 import re
 import shlex
 import sys
@@ -16,12 +15,13 @@ import yaml
 from timm.models import save_for_hf
 from torch import nn
 
-from vim.files import whole_file
+from vim.files import to_json, whole_file, why, write_json
 
 from .checkpoint import duplicate, load_checkpoint, remove, replace
 from .config import RunConfig
 from .environment import device_name, git_revision, versions
 from .errors import RunError
+from .run_lock import RunLock
 
 # Where the data lie and how they are loaded does not change results, so that a resumed run may change it.
 # (The batch is divided among processes and steps; their product is checked with the checkpoint.)
@@ -35,6 +35,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, tool: str):
         self.path, self.tool = Path(path), tool
+        self.lock = RunLock(self.path)
         self.config = self.path / "config.yaml"
         self.log = self.path / "log.jsonl"
         self.starts = self.path / "starts.jsonl"
@@ -43,6 +44,11 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         names = ("new", "last", "previous", "best")
         self.new, self.last, self.previous, self.best = (self.checkpoints / f"{name}.pt" for name in names)
+
+    @property
+    def saved(self) -> list[Path]:
+        """The checkpoints to go on from that are there, newest first."""
+        return [path for path in (self.last, self.previous) if path.exists()]
 
     @property
     def resume_command(self) -> str:
@@ -64,8 +70,29 @@ class RunFolder:
             was = ", ".join(f"{key} was {saved.get(key)!r}, is {given.get(key)!r}" for key in changed)
             raise RunError(f"a resumed run keeps its configuration, but {was}; resume with: {self.resume_command}")
 
-    def create(self, config: RunConfig) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+    def begin(self, config: RunConfig, resume: bool) -> str | None:
+        """Make the folder of a new run, lock it, and remove what a killed run has left half written in it.
+
+        Returns: a warning where it cannot be locked.
+        Raises: RunError for a folder that cannot be made, or in which another process trains.
+        """
+        if not resume:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                link = self.path.is_symlink() and not self.path.exists()
+                reason = "it is a link to a place that is not there" if link else why(error)
+                raise RunError(f"cannot make run folder {self.path}: {reason}; choose another --run_dir") from error
+        warning = self.lock.acquire()
+        self.check(config, resume)  # again: another process may have been here
+        for folder in (self.path, self.path / "ema", self.checkpoints):
+            for path in (*folder.glob(".*.tmp*"), *folder.glob(".export-*")):
+                remove(path)
+        if not resume:
+            self.write_config(config)
+        return warning
+
+    def write_config(self, config: RunConfig) -> None:
         self._write(self.config, yaml.safe_dump(plain(config), sort_keys=False))
 
     def note_start(self, processes: int, device: torch.device) -> None:
@@ -79,7 +106,7 @@ class RunFolder:
             "processes": processes,
         }
         with self.starts.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
 
     def keep_new(self, *also: Path) -> None:
         """Make new.pt, which is written, the last checkpoint; the one before becomes previous.pt. At any moment one of
@@ -99,8 +126,7 @@ class RunFolder:
 
         Raises: RunError if there are checkpoints and none can be loaded.
         """
-        found = [path for path in (self.last, self.previous) if path.exists()]
-        for path in found:
+        for path in (found := self.saved):
             try:
                 return load_checkpoint(path)
             except RunError as error:
@@ -122,7 +148,7 @@ class RunFolder:
 
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """Write log.jsonl, one line an epoch. Whole each time: a crash may have come between checkpoint and log."""
-        self._write(self.log, "".join(json.dumps(record) + "\n" for record in history))
+        self._write(self.log, "".join(to_json(record) + "\n" for record in history))
 
     def write_bad_images(self, paths: Iterable[str]) -> None:
         """Write bad_images.txt, a path a line, if there is any."""
@@ -130,7 +156,7 @@ class RunFolder:
             self._write(self.bad_images, text)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        self._write(self.summary, json.dumps(summary, indent=2) + "\n")
+        write_json(summary, self.summary)
 
     def export(
         self, model: nn.Module, model_kwargs: dict, data_config: dict, classes: list[str], name: str = ""
@@ -157,7 +183,8 @@ class RunFolder:
                 safe_serialization=True,
             )
             for file in Path(unfinished).iterdir():
-                file.replace(folder / file.name)
+                with whole_file(folder / file.name) as copy:
+                    file.replace(copy)
 
     @staticmethod
     def _write(path: Path, text: str) -> None:

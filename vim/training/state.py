@@ -1,5 +1,6 @@
 """What a run knows between two updates, and a checkpoint holds."""
 
+import math
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from .data_record import check_same_data
 from .errors import RunError
 from .sharding import gathered, load_whole, own_pieces, scatter_optimizer_state
 
@@ -34,7 +36,47 @@ class EpochSoFar:
 
     @property
     def mean_loss(self) -> float:
-        return self.loss / max(self.updates, 1)
+        """NaN where no update was made."""
+        return self.loss / self.updates if self.updates else math.nan
+
+
+@dataclass(frozen=True)
+class UpdateSplit:
+    """How the images of an update are divided.
+
+    Each division rounds its sums otherwise, and mixes, normalises and drops within other batches.
+    """
+
+    batch_size: int
+    processes: int
+    accumulate: int
+
+    @property
+    def total_batch(self) -> int:
+        return self.batch_size * self.processes * self.accumulate
+
+    def check(self, saved: "UpdateSplit") -> str | None:
+        """Returns: a warning if a run goes on with another number of processes.
+
+        Raises: RunError if it would with another number of images in an update, or other steps without need.
+        """
+        if saved.total_batch != self.total_batch:
+            raise RunError(
+                f"the run has {saved.total_batch} images an update, now they would be {self.total_batch}; choose "
+                "data.batch_size and accumulate for the number of processes so that it stays the same"
+            )
+        if saved == self:
+            return None
+        if saved.processes == self.processes:
+            raise RunError(
+                f"the run's updates have {saved.accumulate} steps of {saved.batch_size} images, now they would have "
+                f"{self.accumulate} of {self.batch_size}, with other results; resume with --data.batch_size "
+                f"{saved.batch_size} --accumulate {saved.accumulate}"
+            )
+        return (
+            f"warning: the run had {saved.processes} processes, now it has {self.processes}: updates have the same "
+            "images, but sums are rounded otherwise, and mixing, batch norm and dropout see other batches"
+        )
 
 
 @dataclass
@@ -42,17 +84,18 @@ class TrainingState:
     """Everything that the next update depends on. Random generators are not in it: all randomness is keyed by the
     seed, the epoch or the update (see vim.data.randomness).
 
-    model: unwrapped. total_batch: images in an update. metric: key of a record that makes an epoch the best. ema: None
+    model: unwrapped. split: of the images of an update. metric: key of a record that makes an epoch the best. ema: None
     without averaging. scaler: None but under fp16. unsharded: a model of the same kind, on the CPU; None if `model` is
-    not sharded. update: updates done or left out, over all epochs. history: a record for each epoch done, the lines of
-    log.jsonl. bad_images: paths of the files that could not be read.
+    not sharded. data: see `record_data`. update: updates done or left out, over all epochs. history: a record for each
+    epoch done, the lines of log.jsonl. bad_images: paths of the files that could not be read.
     """
 
     model: nn.Module
     optimizer: Optimizer
     schedule: Scheduler
     metric: str
-    total_batch: int
+    split: UpdateSplit
+    data: dict[str, Any]
     ema: ModelEmaV3 | None = None
     scaler: GradScaler | None = None
     unsharded: nn.Module | None = None
@@ -60,6 +103,11 @@ class TrainingState:
     so_far: EpochSoFar = field(default_factory=EpochSoFar)
     history: list[dict[str, Any]] = field(default_factory=list)
     bad_images: set[str] = field(default_factory=set)
+
+    @property
+    def total_batch(self) -> int:
+        """Images in an update."""
+        return self.split.total_batch
 
     @property
     def epoch(self) -> int:
@@ -136,14 +184,29 @@ class TrainingState:
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
         position = {"update": self.update, "so_far": asdict(self.so_far), "history": self.history}
-        return state | position | {"total_batch": self.total_batch, "bad_images": sorted(self.bad_images)}
+        about = {"split": asdict(self.split), "data": self.data, "bad_images": sorted(self.bad_images)}
+        return state | position | about
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["total_batch"] != self.total_batch:
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Go on from a checkpoint.
+
+        Returns: warnings.
+        Raises: RunError for one of other data or other updates, or that does not fit the model.
+        """
+        if missing := sorted({"split", "data", "model", "optimizer", "update", "so_far", "history"} - state.keys()):
             raise RunError(
-                f"the run has {state['total_batch']} images an update, now they would be {self.total_batch}; choose "
-                "data.batch_size and accumulate for the number of processes so that it stays the same"
+                f"the checkpoint has no {', '.join(missing)}: it is damaged, or of an earlier version of this package, "
+                "which can resume it"
             )
+        check_same_data(state["data"], self.data)
+        warning = self.split.check(UpdateSplit(**state["split"]))
+        try:
+            self._load(state)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(f"the checkpoint does not fit the run: {' '.join(str(error).split())}") from error
+        return [] if warning is None else [warning]
+
+    def _load(self, state: dict[str, Any]) -> None:
         load_whole(self.model, state["model"])
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         optimizer = scatter_optimizer_state(state["optimizer"], parameters)

@@ -18,9 +18,10 @@ def epoch_line(state: TrainingState, epochs: int, results: str, device: torch.de
     left = timedelta(seconds=round(record["seconds"] * (epochs - state.epoch)))
     peak = peak_memory_mib(device)
     memory = "" if peak is None else f"{peak:,.0f} MiB  "
+    skipped = f"({record['skipped']} updates skipped, not finite)  " if record["skipped"] else ""
     return (
-        f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  train loss {record['train_loss']:.3f}  {results}  "
-        f"lr {record['lr']:.1e}  {rate:.{0 if rate >= 10 else 1}f} images/s  {memory}{left} left"
+        f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  train loss {record['train_loss']:.3f}  {skipped}"
+        f"{results}  lr {record['lr']:.1e}  {rate:.{0 if rate >= 10 else 1}f} images/s  {memory}{left} left"
     )
 
 

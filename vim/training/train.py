@@ -11,6 +11,7 @@ from .checkpointer import Checkpointer
 from .classification import Classification
 from .config import ModelConfig, RunConfig
 from .interruption import Interruption, interruptible
+from .launcher import end_with_the_launcher
 from .progress import Progress
 from .run_folder import RunFolder, flat, plain
 from .summary import epoch_line
@@ -28,20 +29,24 @@ def train(config: RunConfig, resume: bool = False, task: type[Trainer] = Classif
         task: what is trained.
 
     Returns: the content of summary.json.
-    Raises: DataError, ConfigError or RunError, with a message for the user; InterruptedRunError after SIGTERM or
-        Ctrl-C, when the state is saved.
+    Raises: DataError, ConfigError or RunError, with a message for the user; InterruptedRunError after a signal, when
+        the state is saved.
     """
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     accelerator = create_accelerator(config.precision, config.accumulate, config.trackers, config.run_dir)
     run = RunFolder(config.run_dir, config.TOOL)
     run.check(config, resume)
+    end_with_the_launcher()
 
     def how_to_go_on() -> str:
         return f"go on with: {run.resume_command}" if run.config.is_file() else "it had not begun"
 
-    with interruptible(how_to_go_on) as interruption:
-        summary = _train(config, resume, task, accelerator, run, interruption)
+    try:
+        with interruptible(how_to_go_on) as interruption:
+            summary = _train(config, resume, task, accelerator, run, interruption)
+    finally:
+        run.lock.release()
     accelerator.end_training()
     return summary
 
@@ -56,18 +61,22 @@ def _train(
 ) -> dict[str, Any]:
     main, epochs = accelerator.is_main_process, config.schedule.epochs
     progress = Progress(main)
-    saved = run.load(progress.line) if resume else None
-    trainer = task(config if saved is None else _without_weights(config), accelerator, progress)
+    goes_on = resume and bool(run.saved)
+    trainer = task(_without_weights(config) if goes_on else config, accelerator, progress)
     state = trainer.state
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
-    if main and not resume:
-        run.create(config)
     if main:
+        if (warning := run.begin(config, resume)) is not None:
+            progress.line(warning)
         run.note_start(accelerator.num_processes, accelerator.device)
     if config.trackers:
         accelerator.init_trackers(run.path.name, {key: _loggable(v) for key, v in flat(plain(config)).items()})
+    saved = run.load(progress.line) if resume else None
     if saved is not None:
-        state.load_state_dict(saved)
+        for warning in state.load_state_dict(saved):
+            progress.line(warning)
+    elif resume and main:
+        run.write_config(config)  # nothing was trained yet, and what may change on a resume may have
     progress.line(trainer.describe())
     progress.line(trainer.initial_weights() if saved is None else "weights: those of the run's checkpoint")
 

@@ -4,7 +4,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
+from itertools import count
 from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 import torch
@@ -15,20 +17,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from vim.data import KeyedSampler, SampleKey, derive_seed
+from vim.data import DataError, KeyedSampler, SampleKey, derive_seed
+from vim.data.errors import WorkerError
+from vim.data.loaders import batches_of
 
 from .averaging import AveragedWeights
 from .checkpointer import Checkpointer
 from .config import Precision, RunConfig
 from .diagnosis import first_not_finite, gradient_norms, largest_activations
-from .errors import ConfigError, RunError
+from .errors import ConfigError, InterruptedRunError, RunError
 from .graphs import average_gradients
 from .model import weights_from
 from .optim import create_optimizer, create_schedule
 from .progress import Progress
 from .run_folder import RunFolder
 from .sharding import shard
-from .state import TrainingState
+from .state import TrainingState, UpdateSplit
 from .summary import summarise
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,15 +98,23 @@ class Trainer(ABC):
 
     def images_per_update(self, batch_size: int) -> int:
         """Over all processes and accumulated steps."""
-        return batch_size * self.accelerator.num_processes * self.config.accumulate
+        return self._split(batch_size).total_batch
 
-    def prepare(self, model: nn.Module, train_batches: DataLoader, val_batches: DataLoader, total_batch: int) -> None:
+    def _split(self, batch_size: int) -> UpdateSplit:
+        return UpdateSplit(batch_size, self.accelerator.num_processes, self.config.accumulate)
+
+    def prepare(
+        self, model: nn.Module, train_batches: DataLoader, val_batches: DataLoader, data: dict[str, Any]
+    ) -> None:
         """Make optimizer, schedule and averaged weights of a model that is on its device.
 
         Args:
-            total_batch: images in an update.
+            data: what `record_data` gives.
         """
         config, accelerator = self.config, self.accelerator
+        assert train_batches.batch_size is not None
+        split = self._split(train_batches.batch_size)
+        total_batch = split.total_batch
         ema = AveragedWeights(model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
         captured = self.accelerate_model(model)
         self.averages = captured and accelerator.num_processes > 1
@@ -121,7 +133,7 @@ class Trainer(ABC):
         optimizer, self.train_batches, self.val_batches = accelerator.prepare(optimizer, train_batches, val_batches)
         schedule = create_schedule(optimizer, config.schedule, self.images_per_epoch // total_batch)
         self.state = TrainingState(
-            model, optimizer, schedule, self.METRIC, total_batch, ema, accelerator.scaler, unsharded
+            model, optimizer, schedule, self.METRIC, split, data, ema, accelerator.scaler, unsharded
         )
 
     @abstractmethod
@@ -176,8 +188,10 @@ class Trainer(ABC):
     def train_epoch(self, checkpointer: Checkpointer) -> dict[str, Any]:
         """What is left of a pass over the training images.
 
-        Returns: mean loss, learning rate of the last update, images per second over all processes.
-        Raises: RunError if loss or gradient stay without finite numbers; InterruptedRunError after a signal.
+        Returns: mean loss, NaN if every update was left out; learning rate of the last update, images per second over
+            all processes.
+        Raises: RunError if loss or gradient stay without finite numbers, or a worker fails; DataError for images that
+            cannot be read; InterruptedRunError after a signal.
         """
         state, accelerator, accumulate = self.state, self.accelerator, self.config.accumulate
         images_per_step = state.total_batch // accumulate
@@ -186,7 +200,7 @@ class Trainer(ABC):
         self.clock = time.perf_counter()
         self.model.train()
         with self.progress.bar(f"epoch {state.epoch + 1}/{self.config.schedule.epochs}", steps, first) as advance:
-            for step, (*inputs, bad) in enumerate(self._batches_left(), first + 1):
+            for step, (*inputs, bad) in enumerate(self._batches_left(checkpointer), first + 1):
                 state.bad_images.update(bad)
                 with accelerator.accumulate(self.model):
                     loss_sum += self._backward(inputs, step).detach()
@@ -199,7 +213,7 @@ class Trainer(ABC):
                         if save or stop or accelerator.device.type != "cuda" or checkpointer.wants(state.update):
                             later = self._settle(checkpointer)
                             checkpointer.after_update(save or later[0], stop or later[1])
-                advance(f"loss {state.so_far.mean_loss:.3f}")
+                advance(f"loss {state.so_far.mean_loss:.3f}" if state.so_far.updates else "")
             self._settle(checkpointer)
         so_far = state.so_far
         return {
@@ -211,18 +225,48 @@ class Trainer(ABC):
             "data_wait": so_far.waited / so_far.seconds,
         }
 
-    def _batches_left(self) -> Iterator[Any]:
-        """Of this epoch, on this process."""
-        done = self.state.so_far.images
+    def _batches_left(self, checkpointer: Checkpointer) -> Iterator[Any]:
+        """Of this epoch, on this process. If there is none to be had, the last update is saved first."""
+        done, accumulate = self.state.so_far.images, self.config.accumulate
         if done == self.images_per_epoch:
             return
         self.sampler.start_at(done)
         self.train_batches.set_epoch(self.state.epoch)
-        batches, asked = iter(self.train_batches), time.perf_counter()
-        for batch in batches:
+        batches, buffers = batches_of(self.train_batches), []
+        # A signal need not wait for workers that hang. (One of several processes cannot end its update alone.)
+        alone = self.accelerator.num_processes == 1
+        waiting = checkpointer.interruption.admitted if alone and self.train_batches.num_workers else nullcontext
+        for step in count():
+            if accumulate > 1 and step % accumulate == 0:  # the last update's, if another is not completed
+                buffers = [buffer.clone() for buffer in self.state.model.buffers()]
+            asked = time.perf_counter()
+            try:
+                with waiting():
+                    batch = next(batches, None)
+            except (DataError, OSError, RuntimeError) as error:
+                self._give_up(error, buffers, checkpointer)
+                raise
+            if batch is None:
+                return
             self.state.so_far.waited += time.perf_counter() - asked
             yield batch
-            asked = time.perf_counter()
+
+    def _give_up(self, error: Exception, buffers: list[Tensor], checkpointer: Checkpointer) -> None:
+        """Save the last update, if this process is alone and can, and end a run that a signal stops.
+
+        Raises: RunError for a worker that failed, with how to go on.
+        """
+        saved = "What the last checkpoint has is kept"
+        if self.accelerator.num_processes == 1:
+            self._settle(checkpointer)
+            for buffer, value in zip(self.state.model.buffers(), buffers, strict=False):  # none without accumulation
+                buffer.copy_(value)
+            checkpointer.after_failure()
+            saved = f"All up to update {self.state.update} is saved" if self.state.update else "It had not begun"
+        if isinstance(error, InterruptedRunError):
+            checkpointer.stop()
+        if isinstance(error, WorkerError):
+            raise RunError(f"{error}. {saved}; go on with: {checkpointer.run.resume_command}") from error
 
     def _backward(self, inputs: Any, step: int) -> Tensor:
         """Gradients of a step of this epoch, counted from 1. Returns its loss."""

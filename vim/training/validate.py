@@ -52,6 +52,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
                 "images": evaluation.images,
                 "bad_images": evaluation.bad_images,
                 **evaluation.metrics(),
+                "not_finite": evaluation.not_finite,
                 "parameters": sum(p.numel() for p in models[size].parameters()),
                 "preprocessing": data_config,
             }

@@ -1,0 +1,226 @@
+"""What stops a run from outside: signals, workers that die, block or cannot hand over, a second process, a launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from image_tree import write_image_tree
+from torch.utils.data import get_worker_info
+from whole_runs import config, interrupt, one_thread  # noqa: F401  (the fixture)
+
+from vim.data import DataConfig, TrainImages
+from vim.training import InterruptedRunError, RunError, train
+from vim.training.checkpoint import load_checkpoint
+from vim.training.classification import Classification
+from vim.training.interruption import Interruption
+
+os.environ["ACCELERATE_USE_CPU"] = "true"
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]  # what hangs is a fault here
+
+DATA = {"batch_size": 16, "crop_pct": 1.0, "mean": (0.3,), "std": (0.2,)}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return write_image_tree(tmp_path_factory.mktemp("stops") / "images", {"train": 66, "val": 15}, classes=3)
+
+
+@pytest.fixture(scope="module")
+def whole(tree, tmp_path_factory):
+    """The last checkpoint of a run that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    train(config(tree, run_dir))
+    return last(run_dir)
+
+
+def last(run_dir):
+    state = load_checkpoint(run_dir / "checkpoints" / "last.pt")
+    return {"update": state["update"], **state["model"]}
+
+
+def with_workers(tree, run_dir, count=1, **changes):
+    return config(tree, run_dir, data=DataConfig(str(tree), num_workers=count, **DATA), **changes)
+
+
+def fail_in_worker(monkeypatch, how):
+    """Have a worker call something before it makes its seventh batch, the third of the second epoch; what that returns
+    takes the place of the batch."""
+    collate = TrainImages.collate
+
+    def failing(self, samples):
+        self.batches = getattr(self, "batches", 0) + 1
+        instead = how() if self.batches == 7 and get_worker_info() is not None else None
+        return collate(self, samples) if instead is None else instead
+
+    monkeypatch.setattr(TrainImages, "collate", failing)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raise_an_error():
+    raise RuntimeError("no room\nat all")
+
+
+def fill_shared_memory():
+    def full(self, *args):
+        raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+
+    torch.UntypedStorage._share_fd_cpu_ = full  # in the worker alone
+
+
+def block():
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        (die, "a process that loads images has failed: "),
+        (raise_an_error, "has failed: no room at all;"),
+        (fill_shared_memory, "cannot hand over a batch of 0.0 MiB: /dev/shm has .* No space left on device"),
+        (lambda: lambda: None, "exited unexpectedly"),  # which nothing pickles: the thread that hands over drops it
+    ],
+    ids=["died", "raised", "no shared memory", "lost"],
+)
+def test_a_worker_that_fails_ends_the_run_when_all_is_saved(tree, whole, tmp_path, monkeypatch, how, what):
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        fail_in_worker(patch, how)
+        with pytest.raises(
+            RunError, match=rf"({what}).* All up to update [456] is saved; go on with: python"
+        ) as failed:
+            train(with_workers(tree, run_dir))
+    assert "\n" not in str(failed.value)
+    train(config(tree, run_dir), resume=True)
+    assert_same(last(run_dir), whole)
+
+
+def assert_same(state, whole):
+    assert state.pop("update") == whole["update"]
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_stops_a_run_whose_worker_hangs(tree, whole, tmp_path, monkeypatch, name):
+    number, run_dir = signal.Signals[name], tmp_path / "run"
+    with monkeypatch.context() as patch:
+        fail_in_worker(patch, block)
+        update = Classification.batch_loss
+
+        def signalled(self, batch):
+            if self.state.update == 4:  # the loader looks a batch ahead, for one that never comes
+                threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+            return update(self, batch)
+
+        patch.setattr(Classification, "batch_loss", signalled)
+        with pytest.raises(InterruptedRunError, match=f"stopped by {name}; go on with: python") as stopped:
+            train(with_workers(tree, run_dir))
+    assert stopped.value.exit_code == 128 + number
+    assert last(run_dir)["update"] == 5
+    train(config(tree, run_dir), resume=True)
+    assert_same(last(run_dir), whole)
+
+
+def in_a_process(code, *args, **options):
+    """Python code in a process of its own, in a group of its own."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.Popen(command, env=environment, start_new_session=True, text=True, **options)
+
+
+def test_a_second_signal_ends_what_hangs():
+    """Outside of Python, too, where no handler comes to run; and the echo of the first does not count."""
+    code = """
+import hashlib
+from vim.training.interruption import Interruption
+with Interruption() as interruption, interruption.postponed():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # an hour
+"""
+    process = in_a_process(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.poll() is None
+    while process.poll() is None:
+        time.sleep(1)
+        os.kill(process.pid, signal.SIGTERM)
+    assert process.returncode == 143
+    assert process.stderr.read().count("\n") == 1
+
+
+def test_nohup_keeps_its_meaning():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert interruption.asked is None
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_two_processes_do_not_train_in_one_folder(tree, whole, tmp_path, monkeypatch):
+    """The lock ends with the process that holds it, even by SIGKILL, while a worker of it lives on."""
+    run_dir = tmp_path / "run"
+    interrupt(monkeypatch, Classification, 1)
+    with pytest.raises(InterruptedRunError):
+        train(config(tree, run_dir))
+    monkeypatch.undo()
+    assert not (run_dir / ".lock").exists()
+    code = """
+import os, sys, time
+from pathlib import Path
+from vim.training.run_folder import RunFolder
+RunFolder(sys.argv[1], "").lock.acquire()
+if os.fork() == 0:
+    time.sleep(1000)
+print("locked", flush=True)
+time.sleep(1000)
+"""
+    process = in_a_process(code, run_dir, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(RunError, match=rf"process {process.pid} on .* trains in {run_dir}; wait until it ends, or"):
+            train(config(tree, run_dir), resume=True)
+        process.kill()
+        process.wait()
+        train(config(tree, run_dir), resume=True)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    assert_same(last(run_dir), whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell of a parent's death")
+def test_the_end_of_a_launcher_is_a_signal(tmp_path):
+    """SIGKILL to a parent that is called as accelerate's launcher is; that of a shell is nothing."""
+    child = """
+import os, signal, sys
+from vim.training.launcher import end_with_the_launcher
+caught = []
+signal.signal(signal.SIGTERM, lambda *_: caught.append("SIGTERM"))
+end_with_the_launcher()
+print(os.getpid(), flush=True)
+parent = os.getppid()
+while os.getppid() == parent and not caught:
+    signal.sigtimedwait([signal.SIGUSR1], 0.1)
+signal.sigtimedwait([signal.SIGUSR1], 1)
+print(*caught or ["nothing"], flush=True)
+"""
+    launch = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    for name, want in (("accelerate", "SIGTERM"), ("wrapper", "nothing")):
+        (tmp_path / name).write_text(launch)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, tmp_path / name, child]
+        parent = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        assert int(parent.stdout.readline()) != parent.pid
+        parent.kill()
+        assert parent.stdout.readline() == f"{want}\n"
