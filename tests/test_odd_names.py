@@ -68,12 +68,13 @@ def test_pages_of_odd_runs(tmp_path):
     folder, split = "*x*|<script>_a_", "`v`\n# V"
     run = FinishedRun(
         tmp_path,
-        {"data": {"root": folder, "val_split": split}, "model": {"checkpoint": "[a](b)", "name": "\n  ```\n"}},
+        {"data": {"root": folder, "val_split": split}, "model": {"name": "\n  ```\n"}},
         {"parameters": 1, "top1": 50.0, "top5": 60.0, "val_images": 2, "epochs": 1, "updates": 1, "skipped_updates": 0}
         | {"bad_images": 0, "train_seconds": 1.0, "images_per_second": 1.0, "versions": {}, "seed": 0},
         [{"processes": 1, "device": "a|b", "git_revision": None, "command": "train.py '```\n<b>'"}],
         tmp_path,
         {"architecture": "vim_nano", "pretrained_cfg": {"input_size": [1, 2, 3]}, "num_classes": 2},
+        "[a](b)",
     )
     text = str(model_card(run, PushConfig("run", "me/it", "mit")))
     outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", text, flags=re.S | re.M)

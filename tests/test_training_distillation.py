@@ -58,6 +58,7 @@ def states(run_dir):
     state = load_checkpoint(run_dir / "checkpoints" / "last.pt")
     state["history"] = timeless(state["history"])
     state["so_far"] = timeless([state["so_far"]])
+    state["data"] = state["data"]["splits"]["train"]["names"]  # assert_close compares no texts
     return state
 
 

@@ -24,6 +24,7 @@ from vim.data import (
     train_loader,
     train_transform,
 )
+from vim.data.names import plain_name
 
 from .checkpointer import Checkpointer
 from .config import TrainConfig
@@ -166,7 +167,7 @@ class Classification(Trainer):
 
 def _names(images: LabelledImages) -> Iterator[str]:
     """Of a split, without the folder that it lies in."""
-    folder = f"{images.path}{os.sep}"
+    folder = plain_name(f"{images.path}{os.sep}")
     return (images.name(index).removeprefix(folder) for index in range(len(images)))
 
 

@@ -16,13 +16,13 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 SIGNALS = tuple(signal.Signals[name] for name in NAMES if hasattr(signal, name))
 
 # A launcher passes on to its children what the scheduler or the terminal has sent to them already.
-SECONDS_OF_AN_ECHO = 0.5
+SECONDS_OF_AN_ECHO = 2.0
 
 
 class Interruption:
     """While it is entered, a signal to stop raises InterruptedRunError; in a `postponed` block it waits in `asked`.
 
-    A second signal, half a second or more after the first, ends the process at once, even where it hangs: a thread of
+    A second signal, two seconds or more after the first, ends the process at once, even where it hangs: a thread of
     its own sees to that. Under nohup SIGHUP is ignored, as it was. Where the interpreter does not let it handle
     signals, outside of the main thread, they do what they did.
     """
