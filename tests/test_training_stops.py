@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from vim.data import DataConfig, TrainImages
 from vim.training import InterruptedRunError, RunError, train
 from vim.training.checkpoint import load_checkpoint
 from vim.training.classification import Classification
+from vim.training.cli import end_children
 from vim.training.interruption import Interruption
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -94,13 +96,19 @@ def test_a_worker_that_fails_ends_the_run_when_all_is_saved(tree, whole, tmp_pat
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
         fail_in_worker(patch, how)
-        with pytest.raises(
-            RunError, match=rf"({what}).* All up to update [456] is saved; go on with: python"
-        ) as failed:
+        with ends(RunError, rf"({what}).* All up to update [456] is saved; go on with: python") as failed:
             train(with_workers(tree, run_dir))
     assert "\n" not in str(failed.value)
     train(config(tree, run_dir), resume=True)
     assert_same(last(run_dir), whole)
+
+
+@contextmanager
+def ends(kind, match):
+    """The run ends with an error, and its workers as the tools end them: torch would wait for each that hangs."""
+    with pytest.raises(kind, match=match) as error:
+        yield error
+    end_children()
 
 
 def assert_same(state, whole):
@@ -121,7 +129,7 @@ def test_a_signal_stops_a_run_whose_worker_hangs(tree, whole, tmp_path, monkeypa
             return update(self, batch)
 
         patch.setattr(Classification, "batch_loss", signalled)
-        with pytest.raises(InterruptedRunError, match=f"stopped by {name}; go on with: python") as stopped:
+        with ends(InterruptedRunError, f"stopped by {name}; go on with: python") as stopped:
             train(with_workers(tree, run_dir))
     assert stopped.value.exit_code == 128 + number
     assert last(run_dir)["update"] == 5

@@ -117,10 +117,10 @@ def plain_errors() -> Iterator[None]:
         print(f"error: {where}{why(error)}", file=sys.stderr)
         sys.exit(1)
     finally:
-        _end_children()
+        end_children()
 
 
-def _end_children() -> None:
+def end_children() -> None:
     """With a GPU torch would wait five seconds for each loading process that nobody has told to end, one by one."""
     children = multiprocessing.active_children()
     # One that has only just begun dies of the signal, of which torch's handler makes an error in this process.
