@@ -80,7 +80,7 @@ def fft_points(length: int) -> int:
         rest = blocks
         for prime in (2, 3, 5):
             while rest % prime == 0:
-                rest //= prime
+                rest = rest // prime  # not in place: in torch.jit.trace sizes are tensors
         if rest == 1:
             return 16 * blocks
         blocks += 1

@@ -327,7 +327,7 @@ def test_a_new_length_compiles_nothing():
         triton_conv._forward_kernel,
         triton_conv._backward_kernel,
         triton_conv._tap_sums_kernel,
-        triton_ssd._chunk_states,
+        triton_ssd._states,
         triton_ssd._carry,
         triton_ssd._outputs,
         triton_ssd._gradients,

@@ -56,6 +56,16 @@ def test_mixers(mixer):
     assert_close(sized(larger), model(larger), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_traces(mixer):
+    """Counters of operations take torch.jit.trace."""
+    model = VisionMamba(**TINY, **(PLAIN if mixer == "s4nd" else {}), mixer=mixer).eval()
+    traced = torch.jit.trace(model, torch.randn(2, 1, 24, 16))
+    x = torch.randn(2, 1, 24, 16)
+    assert_close(traced(x), model(x))
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_without_memory_at_first(mixer):
     """On the meta device, then with memory and initialised: as a model made at once."""

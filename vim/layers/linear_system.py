@@ -76,6 +76,8 @@ def vandermonde(log_dA: Tensor, weight: Tensor, length: int) -> Tensor:
 
     Returns: (..., L), real.
     """
+    if isinstance(length, Tensor):  # torch.jit.trace has tensors for sizes
+        length = int(length)
     columns = max(1, round(length**0.5))
     rows = -(-length // columns)
     place = torch.arange(columns, device=log_dA.device)
