@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("command", nargs="+", help="training tool and its arguments, without --run_dir")
     args = parser.parse_args()
+    if signal.getsignal(signal.Signals[args.signal]) == signal.SIG_IGN:
+        parser.error(f"{args.signal} is ignored here and in all that starts here, as under nohup; start this otherwise")
     with plain_errors():
         test = KillTest(args.command, Path(args.folder), signal.Signals[args.signal], args.kills, args.seed)
         print(f"left alone: {test.start_seconds:.1f} s to start, {test.run_seconds:.1f} s to run", flush=True)
