@@ -271,7 +271,6 @@ def test_only_uploaded_files_are_read(setting, url, uploads):
     assert "class map of" in api.answer(api.ask(ours))  # nothing of all this holds up the others
 
 
-@pytest.mark.timeout(60)
 def test_a_slow_image_holds_up_nobody(monkeypatch, tmp_path):
     pytest.importorskip("gradio")
     from vim.demo.app import page
