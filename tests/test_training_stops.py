@@ -25,6 +25,15 @@ from vim.training.interruption import Interruption
 os.environ["ACCELERATE_USE_CPU"] = "true"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+
+@pytest.fixture(autouse=True)
+def not_under_nohup():
+    """Where SIGHUP is ignored it stays so, and the tests may have been started there."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, former)
+
+
 DATA = {"batch_size": 16, "crop_pct": 1.0, "mean": (0.3,), "std": (0.2,)}
 
 
