@@ -8,11 +8,12 @@ RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # Threads that spin while they wait starve each other where something else runs on the same few cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install quickstart test sanitize lint types test-timm test-timm-tiny clean
+.PHONY: help install quickstart test mutants sanitize lint types test-timm test-timm-tiny clean
 
 help:
 	@echo "make quickstart      train and evaluate a Vision Mamba on real digits (a few minutes on two CPU cores)"
 	@echo "make test            lint, type-check and test"
+	@echo "make mutants         small wrong versions of the code, each of which a test must fail (about half an hour)"
 	@echo "make sanitize        random calls of the C kernels under gcc's address and undefined-behaviour sanitizers"
 	@echo "make test-timm       timm's own model tests on vim_nano (fetches timm's source distribution)"
 	@echo "make test-timm-tiny  the same on vim_tiny, without the quadratic prune test"
@@ -39,6 +40,9 @@ types: $(INSTALLED)
 
 test: lint types
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+mutants: $(INSTALLED)
+	$(BIN)/python tests/mutants/run.py
 
 sanitize: $(INSTALLED)
 	$(BIN)/python tests/kernels/sanitize.py --cases 600
