@@ -111,9 +111,9 @@ def conv_pair_excess(*, limit: float | None = None, activation="silu", rows=None
     return excess(function, {"x": inputs["x"]} | pairs, limit=limit, **options)
 
 
-def uneven_pair(dtype=torch.bfloat16, device="cpu") -> dict:
+def uneven_pair(dtype=torch.bfloat16, device="cpu", d_state=3) -> dict:
     """Directions that do not fit into one launch, and strided sequences: slices of channels, of steps, and expanded."""
-    inputs = pair_inputs(batch=2, length=6, d_inner=5, d_state=3, dtype=dtype, device=device)
+    inputs = pair_inputs(batch=2, length=6, d_inner=5, d_state=d_state, dtype=dtype, device=device)
     (u0, u1), (B0, B1) = ([t.detach() for t in inputs[name]] for name in "uB")
     z = inputs["z"].detach()
     inputs["u"] = (torch.cat([u0, u0], 2)[..., 5:].requires_grad_(), u1.float().requires_grad_())
@@ -122,9 +122,9 @@ def uneven_pair(dtype=torch.bfloat16, device="cpu") -> dict:
     return inputs
 
 
-def widened_pair(device="cpu") -> dict:
+def widened_pair(device="cpu", d_state=3) -> dict:
     """fp32, and in the reverse direction a D in fp64, which takes both directions to it."""
-    inputs = pair_inputs(batch=1, length=6, d_inner=3, d_state=3, dtype=torch.float32, device=device)
+    inputs = pair_inputs(batch=1, length=6, d_inner=3, d_state=d_state, dtype=torch.float32, device=device)
     inputs["D"] = (inputs["D"][0], inputs["D"][1].detach().double().requires_grad_())
     return inputs
 

@@ -209,7 +209,7 @@ def alone(mixer, x, lengths):
 @pytest.mark.parametrize("mixer_class", [Mamba, BiMamba])
 def test_packed_sequences_are_mixed_alone(mixer_class, mixer_backend, relative_error):
     torch.manual_seed(0)
-    mixer = mixer_class(16, d_state=5).to(mixer_backend.device)
+    mixer = mixer_class(16, d_state=24).to(mixer_backend.device)  # few for a lane: the kernels compile fast
     lengths = [[1, 22, 2, 12], [37]]
     x = torch.randn(2, 37, 16, device=mixer_backend.device)
     seq_idx = torch.tensor([[i % 2 for i, n in enumerate(row) for _ in range(n)] for row in lengths], device=x.device)
