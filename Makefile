@@ -3,16 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The lowest versions that pyproject.toml allows, of all but the development tools.
+VENV_MIN ?= .venv-min
+INSTALLED_MIN := $(VENV_MIN)/.installed
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 # Threads that spin while they wait starve each other where something else runs on the same few cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install quickstart test mutants sanitize lint types test-timm test-timm-tiny clean
+.PHONY: help install quickstart test test-min mutants sanitize lint types test-timm test-timm-tiny clean
 
 help:
 	@echo "make quickstart      train and evaluate a Vision Mamba on real digits (a few minutes on two CPU cores)"
 	@echo "make test            lint, type-check and test"
+	@echo "make test-min        test with the lowest versions of all dependencies, in $(VENV_MIN) (several GB)"
 	@echo "make mutants         small wrong versions of the code, each of which a test must fail (about half an hour)"
 	@echo "make sanitize        random calls of the C kernels under gcc's address and undefined-behaviour sanitizers"
 	@echo "make test-timm       timm's own model tests on vim_nano (fetches timm's source distribution)"
@@ -23,6 +27,14 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[quickstart,features,detection,export,demo,lm,dev]'
+	@touch $@
+
+$(INSTALLED_MIN): pyproject.toml
+	$(PYTHON) -m venv $(VENV_MIN)
+	$(VENV_MIN)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV_MIN)/bin/python tests/lowest_versions.py > $(VENV_MIN)/lowest.txt
+	$(VENV_MIN)/bin/python -m pip install --quiet --constraint $(VENV_MIN)/lowest.txt \
+		--editable '.[quickstart,features,detection,export,demo,lm,tracking,dev]'
 	@touch $@
 
 install: $(INSTALLED)
@@ -41,6 +53,9 @@ types: $(INSTALLED)
 test: lint types
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
+test-min: $(INSTALLED_MIN)
+	$(VENV_MIN)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants/run.py
 
@@ -54,4 +69,4 @@ test-timm-tiny: $(INSTALLED)
 	$(BIN)/python tests/timm_suite/run.py vim_tiny --deselect test_prune_intermediate_layers_contract
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_MIN) build dist .pytest_cache .mypy_cache .ruff_cache

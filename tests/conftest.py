@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from shared_failures import pytest_runtest_makereport  # noqa: F401  (the hook)
 from torch import Tensor
 
 import vim.layers.bimamba

@@ -10,6 +10,7 @@ import tarfile
 import pytest
 from image_shards import add
 from PIL import Image
+from processes import outputs
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from vim.data import DataError, EvalImages, ImageFolder, ImageSource, check_same_classes
@@ -64,7 +65,7 @@ def test_classes_and_files_have_one_order_in_every_reader_and_process(tmp_path):
         subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": seed}, cwd=tmp_path, stdout=subprocess.PIPE)
         for seed in "01"
     ]
-    found = [json.loads(process.communicate()[0]) for process in running]
+    found = [json.loads(out) for out, _ in outputs(*running)]
     assert found[0] == found[1]
     *classes, files, entries, labels = found[0]
     assert classes == [IN_ORDER] * 3

@@ -17,6 +17,7 @@ import timm
 import torch
 from image_tree import write_image_tree
 from PIL import Image
+from processes import outputs
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
@@ -219,9 +220,7 @@ class Api:
         self.url = f"{url}gradio_api/"
 
     def post(self, what: str, body: bytes, kind: str = "application/json"):
-        with urllib.request.urlopen(
-            urllib.request.Request(self.url + what, body, {"Content-Type": kind}), timeout=60
-        ) as f:
+        with urllib.request.urlopen(urllib.request.Request(self.url + what, body, {"Content-Type": kind})) as f:
             return json.load(f)
 
     def upload(self, content: bytes, name: str = "a.png") -> dict:
@@ -233,7 +232,7 @@ class Api:
         return self.post("call/answer", json.dumps({"data": [upload, block]}).encode())["event_id"]
 
     def answer(self, event: str) -> str:
-        with urllib.request.urlopen(f"{self.url}call/answer/{event}", timeout=60) as f:
+        with urllib.request.urlopen(f"{self.url}call/answer/{event}") as f:
             return f.read().decode()
 
 
@@ -307,7 +306,9 @@ def browser_page():
         if not Path(path).exists():
             pytest.skip("no chromium")
         browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser.new_page()
+        page = browser.new_page()
+        page.set_default_timeout(0)  # pytest has a limit
+        yield page
         browser.close()
 
 
@@ -338,7 +339,7 @@ def url(setting, uploads):
         yield f"http://127.0.0.1:{port}/"
     finally:
         process.terminate()
-        process.communicate(timeout=20)
+        outputs(process)
     assert not list(uploads.glob("vim-demo-*"))
 
 

@@ -76,7 +76,7 @@ assert len(targets) > 100 and {{t.namespace for t in targets}} == {{"aten"}}
 assert not any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in program.graph.nodes)
 torch.save(program.module()(torch.load({str(tmp_path / "images.pt")!r})), {str(tmp_path / "out.pt")!r})
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)
     with torch.no_grad():
         assert_close(torch.load(tmp_path / "out.pt"), model(images(5)), atol=1e-5, rtol=1e-5)
 

@@ -142,4 +142,4 @@ import timm, vim
 assert not any(name.startswith("triton.") for name in sys.modules)
 assert "vim_small" in timm.list_models("vim_*")
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)

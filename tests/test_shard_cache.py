@@ -23,6 +23,8 @@ def kept(cache):
 def test_a_file_is_made_once_by_however_many_processes(tmp_path):
     made = tmp_path / "made"
 
+    ready = fork.Barrier(4)
+
     def work(pipe):
         def write(path):
             with made.open("a") as file:
@@ -31,6 +33,7 @@ def test_a_file_is_made_once_by_however_many_processes(tmp_path):
             time.sleep(0.3)
             path.write_bytes(b"whole")
 
+        ready.wait()
         pipe.send(bytes(ShardCache(tmp_path / "cache").open("x.arrow", write)))
 
     pipes = [fork.Pipe(duplex=False) for _ in range(4)]

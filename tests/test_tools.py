@@ -30,12 +30,6 @@ def setting(tmp_path_factory):
     return path
 
 
-def start(tool, *args, cwd, env=None):
-    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, args)]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 @pytest.fixture
 def call(monkeypatch):
     """call(tool, *args): run a tool in this process."""
@@ -49,12 +43,13 @@ def call(monkeypatch):
 
 
 def test_train_resume_and_validate(setting, monkeypatch, capsys, call):
-    process = start("train", "--config", "config.yaml", "--run_dir", "runs/one", cwd=setting)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "epoch 1/2  train loss" in out  # plain lines where there is no terminal
-    assert "\x1b" not in out
-    assert f"plots: {Path('runs/one/learning_curve.png')}" in out
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), "--config", "config.yaml", "--run_dir", "runs/one"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=setting, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1/2  train loss" in done.stdout  # plain lines where there is no terminal
+    assert "\x1b" not in done.stdout
+    assert f"plots: {Path('runs/one/learning_curve.png')}" in done.stdout
 
     # The rest in this process, which spares the imports.
     monkeypatch.chdir(setting)

@@ -4,9 +4,9 @@ import importlib
 import json
 import runpy
 import sys
-import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -128,10 +128,18 @@ def test_a_run_writes_every_number_and_the_plot(tmp_path):
 
 
 def test_images_a_second_are_those_of_the_step(monkeypatch):
-    monkeypatch.setattr(module, "build_step", lambda *args: lambda: (time.sleep(0.01), torch.zeros(()))[1])
+    now = 0.0
+
+    def step():  # of 10 ms by this clock
+        nonlocal now
+        now += 0.01
+        return torch.zeros(())
+
+    monkeypatch.setattr(module, "build_step", lambda *args: step)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))
     measured = module.measure(Contender("any"), Workload(batch_size=4), config("", "any", seconds=0.1), CPU)
-    assert 100 < measured["images_per_second"] <= measured["max"] < 400  # sleep takes 10 ms or longer
-    assert measured["setup_seconds"] >= 0.03
+    assert [measured[name] for name in ("images_per_second", "min", "max")] == pytest.approx([400] * 3)
+    assert measured["setup_seconds"] == pytest.approx(0.01 * module.WARM_UP_STEPS)
 
 
 def test_a_model_with_wrong_outputs_has_no_speed(monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from image_tree import write_image_tree
+from processes import outputs
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
@@ -84,7 +85,7 @@ def start(processes, *args, stop=(None, None), cpu=True):
 
 
 def codes(processes):
-    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+    errors = [error.decode() for _, error in outputs(*processes)]
     return [process.returncode for process in processes], errors
 
 

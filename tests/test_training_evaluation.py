@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from processes import outputs
 from torch.utils.data import DataLoader
 
 from vim.data.loaders import NO_LABEL, collate
@@ -96,4 +97,5 @@ def test_two_processes():
         env = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", TWO_PROCESSES]
         processes.append(subprocess.Popen(command, env=env, cwd=os.path.dirname(__file__)))
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    outputs(*processes)
+    assert [process.returncode for process in processes] == [0, 0]

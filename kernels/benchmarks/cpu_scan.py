@@ -131,7 +131,7 @@ def machine() -> str:
         model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), model)
     command, _ = cpu._compiler([])
     compiler = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
-    date = datetime.datetime.now(datetime.timezone.utc).date()
+    date = datetime.datetime.now(datetime.UTC).date()
     return (
         f"{model}, {torch.get_num_threads()} threads; torch {torch.__version__}, {compiler.splitlines()[0]}, "
         f"Python {platform.python_version()}; OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}, "

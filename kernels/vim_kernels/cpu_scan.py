@@ -79,7 +79,7 @@ def backward(
         shared |= {"z": cpu.readable(z, dtype), "y_sum": cpu.readable(y_sum, dtype), "dz": dz}
     grads, arguments = [], []
     for i, d in enumerate(directions):
-        grad = DirectionGrads._make(None if t is None else cpu.empty(t.shape, dtype) for t in d.tensors)
+        grad = DirectionGrads._make(None if t is None else cpu.empty(t.shape, dtype) for t in d.tensors())
         sequences, arrays = _inputs(d, dtype)
         sequences |= {"du": grad.u, "ddt": grad.dt, "dB": grad.B, "dC": grad.C}
         arrays |= {"dA": grad.A, "dD": grad.D, "d_bias": grad.dt_bias, "d_initial_state": grad.initial_state}
@@ -91,7 +91,7 @@ def backward(
     _run("scan_backward", directions, arguments, dt_softplus, scale)
     return [
         DirectionGrads._make(
-            None if g is None or t is None else g.to(t.dtype) for g, t in zip(grad, d.tensors, strict=True)
+            None if g is None or t is None else g.to(t.dtype) for g, t in zip(grad, d.tensors(), strict=True)
         )
         for grad, d in zip(grads, directions, strict=True)
     ], None if z is None else dz.to(z.dtype)
@@ -100,7 +100,11 @@ def backward(
 def _inputs(d: Direction, dtype: torch.dtype) -> _Arguments:
     return (
         {"u": cpu.readable(d.u, dtype), "dt": cpu.readable(d.dt, dtype)}
-        | {"B": cpu.readable(d.B, dtype), "C": cpu.readable(d.C, dtype), "starts": cpu.per_step(d.starts, torch.bool)},
+        | {
+            "B": cpu.readable(d.B, dtype),
+            "C": cpu.readable(d.C, dtype),
+            "starts": cpu.per_step(d.starts(), torch.bool),
+        },
         {"A": cpu.dense(d.A, dtype), "D": cpu.dense(d.D, dtype), "dt_bias": cpu.dense(d.dt_bias, dtype)}
         | {"initial_state": cpu.dense(d.initial_state, dtype)},
     )

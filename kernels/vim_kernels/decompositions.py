@@ -17,7 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._higher_order_ops.scan import scan as torch_scan_operator
+from torch._higher_order_ops.scan import scan_op as torch_scan_operator
 
 from . import reference
 
@@ -163,20 +163,20 @@ def _looped(
 ) -> tuple[Tensor, Tensor]:
     """y (L, R, 1, E) and the last state, one step after another."""
 
-    def step(h: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        delta, x, B, C = inputs
+    def step(h: Tensor, delta: Tensor, x: Tensor, B: Tensor, C: Tensor, A: Tensor) -> list[Tensor]:
         if packed:
             B, keep = B[:, :-1], B[:, -1:]
             h = keep * h
         h = torch.exp(delta * A) * h + x * B
-        return h, C @ h
+        return [h, C @ h]
 
     packed = keep is not None
     if keep is not None:
         # Not an input of its own: after scans of four inputs, torch would trace their number as one that may change,
         # and torch.onnx cannot translate that.
         B = torch.cat([B, keep], 2)
-    h, y = torch_scan_operator(step, h, (delta, x, B, C))
+    # Not by way of its function `scan`, which compiles: torch 2.10 cannot do that in a decomposition.
+    h, y = torch_scan_operator(step, [h], [delta, x, B, C], (A,))
     return y, h
 
 

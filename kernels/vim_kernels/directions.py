@@ -32,12 +32,11 @@ class Direction(NamedTuple):
     reverse: bool  # process step L-1 first
     cuts: Tensor | None = None  # (B, L + 1) bool, see `packing.cuts_of`; the same for both directions
 
-    @property
+    # Methods, not properties: torch.compile of torch 2.10 reads no property of a named tuple.
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What has a gradient, in the order of `DirectionGrads`."""
         return self.u, self.dt, self.A, self.B, self.C, self.D, self.dt_bias, self.initial_state
 
-    @property
     def starts(self) -> Tensor | None:
         """(B, L) bool: whether the state is zero in front of a step, as one sequence ends and another begins there."""
         if self.cuts is None:

@@ -23,7 +23,7 @@ def scan(d: Direction, *, dt_softplus: bool) -> tuple[Tensor, Tensor]:
     Returns: y (B, L, E) and the last state (B, E, N), both in the state's precision.
     Besides the shapes in `Direction`, B and C may be constant in time, (E, N), and A, B, C may be complex.
     """
-    real = state_dtype(*d.tensors)
+    real = state_dtype(*d.tensors())
     state = torch.complex128 if real == torch.float64 else torch.complex64
     state = state if d.A.is_complex() else real
     batch, _, d_inner = d.u.shape
@@ -43,7 +43,8 @@ def scan(d: Direction, *, dt_softplus: bool) -> tuple[Tensor, Tensor]:
         h = d.initial_state.to(state)
     # unbind, not indexing: the gradient of a slice fills a tensor of the full length, quadratic in all.
     steps = list(zip(u.unbind(1), delta.unbind(1), B.to(state).unbind(1), C.to(state).unbind(1), strict=True))
-    resets = [None] * len(steps) if d.starts is None else list(d.starts[:, :, None, None].unbind(1))
+    starts = d.starts()
+    resets = [None] * len(steps) if starts is None else list(starts[:, :, None, None].unbind(1))
     walk = list(zip(steps, resets, strict=True))
     outputs = []
     for (u_t, delta_t, B_t, C_t), reset_t in reversed(walk) if d.reverse else walk:

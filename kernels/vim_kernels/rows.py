@@ -45,14 +45,14 @@ def direction_as_rows(d: Direction) -> Direction:
 
 def columns(directions: Sequence[Direction]) -> list[tuple[Tensor, ...] | None]:
     """The tensors field by field; None for a field that is absent."""
-    return [None if column[0] is None else column for column in zip(*(d.tensors for d in directions), strict=True)]
+    return [None if column[0] is None else column for column in zip(*(d.tensors() for d in directions), strict=True)]
 
 
 def agreeing(directions: Sequence[Direction]) -> list[Direction]:
     """The directions as rows, with one dtype, and strides in common, for each field: one launch takes them all."""
     rows = [direction_as_rows(d) for d in directions]
     fields = []
-    for tensors in zip(*(d.tensors for d in rows), strict=True):
+    for tensors in zip(*(d.tensors() for d in rows), strict=True):
         present = [t for t in tensors if t is not None]
         if any(t.dtype != present[0].dtype or t.stride() != present[0].stride() for t in present):
             dtype = functools.reduce(torch.promote_types, (t.dtype for t in present))

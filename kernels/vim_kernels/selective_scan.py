@@ -130,7 +130,7 @@ def _scan(
     check_seq_idx(seq_idx, "u", directions[0].u)
     backend = backends.under_transforms(backend)
     cuts = cuts_of(seq_idx)
-    present = [t for d in directions for t in d.tensors if t is not None] + ([] if z is None else [z])
+    present = [t for d in directions for t in d.tensors() if t is not None] + ([] if z is None else [z])
     dtype = state_dtype(*present)  # one for both directions: they share their outputs and one call of a kernel
     directions = [
         d._replace(
@@ -164,7 +164,7 @@ def _scan(
 
 def _check(d: Direction, z: Tensor | None, backend: str, suffix: str) -> None:
     """Raise for the first argument that breaks a rule of `selective_scan`'s docstring."""
-    given = {f"{name}{suffix}": t for name, t in zip(DirectionGrads._fields, d.tensors, strict=True)}
+    given = {f"{name}{suffix}": t for name, t in zip(DirectionGrads._fields, d.tensors(), strict=True)}
     check_tensors(given | {"z": z}, like=f"u{suffix}", dtypes=(*FLOATS, torch.complex64, torch.complex128))
     for name, t in given.items():
         if t is not None and t.is_complex() and not (name[0] in "ABCi" and backend == "reference"):
@@ -223,7 +223,7 @@ _INPUTS = f"{_COLUMNS}, Tensor? z, Tensor? cuts, int[] reverse, bool dt_softplus
 
 
 def _columns(directions: Sequence[Direction]) -> list[list[Tensor]]:
-    fields = zip(*(d.tensors for d in directions), strict=True)
+    fields = zip(*(d.tensors() for d in directions), strict=True)
     return [[t for t in column if t is not None] for column in fields]
 
 
@@ -250,7 +250,7 @@ def _check_sizes(directions: Sequence[Direction], z: Tensor | None, cuts: Tensor
         (batch, d_inner, d_state),
     )
     for d in directions:
-        for name, t, size in zip(DirectionGrads._fields, d.tensors, sizes, strict=True):
+        for name, t, size in zip(DirectionGrads._fields, d.tensors(), sizes, strict=True):
             if t is not None and t.shape != size:
                 raise ValueError(f"{name} must be {size} in this call, got {shape_of(t)}")
     if d_inner % groups:

@@ -87,8 +87,8 @@ class _Chunk:
         self.delta = F.softplus(self.dt) if dt_softplus else self.dt
         self.A = d.A.unflatten(0, (self.groups, -1))
         self.decay = self.grouped(self.delta).unsqueeze(-1).mul(self.A).exp_()
-        if d.starts is not None:
-            starts = d.starts[:, self.slice].transpose(0, 1)
+        if (starts := d.starts()) is not None:
+            starts = starts[:, self.slice].transpose(0, 1)
             starts = starts.flip(0) if self.reverse else starts
             self.decay.masked_fill_(starts[..., None, None, None], 0)
 

@@ -621,7 +621,7 @@ def backward(
         )
     found = [[None] * count if t is None else t for t in (du, ddt, dA, dB, dC, dD, d_bias, d_h0)]
     grads = [
-        DirectionGrads._make(_like(t, of) for t, of in zip(own, to.tensors, strict=True))
+        DirectionGrads._make(_like(t, of) for t, of in zip(own, to.tensors(), strict=True))
         for own, to in zip(zip(*found, strict=True), given, strict=True)
     ]
     return grads, dz

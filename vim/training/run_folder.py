@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class RunFolder:
     def note_start(self, processes: int, device: torch.device) -> None:
         """Add a line to starts.jsonl: when, by which command, from which revision, with which versions and where."""
         line = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": shlex.join(sys.argv),
             "git_revision": git_revision(),
             "versions": versions(),
