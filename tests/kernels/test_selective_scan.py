@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from scan_inputs import pair_inputs, scan_inputs
 from torch.utils.checkpoint import checkpoint
 
-from vim_kernels import available_backends, bidirectional_selective_scan, selective_scan
+from vim_kernels import available_backends, backends, bidirectional_selective_scan, selective_scan
 
 BACKENDS = [name for name in available_backends() if name in ("torch", "cpu")]
 ALL = [*BACKENDS, "reference"]
@@ -402,6 +402,11 @@ WRONG = [
     ({"A": torch.zeros(24, 16, dtype=torch.bfloat16)}, TypeError, "A must be fp32 or fp64 .* got torch.bfloat16"),
     ({"A": torch.zeros(24, 16, dtype=torch.complex64)}, ValueError, "A is complex: .* got backend='auto'"),
     ({"u": torch.zeros(2, 37, 24, dtype=torch.complex64)}, ValueError, "u is complex: only A, B, C"),
+    (
+        {"A": torch.zeros(24, 0), "B": torch.zeros(2, 37, 0)},
+        ValueError,
+        "A must have at least one state a channel, got",
+    ),
     ({"B": torch.zeros(2, 37, 15)}, ValueError, r"B must be \(batch, length, d_state\) = \(2, 37, 16\), got"),
     ({"B": torch.zeros(2, 37, 5, 16)}, ValueError, r"B must have groups that divide d_inner = 24 evenly, got"),
     ({"C": torch.zeros(2, 37, 2, 16)}, ValueError, r"C must have the shape of B, \(2, 37, 16\), got \(2, 37, 2, 16\)"),
@@ -448,6 +453,26 @@ def test_directions_of_other_sizes_are_refused(backend, second, message):
     first, other = (pair_inputs(**shape, absent=("z",), dtype=torch.float32) for shape in ({}, second))
     with pytest.raises(ValueError, match=message):
         bidirectional_selective_scan(**{n: (first[n][0], other[n][1]) for n in first}, backend=backend)
+
+
+def test_auto_takes_the_fastest_and_logs_it(caplog):
+    backends._fastest.cache_clear()
+    inputs = scan_inputs(length=70, dtype=torch.float32)
+    with caplog.at_level("INFO", "vim_kernels"):
+        found, _ = (selective_scan(**inputs) for _ in range(2))
+    fastest = BACKENDS[0]
+    assert torch.equal(found, selective_scan(**inputs, backend=fastest))
+    assert fastest == "torch" or not torch.equal(found, selective_scan(**inputs, backend="torch"))
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        f"backend {fastest!r} for tensors on cpu"
+    ]
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the cpu backend")
+def test_the_cpu_backend_takes_tensors_of_the_cpu():
+    inputs = {name: t.to("meta") for name, t in scan_inputs(dtype=torch.float32).items()}
+    with pytest.raises(RuntimeError, match="backend 'cpu' takes CPU tensors, got tensors on meta; use backend='auto'"):
+        selective_scan(**inputs, backend="cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

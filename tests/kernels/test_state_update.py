@@ -39,12 +39,13 @@ def test_step_by_step_equals_the_whole(groups, absent, softplus, relative_error)
     assert relative_error(state, last) < 1e-13
 
 
-def test_keeps_the_state_in_fp32():
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_keeps_the_state_in_its_precision(kept):
     inputs = {name: t.detach() for name, t in scan_inputs(length=1, dtype=torch.bfloat16).items()}
-    state = inputs.pop("initial_state")
+    state = inputs.pop("initial_state").to(kept)
     step = {name: t[:, 0] if t.dim() == 3 else t for name, t in inputs.items()}
     y, new_state = selective_state_update(state, **step)
-    assert (y.dtype, new_state.dtype) == (torch.bfloat16, torch.float32)
+    assert (y.dtype, new_state.dtype) == (torch.bfloat16, kept)
 
 
 @pytest.mark.parametrize(
