@@ -166,6 +166,15 @@ def test_half_precision(dtype, device):
     assert torch.equal(single, ssd(**given))
 
 
+def test_a_state_stays_in_fp32_beside_half_precision(relative_error):
+    """Nothing is added to it, so that it decays alone."""
+    given = {name: t.detach() for name, t in inputs(3, dtype=torch.float32).items()}
+    given |= {name: given[name].bfloat16() for name in ("dt", "B", "C")} | {"x": given["x"].bfloat16() * 0}
+    _, state = ssd(**given, return_last_state=True)
+    _, want = recurrence(**{name: t.double() for name, t in given.items()})
+    assert relative_error(state, want) < 1e-6
+
+
 class Largest(TorchDispatchMode):
     """Notes the most elements of a tensor that an operator gives."""
 

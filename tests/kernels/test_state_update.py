@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scan_inputs import scan_inputs
 
 from vim_kernels import MambaBlockWeights, causal_conv1d, mamba_block_step, selective_scan, selective_state_update
@@ -103,6 +104,25 @@ def test_block_steps_equal_the_whole(dtype, taps, relative_error):
     for got, right, kind in ((torch.stack(ys, 1), want, full), (conv_state, window, dtype), (ssm_state, state, full)):
         assert got.dtype == kind
         assert relative_error(got, right) < limit
+
+
+def test_a_block_step_decays_its_state_in_fp32(relative_error):
+    """Weights in bf16, and nothing to add: all that moves the state is exp(delta A)."""
+    d_model, d_inner, d_state, rank = 4, 6, 3, 2
+    generator = torch.Generator().manual_seed(0)
+    A_log, dt_bias = (torch.randn(*s, generator=generator).bfloat16() for s in ((d_inner, d_state), (d_inner,)))
+    shapes = (d_model,), (2 * d_inner, d_model), (d_inner, 1), (d_inner,), (rank + 2 * d_state, d_inner)
+    first = [torch.zeros(shape, dtype=torch.bfloat16) for shape in (*shapes, (d_inner, rank))]
+    last = [torch.zeros(shape, dtype=torch.bfloat16) for shape in ((d_inner,), (d_model, d_inner))]
+    state = torch.randn(2, d_inner, d_state, generator=generator)
+    want = state * torch.exp(F.softplus(dt_bias.double()).unsqueeze(-1) * -A_log.double().exp())
+    mamba_block_step(
+        torch.zeros(2, d_model),
+        torch.zeros(2, 0, d_inner, dtype=torch.bfloat16),
+        state,
+        MambaBlockWeights(*first, dt_bias, A_log, *last),
+    )
+    assert relative_error(state, want) < 1e-6
 
 
 def test_a_block_step_says_what_is_wrong():
