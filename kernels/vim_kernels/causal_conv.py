@@ -190,7 +190,8 @@ def _forward_op(x, weight, bias, initial_state, segments, silu, reverse, backend
         return triton.forward(x, weight, bias or None, initial_state, segments, silu=silu, reverse=reverse)
     run = _one_direction(backend, x).forward
     directions = zip(weight, bias or [None] * len(weight), reverse, strict=True)
-    return [run(x, w, b, initial_state, segments, silu=silu, reverse=r) for w, b, r in directions]
+    found = [run(x, w, b, initial_state, segments, silu=silu, reverse=r) for w, b, r in directions]
+    return [y.contiguous() for y in found]  # as the fake says, whatever the strides of x
 
 
 @_forward_op.register_fake
@@ -218,7 +219,7 @@ def _backward_op(dy, x, weight, bias, initial_state, segments, silu, reverse, ba
     # Two directions have no initial state.
     grads = [sum(dxs[1:], dxs[0]), *d_weight, *(d_bias if bias else []), *([] if initial_state is None else d_initial)]
     inputs = [x, *weight, *bias, *([] if initial_state is None else [initial_state])]
-    return [g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)]
+    return [g.to(t.dtype).contiguous() for g, t in zip(grads, inputs, strict=True)]
 
 
 @_backward_op.register_fake

@@ -286,7 +286,8 @@ def _forward_op(*args):
     directions = _directions(columns, cuts, reverse)
     _check_sizes(directions, z, cuts)
     run = _implementation(backend, directions[0].u).forward
-    return run(directions, z, dt_softplus=dt_softplus, scale=scale, save=save)
+    found = run(directions, z, dt_softplus=dt_softplus, scale=scale, save=save)
+    return ScanOutput._make(t.contiguous() for t in found)  # as the fake says, whatever the strides of the inputs
 
 
 @_forward_op.register_fake
@@ -315,7 +316,8 @@ def _backward_op(dy, d_last_state, *args):
     directions = _directions(columns, cuts, reverse)
     run = _implementation(backend, dy).backward
     grads, dz = run(dy, d_last_state, directions, z, checkpoints, y_sum, dt_softplus=dt_softplus, scale=scale)
-    return [t for column in zip(*grads, strict=True) for t in column if t is not None] + ([] if z is None else [dz])
+    found = [t for column in zip(*grads, strict=True) for t in column if t is not None] + ([] if z is None else [dz])
+    return [t.contiguous() for t in found]
 
 
 @_backward_op.register_fake

@@ -53,7 +53,7 @@ def backward(
         d_weight[:, tap] = (d * padded[:, steps]).sum((0, 1))
     dx = d_padded[:, past:]
     return (
-        dx.flip(1) if reverse else dx.contiguous(),
+        dx.flip(1) if reverse else dx,
         d_weight,
         None if bias is None else dy.sum((0, 1)),
         None if initial_state is None else d_padded[:, :past].clone(),

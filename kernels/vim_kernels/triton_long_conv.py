@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .backends import check_no_tangents
 from .long_conv import fft_points, hankel
+from .precision import own_precision
 from .reference import state_dtype
 from .rows import on_device_of
 
@@ -135,7 +136,9 @@ class _ByMatrix(torch.autograd.Function):
             du = _sequence(_product(d_rows, _matrix(u, kernel, ctx.ahead)), u, turned=True)
         if ctx.needs_input_grad[1]:
             rows = _rows(u, len(kernel), width, u.dtype, turned=True)
-            d_matrix = torch.bmm(d_rows.permute(1, 2, 0), rows.transpose(0, 1)).to(state_dtype(u, kernel))
+            with own_precision(u.device.type):  # the forward's is `vim_kernels.long_conv`'s
+                d_matrix = torch.bmm(d_rows.permute(1, 2, 0), rows.transpose(0, 1))
+            d_matrix = d_matrix.to(state_dtype(u, kernel))
             lags = 2 * width - 1
             d_kernel = torch.ops.aten.unfold_backward(d_matrix, [len(kernel), lags], 1, width, 1)
             d_kernel = d_kernel.narrow(1, u.shape[1] - 1 - ctx.ahead, kernel.shape[1]).to(kernel.dtype)

@@ -59,11 +59,26 @@ def test_scan(loop, shape, options):
 
 
 @pytest.mark.parametrize("loop", [False, True])
-@pytest.mark.parametrize("shape", [{}, {"groups": 2, "length": 1}], ids=str)
-def test_two_directions(loop, shape):
+@pytest.mark.parametrize(
+    ("shape", "options"), [({}, {}), ({"groups": 2, "length": 1}, {"scale": 1.0, "dt_softplus": False})], ids=str
+)
+def test_two_directions(loop, shape, options):
     inputs = detached(pair_inputs(**shape))
-    expected = bidirectional_selective_scan(**inputs, backend="reference")
-    assert_close(exported(bidirectional_selective_scan, inputs, loop=loop), expected, atol=1e-11, rtol=1e-11)
+    expected = bidirectional_selective_scan(**inputs, **options, backend="reference")
+    found = exported(bidirectional_selective_scan, inputs, loop=loop, **options)
+    assert_close(found, expected, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_low_precision_is_rounded_once(loop):
+    """Outputs have the operators' dtypes: what follows them in the program was traced with these."""
+    inputs = detached(scan_inputs(length=5, dtype=torch.bfloat16))
+    found = exported(selective_scan, inputs, loop=loop, return_last_state=True)
+    expected = selective_scan(**inputs, return_last_state=True, backend="reference")
+    assert_close(found, expected, atol=0, rtol=1e-2)
+    inputs = {"x": inputs["u"], "weight": torch.randn(24, 4), "bias": torch.randn(24)}
+    expected = causal_conv1d(**inputs, backend="reference")
+    assert_close(exported(causal_conv1d, inputs, loop=loop), expected, atol=0, rtol=1e-2)
 
 
 def test_small_and_large_steps_keep_their_relative_precision():

@@ -62,6 +62,21 @@ def test_autocast_and_frozen_inputs(method, device):
         learned.requires_grad_(False).grad = None
 
 
+@pytest.mark.parametrize("wide", ["u", "kernel"])
+def test_fp64_in_one_of_both(wide, device, relative_error):
+    """What is rounded less is right to more digits: its gradient."""
+    given = {"u": torch.randn(2, 9, 3, device=device), "kernel": torch.randn(3, 12, device=device)}
+    leaves = {name: (t.double() if name == wide else t).requires_grad_() for name, t in given.items()}
+    exact = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+    dy = torch.randn(2, 9, 3, device=device)
+    got, want = (
+        torch.autograd.grad(long_conv(**t, ahead=3), list(t.values()), dy.to(t["u"].dtype)) for t in (leaves, exact)
+    )
+    for found, right, leaf in zip(got, want, leaves.values(), strict=True):
+        assert found.dtype == leaf.dtype
+        assert relative_error(found, right) < (1e-13 if leaf.dtype == torch.float64 else 1e-7)
+
+
 def test_nothing(method, device):
     kernel = torch.randn(3, 9, device=device)
     assert long_conv(torch.zeros(0, 9, 3, device=device), kernel, method=method).shape == (0, 9, 3)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from scan_inputs import pair_inputs, scan_inputs
 from torch.utils.checkpoint import checkpoint
 
-from vim_kernels import available_backends, bidirectional_selective_scan, selective_scan
+from vim_kernels import available_backends, backends, bidirectional_selective_scan, selective_scan
 
 BACKENDS = [name for name in available_backends() if name in ("torch", "cpu")]
 ALL = [*BACKENDS, "reference"]
@@ -27,11 +27,12 @@ SHAPES = [
 ]
 
 
-def outputs_and_gradients(inputs: dict, **options) -> dict[str, torch.Tensor]:
-    """y, last_state and the gradient of every input, for a loss that weighs both outputs at random."""
+def outputs_and_gradients(inputs: dict, *, of=("y", "last_state"), **options) -> dict[str, torch.Tensor]:
+    """y, last_state and the gradient of every input, for a loss that weighs the outputs `of` at random."""
     y, state = selective_scan(**inputs, return_last_state=True, **options)
     generator = torch.Generator().manual_seed(7)
-    loss = sum((t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum() for t in (y, state))
+    used = [t for name, t in (("y", y), ("last_state", state)) if name in of]
+    loss = sum((t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum() for t in used)
     gradients = torch.autograd.grad(loss, inputs.values(), allow_unused=True, materialize_grads=True)
     return {"y": y, "last_state": state, **dict(zip(inputs, gradients, strict=True))}
 
@@ -57,17 +58,57 @@ def test_equals_reference(backend, shape, reverse, relative_error):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("absent", [(), ("z",), ("D", "dt_bias")], ids=str)
-def test_bidirectional_equals_two_reference_scans(backend, absent, relative_error):
-    inputs = pair_inputs(length=45, absent=absent)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("of", ["y", "last_state"])
+def test_gradients_of_one_output(backend, reverse, of, relative_error):
+    inputs = scan_inputs(length=34, d_state=3)
+    want, got = (
+        outputs_and_gradients(inputs, of=(of,), reverse=reverse, backend=name) for name in ("reference", backend)
+    )
+    for name, t in got.items():
+        assert relative_error(t, want[name]) < 1e-12 if want[name].any() else not t.any(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_without_softplus(backend, relative_error):
+    inputs = scan_inputs(length=34, d_state=3)
+    with torch.no_grad():
+        inputs["dt"].abs_()
+        inputs["dt_bias"].abs_()
+    options = {"dt_softplus": False, "reverse": True}
+    want, got = (outputs_and_gradients(inputs, **options, backend=name) for name in ("reference", backend))
+    for name, t in got.items():
+        assert relative_error(t, want[name]) < 1e-12, name
+
+
+PAIRS = [
+    ({}, {}),
+    ({"absent": ("z",)}, {"scale": 1.5}),
+    ({"absent": ("D", "dt_bias")}, {"scale": 1.0, "dt_softplus": False}),
+    ({"groups": 3, "d_state": 9}, {"scale": -3.0}),
+]
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize(("shape", "options"), PAIRS, ids=str)
+def test_bidirectional_equals_two_reference_scans(backend, shape, options, relative_error):
+    inputs = pair_inputs(length=45, **shape)
+    softplus = options.get("dt_softplus", True)
+    if not softplus:
+        inputs["dt"] = tuple(t.detach().abs().requires_grad_() for t in inputs["dt"])
     z = inputs.get("z")
     pairs = {name: pair for name, pair in inputs.items() if name != "z"}
     halves = [
-        selective_scan(**{name: pair[i] for name, pair in pairs.items()}, reverse=i == 1, backend="reference")
+        selective_scan(
+            **{name: pair[i] for name, pair in pairs.items()},
+            dt_softplus=softplus,
+            reverse=i == 1,
+            backend="reference",
+        )
         for i in range(2)
     ]
-    want = 0.5 * (halves[0] + halves[1]) * (1 if z is None else F.silu(z))
-    got = bidirectional_selective_scan(**inputs, backend=backend)
+    want = options.get("scale", 0.5) * (halves[0] + halves[1]) * (1 if z is None else F.silu(z))
+    got = bidirectional_selective_scan(**inputs, **options, backend=backend)
     assert relative_error(got, want) < 1e-12
     leaves = [*(t for pair in pairs.values() for t in pair), *([] if z is None else [z])]
     weight = torch.randn(want.shape, dtype=want.dtype)
@@ -320,13 +361,14 @@ def test_runs_on_meta():
     assert (state.dtype, state.shape) == (torch.float32, inputs["initial_state"].shape)
 
 
-def test_takes_mixed_dtypes_under_autocast(relative_error):
-    """Autocast must leave the op alone: A in bf16 would be wrong by percents."""
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_takes_mixed_dtypes_under_autocast(backend, relative_error):
+    """Autocast must leave the op alone, and its backward: A in bf16 would be wrong by percents."""
     inputs = scan_inputs(length=50, dtype=torch.bfloat16)
     inputs["u"] = inputs["u"].detach().float().requires_grad_()
     want = outputs_and_gradients(as_leaves(inputs, dtype=torch.float64), backend="reference")
     with torch.autocast("cpu", torch.bfloat16):
-        got = outputs_and_gradients(inputs)
+        got = outputs_and_gradients(inputs, backend=backend)
     assert got["y"].dtype == torch.float32
     for name in ("y", "last_state", "u", "A", "D"):
         assert relative_error(got[name], want[name]) < 1e-4, name
@@ -360,6 +402,11 @@ WRONG = [
     ({"A": torch.zeros(24, 16, dtype=torch.bfloat16)}, TypeError, "A must be fp32 or fp64 .* got torch.bfloat16"),
     ({"A": torch.zeros(24, 16, dtype=torch.complex64)}, ValueError, "A is complex: .* got backend='auto'"),
     ({"u": torch.zeros(2, 37, 24, dtype=torch.complex64)}, ValueError, "u is complex: only A, B, C"),
+    (
+        {"A": torch.zeros(24, 0), "B": torch.zeros(2, 37, 0)},
+        ValueError,
+        "A must have at least one state a channel, got",
+    ),
     ({"B": torch.zeros(2, 37, 15)}, ValueError, r"B must be \(batch, length, d_state\) = \(2, 37, 16\), got"),
     ({"B": torch.zeros(2, 37, 5, 16)}, ValueError, r"B must have groups that divide d_inner = 24 evenly, got"),
     ({"C": torch.zeros(2, 37, 2, 16)}, ValueError, r"C must have the shape of B, \(2, 37, 16\), got \(2, 37, 2, 16\)"),
@@ -406,6 +453,26 @@ def test_directions_of_other_sizes_are_refused(backend, second, message):
     first, other = (pair_inputs(**shape, absent=("z",), dtype=torch.float32) for shape in ({}, second))
     with pytest.raises(ValueError, match=message):
         bidirectional_selective_scan(**{n: (first[n][0], other[n][1]) for n in first}, backend=backend)
+
+
+def test_auto_takes_the_fastest_and_logs_it(caplog):
+    backends._fastest.cache_clear()
+    inputs = scan_inputs(length=70, dtype=torch.float32)
+    with caplog.at_level("INFO", "vim_kernels"):
+        found, _ = (selective_scan(**inputs) for _ in range(2))
+    fastest = BACKENDS[0]
+    assert torch.equal(found, selective_scan(**inputs, backend=fastest))
+    assert fastest == "torch" or not torch.equal(found, selective_scan(**inputs, backend="torch"))
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        f"backend {fastest!r} for tensors on cpu"
+    ]
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the cpu backend")
+def test_the_cpu_backend_takes_tensors_of_the_cpu():
+    inputs = {name: t.to("meta") for name, t in scan_inputs(dtype=torch.float32).items()}
+    with pytest.raises(RuntimeError, match="backend 'cpu' takes CPU tensors, got tensors on meta; use backend='auto'"):
+        selective_scan(**inputs, backend="cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

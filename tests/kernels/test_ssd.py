@@ -72,6 +72,27 @@ def test_steps_without_softplus_and_without_what_is_optional(relative_error):
     assert relative_error(ssd(**bare, chunk_size=5), recurrence(**bare, **zeros)[0]) < 1e-12
 
 
+@pytest.mark.parametrize("wide", NAMES)
+def test_one_tensor_in_fp64_widens_all(wide, relative_error):
+    """What is rounded less is right to more digits: its gradient, and y if it is x."""
+    given = {name: t.detach().float() for name, t in inputs(23).items()}
+    given |= {wide: given[wide].double()}
+
+    def results(run, leaves, **options):
+        leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+        y, state = run(**leaves, **options)
+        return [y, state, *torch.autograd.grad(y.square().sum() + state.sum(), list(leaves.values()))]
+
+    got = results(ssd, given, chunk_size=5, return_last_state=True)
+    want = results(recurrence, {name: t.double() for name, t in given.items()})
+    dtypes = [given["x"].dtype, torch.float64, *(t.dtype for t in given.values())]
+    for name, found, right, dtype in zip(("y", "state", *NAMES), got, want, dtypes, strict=True):
+        assert found.dtype == dtype, name
+        # The gradient of y itself is in x's dtype.
+        exact = dtype == torch.float64 and (name == "state" or wide == "x")
+        assert relative_error(found, right) < (1e-12 if exact else 2e-6), name
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("reverse", [False, True])
 def test_parts_equal_the_whole(reverse, relative_error):
@@ -143,6 +164,15 @@ def test_half_precision(dtype, device):
     with torch.autocast(device, dtype):
         single = ssd(**given)
     assert torch.equal(single, ssd(**given))
+
+
+def test_a_state_stays_in_fp32_beside_half_precision(relative_error):
+    """Nothing is added to it, so that it decays alone."""
+    given = {name: t.detach() for name, t in inputs(3, dtype=torch.float32).items()}
+    given |= {name: given[name].bfloat16() for name in ("dt", "B", "C")} | {"x": given["x"].bfloat16() * 0}
+    _, state = ssd(**given, return_last_state=True)
+    _, want = recurrence(**{name: t.double() for name, t in given.items()})
+    assert relative_error(state, want) < 1e-6
 
 
 class Largest(TorchDispatchMode):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scan_inputs import scan_inputs
 
-from vim_kernels import MambaBlockWeights, mamba_block_step, selective_scan, selective_state_update
+from vim_kernels import MambaBlockWeights, causal_conv1d, mamba_block_step, selective_scan, selective_state_update
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -20,16 +21,18 @@ def test_golden_step(golden, relative_error, device):
 
 @pytest.mark.parametrize("groups", [None, 3])
 @pytest.mark.parametrize("absent", [(), ("D", "z", "dt_bias")])
-def test_step_by_step_equals_the_whole(groups, absent, relative_error):
+@pytest.mark.parametrize("softplus", [True, False])
+def test_step_by_step_equals_the_whole(groups, absent, softplus, relative_error):
     inputs = scan_inputs(length=9, groups=groups, absent=absent)
-    want, last = selective_scan(**inputs, return_last_state=True, backend="reference")
+    options = {"dt_softplus": softplus}
+    want, last = selective_scan(**inputs, **options, return_last_state=True, backend="reference")
     state = inputs.pop("initial_state")
     fixed = {name: t for name, t in inputs.items() if name in ("A", "D", "dt_bias")}
     ys = []
     for t in range(9):
         step = {name: x[:, t] for name, x in inputs.items() if name not in fixed}
         before = state.clone()
-        y, new_state = selective_state_update(state, **step, **fixed)
+        y, new_state = selective_state_update(state, **step, **fixed, **options)
         assert torch.equal(state, before), "the state is not modified"
         state = new_state
         ys.append(y)
@@ -37,12 +40,13 @@ def test_step_by_step_equals_the_whole(groups, absent, relative_error):
     assert relative_error(state, last) < 1e-13
 
 
-def test_keeps_the_state_in_fp32():
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_keeps_the_state_in_its_precision(kept):
     inputs = {name: t.detach() for name, t in scan_inputs(length=1, dtype=torch.bfloat16).items()}
-    state = inputs.pop("initial_state")
+    state = inputs.pop("initial_state").to(kept)
     step = {name: t[:, 0] if t.dim() == 3 else t for name, t in inputs.items()}
     y, new_state = selective_state_update(state, **step)
-    assert (y.dtype, new_state.dtype) == (torch.bfloat16, torch.float32)
+    assert (y.dtype, new_state.dtype) == (torch.bfloat16, kept)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,61 @@ def test_bad_arguments_are_named(change, message):
     step = {"state": state} | {name: t[:, 0] if t.dim() == 3 else t for name, t in inputs.items()}
     with pytest.raises(ValueError, match=message):
         selective_state_update(**step | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("taps", [1, 4])
+def test_block_steps_equal_the_whole(dtype, taps, relative_error):
+    """The states move in place, in their precision, and nothing else does."""
+    batch, length, d_model, d_inner, d_state, rank, eps = 2, 6, 5, 6, 3, 2, 0.25
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    shapes = (d_model,), (2 * d_inner, d_model), (d_inner, taps), (d_inner,), (rank + 2 * d_state, d_inner)
+    shapes += (d_inner, rank), (d_inner,), (d_inner, d_state), (d_inner,), (d_model, d_inner)
+    weights = MambaBlockWeights(*(random(*shape) for shape in shapes))
+    full = torch.promote_types(dtype, torch.float32)
+    x, conv_state = random(batch, length, d_model).to(full), random(batch, taps - 1, d_inner)
+    ssm_state = random(batch, d_inner, d_state).to(full)
+    w, stream, window, state = weights._make(t.double() for t in weights), x.double(), conv_state, ssm_state
+
+    normed = stream / (stream.square().mean(-1, keepdim=True) + eps).sqrt() * w.norm
+    u, z = (normed @ w.in_proj.mT).chunk(2, -1)
+    options = {"initial_state": window.double(), "return_final_state": True, "backend": "reference"}
+    u, window = causal_conv1d(u, w.conv, w.conv_bias, activation="silu", **options)
+    dt, B, C = (u @ w.x_proj.mT).split([rank, d_state, d_state], -1)
+    options = {"initial_state": state.double(), "return_last_state": True, "backend": "reference"}
+    y, state = selective_scan(u, dt @ w.dt_proj.mT, -w.A_log.exp(), B, C, D=w.D, z=z, dt_bias=w.dt_bias, **options)
+    want = stream + y @ w.out_proj.mT
+
+    before = [t.clone() for t in (x, *weights)]
+    ys = [mamba_block_step(x[:, t], conv_state, ssm_state, weights, eps=eps) for t in range(length)]
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, *weights), strict=True))
+    limit = 1e-12 if dtype == torch.float64 else 0.05
+    for got, right, kind in ((torch.stack(ys, 1), want, full), (conv_state, window, dtype), (ssm_state, state, full)):
+        assert got.dtype == kind
+        assert relative_error(got, right) < limit
+
+
+def test_a_block_step_decays_its_state_in_fp32(relative_error):
+    """Weights in bf16, and nothing to add: all that moves the state is exp(delta A)."""
+    d_model, d_inner, d_state, rank = 4, 6, 3, 2
+    generator = torch.Generator().manual_seed(0)
+    A_log, dt_bias = (torch.randn(*s, generator=generator).bfloat16() for s in ((d_inner, d_state), (d_inner,)))
+    shapes = (d_model,), (2 * d_inner, d_model), (d_inner, 1), (d_inner,), (rank + 2 * d_state, d_inner)
+    first = [torch.zeros(shape, dtype=torch.bfloat16) for shape in (*shapes, (d_inner, rank))]
+    last = [torch.zeros(shape, dtype=torch.bfloat16) for shape in ((d_inner,), (d_model, d_inner))]
+    state = torch.randn(2, d_inner, d_state, generator=generator)
+    want = state * torch.exp(F.softplus(dt_bias.double()).unsqueeze(-1) * -A_log.double().exp())
+    mamba_block_step(
+        torch.zeros(2, d_model),
+        torch.zeros(2, 0, d_inner, dtype=torch.bfloat16),
+        state,
+        MambaBlockWeights(*first, dt_bias, A_log, *last),
+    )
+    assert relative_error(state, want) < 1e-6
 
 
 def test_a_block_step_says_what_is_wrong():

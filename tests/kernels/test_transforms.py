@@ -127,6 +127,21 @@ def gradients(function, inputs: tuple[Tensor, ...], weight: Tensor) -> tuple[Ten
 
 
 @each_operator
+def test_each_input_may_be_the_only_one_to_learn(function, device, relative_error):
+    """Its gradient is the one that it has among all, on every backend."""
+    inputs = inputs_of(function, device)
+    (weight,) = like((function(*inputs),), 1)
+    plain = functools.partial(function, backend="reference") if function in WITH_BACKENDS else function
+    want = gradients(plain, inputs, weight)
+    named = NAMED if function in WITH_BACKENDS and device == "cpu" else []
+    for call in (function, *(functools.partial(function, backend=name) for name in named)):
+        for i, right in enumerate(want):
+            leaves = [t.clone().requires_grad_(j == i) for j, t in enumerate(inputs)]
+            (found,) = torch.autograd.grad((call(*leaves) * weight).sum(), leaves[i])
+            assert relative_error(found, right) < 1e-10, i
+
+
+@each_operator
 def test_forward_mode_is_the_transpose_of_the_backward(function, device):
     """<weight, J tangents> = <J^T weight, tangents>, of torch.func.jvp and of dual tensors."""
     inputs = inputs_of(function, device)

@@ -49,6 +49,10 @@ NAMES = [
     "norm_in_bf16",
     "norm_gated",
     "norm_in_groups",
+    "norm_in_turns",
+    "norm_with_a_gate_in_bf16",
+    "norm_with_a_gate_in_fp64",
+    "norm_strided",
     "long_fft",
     "long_fft_in_tiles",
     "long_fft_across",
@@ -108,6 +112,7 @@ def cases() -> dict[str, dict[str, float]]:
         bidirectional_causal_conv1d,
         bidirectional_selective_scan,
         selective_scan,
+        triton_norm,
         triton_scan_backward,
         triton_scan_windows,
         triton_ssd,
@@ -120,7 +125,7 @@ def cases() -> dict[str, dict[str, float]]:
     found = {
         "scan_two_chunks": scan_excess(batch=1, length=34, d_inner=5, d_state=3, dtype=torch.float32, limit=1e-5),
         "scan_reverse_groups_fp64": scan_excess(
-            length=5, d_inner=6, groups=2, d_state=4, reverse=True, dtype=torch.float64, limit=1e-12
+            length=5, d_inner=6, groups=2, d_state=4, reverse=True, strided=True, dtype=torch.float64, limit=1e-12
         ),
         "scan_one_step_one_state": scan_excess(length=1, d_inner=3, d_state=1, dtype=torch.float32, limit=1e-5),
         "scan_states_over_lanes": scan_excess(
@@ -131,6 +136,7 @@ def cases() -> dict[str, dict[str, float]]:
             d_inner=3,
             d_state=2,
             absent=("D", "z", "dt_bias", "initial_state"),
+            dt_softplus=False,
             dtype=torch.float32,
             limit=1e-5,
         ),
@@ -147,25 +153,30 @@ def cases() -> dict[str, dict[str, float]]:
         "scan_extremes": excess(selective_scan, extreme_inputs(d_inner=4, d_state=2), limit=1e-5),
         "conv": conv_excess(batch=1, length=18, channels=130, dtype=torch.float32, limit=1e-5),
         "conv_reverse_fp64": conv_excess(length=17, channels=3, width=3, reverse=True, limit=1e-12),
-        "conv_short": conv_excess(length=2, channels=3, activation=None, reverse=True, dtype=torch.float32, limit=1e-5),
+        "conv_short": conv_excess(
+            length=2, channels=3, activation=None, reverse=True, strided=True, dtype=torch.float32, limit=1e-5
+        ),
         "conv_pair": conv_pair_excess(batch=2, length=70, channels=5, width=3, dtype=torch.float32, limit=1e-5),
         "conv_width_1": conv_excess(length=3, width=1, absent=("bias",), dtype=torch.float32, limit=1e-5),
         "norm": norm_excess(),
         "norm_in_bf16": norm_excess((5, 20), out=torch.bfloat16, limit=bf16),
         "norm_gated": norm_excess((3, 5, 24), gated=True),
-        "norm_in_groups": norm_excess((5, 60), gated=True, groups=3),
+        "norm_in_groups": norm_excess((5, 60), gated=True, groups=3, eps=0.5),
+        "norm_with_a_gate_in_bf16": norm_excess((5, 20), gated=torch.bfloat16, limit=bf16),
+        "norm_with_a_gate_in_fp64": norm_excess((2, 20), out=torch.float64, gated=torch.float64, limit=2e-7),
+        "norm_strided": norm_excess((2, 3, 20), gated=True, strided=True),
         **{f"long_{name}": fractions for name, fractions in long_convolutions()},
         "step_of_one": step_excess(1, d_model=520, d_inner=530, rank=1, d_state=16),  # more than a tile of each
-        "step_of_few": step_excess(3),
+        "step_of_few": step_excess(3, eps=0.5),
         "step_of_small_size": step_excess(2, small=True),
-        "step_of_many": step_excess(6, taps=2, d_state=1),
+        "step_of_many": step_excess(6, taps=2, d_state=1, eps=0.5),
         "step_bf16": step_excess(2, dtype=torch.bfloat16, limit=2 * bf16),
         # Cuts at and beside the ends of blocks of 4 and 8 steps, of halves and of the convolution's 64 rows.
         "scan_packed": scan_excess(
             length=14, d_inner=3, d_state=5, rows=[[1, 3, 4, 1, 5], [14]], dtype=torch.float32, limit=1e-5
         ),
         "pair_packed": pair_excess(
-            batch=1, length=13, d_inner=3, d_state=3, rows=[[1, 5, 1, 6]], dtype=torch.float64, limit=1e-12
+            batch=1, length=13, d_inner=3, d_state=3, rows=[[1, 5, 1, 6]], scale=1.5, dtype=torch.float64, limit=1e-12
         ),
         "conv_packed": conv_excess(
             length=70, channels=3, rows=[[1, 1, 61, 1, 2, 1, 1, 2], [70]], dtype=torch.float32, limit=1e-5
@@ -195,6 +206,9 @@ def cases() -> dict[str, dict[str, float]]:
     found["ssd_in_order"] = ssd_excess(half, length=37, chunk_size=16)
     found["ssd_in_order_in_slices"] = ssd_excess(half, **wide, strided=True, reverse=True)
     found["ssd_in_order_bare"] = ssd_excess(half, **wide, absent=("D", "dt_bias", "initial_state"))
+    # Fewer programs than tiles of rows, and below than blocks of channels: each takes several in turn.
+    triton_norm.PROGRAMS, triton_scan_backward.PROGRAMS = 2, 1
+    found["norm_in_turns"] = norm_excess((23, 260), gated=True)
     # Windows of 16 steps and states kept every 8, for a long sequence in few of them.
     triton_tiles.INTERVAL = triton_scan_backward.INTERVAL = triton_scan_windows.INTERVAL = 8
     triton_scan_windows.LONGEST = 16
@@ -206,7 +220,9 @@ def cases() -> dict[str, dict[str, float]]:
     found["pair_packed_windows"] = pair_excess(
         batch=1, length=37, d_inner=2, d_state=2, rows=[[20, 17]], dtype=torch.float32, limit=1e-5
     )
-    found["pair_windows"] = pair_excess(batch=1, length=21, d_inner=2, d_state=2, dtype=torch.float32, limit=1e-5)
+    found["pair_windows"] = pair_excess(
+        batch=1, length=21, d_inner=2, d_state=2, absent=("z",), scale=1.5, dtype=torch.float32, limit=1e-5
+    )
     return found
 
 

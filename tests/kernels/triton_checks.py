@@ -32,6 +32,18 @@ def leaves(inputs: dict, **to) -> dict:
     return {k: leaf(t) if isinstance(t, torch.Tensor) else tuple(map(leaf, t)) for k, t in inputs.items()}
 
 
+def turned(inputs: dict, *names: str) -> dict:
+    """The same values, those named with their last dimension outermost, as a transposed tensor has it."""
+    return inputs | {
+        name: t.detach().movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_()
+        if t.dim() > 1
+        # Every second element.
+        else t.detach().repeat_interleave(2)[::2].requires_grad_()
+        for name, t in inputs.items()
+        if name in names
+    }
+
+
 def results(function, inputs: dict, **options) -> dict[str, torch.Tensor]:
     """Outputs of `function` and the gradient of each input, for a loss that weighs all outputs at random."""
     outputs = function(**inputs, **options)
@@ -71,14 +83,20 @@ def packed(rows: list[list[int]] | None, device="cpu") -> dict[str, torch.Tensor
     return {"seq_idx": torch.tensor(numbers, device=device)}
 
 
-def scan_excess(*, limit: float | None = None, reverse: bool = False, rows=None, **shape) -> dict[str, float]:
-    options = {"reverse": reverse, "return_last_state": True, **packed(rows, shape.get("device", "cpu"))}
-    return excess(selective_scan, scan_inputs(**shape), limit=limit, **options)
+def scan_excess(
+    *, limit: float | None = None, reverse: bool = False, rows=None, dt_softplus=True, strided=False, **shape
+) -> dict[str, float]:
+    options = {"reverse": reverse, "return_last_state": True, "dt_softplus": dt_softplus}
+    inputs = scan_inputs(**shape)
+    if not dt_softplus:
+        inputs["dt"] = inputs["dt"].detach().abs().requires_grad_()
+    inputs = turned(inputs, *inputs) if strided else inputs
+    return excess(selective_scan, inputs, limit=limit, **options, **packed(rows, shape.get("device", "cpu")))
 
 
-def pair_excess(*, limit: float | None = None, rows=None, **shape) -> dict[str, float]:
+def pair_excess(*, limit: float | None = None, rows=None, scale=0.5, **shape) -> dict[str, float]:
     options = packed(rows, shape.get("device", "cpu"))
-    return excess(bidirectional_selective_scan, pair_inputs(**shape), limit=limit, **options)
+    return excess(bidirectional_selective_scan, pair_inputs(**shape), limit=limit, scale=scale, **options)
 
 
 def conv_inputs(
@@ -96,10 +114,11 @@ def conv_inputs(
 
 
 def conv_excess(
-    *, limit: float | None = None, reverse: bool = False, activation="silu", rows=None, **shape
+    *, limit: float | None = None, reverse: bool = False, activation="silu", rows=None, strided=False, **shape
 ) -> dict[str, float]:
     options = {"reverse": reverse, "activation": activation, **packed(rows, shape.get("device", "cpu"))}
-    return excess(causal_conv1d, conv_inputs(**shape), limit=limit, **options)
+    inputs = conv_inputs(**shape)
+    return excess(causal_conv1d, turned(inputs, *inputs) if strided else inputs, limit=limit, **options)
 
 
 def conv_pair_excess(*, limit: float | None = None, activation="silu", rows=None, **shape) -> dict[str, float]:
@@ -148,11 +167,21 @@ def extreme_inputs(dtype=torch.float32, device="cpu", **shape) -> dict:
 
 
 def norm_excess(
-    shape=(3, 7, 192), *, dtype=torch.float32, out=None, gated=False, groups=1, device="cpu", limit=1e-5
+    shape=(3, 7, 192),
+    *,
+    dtype=torch.float32,
+    out=None,
+    gated: bool | torch.dtype = False,
+    groups=1,
+    eps=1e-5,
+    strided=False,
+    device="cpu",
+    limit=1e-5,
 ) -> dict[str, float]:
     """`rms_norm` by its kernels, and its gradients, against torch's in fp64, as fractions of what is allowed.
 
-    The gate is a slice of a wider tensor, as a layer has it.
+    The gate is a slice of a wider tensor, as a layer has it, in x's dtype or in one that is given. Strided, all else is
+    too.
     """
     from vim_kernels import triton_norm
 
@@ -160,19 +189,26 @@ def norm_excess(
     x = (3 * torch.randn(*shape, generator=generator)).to(device, dtype)
     weight = torch.randn(shape[-1], generator=generator).to(device)
     dy = torch.randn(*shape, generator=generator).to(device, out or dtype)
-    gate = (2 * torch.randn(*shape[:-1], 2 * shape[-1] + 1, generator=generator)).to(device, dtype)[..., : shape[-1]]
-    gate = gate if gated else None
+    gate = 2 * torch.randn(*shape[:-1], 2 * shape[-1] + 1, generator=generator)
+    gate = gate.to(device, gated if isinstance(gated, torch.dtype) else dtype)[..., : shape[-1]] if gated else None
+    if strided:
+        given = {"x": x, "weight": weight, "dy": dy} | ({} if gate is None else {"gate": gate})
+        x, weight, dy, *rest = (t.detach() for t in turned(given, *given).values())
+        gate = rest[0] if rest else None
     got = [
-        triton_norm.forward(x, weight, gate, 1e-5, groups, out or dtype),
-        *triton_norm.backward(dy, x, weight, gate, 1e-5, groups),
+        triton_norm.forward(x, weight, gate, eps, groups, out or dtype),
+        *triton_norm.backward(dy, x, weight, gate, eps, groups),
     ]
-    leaves = [t.double().requires_grad_() for t in (x, weight, *([gate] if gated else []))]
-    assert [t.dtype for t in got] == [out or dtype, dtype, weight.dtype, dtype]
+    leaves = [t.double().requires_grad_() for t in (x, weight, *([] if gate is None else [gate]))]
+    assert [t.dtype for t in got] == [out or dtype, dtype, weight.dtype, dtype if gate is None else gate.dtype]
     blocks = leaves[0] * torch.nn.functional.silu(leaves[2]) if gated else leaves[0]
     blocks = blocks.unflatten(-1, (groups, -1))
-    y = (blocks / (blocks.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * leaves[1]
+    y = (blocks / (blocks.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(-2) * leaves[1]
     want = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
-    return {name: error(g, w) / limit for name, g, w in zip(("y", "x", "weight", "gate"), got, want, strict=False)}
+    return {
+        name: error(g, w) / (1e-12 if g.dtype == torch.float64 else limit)
+        for name, g, w in zip(("y", "x", "weight", "gate"), got, want, strict=False)
+    }
 
 
 def long_conv_excess(
@@ -209,6 +245,7 @@ def step_excess(
     taps=4,
     *,
     small=False,
+    eps=1e-5,
     dtype=torch.float32,
     device="cpu",
     limit=1e-5,
@@ -239,8 +276,8 @@ def step_excess(
     x, conv_state = random(batch, d_model).float(), random(batch, taps - 1, d_inner)
     ssm_state = random(batch, d_inner, d_state, scale=0 if small else 1).float()
     wide = [t.double() for t in (x, conv_state, ssm_state)]
-    want = [block_step.torch_step(*wide, MambaBlockWeights(*(w.double() for w in weights)), 1e-5), *wide[1:]]
-    got = [triton_step.block_step(x, conv_state, ssm_state, weights, 1e-5), conv_state, ssm_state]
+    want = [block_step.torch_step(*wide, MambaBlockWeights(*(w.double() for w in weights)), eps), *wide[1:]]
+    got = [triton_step.block_step(x, conv_state, ssm_state, weights, eps), conv_state, ssm_state]
     return {name: error(g, w) / limit for name, g, w in zip(("x", "conv", "ssm"), got, want, strict=True)}
 
 

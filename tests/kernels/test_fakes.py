@@ -1,0 +1,63 @@
+"""What the operators' fake kernels promise: compilers lay memory out by it, and read it as they were told."""
+
+import itertools
+
+import pytest
+import torch
+from scan_inputs import pair_inputs, scan_inputs
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from vim_kernels import available_backends
+
+BACKENDS = [name for name in available_backends() if name in ("torch", "cpu")]
+
+
+def assert_as_promised(operator, *args) -> list[Tensor]:
+    """The operator's results, which have the sizes, dtypes and strides of those of its fake."""
+    with FakeTensorMode() as mode:
+        fakes = operator(*tree_map_only(Tensor, mode.from_tensor, args))
+    found = operator(*args)
+    for real, fake in zip(tree_flatten(found)[0], tree_flatten(fakes)[0], strict=True):
+        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
+    return found
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same numbers with the steps innermost: dense, but not contiguous."""
+    return t.detach().transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t.detach()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_scan(backend, pair, dtype):
+    for absent, save, layout in itertools.product([(), ("z", "D", "dt_bias")], [False, True], [Tensor.detach, strided]):
+        make = pair_inputs if pair else scan_inputs
+        given = make(batch=2, length=34, d_inner=6, d_state=3, groups=2, dtype=dtype, absent=absent)
+        columns = []
+        for name in ("u", "dt", "A", "B", "C", "D", "dt_bias", "initial_state"):
+            value = given.get(name, ())
+            columns.append([layout(t) for t in (value if isinstance(value, tuple) else (value,))])
+        z = layout(given["z"]) if "z" in given else None
+        shared = *columns, z, None, [False, True] if pair else [True], True, 0.5
+        y, state, *kept = assert_as_promised(torch.ops.vim_kernels.selective_scan, *shared, save, backend)
+        if save:
+            for d_state in (state, None):
+                gradients = layout(y), d_state, *shared, *kept, backend
+                assert_as_promised(torch.ops.vim_kernels.selective_scan_backward, *gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reverse", [[False], [True], [False, True]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_convolution(backend, reverse, dtype):
+    for bare, layout in itertools.product([False, True], [Tensor.detach, strided]):
+        generator = torch.Generator().manual_seed(0)
+        x, state = (layout(torch.randn(2, n, 5, generator=generator).to(dtype)) for n in (9, 3))
+        weight = [layout(torch.randn(5, 4, generator=generator)) for _ in reverse]
+        bias = [] if bare else [torch.zeros(5) for _ in reverse]
+        args = x, weight, bias, None if bare or len(reverse) == 2 else state, None, True, reverse, backend
+        ys = assert_as_promised(torch.ops.vim_kernels.causal_conv1d, *args)
+        assert_as_promised(torch.ops.vim_kernels.causal_conv1d_backward, [layout(y) for y in ys], *args)
