@@ -398,6 +398,8 @@ def test_a_residual_stream_in_the_dtype_of_the_weights(tmp_path):
     model.residual_in_fp32 = True
     assert not torch.equal(model(ids), narrow)
     assert model.config["residual_in_fp32"] is False
+    model.save_pretrained(tmp_path / "saved")
+    assert MambaLM.from_pretrained(tmp_path / "saved").residual_in_fp32 is False
 
 
 @pytest.mark.parametrize(
