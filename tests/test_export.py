@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from image_tree import write_image_tree
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-import vim  # noqa: F401  (registers the models)
+import vim  # (registers the models)
+import vim.export.export
+from vim.data import DataError, ImageSource, eval_transform
 from vim.export import ExportConfig, export_model, programs
 from vim.training.errors import ConfigError, RunError
 
@@ -36,8 +40,13 @@ def setting(tmp_path_factory):
 
 
 def config(path, **changes):
-    defaults = {"checkpoint": str(path / "weights.safetensors"), "kwargs": KWARGS, "images": str(path / "images")}
-    return ExportConfig("vim_nano", **defaults | {"batch_size": 3, "output": str(path / "out")} | changes)
+    defaults = {
+        "model": "vim_nano",
+        "checkpoint": str(path / "weights.safetensors"),
+        "kwargs": KWARGS,
+        "images": str(path / "images"),
+    }
+    return ExportConfig(**defaults | {"batch_size": 3, "output": str(path / "out")} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +100,25 @@ def test_onnx_takes_any_batch(exported, batch):
         assert np.abs(found - model(images(batch)).numpy()).max() < 1e-5
 
 
+def test_onnx_runs_with_as_many_threads_as_are_asked_for(exported, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    _, folder, model = exported
+    seen, session = [], onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda path, options, **kw: seen.append(options) or session(path, options, **kw),
+    )
+    run = programs.read_onnx(folder / "model.onnx", 3)
+    assert seen[0].intra_op_num_threads == 3
+    with torch.no_grad():
+        assert_close(run(images(2)), model(images(2)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_program_keeps_nothing_for_a_backward(exported):
+    assert not programs.read_pt2(exported[1] / "model.pt2")(images(2)).requires_grad
+
+
 def test_onnx_has_standard_operators_only_and_one_loop_a_block(exported):
     onnx = pytest.importorskip("onnx")
     _, folder, _ = exported
@@ -121,6 +149,112 @@ def test_a_file_that_disagrees_is_not_kept(setting, monkeypatch):
     with pytest.raises(RunError, match="differs from the model by 1"):
         export_model(config(path, formats=["pt2"], output=str(path / "wrong")))
     assert not list((path / "wrong").iterdir())
+
+
+@pytest.fixture
+def made(setting, tmp_path, monkeypatch):
+    """made(wrong, **options): the report of an export to pt2, whose file answers wrong(what the model answers).
+
+    made.seen: the images of the check, and the threads of each timing. Nothing is compiled, and little timed.
+    """
+    path, model = setting
+
+    def export(*args, **kw):
+        return SimpleNamespace(seen=made.seen)
+
+    def timer(*args, **kw):
+        made.seen["timed"].append((kw["num_threads"], len(kw["globals"]["images"])))
+        return SimpleNamespace(timeit=lambda n: None, blocked_autorange=lambda **kw: SimpleNamespace(median=0.001))
+
+    def made(wrong=lambda outputs: outputs, truth=model, **options):
+        made.seen.update(images=None, timed=[])
+
+        def run(images):
+            if made.seen["images"] is None:
+                made.seen["images"] = images
+            with torch.inference_mode():
+                return wrong(truth(images))
+
+        form = programs.Format("model.pt2", False, lambda program, path: path.write_text("program"), lambda *_: run)
+        monkeypatch.setitem(programs.FORMATS, "pt2", form)
+        return export_model(config(path, **{"formats": ["pt2"], "output": str(tmp_path / "made")} | options))
+
+    made.seen = {}
+    monkeypatch.setattr(vim.export.export, "export_program", export)
+    monkeypatch.setattr(vim.export.export, "Timer", timer)
+    return made
+
+
+def one_wrong(at, by):
+    """Outputs of which one is wrong: of more than one image (at: all), or of one alone (at: one)."""
+
+    def wrong(outputs):
+        outputs = outputs.clone()
+        if (len(outputs) == 1) == (at == "one"):
+            outputs[-1, -1] += by
+        return outputs
+
+    return wrong
+
+
+@pytest.mark.parametrize("at", ["one", "all"])
+@pytest.mark.parametrize("scale", [1, 50])
+def test_a_file_may_differ_by_a_ten_thousandth_of_the_largest_output_and_no_more(setting, made, tmp_path, at, scale):
+    """In one number, of several images or of one alone. Below 1 the largest counts as 1."""
+    _, model = setting
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    for name in ("head.weight", "head.bias"):
+        weights[name] *= scale / 10
+    save_file(weights, tmp_path / "weights.safetensors")
+    model = timm.create_model("vim_nano", **KWARGS).eval()
+    model.load_state_dict(weights)
+    options = {"truth": model, "checkpoint": str(tmp_path / "weights.safetensors")}
+    made(**options)
+    with torch.no_grad():
+        largest = model(made.seen["images"]).abs().max().item()
+    assert (largest > 2) == (scale == 50), largest
+    limit = 1e-4 * max(largest, 1)
+    made(one_wrong(at, 0.9 * limit), **options)
+    with pytest.raises(RunError, match="differs from the model by"):
+        made(one_wrong(at, 1.2 * limit), **options)
+
+
+def test_a_report_says_how_images_become_the_input(setting, made):
+    """As the report has it, images of the whole folder are what the file was checked with."""
+    path, model = setting
+    report = made(batch_size=3)
+    (mean,), (std,) = (report["input"][key] for key in ("mean", "std"))
+    assert (mean, std) == tuple(pytest.approx(sum(model.pretrained_cfg[key]) / 3) for key in ("mean", "std"))
+    settings = {key: report["input"][key] for key in report["input"].keys() - {"name", "shape", "dtype"}}
+    source, transform = ImageSource(path / "images"), eval_transform(settings)
+    every = torch.stack([transform(source.load(i, 1)) for i in range(6)])
+    found = [(every == seen).flatten(1).all(1).nonzero().item() for seen in made.seen["images"]]
+    assert found[0] == 0
+    assert found[-1] > 3  # spread over all
+    assert (report["model"], report["kwargs"]) == ("vim_nano", KWARGS)
+
+
+def refused(made, match, **options):
+    with pytest.raises((ConfigError, DataError), match=match):
+        made(**options)
+    return True
+
+
+EFFECTS = {  # of each option: what must hold for the report, and for what the file was checked and timed with
+    "model": lambda made, at: refused(made, "vim_none", model="vim_none"),
+    "checkpoint": lambda made, at: refused(made, "nowhere", checkpoint=str(at / "nowhere")),
+    "kwargs": lambda made, at: refused(made, "head", kwargs=KWARGS | {"num_classes": 4}),
+    "formats": lambda made, at: {"pt2", "onnx"} & set(made()) == {"pt2"},
+    "images": lambda made, at: refused(made, "nowhere", images=str(at / "nowhere")),
+    "batch_size": lambda made, at: made(batch_size=2) and [n for _, n in made.seen["timed"]] == [1, 2, 1, 2],
+    "threads": lambda made, at: made(threads=3)["threads"] == 3 and {n for n, _ in made.seen["timed"]} == {3},
+    "output": lambda made, at: made(output=str(at / "there")) and (at / "there" / "export.json").is_file(),
+}
+
+
+@pytest.mark.parametrize("option", [field.name for field in fields(ExportConfig)])
+def test_each_option_has_its_effect(made, tmp_path, option):
+    assert EFFECTS[option](made, tmp_path)
 
 
 def test_an_older_export_goes_as_a_whole(setting, monkeypatch):

@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from image_tree import write_image_tree
 from processes import outputs
 from safetensors.torch import load_file, save_file
@@ -95,16 +97,99 @@ def test_features_are_those_of_the_model_row_by_row(setting, tmp_path):
 
 @torch.no_grad()
 def test_blocks_half_precision_and_unit_length(setting, tmp_path):
-    given = config(setting, tmp_path / "out", pools=["avg", "token"], blocks=[-1, 0], dtype="fp16", l2=True)
-    export_features(given)
+    pools = ["avg", "token", "map"]
+    export_features(config(setting, tmp_path / "out", pools=pools, blocks=[-1, 0], dtype="fp16", l2=True))
     features = vim.features.load(tmp_path / "out")
-    assert list(features.columns) == ["block0.avg", "block0.token", "block2.avg", "block2.token"]
+    assert list(features.columns) == [f"block{block}.{pool}" for block in (0, 2) for pool in pools]
     model, images, _ = model_and_images(setting)
     tokens = model.forward_features(images)  # after the last block and the norm
     want = torch.nn.functional.normalize(tokens[:, 0], dim=-1)
     assert features["block2.token"].dtype == np.float16
     assert_close(torch.from_numpy(features["block2.token"].astype(np.float32)), want, rtol=0, atol=1e-3)
-    assert np.allclose(np.linalg.norm(features["block0.avg"].astype(np.float32), axis=1), 1, atol=2e-3)
+    want = torch.nn.functional.normalize(tokens[:, 1:], dim=-1)
+    assert_close(torch.from_numpy(features["block2.map"].astype(np.float32)), want, rtol=0, atol=1e-3)
+    # Those of the first block are what a model of this block alone ends with.
+    first = timm.create_model("vim_nano", **KWARGS | {"depth": 1}).eval()
+    first.load_state_dict(model.state_dict(), strict=False)
+    want = torch.nn.functional.normalize(first.forward_features(images)[:, 1:].mean(1), dim=-1)
+    assert_close(torch.from_numpy(features["block0.avg"].astype(np.float32)), want, rtol=0, atol=1e-3)
+
+
+@pytest.fixture
+def made(setting, tmp_path, monkeypatch):
+    """made(**options): the features of an export; made.seen: images at a time, and processes that loaded them."""
+
+    def loader(*args, **kw):
+        made.seen["batches"] = [len(batch) for batch in kw["batch_sampler"]]
+        made.seen["workers"] = kw["num_workers"]
+        return load(*args, **kw | {"num_workers": 0})
+
+    def made(**options):
+        export_features(config(setting, tmp_path / f"out{len(list(tmp_path.iterdir()))}", **options))
+        return vim.features.load(max(tmp_path.glob("out*"), key=lambda path: int(path.name[3:])))
+
+    made.seen, load, create = {}, export.DataLoader, export.create_accelerator
+    monkeypatch.setattr(
+        export,
+        "create_accelerator",
+        lambda *args: AcceleratorState._reset_state(reset_partial_state=True) or create(*args),
+    )
+    monkeypatch.setattr(export, "DataLoader", loader)
+    yield made
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def other_weights(setting):
+    """A file of the model's weights, of which the last norm's are three times as large."""
+    weights = load_file(setting / "weights.safetensors")
+    save_file(weights | {"norm.weight": 3 * weights["norm.weight"]}, setting / "others.safetensors")
+    return str(setting / "others.safetensors")
+
+
+def small_vit(setting):
+    """Changes of a configuration: another model, whose features are of another size."""
+    kwargs = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 12, "num_heads": 2, "depth": 1}
+    save_file(timm.create_model("vit_tiny_patch16_224", **kwargs).state_dict(), setting / "vit.safetensors")
+    return {"model": "vit_tiny_patch16_224", "checkpoint": str(setting / "vit.safetensors"), "kwargs": kwargs}
+
+
+def difference(a, b):
+    return np.abs(a["token"].astype(np.float32) - b["token"].astype(np.float32)).max()
+
+
+EFFECTS = {  # of each option: what must hold for the features that it makes
+    "model": lambda made, at: made(**small_vit(at))["token"].shape == (23, 12),
+    "checkpoint": lambda made, at: np.allclose(made(checkpoint=other_weights(at))["token"], 3 * made()["token"], 1e-5),
+    "kwargs": lambda made, at: made(kwargs=KWARGS | {"img_size": 16}, pools=["map"])["map"].shape == (23, 16, 64),
+    "images": lambda made, at: made(images=str(at / "images" / "val" / "b")).paths[0].endswith("1.png"),
+    "output": lambda made, at: made().manifest["rows"] == 23,
+    "pools": lambda made, at: list(made(pools=["avg", "token"]).columns) == ["avg", "token"],
+    "blocks": lambda made, at: list(made(blocks=[1, -3]).columns) == ["block0.token", "block1.token"],
+    "dtype": lambda made, at: [made(dtype=d)["token"].dtype for d in ("fp16", "fp32")] == [np.float16, np.float32],
+    "l2": lambda made, at: (
+        [bool(np.allclose(np.linalg.norm(made(l2=l2)["token"], axis=1), 1)) for l2 in (True, False)] == [True, False]
+    ),
+    "format": lambda made, at: made(format="npz").manifest["format"] == "npz",
+    "rows_per_shard": lambda made, at: made(rows_per_shard=7).manifest["shards"] == 4,
+    "batch_size": lambda made, at: (
+        made(batch_size=4, rows_per_shard=10) and made.seen["batches"] == [4, 4, 2] * 2 + [3]
+    ),
+    "num_workers": lambda made, at: made(num_workers=5) and made.seen["workers"] == 5,
+    "precision": lambda made, at: 1e-4 < difference(made(precision="bf16"), made()) < 0.1,
+}
+
+
+@pytest.mark.parametrize("option", [field.name for field in fields(FeaturesConfig)])
+def test_each_option_has_its_effect(setting, made, option):
+    assert EFFECTS[option](made, setting)
+
+
+@torch.no_grad()
+def test_of_two_class_tokens_the_feature_is_what_the_classifier_reads():
+    torch.manual_seed(0)
+    model = timm.create_model("vim_nano", **KWARGS | {"class_token": "both"})
+    images = torch.randn(2, 1, 12, 12)
+    assert_close(model.head(FeatureExtractor(model, ["token"])(images)["token"]), model(images))
 
 
 @torch.no_grad()
@@ -225,6 +310,17 @@ def test_what_an_export_refuses(setting, tmp_path):
     assert export_features(config(setting, tmp_path / "out"))["made_now"] == 0
     with pytest.raises(RunError, match=r"holds another export: l2 was False, is True; choose another --output"):
         export_features(config(setting, tmp_path / "out", l2=True))
+    for name in ("weights.safetensors", "images"):
+        (shutil.copytree if (setting / name).is_dir() else shutil.copy)(setting / name, tmp_path / name)
+    own = {"checkpoint": str(tmp_path / "weights.safetensors"), "images": str(tmp_path / "images" / "val")}
+    export_features(config(setting, tmp_path / "own", **own))
+    (tmp_path / "images/val/a/0.png").rename(tmp_path / "images/val/a/1.png")
+    with pytest.raises(RunError, match=r"holds another export: images_sha256 was"):
+        export_features(config(setting, tmp_path / "own", **own))
+    (tmp_path / "images/val/a/1.png").rename(tmp_path / "images/val/a/0.png")
+    shutil.copy(other_weights(setting), tmp_path / "weights.safetensors")
+    with pytest.raises(RunError, match=r"holds another export: weights_sha256 was"):
+        export_features(config(setting, tmp_path / "own", **own))
     with pytest.raises(RunError, match="exists and holds no export; choose another --output, or remove it"):
         export_features(config(setting, setting))
     with pytest.raises(ConfigError, match="vim_nano has no released weights; name a checkpoint or a run folder"):
@@ -244,13 +340,21 @@ def test_what_an_export_refuses(setting, tmp_path):
 
 def test_features_that_are_not_finite_name_their_image(setting, tmp_path):
     weights = load_file(setting / "weights.safetensors")
-    weights["norm.weight"].fill_(1e6)
+    # Of one image alone, in the midst of a batch, a feature is above what fp16 holds.
+    batches = {"rows_per_shard": 9, "batch_size": 6}
+    export_features(config(setting, tmp_path / "plain", **batches))
+    plain = vim.features.load(tmp_path / "plain")
+    largest = np.abs(plain["token"]).max(1)
+    row, (second, first) = int(largest.argmax()), np.sort(largest)[-2:]
+    assert row % 9 % 6
+    weights["norm.weight"].mul_(65504 * 2 / float(first + second))
     save_file(weights, tmp_path / "large.safetensors")
-    large = {"checkpoint": str(tmp_path / "large.safetensors")}
-    with pytest.raises(RunError, match=r"token of a/0.png is not finite; fp16 ends at 65504: choose dtype fp32"):
+    large = {"checkpoint": str(tmp_path / "large.safetensors"), **batches}
+    with pytest.raises(RunError, match=rf"token of {plain.paths[row]} is not finite; fp16 ends at 65504: choose dtype"):
         export_features(config(setting, tmp_path / "fp16", dtype="fp16", **large))
     export_features(config(setting, tmp_path / "fp32", **large))
-    assert not [file for file in (tmp_path / "fp16").iterdir() if file.name != "manifest.json"]
+    shards = {file.name for file in (tmp_path / "fp16").glob("features-*")}
+    assert shards == {f"features-{i:05d}.parquet" for i in range(row // 9)}
 
 
 @pytest.mark.parametrize("file_format", ["parquet", "npz", "safetensors"])

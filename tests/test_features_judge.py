@@ -60,6 +60,13 @@ def test_weighted_votes_by_hand():
     assert judge.accuracy(scores, torch.tensor([2])) == {"top1": 100.0, "top5": 100.0}
 
 
+def test_of_equal_scores_the_first_class_is_the_higher():
+    scores = torch.zeros(4, 9)
+    scores[3, 8] = 1
+    found = judge.accuracy(scores, torch.tensor([0, 4, 5, 8]))
+    assert found == {"top1": 50.0, "top5": 75.0}
+
+
 def test_few_shots_are_of_each_class_and_repeatable():
     labels = np.array([0, 1, 1, 0, 2, 1, 0, 0])
     rows = judge.few_shot(labels, 2, seed=3)
@@ -88,6 +95,47 @@ def test_the_probe_is_as_good_as_logistic_regression(digits):
     )
     tops = {p.lr: judge.accuracy(logits, labels)["top1"] for p, logits in found.items()}
     assert abs(tops[1.0] - want) <= 0.5, (tops, want)
+
+
+def test_where_training_ends_is_the_optimum_of_logistic_regression(digits):
+    """Standardised by the training images alone: those held out are of another distribution."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x, y, queries, _ = (part[:150] for part in digits)
+    x, queries = x[:, 20:25], 0.5 * queries[:, 20:25] + 1
+    want = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-8, max_iter=10_000)).fit(x.numpy(), y.numpy())
+    options = {"learning_rates": [3.0], "epochs": 300, "batch_size": 256, "seed": 0}
+    (logits,) = judge.linear_probe({"": x.float()}, y, {"": queries.float()}, 10, **options).values()
+    assert np.abs(logits.softmax(1).numpy() - want.predict_proba(queries.numpy())).max() < 1e-4
+
+
+def test_the_learning_rate_is_for_256_images_and_falls_to_zero_by_a_cosine(digits):
+    x, y = digits[0][:50].float(), digits[1][:50]
+    rates = []
+    judge.linear_probe(
+        *({"": x}, y, {"": x}, 10),
+        learning_rates=[0.5],
+        epochs=2,
+        batch_size=20,
+        seed=0,
+        after_update=lambda state: rates.append(state()["optimizer"]["param_groups"][0]["lr"]),
+    )
+    assert np.allclose(rates, 0.5 * 20 / 256 * (1 + np.cos(np.pi * np.arange(1, 7) / 6)) / 2)
+
+
+def test_each_epoch_and_each_seed_has_an_order_and_weights_of_its_own(digits, monkeypatch):
+    x, y = digits[0][:50].float(), digits[1][:50]
+    orders, randperm = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *args, **kw: orders.append(randperm(*args, **kw)) or orders[-1])
+    options = {"learning_rates": [1e-9], "epochs": 2, "batch_size": 20}  # so small that the first weights stay
+    logits = [
+        judge.linear_probe({"": x}, y, {"": x}, 10, seed=seed, **options)[judge.Probe("", 1e-9)] for seed in (0, 1, 0)
+    ]
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+    assert torch.equal(logits[0], logits[2])
+    assert (logits[0] - logits[1]).abs().max() > 0.01
 
 
 class Killed(BaseException):

@@ -1,10 +1,11 @@
-"""tools/generate.py, told what it cannot do: each time one plain line."""
+"""tools/generate.py: the likeliest text, what each option changes, and one plain line for what it cannot do."""
 
 import re
 import runpy
 import shutil
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from vim.models.mamba_lm import MambaLM
+from vim.models.text import END_OF_TEXT
+from vim.training.config import GenerateConfig
 
 TOOL = Path(__file__).parent.parent / "tools" / "generate.py"
 WORDS = ["Mamba", "is", "a", "snake", "that", "never", "eats"]
@@ -20,11 +23,24 @@ WORDS = ["Mamba", "is", "a", "snake", "that", "never", "eats"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of seven words in lm/, and beside it tokenizers of these words, of fewer and of more."""
+    """Models of seven words, lm and other, and tokenizers: of these words, of fewer and more, with an end, turned."""
     path = tmp_path_factory.mktemp("generate")
-    torch.manual_seed(0)
-    MambaLM(len(WORDS), 16, 1).save_pretrained(path / "lm")
-    for name, words in (("few", WORDS[:3]), ("words", WORDS), ("more", [*WORDS, "eels"])):
+    for name, seed in (("lm", 2), ("other", 3)):
+        torch.manual_seed(seed)
+        model = MambaLM(len(WORDS), 16, 1, tie_embeddings=False)
+        with torch.no_grad():  # the likeliest word is another one at each step
+            model.embedding.weight.mul_(50)
+            model.blocks[0].mixer.out_proj.weight.mul_(8)
+            model.head.weight[len(WORDS) :].mul_(10)  # of no word, and likelier than all of them
+        model.save_pretrained(path / name)
+    tokenizers = {
+        "few": WORDS[:3],
+        "words": WORDS,
+        "more": [*WORDS, "eels"],
+        "ends": [END_OF_TEXT if word == "that" else word for word in WORDS],
+        "turned": WORDS[::-1],
+    }
+    for name, words in tokenizers.items():
         tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         (path / name).mkdir()
@@ -53,6 +69,60 @@ def generate(folder, monkeypatch, capsys):
         return line.removeprefix("error: ")
 
     return generate
+
+
+def likeliest(folder, prompt, count=8):
+    """Words that follow the prompt, by the whole text for each."""
+    model, ids = MambaLM.from_pretrained(folder / "lm"), [WORDS.index(word) for word in prompt.split()]
+    for _ in range(count):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return [WORDS[i] for i in ids[-count:]]
+
+
+def test_the_text_is_the_likeliest(generate, folder):
+    """Of one prompt and of several, each of which ends where the tokenizer's end of text comes."""
+    prompts = ["Mamba", "Mamba is", "a snake never"]
+    words = [likeliest(folder, prompt) for prompt in prompts]
+    assert len(set(words[0])) >= 5
+    assert generate("--max_new_tokens", 8) == f"{prompts[0]}{' '.join(words[0])}\n"
+    texts = [prompt + " ".join(said) for prompt, said in zip(prompts, words, strict=True)]
+    assert generate("--max_new_tokens", 8, prompts=str(prompts)) == "".join(f"{text}\n---\n" for text in texts)
+    at = [said.index("that") if "that" in said else len(said) for said in words]
+    assert min(at) < max(at)
+    ended = [prompt + " ".join(said[:end]) for prompt, said, end in zip(prompts, words, at, strict=True)]
+    said = generate("--max_new_tokens", 8, prompts=str(prompts), tokenizer="ends")
+    assert said == "".join(f"{text}\n---\n" for text in ended)
+
+
+HOT = ("--temperature", 9, "--max_new_tokens", 20)
+EFFECTS = {  # of each option: what must hold for what the tool says, and the models that it made
+    "prompts": lambda say, made: say(prompts="[a]").startswith("a"),
+    "model": lambda say, made: say(model="other") != say(),
+    "tokenizer": lambda say, made: say(tokenizer="turned", prompts="[eats]") == "eats" + turned(say()),
+    "max_new_tokens": lambda say, made: [len(say("--max_new_tokens", n).split()) for n in (1, 5)] == [1, 5],
+    "temperature": lambda say, made: say(*HOT) != say(*HOT, "--temperature", 0),
+    "top_k": lambda say, made: say(*HOT, "--top_k", 1) == say(*HOT, "--temperature", 0),
+    "top_p": lambda say, made: say(*HOT, "--top_p", 1e-6) == say(*HOT, "--temperature", 0),
+    "seed": lambda say, made: say(*HOT) == say(*HOT, "--seed", 0) != say(*HOT, "--seed", 1),
+    "precision": lambda say, made: say("--precision", "bf16") and made[-1].head.weight.dtype == torch.bfloat16,
+    "device": lambda say, made: (
+        "'cudaa' is not there" in say("--device", "cudaa", fails=True)
+        and say("--device", "cpu")
+        and made[-1].head.weight.device.type == "cpu"
+    ),
+}
+
+
+def turned(text):
+    """What a model says by the names of the tokenizer `turned`, without the prompt."""
+    return " ".join(WORDS[::-1][WORDS.index(word)] for word in text.removeprefix("Mamba").split()) + "\n"
+
+
+@pytest.mark.parametrize("option", [field.name for field in fields(GenerateConfig)])
+def test_each_option_has_its_effect(generate, monkeypatch, option):
+    made, load = [], MambaLM.from_pretrained
+    monkeypatch.setattr(MambaLM, "from_pretrained", lambda *args, **kw: made.append(load(*args, **kw)) or made[-1])
+    assert EFFECTS[option](generate, made)
 
 
 def test_a_tokenizer_is_a_file_or_in_a_folder(generate, folder, monkeypatch):

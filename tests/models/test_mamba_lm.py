@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import shutil
+from functools import partial
 
 import huggingface_hub
 import pytest
@@ -35,13 +36,42 @@ def published(golden, tmp_path, request):
     return folder
 
 
-def tiny(**options):
-    model = MambaLM(50, 16, 2, d_state=4, **options).eval()
-    with torch.no_grad():  # a model that has been trained a little: logits that differ
+def tiny():
+    """A model whose likeliest text goes from token to token, as what came before has it.
+
+    One with tied embeddings says its last token again and again, whatever a mask, a cache or an end does.
+    """
+    model = MambaLM(50, 16, 2, d_state=4, tie_embeddings=False).eval()
+    with torch.no_grad():
         for block in model.blocks:
-            block.mixer.out_proj.weight.mul_(3)
+            block.mixer.out_proj.weight.mul_(22)
         model.embedding.weight.mul_(20)
+        model.head.weight[50:].mul_(10)  # rows of no token, which would be the likeliest
     return model
+
+
+def assert_varied(made):
+    """Rows of tokens that differ from one another, and of which each has at least five."""
+    rows = made.tolist()
+    assert len({tuple(row) for row in rows}) == len(rows)
+    assert min(len(set(row)) for row in rows) >= 5, rows
+
+
+def test_initial_weights():
+    """Embeddings of deviation 0.02; output projections as of one block, divided by the root of the depth."""
+    one, nine = (MambaLM(1000, 64, depth) for depth in (1, 9))
+    for model, bound in ((one, 128**-0.5), (nine, 128**-0.5 / 3)):
+        assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        for block in model.blocks:
+            assert block.mixer.out_proj.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+    spared = {
+        name for name, _ in one.named_parameters() if any(map(partial(fnmatch.fnmatch, name), one.no_weight_decay()))
+    }
+    assert spared == {
+        "norm.weight",
+        "blocks.0.norm.weight",
+        *(f"blocks.0.mixer.ssm.{n}" for n in ("A_log", "D", "dt_proj.bias")),
+    }
 
 
 def test_golden(golden, relative_error, published):
@@ -90,7 +120,9 @@ def test_generation_equals_the_model_called_on_all_before():
     made = model.generate(prompts, 9)
     for prompt, tokens in zip(prompts, made, strict=True):
         assert tokens.tolist() == uncached(model, prompt, 9).tolist()
-    assert len({tuple(row) for row in made.tolist()}) == 3
+    assert_varied(made)
+    zeros, _ = pad_left(prompts, torch.device("cpu"))
+    assert not torch.equal(model.generate(zeros, 9), made)  # padding that is no token must not be one
     streamed = torch.stack(list(model.stream(prompts, 9)), 1)
     assert_close(streamed, made)
 
@@ -182,25 +214,30 @@ def test_a_step_calls_layers_that_are_more_than_their_weights():
 
 
 def test_a_sequence_that_has_ended():
+    """It goes on with its end while another, whose text stays as it was, still runs; then all is over."""
     model = tiny()
     alone = model.generate([[3, 4], [9]], 12)
-    eos = alone[0, 2].item()
-    made = model.generate([[3, 4], [9]], 12, eos=eos)
-    first = alone[0].tolist().index(eos)
-    assert made[0, : first + 1].tolist() == alone[0, : first + 1].tolist()
-    assert set(made[0, first:].tolist()) == {eos}
-    one = model.generate([[3, 4]], 12, eos=eos)
-    assert one.shape == (1, first + 1)
+    assert_varied(alone)
+    ended, running = alone.tolist()
+    eos = next(token for token in ended if token not in running)
+    until = ended[: ended.index(eos) + 1]
+    assert 1 < len(until) < 10
+    assert model.generate([[3, 4], [9]], 12, eos=eos).tolist() == [until + (12 - len(until)) * [eos], running]
+    assert model.generate([[3, 4]], 12, eos=eos).tolist() == [until]
 
 
 def test_sampling():
     """Frequencies of what is drawn, against probabilities worked out by hand."""
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).repeat(20_000, 1)
+    logits, places = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])), torch.tensor([2, 0, 3, 1])
+    rows = torch.cat((logits.repeat(20_000, 1), logits[places].repeat(20_000, 1) + 3))
     generator = torch.Generator().manual_seed(1)
 
     def frequencies(**options):
-        drawn = sample(logits, generator=generator, **options)
-        return torch.bincount(drawn, minlength=4) / len(drawn)
+        """Of the first rows; of the others, at other places and all of them larger, they must be the same."""
+        drawn = sample(rows, generator=generator, **options).split(20_000)
+        first, others = (torch.bincount(part, minlength=4) / 20_000 for part in drawn)
+        assert_close(others, first[places], atol=0.03, rtol=0)
+        return first
 
     limit = {"atol": 0.015, "rtol": 0}
     assert_close(frequencies(temperature=1.0), torch.tensor([0.5, 0.3, 0.15, 0.05]), **limit)
@@ -211,8 +248,12 @@ def test_sampling():
     assert_close(frequencies(temperature=1.0, top_p=0.4), torch.tensor([1.0, 0, 0, 0]), **limit)
     both = torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95
     assert_close(frequencies(temperature=1.0, top_k=9, top_p=0.9), both, **limit)
-    assert (sample(logits, 0.0) == 0).all()
+    assert sample(rows, 0.0).unique_consecutive().tolist() == [0, 1]
     model = tiny()
+    greedy = model.generate([[1, 2], [3]], 9)
+    assert_varied(greedy)
+    for options in ({"top_k": 1}, {"top_p": 1e-6}):
+        assert_close(model.generate([[1, 2], [3]], 9, temperature=9.0, **options), greedy)
     one, two = (
         model.generate([[1, 2]], 20, temperature=1.0, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
     )
@@ -221,6 +262,7 @@ def test_sampling():
     assert not torch.equal(one, two)
 
 
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
 @pytest.mark.parametrize("tie", [True, False])
 def test_saved_and_loaded(tie, tmp_path):
     model = MambaLM(53, 16, 2, d_state=4, tie_embeddings=tie, vocab_multiple=16)
@@ -228,7 +270,9 @@ def test_saved_and_loaded(tie, tmp_path):
     model.save_pretrained(tmp_path / "lm")
     again = MambaLM.from_pretrained(tmp_path / "lm", dtype=torch.bfloat16)
     assert again.head.weight.dtype == torch.bfloat16
+    assert MambaLM.from_pretrained(tmp_path / "lm", device="meta").head.weight.is_meta
     again = MambaLM.from_pretrained(tmp_path / "lm")
+    assert not any(module.training for module in again.modules())
     ids = torch.randint(53, (2, 7))
     assert_close(again(ids), model(ids), atol=0, rtol=0)
     assert again(ids).shape == (2, 7, 53)
@@ -354,6 +398,8 @@ def test_a_residual_stream_in_the_dtype_of_the_weights(tmp_path):
     model.residual_in_fp32 = True
     assert not torch.equal(model(ids), narrow)
     assert model.config["residual_in_fp32"] is False
+    model.save_pretrained(tmp_path / "saved")
+    assert MambaLM.from_pretrained(tmp_path / "saved").residual_in_fp32 is False
 
 
 @pytest.mark.parametrize(
@@ -470,6 +516,18 @@ def test_shards(name, hub):
     assert set(asked) == {"config.json", f"{name}.index.json", *files}
 
 
+def test_of_two_kinds_of_weights_the_safe_ones_are_taken(hub):
+    """From a folder and from the hub, of which the others are not asked for."""
+    folder, asked = hub
+    write_transformers(folder)
+    ids = torch.randint(50, (1, 5))
+    want = MambaLM.from_pretrained(folder)(ids)
+    (folder / "pytorch_model.bin").write_bytes(b"others")
+    for source in (folder, "ann/lm"):
+        assert_close(MambaLM.from_pretrained(source)(ids), want, atol=0, rtol=0)
+    assert set(asked) == {"config.json", "model.safetensors"}
+
+
 def test_shards_that_are_not_whole(tmp_path):
     write_transformers(tmp_path)
     files, places = shard(tmp_path)
@@ -584,9 +642,9 @@ def test_bad_prompts_and_options():
         with pytest.raises(ValueError, match=message):
             model.generate([[1]], 3, **options)
     with torch.no_grad():
-        model.norm.weight[3] = torch.nan
+        model.embedding.weight[7] = torch.nan
     with pytest.raises(ValueError, match=r"logits are NaN: weights are, or something overflows in torch.float32"):
-        model.generate([[1]], 3)
+        model.generate([[1], [7]], 3)
     ids, mask = pad_left([[1, 2], [3, 4]], torch.device("cpu"))
     assert (ids.tolist(), mask) == ([[1, 2], [3, 4]], None)
 
@@ -598,11 +656,17 @@ def test_a_gpu_generates_what_a_cpu_does(batch):
     model = tiny()
     prompts = [[3], [7, 1, 4, 9, 2], [5, 5, 8], [1, 2], [40], [30, 20, 10]][:batch]
     want = model.generate(prompts, 12)
+    assert_varied(want)
+    eos = want[0, 3].item()
+    ended = model.generate(prompts, 12, eos=eos)
     model.cuda()
     for _ in range(2):
         assert model.generate(prompts, 12).tolist() == want.tolist()
+    assert model.generate(prompts, 12, temperature=9.0, top_k=1).tolist() == want.tolist()
+    assert model.generate(prompts, 12, eos=eos).tolist() == ended.tolist()
     half = model.to(torch.bfloat16).generate(prompts, 12)
     assert half.shape == (batch, 12)
+    assert half.max() < 50
 
 
 @pytest.mark.gpu
