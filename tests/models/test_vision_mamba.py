@@ -328,6 +328,7 @@ def test_set_patch_size():
         ({"global_pool": "mean"}, "global_pool must be one of .*'avg'.*, got 'mean'"),
         ({"img_size": 8}, r"img_size \(8, 8\) must be at least the patch_size \(16, 16\)"),
         ({"patch_stride": 0}, "patch_size and patch_stride must be positive"),
+        ({"weight_init": "xavier"}, "weight_init must be '' or 'skip', got 'xavier'"),
     ],
 )
 def test_bad_options_are_named(kwargs, message):
@@ -452,6 +453,7 @@ def test_exports_with_a_dynamic_batch():
 def test_features_only_for_a_detector():
     maps = timm.create_model("vim_nano", features_only=True, out_indices=(1, 3), img_size=64)(torch.randn(1, 3, 64, 64))
     assert [tuple(m.shape) for m in maps] == [(1, 64, 4, 4)] * 2
+    assert len(timm.create_model("vim_nano", features_only=True, img_size=64)(torch.randn(1, 3, 64, 64))) == 3
 
 
 def test_saved_model_loads_from_a_folder(tmp_path):

@@ -182,13 +182,15 @@ def test_intermediates_are_what_the_blocks_put_out(norm, stop_early):
     assert_close(maps, [patches.mT.unflatten(2, (6, 4)) for patches, _ in want], atol=0, rtol=0)
     assert_close(model.get_intermediate_layers(x, [0, 2], False, True, norm), want, atol=0, rtol=0)
     assert_close(model.get_intermediate_layers(x, [0, 2], True, norm=norm), maps, atol=0, rtol=0)
-    assert_close(
-        model.forward_intermediates(x, 2, norm=True, intermediates_only=True)[1], maps_of_the_last(outputs, model)
-    )
+    last = model.forward_intermediates(x, 2, norm=True, intermediates_only=True)[1]
+    assert_close(last, split(outputs[-1], True)[0].mT.unflatten(2, (6, 4)), atol=0, rtol=0)
 
 
-def maps_of_the_last(outputs, model):
-    return model.norm(outputs[-1])[:, 1:-1].mT.unflatten(2, (6, 4))
+def test_another_format_or_initialisation_is_refused():
+    with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or 'NLC', got 'NHWC'"):
+        tiny().forward_intermediates(torch.randn(1, 1, 24, 16), output_fmt="NHWC")
+    with pytest.raises(ValueError, match="mode must be '', got 'jax'"):
+        tiny().init_weights("jax")
 
 
 @pytest.mark.parametrize(("prune_norm", "prune_head"), [(False, True), (True, False), (True, True)])
