@@ -100,7 +100,11 @@ def test_mambas_of_one_direction_see_the_past_alone(mixer):
     tokens = model.forward_features(x)
     (gradient,) = torch.autograd.grad(tokens[0, 7].sum(), x)  # the last patch of the second row of patches
     assert gradient[..., :8, :].any()
-    assert gradient[..., 8:, :].any() == (mixer not in ("mamba", "mamba2"))
+    future, rounding = gradient[..., 8:, :].abs().max(), 1e-5 * gradient.abs().max()
+    if mixer in ("mamba", "mamba2"):
+        assert future == 0
+    else:
+        assert future > rounding, "by FFT, one direction has a little of the other"
 
 
 @pytest.mark.parametrize("mixer", ["bimamba2", "mamba2"])
