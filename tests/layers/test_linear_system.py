@@ -57,6 +57,14 @@ def test_zero_order_hold_of_an_integrator():
         assert gradient.isfinite().all()
 
 
+def test_small_steps_keep_their_digits():
+    """In fp32 e^x - 1 of a small x has none left."""
+    A, B, delta = torch.tensor([-0.5]), torch.ones(1), torch.tensor([2e-5])
+    _, dB = discretize_diagonal(A, B, delta, "zoh")
+    _, want = discretize_diagonal(A.double(), B.double(), delta.double(), "zoh")
+    assert_close(dB.double(), want, atol=0, rtol=1e-6)
+
+
 def test_an_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="rule must be one of zoh, bilinear, euler, got 'tustin'"):
         discretize_diagonal(torch.ones(1), torch.ones(1), torch.ones(1), "tustin")
@@ -188,7 +196,9 @@ def test_hippo_golden(golden, d_state):
     assert_close(system.B.abs(), t["nplr_B_abs"].double(), **limit)
     assert_close(system.B * system.P[0].conj(), complex_of("nplr_BPconj"), **limit)
     for name in DIAGONALS:
-        assert_close(diagonal(name, d_state)[0], complex_of(f"diag_{name}.A"), **limit)
+        A, B = diagonal(name, d_state)
+        assert_close(A, complex_of(f"diag_{name}.A"), **limit)
+        assert_close(B, system.B if name == "legs" else torch.ones_like(B))
 
 
 @pytest.mark.parametrize("measure", MEASURES)

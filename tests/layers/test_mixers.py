@@ -136,6 +136,8 @@ def test_norm_hands_on_low_precision_under_autocast():
     x = torch.randn(3, 5, 20)
     want = torch.nn.functional.rms_norm(x, (20,), norm.weight, 1e-5)
     assert torch.equal(norm(x), want)
+    small = 1e-3 * x  # of which eps is a part
+    assert torch.allclose(norm(small), torch.nn.functional.rms_norm(small, (20,), norm.weight, 1e-5))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(norm(x), want.bfloat16())
     assert norm.to("meta")(x.to("meta")).dtype == torch.float32

@@ -104,14 +104,19 @@ MIXERS = {
 
 
 @pytest.mark.parametrize("length", [1, 2, 33])
-@pytest.mark.parametrize("name", MIXERS)
-@torch.no_grad()
-def test_steps_equal_the_whole(name, length):
-    mixer = MIXERS[name](dt_min=0.05)
-    x = torch.randn(2, length, 6)
-    y = mixer(x)
-    cache = mixer.default_state(2)
-    assert_close(torch.stack([mixer.step(one, cache) for one in x.unbind(1)], 1), y, atol=1e-4, rtol=0)
+@pytest.mark.parametrize(("name", "rate"), [*((name, 1.0) for name in MIXERS), ("s4d", 0.5), ("s4d-bilinear", 0.5)])
+def test_steps_equal_the_whole(name, rate, length):
+    """Gradients of all parameters too."""
+    mixer = MIXERS[name](dt_min=0.05).double()
+    x = torch.randn(2, length, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    whole = mixer(x, rate)
+    cache = mixer.default_state(2, rate)
+    steps = torch.stack([mixer.step(one, cache) for one in x.unbind(1)], 1)
+    assert_close(steps, whole, atol=1e-9, rtol=1e-9)
+    leaves = (x, *mixer.parameters())
+    found = [torch.autograd.grad((y * weight).sum(), leaves) for y in (steps, whole)]
+    assert_close(*found, atol=1e-8, rtol=1e-8)
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -170,10 +175,12 @@ def test_lengths():
     kernel = DPLRKernel(3, 8, "legs", dt_min=0.05).double()
     true_C = torch.view_as_complex(kernel.C).clone()
     dA, dB, _ = kernel._dense(1.0)
+    systems = [kernel.system(rate) for rate in (1.0, 0.5)]
     want = LinearSystem(dA, dB, torch.cat((true_C, true_C.conj()), -1)[0]).kernel(40)
     for length, kept in ((8, 8), (3, 8), (40, 40), (17, 40)):
         assert_close(kernel(length)[0], want[:, :length])
         assert kernel.l_kernel == kept
+    assert_close([kernel.system(rate) for rate in (1.0, 0.5)], systems)
     torch.manual_seed(1)
     one = DPLRKernel(3, 8, l_max=20)
     torch.manual_seed(1)
@@ -234,6 +241,64 @@ def test_autocast_and_round_trip(make):
     assert mixer(x[:, :0]).shape == (2, 0, 6)
     with pytest.raises(ValueError, match=r"x must be \(batch, size, 6\), got \(2, 3, 12, 6\)"):
         mixer(torch.zeros(2, 3, 12, 6))
+
+
+LAYERS = {"s4": S4, "s4d": S4D, "s4nd": S4ND}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_initial_values(layer):
+    """Steps log-uniform in their range, outputs C and skips D of modulus 1 in the mean square."""
+    mixer = layer(2048, 4, dt_min=0.01, dt_max=0.03)
+    for name, p in mixer.named_parameters():
+        if name.endswith("log_dt"):
+            assert 0.01 <= p.exp().min() < 0.0102
+            assert 0.0295 < p.exp().max() <= 0.03 * (1 + 1e-6)
+            assert p.exp().median().item() == pytest.approx((0.01 * 0.03) ** 0.5, rel=0.03)
+        if name.endswith("C"):
+            assert p.square().sum(-1).mean().item() == pytest.approx(1, rel=0.05)
+    assert mixer.D.mean().item() == pytest.approx(0, abs=0.1)
+    assert mixer.D.square().mean().item() == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize(("measure", "decay"), [("legs", 0.5), ("legt", 1e-4), ("fout", 1e-4)])
+def test_where_the_poles_of_s4_start(measure, decay):
+    """LegS's normal part has a real part of -1/2; the others have none, which a logarithm cannot hold."""
+    kernel = DPLRKernel(3, 8, measure)
+    assert_close(kernel.A_log.exp(), torch.full((3, 4), decay))
+    assert (kernel.A_imag <= 0).all()
+    assert_close(kernel.A_imag, kernel.A_imag[:1].expand(3, 4))
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_dropout_in_front_of_the_last_product(layer):
+    """Of everything, it leaves that product's bias."""
+    mixer, x = layer(6, 4, dropout=1.0), torch.randn(2, 5, 6)
+    x = x.unsqueeze(1) if layer is S4ND else x
+    want = torch.nn.functional.glu(mixer.out_proj.bias, -1)
+    assert_close(mixer.train()(x), want.expand_as(x))
+    plain = layer(6, 4)
+    plain.load_state_dict(mixer.state_dict())
+    assert_close(mixer.eval()(x), plain(x))
+
+
+@torch.no_grad()
+def test_s4nd_along_one_axis_is_s4d_in_both_directions():
+    """Also where they start, by init, rule and step sizes; with a band limit the aliasing modes are gone."""
+    options = {"init": "inv", "rule": "bilinear", "dt_min": 0.2, "dt_max": 0.2}
+    one, other = S4ND(3, 8, dim=1, **options), S4D(3, 8, bidirectional=True, **options)
+    assert_close(one.kernel[0].A_imag, other.kernel.A_imag)
+    assert_close(one.kernel[0].log_dt, other.kernel.log_dt)
+    limited = S4ND(3, 8, dim=1, bandlimit=0.5, **options)
+    weights = {name.replace("kernel.0.", "kernel."): value for name, value in one.state_dict().items()}
+    other.load_state_dict(weights)
+    limited.load_state_dict(one.state_dict())
+    x = torch.randn(2, 9, 3)
+    assert_close(one(x), other(x))
+    aliases = 0.2 * other.kernel.A_imag.abs() / (2 * torch.pi) >= 0.25
+    assert 0 < aliases.sum() < aliases.numel()
+    other.kernel.C[:, aliases] = 0
+    assert_close(limited(x), other(x))
 
 
 def test_bad_arguments():

@@ -60,7 +60,7 @@ class LTIMixer(nn.Module):
 
 class LTICache:
     """What a layer remembers of the steps that it has seen, and its system as it was when the cache was made. `step`
-    changes the state."""
+    changes the state. Gradients pass through both, as through the whole sequence; under `torch.no_grad` none do."""
 
     def __init__(self, system: LinearSystem, batch_size: int):
         self.system, self.state = system, system.initial_state(batch_size)
@@ -75,7 +75,6 @@ class SequenceLTIMixer(LTIMixer):
     The kernel has a `system(rate)`, the same as a recurrence.
     """
 
-    @torch.no_grad()
     def default_state(self, batch_size: int, rate: float = 1.0) -> LTICache:
         """A cache that has seen nothing.
 

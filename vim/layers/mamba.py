@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vim_kernels import selective_scan, selective_state_update
 
+from .cache import before_update
 from .selective_ssm import SelectiveSSM
 from .short_conv import convolve
 
@@ -18,7 +19,10 @@ NO_STEP = -1e4  # softplus of it is 0, also with a bias and in half precision
 
 
 class MambaCache(NamedTuple):
-    """What a Mamba layer remembers of the steps it has seen. The layer updates it in place."""
+    """What a Mamba layer remembers of the steps it has seen. The layer updates it in place.
+
+    It holds numbers alone: gradients reach the inputs of a call, and none of the calls before it.
+    """
 
     conv_state: Tensor  # (batch, d_conv - 1, d_inner), the last inputs of the convolution, oldest first
     ssm_state: Tensor  # (batch, d_inner, d_state), fp32
@@ -127,7 +131,7 @@ class Mamba(nn.Module):
             D=ssm.D,
             z=z,
             dt_bias=dt_bias,
-            initial_state=None if cache is None else cache.ssm_state,
+            initial_state=None if cache is None else before_update(cache.ssm_state),
             return_last_state=cache is not None,
             seq_idx=seq_idx,
         )
@@ -142,7 +146,7 @@ class Mamba(nn.Module):
         u = convolve(self.ssm.conv1d, self.ssm.d_conv, x.unsqueeze(1), conv_state=cache.conv_state)
         dt, A, B, C, dt_bias = self.ssm.project(u)
         y, state = selective_state_update(
-            cache.ssm_state,
+            before_update(cache.ssm_state),
             u.squeeze(1),
             dt.squeeze(1),
             A,

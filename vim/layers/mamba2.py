@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vim_kernels import selective_state_update, ssd
 
+from .cache import before_update
 from .norm import GatedRMSNorm
 from .plain import is_plain
 from .selective_ssm import negative_exp, start_steps
@@ -104,7 +105,7 @@ def _project(x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
 
 
 class Mamba2Cache(NamedTuple):
-    """What a Mamba2 layer remembers of the steps it has seen. The layer updates it in place."""
+    """What a Mamba2 layer remembers of the steps it has seen, without gradients; see MambaCache."""
 
     conv_state: Tensor  # (batch, d_conv - 1, d_conv_channels), the last inputs of the convolution, oldest first
     ssm_state: Tensor  # (batch, heads, head_dim, d_state), fp32
@@ -160,7 +161,7 @@ class Mamba2(Projections):
             B=B,
             C=C,
             **self.ssm.arguments(),
-            initial_state=None if cache is None else cache.ssm_state,
+            initial_state=None if cache is None else before_update(cache.ssm_state),
             return_last_state=cache is not None,
         )
         if cache is not None:
@@ -177,7 +178,7 @@ class Mamba2(Projections):
         per_channel: dict[str, Any] = {name: self._repeat(t) for name, t in self.ssm.arguments().items()}
         per_channel["A"] = per_channel["A"].unsqueeze(1).expand(-1, self.d_state)
         y, state = selective_state_update(
-            cache.ssm_state.flatten(1, 2), u.flatten(1), self._repeat(dt), B=B, C=C, **per_channel
+            before_update(cache.ssm_state).flatten(1, 2), u.flatten(1), self._repeat(dt), B=B, C=C, **per_channel
         )
         cache.ssm_state.copy_(state.detach().view_as(cache.ssm_state))
         return self.project_out(y.view_as(u), z)

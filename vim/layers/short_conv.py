@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vim_kernels import bidirectional_causal_conv1d, causal_conv1d
 from vim_kernels.packing import segments_of
 
+from .cache import before_update
 from .plain import is_plain
 
 # FX keeps these calls as leaves; inside, they branch on shapes.
@@ -35,7 +36,7 @@ def convolve(
         conv.weight.squeeze(1),
         conv.bias,
         activation="silu",
-        initial_state=conv_state,
+        initial_state=None if conv_state is None else before_update(conv_state),
         return_final_state=conv_state is not None,
         seq_idx=seq_idx,
     )

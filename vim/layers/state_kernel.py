@@ -36,7 +36,7 @@ class StateKernel(nn.Module):
 
     def _start(self, A: Tensor, B: Tensor) -> None:
         """Poles and inputs (N / 2,) of all systems, outputs of modulus 1 in the mean square, random steps."""
-        # FouT's modes do not decay at all, which a logarithm cannot hold; the authors start there, too.
+        # LegT's and FouT's modes do not decay at all, which a logarithm cannot hold; the authors start there, too.
         self.A_log.copy_((-A.real).clamp(min=1e-4).log().expand_as(self.A_log))
         self.A_imag.copy_(A.imag.expand_as(self.A_imag))
         self.B.copy_(torch.view_as_real(B).expand_as(self.B))
