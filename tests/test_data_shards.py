@@ -18,6 +18,7 @@ import pytest
 import torch
 from image_shards import add, local_hub, parquet_table, write_parquet
 from image_tree import write_image_tree
+from PIL import Image
 
 from vim.data import (
     AugmentConfig,
@@ -42,6 +43,7 @@ from vim.data.tar_shards import TarImages
 
 GREY = {"input_size": (1, 12, 12), "mean": (0.2,), "std": (0.5,), "interpolation": "bilinear", "crop_pct": 1.0}
 AUGMENT = AugmentConfig(affine_degrees=20, auto_augment="rand-m9-mstd0.5-inc1", erasing=0.5)
+STILL = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
 SHARDS = {"train-00000-of-00003.parquet": 8, "train-00001-of-00003.parquet": 6, "train-00002-of-00003.parquet": 7}
 
 
@@ -255,6 +257,7 @@ def test_the_hub(files, folder, tmp_path, cache, monkeypatch):
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
         source = open_images(DataConfig("hf://datasets/org/name"), "train")
         assert source.path == f"hf://datasets/org/name@{hub.commit}/data/train*.parquet"
@@ -476,6 +479,60 @@ def test_columns(tmp_path, cache, files):
     pq.write_table(table.replace_schema_metadata({"huggingface": "{"}), tmp_path / "val.parquet")
     with pytest.raises(DataError, match="its description by Hugging Face cannot be read"):
         open_images(DataConfig(str(tmp_path)), "val")
+
+
+def test_numbers_of_classes_are_counted_over_all_row_groups_and_shards(tmp_path, cache, files):
+    """The highest label is in the first row group of the second of three shards, of which the last is empty."""
+    content = files[0][0].read_bytes()
+    for shard, labels in enumerate(([0, 1, 1, 0, 2], [5, 0, 0, 1], [2], [])):
+        table = pa.table(
+            {"image": pa.array([content] * len(labels), pa.binary()), "label": pa.array(labels, pa.int64())}
+        )
+        pq.write_table(table, tmp_path / f"val-{shard}.parquet", row_group_size=2)
+    source = open_images(DataConfig(str(tmp_path)), "val")
+    assert source.classes == ["0", "1", "2", "3", "4", "5"]
+    assert source.shards.lengths == [5, 4, 1]
+    assert [source.load(index)[1] for index in range(10)] == [0, 1, 1, 0, 2, 5, 0, 0, 1, 2]
+    assert [source.name(index) for index in (4, 5, 8, 9)] == [
+        "val-0.parquet/4", "val-1.parquet/0", "val-1.parquet/3", "val-2.parquet/0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_of_unequal_sizes_give_each_image_once(tmp_path, cache, files, folder, workers):
+    """A large one among some of one image."""
+    sizes = dict(zip(("train-0", "train-1", "train-2"), (1, 19, 1), strict=True))
+    write_parquet(files, folder.classes, tmp_path, {f"{name}.parquet": size for name, size in sizes.items()})
+    source = open_images(DataConfig(str(tmp_path)), "train", window=2)
+    images = TrainImages(source, train_transform(AugmentConfig(**STILL), GREY), 0, in_chans=1)
+    loader = train_loader(images, KeyedSampler(21, 0, shards=source.shards.lengths, window=2), 4, workers)
+    seen = [
+        (image.tobytes(), label)
+        for packed, labels, _ in loader
+        for image, label in zip(packed.pixels.squeeze(-1).numpy(), labels.tolist(), strict=True)
+    ]
+    want = [(folder.load(index, 1)[0].tobytes(), folder.samples[index][1]) for index in range(21)]
+    assert sorted(seen) == sorted(want)
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_tar_files_of_unequal_sizes_and_classes(tmp_path, files, numbered):
+    """Classes that only one shard has, one of them the last in the first shard; and images of many sizes."""
+    shards = (["c", "b"], ["a"], ["b", "a", "b", "a"])
+    want = []
+    for number, names in enumerate(shards):
+        with tarfile.open(tmp_path / f"val-{number}.tar", "w") as tar:
+            for index, name in enumerate(names):
+                path = files[len(want)][0]
+                add(tar, f"{index}.png" if numbered else f"{name}/{index}.png", path.read_bytes())
+                if numbered:
+                    add(tar, f"{index}.cls", str("abc".index(name)).encode())
+                want.append(("abc".index(name), path))
+    source = open_images(DataConfig(str(tmp_path)), "val")
+    assert source.classes == (["0", "1", "2"] if numbered else ["a", "b", "c"])
+    for index, (label, path) in enumerate(want):
+        image, got = source.load(index, 1)
+        assert (got, image.tobytes()) == (label, Image.open(path).tobytes())
 
 
 def test_shards_must_be_of_one_kind(parquet, files):

@@ -172,6 +172,7 @@ def test_a_tokenizer_is_a_file_or_in_a_folder(generate, folder, monkeypatch):
 )
 def test_one_line_says_what_is_wrong(options, line, generate, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     args = [part for pair in options.items() if pair[0].startswith("--") for part in pair]
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("the hub's client waits and tries again"))

@@ -146,6 +146,7 @@ def test_progress_on_a_terminal(monkeypatch, capsys):
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
     progress = Progress()
     assert progress.console.is_terminal
     with progress.bar("[/red] [b]x[/b] :dog:\x1b[2J", 1) as advance:

@@ -34,6 +34,7 @@ def setting(tmp_path_factory):
 def call(monkeypatch):
     """call(tool, *args): run a tool in this process."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("COLUMNS", "80")  # of tables
 
     def call(tool, *args):
         monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, args)])

@@ -201,6 +201,7 @@ def test_a_hub_that_says_no_or_is_out_of_reach(finished, hub, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("vim.training.hub.get_token", lambda: "a token")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(RunError, match=r"cannot push to ann/corners-vim: .*refused"):
         push_to_hub(push_config(finished[0]))
 

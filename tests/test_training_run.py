@@ -241,7 +241,8 @@ def test_it_learns(tree, tmp_path):
     assert losses[-1] < losses[0] / 4
 
 
-def test_accumulated_steps_equal_one_large_step(tree, tmp_path):
+def test_accumulated_steps_equal_one_large_step(tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")  # the run's config decides
     short = {"schedule": ScheduleConfig(epochs=1, warmup_epochs=0), "optim": OptimConfig(name="sgd", lr=0.1)}
     small_steps = DataConfig(str(tree), batch_size=4, num_workers=0, crop_pct=1.0, mean=(0.3,), std=(0.2,))
     train(plain(tree, tmp_path / "one", **short))

@@ -580,6 +580,7 @@ def test_what_is_no_checkpoint(published, tmp_path, monkeypatch):
 
     fails(tmp_path / "no" / "where", "there is no .*where; give a folder with config.json and model", FileNotFoundError)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     message = r"there is no ann/lm here, and the hub does not give it \(.*refused\); give a folder with config.json"
     fails("ann/lm", message, FileNotFoundError)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import GradientAccumulationPlugin, send_to_device, set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -55,7 +55,8 @@ def create_accelerator(
             raise ConfigError(f"no tracker {name!r}: installed are {have}; pip install its package")
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_steps=accumulate,
+        # As a plugin, for a number alone gives way to the variable ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate),
         log_with=list(trackers) or None,
         project_dir=run_dir,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
