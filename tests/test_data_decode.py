@@ -11,10 +11,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageFile
 
 from vim.data import DataError, ImageFolder, ImageSource, decode
-from vim.data.decode import decode_image
+from vim.data.decode import decode_image, image_size
 from vim.data.image_files import image_suffixes
 from vim.data.tar_shards import TarImages
 
@@ -81,6 +81,22 @@ def test_what_is_no_picture_is_named(tmp_path, kind):
     path.write_bytes({"empty": b"", "text": b"<html>not found</html>", "truncated": content[:60]}.get(kind, content))
     with pytest.raises(DataError, match=re.escape(f"cannot read image {path}: ") + ".*; repair or remove it"):
         decode_image(path, 3, path)
+    if kind != "truncated":  # the header is whole
+        with pytest.raises(DataError, match=re.escape(f"cannot read image {path}: ") + ".*; repair or remove it"):
+            image_size(path, path)
+
+
+@pytest.mark.parametrize("turned", [1, 6])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "gif", "avif", "jp2"])
+def test_a_size_is_that_of_the_decoded_picture_without_decoding_it(tmp_path, monkeypatch, suffix, turned):
+    """Also where the pixels would be turned, as Pillow does with those of TIFF."""
+    path, exif = tmp_path / f"image.{suffix}", Image.Exif()
+    exif[0x0112] = turned
+    Image.new("RGB", (80, 40)).save(path, **{} if suffix in ("gif", "jp2") else {"exif": exif})
+    want = decode_image(path, 3, path).size
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+    assert image_size(path, path) == want
 
 
 # Suffix -> what Pillow needs to write without much loss.
@@ -168,7 +184,7 @@ def test_folders_that_cannot_be_walked(tmp_path):
 
 PEAKS = """
 import resource, sys
-from vim.data.decode import decode_image
+from vim.data.decode import decode_image, image_size
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 baseline = peak()

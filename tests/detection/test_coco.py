@@ -20,9 +20,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torch.testing import assert_close
 
-from vim.data import DataError
+from vim.data import DataError, ImageFolder
 from vim.detection import CocoData, boxes_to_coco, coco_metrics
+from vim.detection.training import _record
 from vim.training import ConfigError
+from vim.training.data_record import names_within, record_data
 
 WIDTH, HEIGHT = 20, 12
 
@@ -342,6 +344,18 @@ def test_images_stay_as_their_pixels_lie(data, tmp_path):
     Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "images" / "a.png", exif=exif)
     image, _ = data([]).load(0)
     assert (image.size, image.mode) == ((WIDTH, HEIGHT), "RGB")
+
+
+@pytest.mark.parametrize("name", ["plain", "x\ny", "\udcff\\n"])
+def test_where_images_lie_is_no_part_of_their_names(tmp_path, name):
+    """A folder may be renamed between the parts of a run, whatever its name is made of."""
+    write_boxes(tmp_path, "boxes", 2)
+    (tmp_path / name).mkdir()
+    folder = (tmp_path / "boxes").rename(tmp_path / name / "a")
+    boxes, classified = CocoData(tmp_path / "boxes.json", folder), ImageFolder(tmp_path, name)
+    assert list(names_within(classified.path, classified)) == ["a/000.png", "a/001.png"]
+    want = record_data([], {"training": ["000.png", "001.png"]})["splits"]["training"]["hash"]
+    assert [split["hash"] for split in _record(boxes, boxes)["splits"].values()] == [want, want]
 
 
 HEADER = "image_path,xmin,ymin,xmax,ymax,label,score\n"

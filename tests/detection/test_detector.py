@@ -5,6 +5,7 @@ import timm
 import torch
 from timm.layers import LayerNorm2d
 from torch.testing import assert_close
+from torchvision.models.detection.image_list import ImageList
 
 import vim  # noqa: F401  (registers the models)
 from vim.detection import Detector, DetectorConfig
@@ -157,6 +158,28 @@ def test_losses_and_detections_of_every_detector(kind):
         assert ("masks" in detected) == ("mask" in kind)
         if "mask" in kind:
             assert detected["masks"].shape == (len(detected["boxes"]), 1, height, width)
+
+
+@pytest.mark.parametrize(("kind", "factor", "ratios"), [("cascade_rcnn", 8, (0.5, 1, 2)), ("fcos", 1, (1,))])
+def test_anchors_stand_at_every_cell_in_the_size_of_its_level(kind, factor, ratios):
+    network = detector(kind).network
+    generator = network.anchor_generator if kind == "fcos" else network.rpn.anchor_generator
+    strides = (4, 8, 16, 32, 64)
+    maps = [torch.zeros(1, 1, 128 // stride, 128 // stride) for stride in strides]
+    (anchors,) = generator(ImageList(torch.zeros(1, 3, 128, 128), [(128, 128)]), maps)
+    for stride, level in zip(strides, anchors.split([len(ratios) * (128 // s) ** 2 for s in strides]), strict=True):
+        width, height = (level[: len(ratios), 2:] - level[: len(ratios), :2]).T
+        assert_close(height / width, torch.tensor(ratios).float(), atol=0, rtol=0.1)
+        assert_close((width * height).sqrt(), torch.full((len(ratios),), factor * stride).float(), atol=0, rtol=0.06)
+        centres = (level[:, :2] + level[:, 2:])[:: len(ratios)] / 2
+        places = torch.arange(0, 128, stride).float()
+        assert_close(centres, torch.cartesian_prod(places, places).flip(1))
+
+
+def test_stages_of_the_cascade_share_no_parameter():
+    heads = detector("cascade_rcnn").network.roi_heads
+    for parts in (heads.box_head, heads.box_predictor):
+        assert len({id(p) for part in parts for p in part.parameters()}) == 3 * len(list(parts[0].parameters()))
 
 
 @pytest.mark.gpu

@@ -6,11 +6,13 @@ import io
 import numpy as np
 import pytest
 import torch
+from boxes_data import write_boxes
 from pycocotools import mask as pycoding
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from vim.detection.evaluation import METRICS, as_results, coco_metrics
+from vim.detection import CocoData, sheet
+from vim.detection.evaluation import METRICS, Evaluation, as_results, coco_metrics
 
 
 def random_case(seed, images=12, categories=(2, 5, 11), size=200):
@@ -145,3 +147,28 @@ def test_detections_become_results():
     assert second["category_id"] == 3
     np.testing.assert_array_equal(pycoding.decode(first["segmentation"]), masks[0, 0].numpy() > 0.5)
     assert pycoding.area(second["segmentation"]) == 0
+
+
+def test_a_sheet_shows_spread_images_with_the_boxes_from_the_best_f1(tmp_path, monkeypatch):
+    """Of the class that was never found, those from one half."""
+    content = write_boxes(tmp_path, "val", 5, seed=2)
+    data = CocoData(tmp_path / "val.json", tmp_path / "val")
+    scores = [(3, 0.2), (3, 0.3), (7, 0.49), (7, 0.5)]
+    found = [
+        {"image_id": image, "category_id": category, "score": score, "bbox": [image, 0, 1, 1]}
+        for image in (14, 12, 11, 10)
+        for category, score in scores
+    ]
+    per_class = {"red": {"F1": 0.4, "threshold": 0.3}, "blue": {"F1": 0.0, "threshold": 0.0}}
+    per_class["green"] = per_class["blue"]
+    drawn = []
+    monkeypatch.setattr(sheet, "plot_detections", lambda *args: drawn.extend(args))
+    sheet.write_sheet(data, Evaluation(5, found, {}, per_class), 3, tmp_path / "sheet.png")
+    images, truths, shown, names, _ = drawn
+    assert [image.size for image in images] == [(64, 64), (90, 50), (48, 80)]
+    assert [[row["image_id"] for row in rows][:1] for rows in truths] == [[10], [12], [14]]
+    assert sum(map(len, truths)) == sum(a["image_id"] in (10, 12, 14) for a in content["annotations"])
+    assert [[(row["image_id"], row["score"]) for row in rows] for rows in shown] == [
+        [(image, 0.3), (image, 0.5)] for image in (10, 12, 14)
+    ]
+    assert names == {3: "red", 7: "blue", 9: "green"}

@@ -4,6 +4,8 @@ import functools
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,10 +59,24 @@ def decode_image(file: str | Path | BinaryIO, in_chans: int, name: str | Path) -
     Raises: DataError with the name of an image that cannot be read, or has more than 179 million pixels, twice what
         Pillow's MAX_IMAGE_PIXELS says.
     """
-    mode = IMAGE_MODES[in_chans]
+    with _opened(file, name) as image:
+        return _convert(image, IMAGE_MODES[in_chans])
+
+
+def image_size(file: str | Path | BinaryIO, name: str | Path) -> tuple[int, int]:
+    """Width and height of what `decode_image` would give, from the file's header alone; its errors, as far as that
+    shows them."""
+    with _opened(file, name) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(file: str | Path | BinaryIO, name: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(file, formats=image_formats()) as image:
-            return _convert(image, mode)
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no known range; convert it to 8 or 16 bits")
+            yield image
     except UNREADABLE as error:
         raise DataError(f"cannot read image {name}: {_reason(error)}; repair or remove it") from error
 
@@ -74,8 +90,6 @@ def _reason(error: Exception) -> str:
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255: nearly all white
         return _from_16_bits(image, mode)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; convert it to 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:  # by way of RGBA, for Pillow warns of it
         image = image.convert("RGBA")
     return image.convert(mode)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vim.data import DataError
-from vim.data.decode import decode_image
+from vim.data.decode import image_size
 from vim.files import write_json
 from vim.training.output import make_output
 
@@ -111,4 +111,4 @@ def _size(images: Path, path: str) -> tuple[int, int]:
     file = images / path
     if not os.path.isfile(file):  # to open a pipe would wait
         raise DataError(f"cannot read image {file}: no such file")
-    return decode_image(file, 3, file).size
+    return image_size(file, file)

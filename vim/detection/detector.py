@@ -1,5 +1,6 @@
 """Detectors: torchvision's, and the cascade, on the feature maps of any timm model."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,7 +105,11 @@ class _BoxPredictor(FastRCNNPredictor):
 
 class _PointHead(FCOSHead):
     def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
-        return {name: value.float() for name, value in super().forward(x).items()}
+        found = {name: value.float() for name, value in super().forward(x).items()}
+        if not self.training:
+            # torchvision has a class for the background too, and would report it like any other.
+            found["cls_logits"][..., 0] = -math.inf
+        return found
 
 
 def _pool(size: int) -> MultiScaleRoIAlign:

@@ -1,6 +1,5 @@
 """Detection: its parts of a training run."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from vim.data import KeyedSampler
 from vim.files import write_json
-from vim.training.data_record import record_data
+from vim.training.data_record import names_within, record_data
 from vim.training.errors import ConfigError
 from vim.training.graphs import capture_training, wants_cuda_graph
 from vim.training.model import weights_from
@@ -126,10 +125,7 @@ class Detection(Trainer):
 def _record(train: CocoData, val: CocoData) -> dict[str, Any]:
     classes = [f"{name} (id {number})" for number, name in train.categories.items()]
     splits = {"training": train, "evaluation": val}
-    names = {
-        split: [data.name(i).removeprefix(f"{data.folder}{os.sep}") for i in range(len(data))]
-        for split, data in splits.items()
-    }
+    names = {split: names_within(data.folder, data) for split, data in splits.items()}
     return record_data(classes, names, {split: data.digest() for split, data in splits.items()})
 
 

@@ -1,7 +1,6 @@
 """Image classification: its parts of a training run."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from vim.data import (
     EvalImages,
     FetchAhead,
     KeyedSampler,
-    LabelledImages,
     TrainImages,
     check_same_classes,
     eval_loader,
@@ -24,11 +22,10 @@ from vim.data import (
     train_loader,
     train_transform,
 )
-from vim.data.names import plain_name
 
 from .checkpointer import Checkpointer
 from .config import TrainConfig
-from .data_record import record_data
+from .data_record import names_within, record_data
 from .distillation import Teacher, distillation_loss
 from .evaluation import Evaluation, evaluate
 from .graphs import capture_training, wants_cuda_graph
@@ -85,13 +82,14 @@ class Classification(Trainer):
         early = [smaller[size] for size in data.early_sizes]
         images = TrainImages(train, transform, config.seed, in_chans, data.bad_images, early)
         held_out = EvalImages(val, eval_transform(self.data_config), in_chans, data.bad_images)
+        splits = (data.train_split, train), (data.val_split, val)
         self.mixup = create_mixup(config.augment, len(self.classes))
         self.loss = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(config.augment.smoothing)
         self.prepare(
             model,
             train_loader(images, sampler, data.batch_size, data.num_workers),
             eval_loader(held_out, data.batch_size, data.num_workers),
-            record_data(self.classes, {data.train_split: _names(train), data.val_split: _names(val)}),
+            record_data(self.classes, {split: names_within(images.path, images) for split, images in splits}),
         )
 
     def accelerate_model(self, model: nn.Module) -> bool:
@@ -163,12 +161,6 @@ class Classification(Trainer):
             f"top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % on {self.evaluation.images} images\n"
             f"{write_plots(self.state.history, self.evaluation.confusion, self.classes, run.path)}"
         )
-
-
-def _names(images: LabelledImages) -> Iterator[str]:
-    """Of a split, without the folder that it lies in."""
-    folder = plain_name(f"{images.path}{os.sep}")
-    return (images.name(index).removeprefix(folder) for index in range(len(images)))
 
 
 def create_mixup(augment: AugmentConfig, num_classes: int) -> Mixup | None:

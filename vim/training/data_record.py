@@ -1,16 +1,34 @@
 """Which data a run has, kept in its checkpoints: a resumed run that found others would learn from shifted labels."""
 
 import hashlib
+import os
 import zlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from vim.data.names import plain_name
+
 from .errors import RunError
 
 SHOWN = 3  # examples of each kind
+
+
+class Named(Protocol):
+    """Images with names, as `plain_name` writes them."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+
+def names_within(folder: str | Path, images: Named) -> Iterator[str]:
+    """Names of images without the folder that they lie in."""
+    prefix = plain_name(f"{folder}{os.sep}")
+    return (images.name(index).removeprefix(prefix) for index in range(len(images)))
 
 
 def record_data(
