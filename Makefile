@@ -5,18 +5,20 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # The lowest versions that pyproject.toml allows, of all but the development tools.
 VENV_MIN ?= .venv-min
+GPU_WORKERS ?= 14
 INSTALLED_MIN := $(VENV_MIN)/.installed
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 # Threads that spin while they wait starve each other where something else runs on the same few cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install quickstart test test-min mutants sanitize lint types test-timm test-timm-tiny clean
+.PHONY: help install quickstart test test-min test-gpu mutants sanitize lint types test-timm test-timm-tiny clean
 
 help:
 	@echo "make quickstart      train and evaluate a Vision Mamba on real digits (a few minutes on two CPU cores)"
 	@echo "make test            lint, type-check and test"
 	@echo "make test-min        test with the lowest versions of all dependencies, in $(VENV_MIN) (several GB)"
+	@echo "make test-gpu        the tests that need a CUDA device, in $(GPU_WORKERS) processes (4 minutes on 16 cores)"
 	@echo "make mutants         small wrong versions of the code, each of which a test must fail (about half an hour)"
 	@echo "make sanitize        random calls of the C kernels under gcc's address and undefined-behaviour sanitizers"
 	@echo "make test-timm       timm's own model tests on vim_nano (fetches timm's source distribution)"
@@ -49,12 +51,17 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini tests
 
 test: lint types
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-min: $(INSTALLED_MIN)
 	$(VENV_MIN)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# Nearly all its time is compilation, on the CPU.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu -n $(GPU_WORKERS) --dist worksteal --durations 20
 
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants/run.py

@@ -54,7 +54,7 @@ def epochs(folder, num_workers, count=2):
     loader = train_loader(train_images(folder), KeyedSampler(len(folder), 0, multiple_of=4), 4, num_workers)
     out = []
     for epoch in range(count):
-        loader.sampler.set_epoch(epoch)
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         out += [(packed.to("cpu"), labels) for packed, labels, _ in loader]
     return out
 

@@ -458,7 +458,7 @@ def test_columns(tmp_path, cache, files):
         )
         pq.write_table(described, tmp_path / "val.parquet")
         source = open_images(DataConfig(str(tmp_path)), "val")
-        return source.columns.image, source.columns.label, source.classes, source.load(0)[1]
+        return source.columns.image, source.columns.label, source.classes, source.load(0)[1]  # type: ignore[attr-defined]
 
     zero = pa.array([0, 0, 0])
     assert opened(img=image, number=label) == ("img", "number", ["0", "1", "2"], 2)

@@ -160,18 +160,18 @@ def made(setting, tmp_path, monkeypatch):
     path, model = setting
 
     def export(*args, **kw):
-        return SimpleNamespace(seen=made.seen)
+        return SimpleNamespace(seen=made.seen)  # type: ignore[attr-defined]
 
     def timer(*args, **kw):
-        made.seen["timed"].append((kw["num_threads"], len(kw["globals"]["images"])))
+        made.seen["timed"].append((kw["num_threads"], len(kw["globals"]["images"])))  # type: ignore[attr-defined]
         return SimpleNamespace(timeit=lambda n: None, blocked_autorange=lambda **kw: SimpleNamespace(median=0.001))
 
     def made(wrong=lambda outputs: outputs, truth=model, **options):
-        made.seen.update(images=None, timed=[])
+        made.seen.update(images=None, timed=[])  # type: ignore[attr-defined]
 
         def run(images):
-            if made.seen["images"] is None:
-                made.seen["images"] = images
+            if made.seen["images"] is None:  # type: ignore[attr-defined]
+                made.seen["images"] = images  # type: ignore[attr-defined]
             with torch.inference_mode():
                 return wrong(truth(images))
 
@@ -179,7 +179,7 @@ def made(setting, tmp_path, monkeypatch):
         monkeypatch.setitem(programs.FORMATS, "pt2", form)
         return export_model(config(path, **{"formats": ["pt2"], "output": str(tmp_path / "made")} | options))
 
-    made.seen = {}
+    made.seen = {}  # type: ignore[attr-defined]
     monkeypatch.setattr(vim.export.export, "export_program", export)
     monkeypatch.setattr(vim.export.export, "Timer", timer)
     return made

@@ -120,15 +120,15 @@ def made(setting, tmp_path, monkeypatch):
     """made(**options): the features of an export; made.seen: images at a time, and processes that loaded them."""
 
     def loader(*args, **kw):
-        made.seen["batches"] = [len(batch) for batch in kw["batch_sampler"]]
-        made.seen["workers"] = kw["num_workers"]
+        made.seen["batches"] = [len(batch) for batch in kw["batch_sampler"]]  # type: ignore[attr-defined]
+        made.seen["workers"] = kw["num_workers"]  # type: ignore[attr-defined]
         return load(*args, **kw | {"num_workers": 0})
 
     def made(**options):
         export_features(config(setting, tmp_path / f"out{len(list(tmp_path.iterdir()))}", **options))
         return vim.features.load(max(tmp_path.glob("out*"), key=lambda path: int(path.name[3:])))
 
-    made.seen, load, create = {}, export.DataLoader, export.create_accelerator
+    made.seen, load, create = {}, export.DataLoader, export.create_accelerator  # type: ignore[attr-defined]
     monkeypatch.setattr(
         export,
         "create_accelerator",

@@ -68,14 +68,14 @@ def classify(tmp_path, monkeypatch):
         given = {"train": "train", "val": "val", "k": [3], "sheet": 0, "projection": 0, "output": "out"}
         return [row["top1"] for row in knn(KnnConfig(**given | options))["results"]]
 
-    classify.drawn = {}
+    classify.drawn = {}  # type: ignore[attr-defined]
     monkeypatch.setattr(report, "_images", lambda features: None)
     monkeypatch.setattr(report, "plot_knn", lambda results, path: None)
     for name, place in (("neighbours", 3), ("projection", 0)):
         monkeypatch.setattr(
             report,
             f"plot_{name}",
-            lambda *args, name=name, place=place: classify.drawn.update({name: len(args[place])}),
+            lambda *args, name=name, place=place: classify.drawn.update({name: len(args[place])}),  # type: ignore[attr-defined]
         )
     return classify
 

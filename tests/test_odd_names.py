@@ -167,7 +167,7 @@ def test_only_plain_consoles_write():
     console = plain_console(file=io.StringIO())
     assert isinstance(console, Console)
     console.print("[/red] :dog:")
-    assert console.file.getvalue() == "[/red] :dog:\n"
+    assert console.file.getvalue() == "[/red] :dog:\n"  # type: ignore[attr-defined]
 
 
 def test_visible():

@@ -276,7 +276,7 @@ def step_excess(
     x, conv_state = random(batch, d_model).float(), random(batch, taps - 1, d_inner)
     ssm_state = random(batch, d_inner, d_state, scale=0 if small else 1).float()
     wide = [t.double() for t in (x, conv_state, ssm_state)]
-    want = [block_step.torch_step(*wide, MambaBlockWeights(*(w.double() for w in weights)), eps), *wide[1:]]
+    want = [block_step.torch_step(*wide, MambaBlockWeights(*(w.double() for w in weights)), eps), *wide[1:]]  # type: ignore[call-arg]
     got = [triton_step.block_step(x, conv_state, ssm_state, weights, eps), conv_state, ssm_state]
     return {name: error(g, w) / limit for name, g, w in zip(("x", "conv", "ssm"), got, want, strict=True)}
 

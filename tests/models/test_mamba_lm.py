@@ -322,7 +322,7 @@ def write_transformers(folder, **changes):
     folder.mkdir(exist_ok=True)
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(options))
-    return {name.removeprefix("backbone."): value.double() for name, value in weights.items()}, options
+    return {name.removeprefix("backbone."): value.double() for name, value in weights.items()}, options  # type: ignore[attr-defined]
 
 
 def by_hand(weights, options, ids):
