@@ -1,5 +1,7 @@
 """The maps against the scan itself and against gradients taken by hand; the sheets end to end."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -8,8 +10,11 @@ from image_tree import write_image_tree
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-import vim  # noqa: F401 (registers the vim_* models)
+import vim.visualize.sheet
+import vim.visualize.state_spaces
+from vim.data import EvalDataConfig, ImageSource, eval_transform
 from vim.training import ConfigError
+from vim.training.model import resolve_input
 from vim.visualize import (
     VisualizeConfig,
     class_map,
@@ -91,6 +96,70 @@ def test_class_map_and_receptive_field_by_hand(model, images):
     behind = model.blocks[1](model.blocks[0](model._embed(leaf)))
     (gradient,) = torch.autograd.grad(behind[:, patches][:, 2 * 3 + 1].sum(), leaf)
     assert_close(receptive_field(model, images, 1), gradient.abs().sum(1).mean(0))
+
+
+@pytest.mark.parametrize(("blocks", "chosen"), [(None, [0, 1, 2]), ([-1, 0], [2, 0])])
+def test_a_sheet_shows_what_the_model_makes_of_an_image(model, tmp_path, monkeypatch, blocks, chosen):
+    """Its class and maps, of images from the first to the last."""
+    pytest.importorskip("matplotlib")
+    write_image_tree(tmp_path, {"val": 5}, size=20)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    drawn, fields = [], []
+    monkeypatch.setattr(vim.visualize.sheet, "_draw", lambda *args: drawn.append(args))
+    monkeypatch.setattr(vim.visualize.sheet, "_draw_fields", lambda *args: fields.append(args))
+    given = {"images": str(tmp_path / "val"), "output": str(tmp_path / "out"), "count": 3, "blocks": blocks}
+    files = visualize(
+        VisualizeConfig("vim_nano", checkpoint=str(tmp_path / "weights.safetensors"), kwargs=KWARGS, **given)
+    )
+    source = ImageSource(tmp_path / "val")
+    data_config = resolve_input(model, KWARGS, EvalDataConfig())
+    images = torch.stack([eval_transform(data_config)(source.load(i, 1)) for i in (0, 2, 4)])
+    with torch.no_grad():
+        probabilities, classes = model(images).softmax(1).max(1)
+    assert [args[0] for args in drawn] == files[:3]
+    for i, (_, title, shown, rows, named) in enumerate(drawn):
+        assert title == f"{source.entries[2 * i].path}: class {classes[i]}, {probabilities[i]:.0%}"
+        mean, std = (data_config[key][0] for key in ("mean", "std"))
+        assert_close(torch.from_numpy(shown), (images[i, 0] * std + mean).clamp(0, 1))
+        assert named == chosen
+        for row, block in zip(rows, chosen, strict=True):
+            assert_close(row["class map"], class_map(model, images, classes, block)[i])
+            sizes = step_sizes(scan_of_block(model, images, block))
+            for name, size in zip(("step size, forward", "step size, backward"), sizes, strict=True):
+                assert_close(row[name], image_maps(model, size.mean(2))[i].detach())
+    ((path, moved, named),) = fields
+    assert (path, named) == (files[-1], chosen)
+    for field, block in zip(moved, chosen, strict=True):
+        assert_close(field, receptive_field(model, images, block))
+
+
+def test_the_figure_of_state_spaces_shows_what_is_known_of_them(tmp_path, monkeypatch):
+    """S4D-Lin decays as exp(-t/2) and turns n times in 2; ways to run one system agree; Euler's rule is of order 1."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(vim.visualize.state_spaces, "save_figure", lambda figure, path, dpi: figures.append(figure))
+    vim.visualize.state_spaces.plot_state_spaces(tmp_path / "out.png")
+    axes = {place.get_title(): place for place in figures[0].axes}
+    for n, line in enumerate(axes["S4D, lin: slowest states"].lines):
+        time = torch.from_numpy(line.get_xdata())
+        want = torch.exp(-time / 2) * torch.cos(math.pi * n * time)
+        assert_close(torch.from_numpy(line.get_ydata()), want, atol=1e-6, rtol=0)
+    for line in axes["S4D, real: slowest states"].lines:
+        assert (line.get_ydata() > 0).all()
+    first, *others = (torch.from_numpy(line.get_ydata()) for line in axes["one system, three ways to run it"].lines)
+    assert first.abs().max() > 1
+    for other in others:
+        assert_close(other, first, atol=1e-12, rtol=0)
+    for line in axes["difference to the recurrence"].lines:
+        assert line.get_ydata().max() < 1e-12
+    orders = {}
+    for line in axes["error by size of steps"].lines:
+        steps, errors = (torch.tensor(data).log() for data in (line.get_xdata(), line.get_ydata()))
+        rule, order = line.get_label().split(": order ")
+        orders[rule] = float(order)
+        slope = (errors[-2] - errors[-1]) / (steps[-2] - steps[-1])
+        assert slope.item() == pytest.approx(orders[rule], abs=0.01)
+    assert orders == pytest.approx({"zoh": 2, "bilinear": 2, "euler": 1}, abs=0.1)
 
 
 def test_sheets(model, tmp_path):
