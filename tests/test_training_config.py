@@ -1,11 +1,9 @@
-"""Configurations: nothing is swallowed, lost or unread, and errors name the key."""
+"""Configurations: nothing is swallowed or lost, and errors name the key."""
 
 import multiprocessing
-import re
 import signal
 import time
 from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,8 +12,6 @@ from torch.utils.data._utils import signal_handling
 from vim.data.loaders import loader
 from vim.detection import DetectionTrainConfig, DetectionValidateConfig
 from vim.training import ConfigParser, RunError, TrainConfig, ValidateConfig, plain_errors
-
-ROOT = Path(__file__).parent.parent
 
 
 def parse(*args, config_class=TrainConfig):
@@ -156,16 +152,6 @@ def test_help_explains_every_field_in_a_line(config_class):
         line = next(line for line in lines if line.startswith(f"  --{key} "))
         assert len(line.split()) > 2, f"{key} has no docstring"
     assert len(lines) < 100
-
-
-def test_every_field_is_read_somewhere():
-    folders = ("data", "training", "detection")
-    sources = [p for p in (ROOT / "vim").rglob("*.py") if p.name != "config.py" and p.parent.name in folders]
-    code = "\n".join(p.read_text() for p in sources)
-    classes = TrainConfig, ValidateConfig, DetectionTrainConfig, DetectionValidateConfig
-    for key in {key for config_class in classes for key in leaves(config_class)}:
-        name = key.split(".")[-1]
-        assert re.search(rf"\.{name}\b", code), f"{key} is parsed and never read"
 
 
 def test_a_loading_process_that_has_only_begun_is_no_error(capsys):
