@@ -51,10 +51,10 @@ def tensor(images, key):
 
 def epochs(folder, num_workers, count=2):
     """All batches of some epochs, from one loader whose workers live on."""
-    loader = train_loader(train_images(folder), KeyedSampler(len(folder), 0, multiple_of=4), 4, num_workers)
-    out = []
+    sampler = KeyedSampler(len(folder), 0, multiple_of=4)
+    loader, out = train_loader(train_images(folder), sampler, 4, num_workers), []
     for epoch in range(count):
-        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        sampler.set_epoch(epoch)
         out += [(packed.to("cpu"), labels) for packed, labels, _ in loader]
     return out
 

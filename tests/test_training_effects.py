@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from image_tree import write_image_tree
+from option_effects import Seen
 from torch.nn.utils import parameters_to_vector
 from torch.testing import assert_close
 from whole_runs import TINY, config, one_thread  # noqa: F401  (the fixture)
@@ -44,7 +45,7 @@ from vim.training.trainer import create_accelerator
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerator")
 os.environ["ACCELERATE_USE_CPU"] = "true"
 VIT = "vit_tiny_patch16_224"
-SEEN = set()
+sees = Seen()
 ELSEWHERE = {
     (TrainConfig, "run_dir"): "test_training_run.py::test_the_folder_holds_what_it_should",
     (TrainConfig, "accumulate"): "test_training_run.py::test_accumulated_steps_equal_one_large_step",
@@ -71,12 +72,6 @@ ELSEWHERE = {
 }
 
 
-def sees(config_class, *names):
-    """The test sees the effects of these fields."""
-    SEEN.update((config_class, name) for name in names)
-    return lambda test: test
-
-
 def options(config_class):
     """Class and name of each field, in the sections too."""
     for field in fields(config_class):
@@ -85,7 +80,7 @@ def options(config_class):
 
 
 def test_every_field_has_a_test_that_sees_its_effect():
-    assert {*options(TrainConfig), *options(ValidateConfig)} == SEEN | ELSEWHERE.keys()
+    assert {*options(TrainConfig), *options(ValidateConfig)} == sees | ELSEWHERE.keys()
 
 
 @pytest.mark.parametrize("where", sorted({*ELSEWHERE.values()}))

@@ -8,12 +8,11 @@ import torch
 from accelerate.state import AcceleratorState
 from image_tree import write_image_tree
 from torch import nn
-from whole_runs import interrupt, one_thread, timeless  # noqa: F401  (the fixture)
+from whole_runs import interrupt, log, one_thread, state, timeless  # noqa: F401  (the fixture)
 
 import vim  # noqa: F401  (registers the models)
 from vim.data import AugmentConfig, DataConfig, EvalDataConfig, ImageFolder, SampleKey, TrainImages, train_transform
 from vim.training import ConfigError, InterruptedRunError, TrainConfig, ValidateConfig, train, validate
-from vim.training.checkpoint import load_checkpoint
 from vim.training.classification import Classification
 from vim.training.config import DistillConfig, EmaConfig, ModelConfig, ScheduleConfig
 from vim.training.dry_run import dry_run
@@ -44,10 +43,6 @@ def config(tree, run_dir, model="vit_tiny_patch16_224", kwargs=TINY, progressive
         "ema": EmaConfig(0.9),
     }
     return TrainConfig(**defaults | changes)
-
-
-def log(run_dir):
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +96,7 @@ def test_a_stopped_run_equals_the_uninterrupted_one(finished, tree, tmp_path, mo
         train(config(tree, tmp_path))
     monkeypatch.undo()
     train(config(tree, tmp_path), resume=True)
-    whole, cut = (load_checkpoint(path / "checkpoints" / "last.pt") for path in (finished[0], tmp_path))
+    whole, cut = (state(path) for path in (finished[0], tmp_path))
     for key in ("model", "model_ema", "optimizer"):
         torch.testing.assert_close(whole[key], cut[key], rtol=0, atol=0)
     assert timeless(log(finished[0])) == timeless(log(tmp_path))

@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from image_shards import write_parquet
 from image_tree import write_image_tree
 from safetensors.torch import load_file
-from whole_runs import TINY, config, interrupt, one_thread, timeless  # noqa: F401  (the fixture)
+from whole_runs import TINY, config, interrupt, log, one_thread, state, timeless  # noqa: F401  (the fixture)
 
 from vim.data import AugmentConfig, DataConfig, DataError, EvalDataConfig, ImageFolder, parquet_shards
 from vim.training import (
@@ -52,14 +52,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     return write_image_tree(tmp_path_factory.mktemp("run") / "images", {"train": 66, "val": 15}, classes=3)
-
-
-def state(run_dir, name="last"):
-    return load_checkpoint(run_dir / "checkpoints" / f"{name}.pt")
-
-
-def log(run_dir):
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
 def assert_same(a, b):

@@ -1,6 +1,5 @@
 """What keeps a run safe: updates that are left out, saves in time, keys of chance, the best epoch."""
 
-import json
 import math
 import os
 from types import SimpleNamespace
@@ -9,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from image_tree import write_image_tree
-from whole_runs import TINY, config, interrupt, one_thread  # noqa: F401  (the fixture)
+from whole_runs import TINY, config, interrupt, log, one_thread, state  # noqa: F401  (the fixture)
 
 from vim.data import AugmentConfig, DataConfig
 from vim.training import InterruptedRunError, RunError, checkpointer, train
@@ -42,14 +41,6 @@ def plain(tree, run_dir, epochs=2, **changes):
         "ema": EmaConfig(),
     }
     return config(tree, run_dir, **defaults | changes)
-
-
-def log(run_dir):
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-
-
-def last(run_dir):
-    return load_checkpoint(run_dir / "checkpoints" / "last.pt")
 
 
 def spoil(monkeypatch, updates, value):
@@ -222,5 +213,5 @@ def test_the_best_epoch_is_the_first_with_the_highest_score(tree, tmp_path, monk
     summary = train(run, resume=True)
     assert summary["best_epoch"] == best
     assert summary["best_top1"] == (ema_top1 or top1)[best - 1]
-    kept = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")
+    kept = state(tmp_path / "run", "best")
     assert (len(kept["history"]), kept["update"]) == (best, best * UPDATES)

@@ -1,5 +1,6 @@
 """What the tests of whole training runs share."""
 
+import json
 import os
 import signal
 
@@ -8,6 +9,7 @@ import torch
 
 from vim.data import AugmentConfig, DataConfig
 from vim.training import TrainConfig
+from vim.training.checkpoint import load_checkpoint
 from vim.training.config import EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
 from vim.training.kill_test import TIME_FIELDS
 
@@ -35,6 +37,14 @@ def config(tree, run_dir, **changes):
         "ema": EmaConfig(0.9),
     }
     return TrainConfig(**defaults | changes)
+
+
+def log(run_dir):
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def state(run_dir, name="last"):
+    return load_checkpoint(run_dir / "checkpoints" / f"{name}.pt")
 
 
 def timeless(history):

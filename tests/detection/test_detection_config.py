@@ -10,6 +10,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from boxes_data import write_boxes
+from option_effects import Seen
 from PIL import Image
 from torch.testing import assert_close
 from torchvision.ops import box_iou
@@ -41,13 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 os.environ["ACCELERATE_USE_CPU"] = "true"
 BODY = {"depth": 3, "embed_dim": 16, "class_token": "none", "global_pool": "avg"}
 SIZE = 64
-SEEN = set()
-
-
-def sees(config_class, *names):
-    """The test sees the effects of these fields."""
-    SEEN.update((config_class, name) for name in names)
-    return lambda test: test
+sees = Seen()
 
 
 def test_every_field_has_a_test_that_sees_its_effect():
@@ -66,7 +61,7 @@ def test_every_field_has_a_test_that_sees_its_effect():
     }
     fields = {(each, field.name) for each in classes for field in dataclasses.fields(each)}
     inherited = {(each, field.name) for each, base in classes.items() if base for field in dataclasses.fields(base)}
-    assert fields - inherited - parts == SEEN
+    assert fields - inherited - parts == sees
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_block_steps_equal_the_whole(dtype, taps, relative_error):
     full = torch.promote_types(dtype, torch.float32)
     x, conv_state = random(batch, length, d_model).to(full), random(batch, taps - 1, d_inner)
     ssm_state = random(batch, d_inner, d_state).to(full)
-    w, stream, window, state = weights._make(t.double() for t in weights), x.double(), conv_state, ssm_state  # type: ignore[call-arg]
+    w, stream, window, state = MambaBlockWeights._make(t.double() for t in weights), x.double(), conv_state, ssm_state
 
     normed = stream / (stream.square().mean(-1, keepdim=True) + eps).sqrt() * w.norm
     u, z = (normed @ w.in_proj.mT).chunk(2, -1)
@@ -120,7 +120,7 @@ def test_a_block_step_decays_its_state_in_fp32(relative_error):
         torch.zeros(2, d_model),
         torch.zeros(2, 0, d_inner, dtype=torch.bfloat16),
         state,
-        MambaBlockWeights(*first, dt_bias, A_log, *last),  # type: ignore[call-arg]
+        MambaBlockWeights._make([*first, dt_bias, A_log, *last]),
     )
     assert relative_error(state, want) < 1e-6
 

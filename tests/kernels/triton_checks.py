@@ -275,8 +275,9 @@ def step_excess(
     )
     x, conv_state = random(batch, d_model).float(), random(batch, taps - 1, d_inner)
     ssm_state = random(batch, d_inner, d_state, scale=0 if small else 1).float()
-    wide = [t.double() for t in (x, conv_state, ssm_state)]
-    want = [block_step.torch_step(*wide, MambaBlockWeights(*(w.double() for w in weights)), eps), *wide[1:]]  # type: ignore[call-arg]
+    wide_x, *states = (t.double() for t in (x, conv_state, ssm_state))
+    wide_weights = MambaBlockWeights._make(w.double() for w in weights)
+    want = [block_step.torch_step(wide_x, states[0], states[1], wide_weights, eps), *states]
     got = [triton_step.block_step(x, conv_state, ssm_state, weights, eps), conv_state, ssm_state]
     return {name: error(g, w) / limit for name, g, w in zip(("x", "conv", "ssm"), got, want, strict=True)}
 

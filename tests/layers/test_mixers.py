@@ -150,10 +150,10 @@ def test_a_padded_rank_gives_the_same_projections_and_gradients():
     weights = [torch.randn(5 + 2 * 3, 7, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)]
     u = torch.randn(2, 4, 7, dtype=torch.float64)
     found = []
-    for pad in (lambda *weights: weights, lambda *weights: pad_rank(*weights, 8)):  # type: ignore[call-arg]
+    for pad in (lambda x_proj, dt_proj: (x_proj, dt_proj), lambda x_proj, dt_proj: pad_rank(x_proj, dt_proj, 8)):
         leaves = [w.clone().requires_grad_() for w in weights]
         padded = pad(*leaves)
-        dt, B, C = project_by(*padded, u)  # type: ignore[call-arg]
+        dt, B, C = project_by(padded[0], padded[1], u)
         loss = (dt.sin() * B.sum(-1, keepdim=True) * C[..., :1]).sum()
         found.append([dt, B, C, *torch.autograd.grad(loss, leaves)])
     assert padded[0].shape == (8 + 2 * 3, 7)

@@ -304,9 +304,9 @@ def write_transformers(folder, **changes):
     """A checkpoint as transformers writes one, of random weights; returns the weights in fp64 and the options."""
     options = TRANSFORMERS | changes
     d, inner, rank = options["hidden_size"], options["intermediate_size"], options["time_step_rank"]
-    weights = {"backbone.embeddings.weight": (options["vocab_size"], d), "backbone.norm_f.weight": (d,)}
+    shapes = {"backbone.embeddings.weight": (options["vocab_size"], d), "backbone.norm_f.weight": (d,)}
     for i in range(options["num_hidden_layers"]):
-        weights |= {
+        shapes |= {
             f"backbone.layers.{i}.norm.weight": (d,),
             f"backbone.layers.{i}.mixer.in_proj.weight": (2 * inner, d),
             f"backbone.layers.{i}.mixer.conv1d.weight": (inner, 1, options["conv_kernel"]),
@@ -318,11 +318,11 @@ def write_transformers(folder, **changes):
             f"backbone.layers.{i}.mixer.D": (inner,),
             f"backbone.layers.{i}.mixer.out_proj.weight": (d, inner),
         }
-    weights = {name: 0.4 * torch.randn(shape) for name, shape in weights.items()}
+    weights: dict[str, torch.Tensor] = {name: 0.4 * torch.randn(shape) for name, shape in shapes.items()}
     folder.mkdir(exist_ok=True)
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(options))
-    return {name.removeprefix("backbone."): value.double() for name, value in weights.items()}, options  # type: ignore[attr-defined]
+    return {name.removeprefix("backbone."): value.double() for name, value in weights.items()}, options
 
 
 def by_hand(weights, options, ids):

@@ -95,9 +95,10 @@ def main() -> int:
     begin, counts = time.monotonic(), {"killed": 0, "survived": 0, "broken": 0}
     with tempfile.TemporaryDirectory() as folder:
         for worker in range(options.workers):
-            copies.put(copy_project(Path(folder) / str(worker)))
-        if not options.skip_sound:
-            check_sound(next(iter(copies.queue)), mutants)
+            copy = copy_project(Path(folder) / str(worker))
+            if worker == 0 and not options.skip_sound:
+                check_sound(copy, mutants)
+            copies.put(copy)
 
         def judge(mutant: Mutant) -> tuple[str, str]:
             copy = copies.get()
