@@ -209,8 +209,12 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
             of_worker = not isinstance(error, RuntimeError) or _ABOUT_WORKERS.search(str(error))
             if not (loader.num_workers and of_worker):
                 raise
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            what = _shared_memory() if full else _without_traceback(error)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                what = _shared_memory()
+            elif isinstance(error, RuntimeError):
+                what = _without_traceback(error)
+            else:
+                what = f"it ended while it handed over a batch ({_without_traceback(error)})"
             raise WorkerError(
                 f"a process that loads images has failed: {what}; data.num_workers 0 loads without them, and shows more"
             ) from error
