@@ -49,6 +49,19 @@ def config(path, **changes):
     return ExportConfig(**defaults | {"batch_size": 3, "output": str(path / "out")} | changes)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def timed_in_a_moment():
+    """What a call takes is no matter here."""
+
+    class Quick(vim.export.export.Timer):  # type: ignore[name-defined]
+        def blocked_autorange(self, callback=None, min_run_time=0.0):
+            return super().blocked_autorange(callback, 0.01)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vim.export.export, "Timer", Quick)
+        yield
+
+
 @pytest.fixture(scope="module")
 def exported(setting):
     path, model = setting
@@ -219,6 +232,15 @@ def test_a_file_may_differ_by_a_ten_thousandth_of_the_largest_output_and_no_more
         made(one_wrong(at, 1.2 * limit), **options)
 
 
+def test_a_report_says_what_comes_out_and_in_what_time(made, monkeypatch):
+    """Names of the classes, of a model whose weights say them; milliseconds of one image and of all of the check."""
+    monkeypatch.setattr(vim.export.export, "label_names", lambda model: list("abcde"))
+    report = made(batch_size=3)
+    assert report["output"] == {"shape": ["batch", 5], "label_names": list("abcde")}
+    for part in ("eager", "pt2"):
+        assert report[part]["milliseconds"] == {1: 1.0, 3: 1.0}
+
+
 def test_a_report_says_how_images_become_the_input(setting, made):
     """As the report has it, images of the whole folder are what the file was checked with."""
     path, model = setting
@@ -294,7 +316,8 @@ def test_any_timm_model(setting):
     [
         ({"formats": ["tflite"]}, "formats must be some of"),
         ({"formats": []}, "at least one"),
-        ({"threads": 0}, "threads"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
 def test_bad_configurations(changes, message):

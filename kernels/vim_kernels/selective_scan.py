@@ -165,8 +165,9 @@ def _scan(
 def _check(d: Direction, z: Tensor | None, backend: str, suffix: str) -> None:
     """Raise for the first argument that breaks a rule of `selective_scan`'s docstring."""
     given = {f"{name}{suffix}": t for name, t in zip(DirectionGrads._fields, d.tensors(), strict=True)}
-    check_tensors(given | {"z": z}, like=f"u{suffix}", dtypes=(*FLOATS, torch.complex64, torch.complex128))
-    for name, t in given.items():
+    every = given | {"z": z}
+    check_tensors(every, like=f"u{suffix}", dtypes=(*FLOATS, torch.complex64, torch.complex128))
+    for name, t in every.items():
         if t is not None and t.is_complex() and not (name[0] in "ABCi" and backend == "reference"):
             raise ValueError(
                 f"{name} is complex: only A, B, C and initial_state may be, and only with backend='reference'; "
@@ -236,7 +237,7 @@ def _directions(columns: Sequence[Sequence[Tensor]], cuts: Tensor | None, revers
 def _check_sizes(directions: Sequence[Direction], z: Tensor | None, cuts: Tensor | None) -> None:
     """Raise unless all tensors have the sizes that a kernel is told: traced programs call the operator by itself."""
     first = directions[0]
-    row, steps = first.u.shape, first.B.shape
+    row, steps = shape_of(first.u), shape_of(first.B)
     batch, length, d_inner = row
     *_, groups, d_state = steps
     sizes = (
@@ -256,7 +257,7 @@ def _check_sizes(directions: Sequence[Direction], z: Tensor | None, cuts: Tensor
     if d_inner % groups:
         raise ValueError(f"B must have groups that divide d_inner = {d_inner} evenly, got {shape_of(first.B)}")
     if z is not None and z.shape != row:
-        raise ValueError(f"z must be {shape_of(first.u)} in this call, got {shape_of(z)}")
+        raise ValueError(f"z must be {row} in this call, got {shape_of(z)}")
     if cuts is not None and cuts.shape != (batch, length + 1):
         raise ValueError(f"cuts must be {(batch, length + 1)} in this call, got {shape_of(cuts)}")
 

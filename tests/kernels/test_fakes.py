@@ -1,4 +1,5 @@
-"""What the operators' fake kernels promise: compilers lay memory out by it, and read it as they were told."""
+"""What the operators' fake kernels promise, by which compilers lay memory out, and what the operators refuse when a
+traced program calls them by themselves."""
 
 import itertools
 
@@ -61,3 +62,53 @@ def test_convolution(backend, reverse, dtype):
         args = x, weight, bias, None if bare or len(reverse) == 2 else state, None, True, reverse, backend
         ys = assert_as_promised(torch.ops.vim_kernels.causal_conv1d, *args)
         assert_as_promised(torch.ops.vim_kernels.causal_conv1d_backward, [layout(y) for y in ys], *args)
+
+
+# Sizes
+
+
+def cut(t: Tensor, dim: int) -> Tensor:
+    """Without the last of a dimension: a kernel that is told the whole size would read behind the end."""
+    return t.narrow(dim, 0, t.shape[dim] - 1).contiguous()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scan_of_other_sizes_than_the_kernel_is_told_is_refused(backend):
+    """In any dimension of any tensor, also of the second direction."""
+    given = {name: t.detach() for name, t in scan_inputs(length=5, d_inner=4, d_state=3, groups=2).items()}
+    z, cuts = given.pop("z"), torch.zeros(2, 6, dtype=torch.bool)
+
+    def scan(second, z=z, cuts=cuts, first=given):
+        columns = [[first[name], second[name]] for name in given]
+        order = [list(given).index(name) for name in ("u", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")]
+        options = [False, True], True, 0.5, False, backend
+        return torch.ops.vim_kernels.selective_scan(*(columns[i] for i in order), z, cuts, *options)
+
+    assert scan(given)[0].isfinite().all()
+    for name, t in given.items():
+        for dim in range(t.dim()):
+            with pytest.raises(ValueError, match=rf"^{name} must be \(.*\) in this call, got"):
+                scan(given | {name: cut(t, dim)})
+    for name, t in (("z", z), ("cuts", cuts)):
+        for dim in range(t.dim()):
+            with pytest.raises(ValueError, match=rf"^{name} must be \(.*\) in this call, got"):
+                scan(given, **{name: cut(t, dim)})
+    uneven = given | {name: torch.zeros(2, 5, 3, 3, dtype=torch.float64) for name in ("B", "C")}
+    with pytest.raises(ValueError, match=r"^B must have groups that divide d_inner = 4 evenly, got \(2, 5, 3, 3\)"):
+        scan(uneven, first=uneven)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_convolution_of_other_sizes_than_the_kernel_is_told_is_refused(backend):
+    x, weight, bias, state = torch.ones(2, 9, 5), torch.ones(5, 4), torch.ones(5), torch.ones(2, 3, 5)
+    given = {"weight": weight, "bias": bias, "initial_state": state, "segments": torch.zeros(2, 9, dtype=torch.int32)}
+
+    def convolve(weight, bias, initial_state, segments):
+        args = [given["weight"], weight], [given["bias"], bias], initial_state, segments, True, [False, True], backend
+        return torch.ops.vim_kernels.causal_conv1d(x, *args)
+
+    assert len(convolve(**given)) == 2
+    for name, t in given.items():
+        for dim in range(t.dim()):
+            with pytest.raises(ValueError, match=rf"^{name} must be \(.*\) .*, got"):
+                convolve(**given | {name: cut(t, dim)})

@@ -402,6 +402,7 @@ WRONG = [
     ({"A": torch.zeros(24, 16, dtype=torch.bfloat16)}, TypeError, "A must be fp32 or fp64 .* got torch.bfloat16"),
     ({"A": torch.zeros(24, 16, dtype=torch.complex64)}, ValueError, "A is complex: .* got backend='auto'"),
     ({"u": torch.zeros(2, 37, 24, dtype=torch.complex64)}, ValueError, "u is complex: only A, B, C"),
+    ({"z": torch.zeros(2, 37, 24, dtype=torch.complex64)}, ValueError, "z is complex: only A, B, C"),
     (
         {"A": torch.zeros(24, 0), "B": torch.zeros(2, 37, 0)},
         ValueError,
@@ -466,6 +467,11 @@ def test_auto_takes_the_fastest_and_logs_it(caplog):
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         f"backend {fastest!r} for tensors on cpu"
     ]
+
+
+def test_devices_without_kernels_of_their_own_take_torchs():
+    for device in ("mps", "xpu", "meta"):
+        assert backends.resolve("auto", torch.device(device)) == "torch"
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the cpu backend")

@@ -106,12 +106,23 @@ def test_a_hook_for_all_modules_fires_on_every_one(layer_and_input):
     assert {id(module) for module in weighted(layer)} <= set(seen)
 
 
-def test_another_forward_of_one_module_is_called(layer_and_input, relative_error):
+def scale_of_its_own(module: nn.Module) -> None:
     """As accelerate hangs hooks on: the module keeps its class."""
+    module.forward = lambda u, forward=module.forward: 1.5 * forward(u)
+
+
+def scale_of_its_class(module: nn.Module) -> None:
+    """As adapters that are a kind of Linear."""
+    kind = type(module)
+    module.__class__ = type("Scaled", (kind,), {"forward": lambda self, u: 1.5 * kind.forward(self, u)})
+
+
+@pytest.mark.parametrize("scale", [scale_of_its_own, scale_of_its_class])
+def test_another_forward_is_called(scale, layer_and_input, relative_error):
     layer, x = layer_and_input
     folded = copy.deepcopy(layer)
     for module, other in zip(weighted(layer), weighted(folded), strict=True):
-        module.forward = lambda u, forward=module.forward: 1.5 * forward(u)
+        scale(module)
         for p in other.parameters():
             p.data *= 1.5
     assert relative_error(layer(x), folded(x)) < 1e-12
@@ -273,6 +284,54 @@ def test_one_hook_is_enough_for_the_step_of_a_block(name):
     block.get_submodule(name).register_forward_pre_hook(lambda *_: seen.append(1))
     block.step(torch.randn(2, 16), block.mixer.allocate_cache(2))
     assert seen == [1]
+
+
+class Halved(Mamba):
+    """A mixer of its own, which has all that a Mamba has."""
+
+    def forward(self, *inputs):
+        return super().forward(*inputs) / 2
+
+    def step(self, *inputs):
+        return super().step(*inputs) / 2
+
+
+@torch.no_grad()
+def test_a_step_of_a_block_calls_a_mixer_of_another_class(relative_error):
+    torch.manual_seed(0)
+    block, x = MambaBlock(16, 4, 3, 2), torch.randn(2, 5, 16)
+    plain = block(x)
+    other = Halved(16, 4, 3, 2)
+    other.load_state_dict(block.mixer.state_dict())
+    block.mixer = other
+    cache = other.allocate_cache(2)
+    steps = torch.stack([block.step(one, cache) for one in x.unbind(1)], 1)
+    assert relative_error(steps, x + (plain - x) / 2) < 1e-5
+
+
+@pytest.mark.parametrize("mixer_class", [Mamba, BiMamba])
+@torch.no_grad()
+def test_a_convolution_with_options_of_its_own_is_called(mixer_class, relative_error):
+    """One with gaps is as one with zeros between its taps; one with padding as it is when it is wrapped."""
+    torch.manual_seed(0)
+    mixer, x = mixer_class(8).double(), torch.randn(2, 9, 8).double()
+    name = "ssm.conv1d" if mixer_class is Mamba else "backward_ssm.conv1d"
+    whole = mixer.get_submodule(name)
+    whole.weight[..., 1:3] = 0
+    want = mixer(x)
+    gaps = nn.Conv1d(16, 16, 2, dilation=3, groups=16).double()
+    gaps.load_state_dict({"weight": whole.weight[..., ::3], "bias": whole.bias})
+    mixer.set_submodule(name, gaps)
+    assert relative_error(mixer(x), want) < 1e-12
+    found = []
+    for wrap in (lambda module: module, nn.Sequential):
+        torch.manual_seed(1)
+        mixer.set_submodule(name, wrap(nn.Conv1d(16, 16, 6, padding=1, groups=16).double()))
+        found.append(mixer(x))
+    assert relative_error(*found) < 1e-12
+    mixer.set_submodule(name, nn.Conv1d(16, 16, 4, stride=2, groups=16).double())
+    with pytest.raises((ValueError, RuntimeError), match=r"\b9\b"):  # it leaves out steps
+        mixer(x)
 
 
 @torch.no_grad()

@@ -65,9 +65,10 @@ def test_mamba2_with_the_authors_names(relative_error):
     y = one_direction(xBC, dt, *(official[name] for name in DIRECTION))
     want = gate_and_norm(y, z, official["norm.weight"]) @ official["out_proj.weight"].T
     assert relative_error(mixer(x), want) < 1e-12
-    own = Mamba2(**SIZES).double()
-    own.load_state_dict(mixer.state_dict())
-    assert torch.equal(own(x), mixer(x))
+    for weights in (official, mixer.state_dict()):  # within a model too
+        model = torch.nn.Sequential(Mamba2(**SIZES).double())
+        model.load_state_dict({f"0.{name}": value for name, value in weights.items()})
+        assert torch.equal(model(x), mixer(x))
 
 
 def test_bimamba2(relative_error):

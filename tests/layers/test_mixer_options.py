@@ -80,6 +80,17 @@ def test_no_gradient_passes_through_a_cache(mixer_class):
     assert all(piece.grad.any() for piece in pieces)
 
 
+@torch.no_grad()
+def test_padding_does_not_move_a_cache_whatever_the_bias_of_the_steps():
+    mixer, x = Mamba(4, d_state=3).double(), torch.randn(1, 6, 4, dtype=torch.float64)
+    mixer.ssm.dt_proj.bias.fill_(30)
+    mask = torch.tensor([[True, True, False, False, True, False]])
+    padded, alone = (type(c)(*(t.double() for t in c)) for c in (mixer.allocate_cache(1) for _ in range(2)))
+    mixer(x, padded, mask)
+    mixer(x[mask][None], alone)
+    assert torch.allclose(padded.ssm_state, alone.ssm_state, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("mixer_class", [Mamba, Mamba2])
 def test_a_cache_of_half_precision_keeps_its_state_wide(mixer_class):
     conv_state, ssm_state = mixer_class(32, d_state=3, dtype=torch.bfloat16).allocate_cache(2)

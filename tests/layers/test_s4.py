@@ -43,7 +43,7 @@ def load(golden, name, before):
     weights = {key.removeprefix(prefix): value for key, value in t.items() if key.startswith(prefix)}
     if name == "ssm_s4nd":  # the file has the linear part alone
         weights |= {f"output_linear.0.{key}": value for key, value in mixer.out_proj.state_dict().items()}
-    mixer.load_state_dict(weights)
+    torch.nn.Sequential(mixer).load_state_dict({f"0.{key}": value for key, value in weights.items()})
     return mixer, t
 
 
@@ -156,6 +156,17 @@ def test_gradients_of_the_diagonal_kernel():
         assert torch.autograd.gradcheck(call, tuple(parameters.values()))
 
 
+@pytest.mark.parametrize(
+    ("rule", "decay"),
+    [("zoh", torch.exp), ("bilinear", lambda step: (1 + step / 2) / (1 - step / 2)), ("euler", lambda step: 1 + step)],
+)
+def test_a_diagonal_system_moves_by_its_rule(rule, decay):
+    kernel = DiagonalKernel(3, 4, "lin", rule).double()
+    step = kernel.log_dt.exp().unsqueeze(-1) * torch.complex(-kernel.A_log.exp(), kernel.A_imag)
+    assert_close(kernel.system().dA, decay(step))
+    assert_close(kernel.system(0.5).dA, decay(step / 2))
+
+
 def test_a_kernel_in_chunks_is_the_same(monkeypatch):
     kernel = DPLRKernel(3, 8, "legs", dt_min=0.05).double()
     whole = kernel(50)
@@ -199,6 +210,7 @@ def test_rate_samples_the_same_kernel(name):
     limit = 1e-9 if getattr(kernel, "rule", "bilinear") == "zoh" else 0.01
     scale = coarse.abs().max().item()
     assert_close(fine[:, ::2] + fine[:, 1::2], coarse, atol=limit * scale, rtol=0)
+    assert MIXERS[name]().kernel(33, 0.5).shape == (1, 6, 33)
 
 
 @torch.no_grad()
@@ -231,6 +243,9 @@ def test_autocast_and_round_trip(make):
     with torch.autocast("cpu", torch.bfloat16):
         y = mixer(x)
     assert_close(y.float(), mixer(x), atol=0.05, rtol=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear = mixer.convolve(x)
+    assert_close(linear, mixer.convolve(x), atol=0, rtol=0)
     half = make()
     half.load_state_dict(mixer.state_dict())
     assert_close(half.bfloat16()(x.bfloat16()).float(), mixer(x), atol=0.15, rtol=0.05)
@@ -305,6 +320,11 @@ def test_bad_arguments():
     for layer in (S4, S4D, S4ND):
         with pytest.raises(ValueError, match="d_state must be even"):
             layer(4, 7)
+        sizes = (3, 5) if layer is S4ND else (5,)
+        want = rf"x must be \(batch, {', '.join(['size'] * len(sizes))}, 4\), got \(2, .* 1\)"
+        for x in (torch.zeros(2, *sizes, 1), torch.zeros(2, *sizes[1:], 0, 1)):
+            with pytest.raises(ValueError, match=want):
+                layer(4, 8)(x)
     with pytest.raises(ValueError, match="init must be one of"):
         S4D(4, 8, init="hippo")
     with pytest.raises(ValueError, match="rule must be one of"):

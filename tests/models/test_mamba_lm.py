@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -249,6 +250,8 @@ def test_sampling():
     both = torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95
     assert_close(frequencies(temperature=1.0, top_k=9, top_p=0.9), both, **limit)
     assert sample(rows, 0.0).unique_consecutive().tolist() == [0, 1]
+    even = sample(torch.zeros(1000, 4), 1.0, top_p=0.5, generator=generator)
+    assert len(even.unique()) == 2, "two of four have half together"
     model = tiny()
     greedy = model.generate([[1, 2], [3]], 9)
     assert_varied(greedy)
@@ -278,6 +281,8 @@ def test_saved_and_loaded(tie, tmp_path):
     assert again(ids).shape == (2, 7, 53)
     assert (again.head.weight is again.embedding.weight) == tie
     assert sorted(path.name for path in (tmp_path / "lm").iterdir()) == ["config.json", "model.safetensors"]
+    with safe_open(tmp_path / "lm" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}, "without it transformers does not load the file"
 
 
 TRANSFORMERS = {
@@ -637,6 +642,7 @@ def test_bad_prompts_and_options():
     for options, message in (
         ({"temperature": -1.0}, "temperature must be 0 or more"),
         ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
+        ({"temperature": float("inf")}, "temperature must be 0 or more, got inf"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
     ):

@@ -249,6 +249,14 @@ def test_native_checkpoints_pass_through():
     assert all(torch.equal(v, native[k]) for k, v in checkpoint_filter_fn({"state_dict": native}, model).items())
 
 
+@pytest.mark.parametrize("variant", ["vim_tiny", "vim_base"])
+def test_a_training_state_of_several_processes_without_an_average(variant):
+    model = timm.create_model(variant, depth=1, embed_dim=16, num_classes=3, img_size=32)
+    native = model.state_dict()
+    state = {"model": {f"module.{name}": value for name, value in native.items()}, "epoch": 3}
+    assert checkpoint_filter_fn(state, model).keys() == native.keys()
+
+
 def test_native_table_is_recognised_by_name_not_shape():
     """Official and native tables have one shape; a native one must not be moved."""
     a, b = (timm.create_model("vim_nano", img_size=32) for _ in range(2))
@@ -299,12 +307,16 @@ def test_class_token_stands_in_the_middle():
 def test_dynamic_size_equals_set_input_size():
     model = VisionMamba(img_size=64, depth=2, embed_dim=16, dynamic_img_size=True).eval()
     x = torch.randn(1, 3, 96, 72)
-    want = model(x)
+    want, maps = model.forward_intermediates(x)
     model.set_input_size((96, 72))
-    assert torch.allclose(model(x), want, atol=1e-6)
+    for got, expected in zip(model.forward_intermediates(x), (want, maps), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    assert maps[0].shape == (1, 16, 6, 4)
     fixed = VisionMamba(img_size=64, depth=2, embed_dim=16)
     with pytest.raises(AssertionError, match="input height must be img_size's 64, got 96"):
         fixed(x)
+    with pytest.raises(AssertionError, match="input width must be img_size's 64, got 65"):
+        fixed(torch.randn(1, 3, 64, 65))  # as many patches
 
 
 def test_set_patch_size():

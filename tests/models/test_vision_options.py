@@ -95,10 +95,24 @@ def test_what_is_frozen_stays_frozen_at_another_size(learns):
     assert model.patch_embed.proj.bias.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_keeps_its_dtype_at_another_size(dtype):
+    """Filters and table are resampled as in fp32, and rounded to the dtype."""
+    model, wide = tiny().to(dtype), tiny()
+    wide.load_state_dict(model.state_dict())
+    for one in (model, wide):
+        one.set_input_size((24, 24), patch_size=6)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    for name, value in wide.state_dict().items():
+        assert_close(model.state_dict()[name].to(value.dtype), value, atol=1e-6, rtol=2**-8)
+    assert model(torch.randn(1, 1, 24, 24, dtype=dtype)).dtype == dtype
+
+
 def test_patches_of_another_size_keep_their_overlap():
     """The stride of patches side by side follows their size, that of others stays; the bias stays in either case."""
     for stride, grid, reduction in ((None, (2, 1), 12), (3, (5, 2), 3)):
         model = tiny(patch_size=8, patch_stride=stride)
+        assert model.feature_info[0]["reduction"] == (stride or 8)
         bias = model.patch_embed.proj.bias.clone()
         model.set_input_size(patch_size=12)
         assert model.patch_embed.grid_size == grid
@@ -207,10 +221,10 @@ def test_a_pruned_model_keeps_what_its_intermediates_need(prune_norm, prune_head
 # Heads
 
 
-@pytest.mark.parametrize("class_token", ["both", "registers"])
-def test_a_new_classifier(class_token):
+@pytest.mark.parametrize("options", [{"class_token": "both"}, {"class_token": "registers", "register_dim": 4}])
+def test_a_new_classifier(options):
     """It keeps the pooling unless it is told another, and learns in the mode and dtype that the model is in."""
-    model = tiny(class_token=class_token).double().eval()
+    model = tiny(**options).double().eval()
     x = torch.randn(2, 1, 24, 16).double()
     pooled = model.forward_head(model.forward_features(x), pre_logits=True)
     model.reset_classifier(7)
@@ -223,6 +237,8 @@ def test_a_new_classifier(class_token):
     assert_close(model(x), (patches.mean(1) + patches.amax(1)) / 2)
     model.reset_classifier(0, "")
     assert_close(model(x), model.forward_features(x))
+    model.reset_classifier(7, "token")
+    assert (model(x).shape, model(x).dtype) == ((2, 7), torch.float64)
 
 
 # Training
