@@ -75,7 +75,8 @@ def images(batch):
 def test_report(exported):
     report, folder, _ = exported
     written = json.loads((folder / "export.json").read_text())
-    assert written["input"]["shape"] == ["batch", 1, 20, 12]
+    assert [written["input"][key] for key in ("name", "shape", "dtype")] == ["images", ["batch", 1, 20, 12], "float32"]
+    assert torch.__version__.startswith(written["versions"]["torch"])
     assert written["output"]["shape"] == ["batch", 5]
     assert sorted(p.name for p in folder.iterdir()) == ["export.json", "model.onnx", "model.pt2"]
     for form in ("pt2", "onnx"):
@@ -168,7 +169,8 @@ def test_a_file_that_disagrees_is_not_kept(setting, monkeypatch):
 def made(setting, tmp_path, monkeypatch):
     """made(wrong, **options): the report of an export to pt2, whose file answers wrong(what the model answers).
 
-    made.seen: the images of the check, and the threads of each timing. Nothing is compiled, and little timed.
+    made.seen: the images of the check, and the threads of each timing and of the file's calls. Nothing
+    is compiled, and little timed.
     """
     path, model = setting
 
@@ -180,7 +182,7 @@ def made(setting, tmp_path, monkeypatch):
         return SimpleNamespace(timeit=lambda n: None, blocked_autorange=lambda **kw: SimpleNamespace(median=0.001))
 
     def made(wrong=lambda outputs: outputs, truth=model, **options):
-        made.seen.update(images=None, timed=[])  # type: ignore[attr-defined]
+        made.seen.update(images=None, timed=[], called=None)  # type: ignore[attr-defined]
 
         def run(images):
             if made.seen["images"] is None:  # type: ignore[attr-defined]
@@ -188,7 +190,11 @@ def made(setting, tmp_path, monkeypatch):
             with torch.inference_mode():
                 return wrong(truth(images))
 
-        form = programs.Format("model.pt2", False, lambda program, path: path.write_text("program"), lambda *_: run)
+        def read(path, threads):
+            made.seen["called"] = threads  # type: ignore[attr-defined]
+            return run
+
+        form = programs.Format("model.pt2", False, lambda program, path: path.write_text("program"), read)
         monkeypatch.setitem(programs.FORMATS, "pt2", form)
         return export_model(config(path, **{"formats": ["pt2"], "output": str(tmp_path / "made")} | options))
 
@@ -269,7 +275,9 @@ EFFECTS = {  # of each option: what must hold for the report, and for what the f
     "formats": lambda made, at: {"pt2", "onnx"} & set(made()) == {"pt2"},
     "images": lambda made, at: refused(made, "nowhere", images=str(at / "nowhere")),
     "batch_size": lambda made, at: made(batch_size=2) and [n for _, n in made.seen["timed"]] == [1, 2, 1, 2],
-    "threads": lambda made, at: made(threads=3)["threads"] == 3 and {n for n, _ in made.seen["timed"]} == {3},
+    "threads": lambda made, at: (
+        made(threads=3)["threads"] == made.seen["called"] == 3 and {n for n, _ in made.seen["timed"]} == {3}
+    ),
     "output": lambda made, at: made(output=str(at / "there")) and (at / "there" / "export.json").is_file(),
 }
 

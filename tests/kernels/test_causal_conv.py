@@ -77,7 +77,10 @@ def test_low_precision_and_strides(backend, relative_error):
     want, _ = by_torch(x.double(), inputs["weight"].double(), inputs["bias"].double(), activation="silu")
     with torch.autocast("cpu", torch.bfloat16):
         got = causal_conv1d(x, inputs["weight"], inputs["bias"], activation="silu", backend=backend)
-    assert got.dtype == torch.bfloat16
+        state = torch.zeros(2, 3, 24)
+        _, final = causal_conv1d(x, inputs["weight"], initial_state=state, return_final_state=True, backend=backend)
+    assert got.dtype == final.dtype == torch.bfloat16
+    assert torch.equal(final, x[:, -3:])
     assert relative_error(got, want) < 2**-8
     (a,), (b,) = (torch.autograd.grad(y.sum(), xz) for y in (got, want))
     assert relative_error(a, b) < 2**-7
@@ -185,6 +188,13 @@ def test_bad_pairs_are_named(pair):
     pairs[name] = inputs[name] if second else (inputs[name], None)
     with pytest.raises(ValueError, match=rf"{name} must be a pair of tensors \(forward, reverse\), got"):
         bidirectional_causal_conv1d(x, **pairs)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_filters_of_two_widths_are_refused(backend):
+    x, weight = torch.zeros(2, 9, 24), torch.zeros(24, 4)
+    with pytest.raises(ValueError, match=r"weight\[1\] must be the shape of weight\[0\] = \(24, 4\), got \(24, 3\)"):
+        bidirectional_causal_conv1d(x, (weight, weight[:, 1:]), backend=backend)
 
 
 @pytest.mark.parametrize(

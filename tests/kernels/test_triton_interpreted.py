@@ -23,6 +23,7 @@ NAMES = [
     "scan_one_step_one_state",
     "scan_states_over_lanes",
     "scan_bare",
+    "scan_every_other_step",
     "scan_bf16_in_odd_words",
     "scan_windows",
     "pair_windows",
@@ -91,6 +92,16 @@ def long_convolutions():
         yield f"{method}_in_bf16", long_conv_excess(long_conv, method, (2, 33, 3), 33, dtype=torch.bfloat16, limit=8e-3)
 
 
+def every_other_step() -> dict[str, torch.Tensor]:
+    """Sequences of which one is a slice of a longer one, whose length is odd."""
+    from scan_inputs import scan_inputs
+
+    inputs = scan_inputs(length=6, d_inner=3, d_state=2, dtype=torch.float32)
+    longer = torch.zeros(2, 13, 3)
+    longer[:, :12:2] = inputs["u"].detach()
+    return inputs | {"u": longer[:, :12:2].requires_grad_()}
+
+
 def cases() -> dict[str, dict[str, float]]:
     """Name of a case -> name of an output or gradient -> its error as a fraction of what is allowed."""
     from triton_checks import (
@@ -140,6 +151,7 @@ def cases() -> dict[str, dict[str, float]]:
             dtype=torch.float32,
             limit=1e-5,
         ),
+        "scan_every_other_step": excess(selective_scan, every_other_step(), limit=1e-5),
         "scan_bf16_in_odd_words": scan_excess(
             batch=1, length=3, d_inner=12, groups=2, d_state=14, dtype=torch.bfloat16, limit=bf16
         ),

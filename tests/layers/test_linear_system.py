@@ -239,3 +239,5 @@ def test_bad_names_and_sizes():
         diagonal("line", 8)
     with pytest.raises(ValueError, match="d_state must be even and positive, for conjugate pairs, got 7"):
         nplr("legs", 7)
+    with pytest.raises(ValueError, match="d_state must be even and positive, for conjugate pairs, got 7"):
+        hippo("fout", 7)

@@ -515,10 +515,11 @@ def test_shards(name, hub):
     ids = torch.randint(50, (1, 5))
     want = MambaLM.from_pretrained(folder)(ids)
     files, _ = shard(folder, name)
-    (folder / "flax_model.msgpack").touch()
+    for other in ("flax_model.msgpack", "tokenizer.json"):
+        (folder / other).touch()
     assert_close(MambaLM.from_pretrained(folder)(ids), want, atol=0, rtol=0)
     assert_close(MambaLM.from_pretrained("ann/lm")(ids), want, atol=0, rtol=0)
-    assert set(asked) == {"config.json", f"{name}.index.json", *files}
+    assert set(asked) == {"config.json", "tokenizer.json", f"{name}.index.json", *files}
 
 
 def test_of_two_kinds_of_weights_the_safe_ones_are_taken(hub):

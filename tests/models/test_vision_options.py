@@ -108,6 +108,21 @@ def test_a_model_keeps_its_dtype_at_another_size(dtype):
     assert model(torch.randn(1, 1, 24, 24, dtype=dtype)).dtype == dtype
 
 
+def test_a_folder_has_the_size_that_the_model_was_set_to(tmp_path):
+    """Where timm keeps a record of it."""
+    pytest.importorskip("timm.models._input")
+    model = timm.create_model("vim_nano", **TINY).eval()
+    model.set_input_size((16, 28), patch_size=2)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    x = torch.randn(1, 1, 16, 28)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x))
+
+
+def test_a_model_is_of_the_size_that_its_configuration_says():
+    model = timm.create_model("vim_nano", device="meta", pretrained_cfg_overlay={"input_size": (3, 64, 48)})
+    assert model.patch_embed.img_size == (64, 48)
+
+
 def test_patches_of_another_size_keep_their_overlap():
     """The stride of patches side by side follows their size, that of others stays; the bias stays in either case."""
     for stride, grid, reduction in ((None, (2, 1), 12), (3, (5, 2), 3)):
@@ -159,6 +174,9 @@ def test_drop_path_rises_linearly_from_nothing():
     model.blocks = model.blocks[:1]
     assert_close(got, model(x))
     assert not torch.allclose(got, whole, atol=1e-3)
+    block, x = tiny(drop_path_rate=0.5).blocks[1], torch.randn(1, 9, 16).expand(64, -1, -1)
+    added, kept = block.eval()(x)[0] - x[0], block.train()(x) - x
+    assert_close(kept[kept.flatten(1).any(1)].mean(0), 2 * added)  # so that the mean over all stays
 
 
 def test_dropout_stands_in_front_of_the_head():
