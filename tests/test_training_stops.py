@@ -20,7 +20,9 @@ from vim.training import InterruptedRunError, RunError, train
 from vim.training.checkpoint import load_checkpoint
 from vim.training.classification import Classification
 from vim.training.cli import end_children
+from vim.training.config import EmaConfig, ModelConfig
 from vim.training.interruption import Interruption
+from vim.training.state import TrainingState
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,6 +115,24 @@ def test_a_worker_that_fails_ends_the_run_when_all_is_saved(tree, whole, tmp_pat
     assert_same(last(run_dir), whole)
 
 
+def test_what_is_saved_of_a_worker_that_fails_within_an_update_is_the_update_before(tree, tmp_path, monkeypatch):
+    """Batch norm has seen the images of a step whose update never comes, and forgets them."""
+    after, end_update = [], TrainingState.end_update
+
+    def noted(self):
+        end_update(self)
+        after.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+
+    monkeypatch.setattr(TrainingState, "end_update", noted)
+    fail_in_worker(monkeypatch, raise_an_error)
+    model = ModelConfig("test_resnet", kwargs={"in_chans": 1})
+    data = DataConfig(str(tree), num_workers=1, **DATA | {"batch_size": 8})
+    with ends(RunError, "All up to update 2 is saved"):
+        train(config(tree, tmp_path, model=model, data=data, accumulate=2, ema=EmaConfig()))
+    assert last(tmp_path)["bn1.num_batches_tracked"] == 2 * 2
+    assert_same(last(tmp_path), {"update": 2, **after[1]})
+
+
 @contextmanager
 def ends(kind, match):
     """The run ends with an error, and its workers as the tools end them: torch would wait for each that hangs."""
@@ -161,6 +181,7 @@ def test_a_second_signal_ends_what_hangs():
     code = """
 import hashlib
 from vim.training.interruption import Interruption
+from vim.training.state import TrainingState
 with Interruption() as interruption, interruption.postponed():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # an hour
