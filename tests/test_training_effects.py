@@ -156,13 +156,14 @@ def test_the_gradient_is_clipped_as_a_whole_to_the_norm(tree, accumulate):
 @sees(ScheduleConfig, "warmup_epochs", "warmup_lr", "min_lr", "steps")
 @pytest.mark.parametrize("steps", [None, [1, 2.5]])
 def test_every_update_is_made_at_the_rate_of_the_schedule(tree, steps):
-    """Four updates an epoch, of two steps each. The peak is for 64 images and an update has half of them."""
+    """Four updates an epoch, of two steps each. The peak is for 64 images and an update has half of them. With layer
+    decay it is the top layer's, as what the log has of an epoch."""
     lowest = {} if steps else {"min_lr": 4e-3}
     run = made(
         tree,
         data=data(tree, 8),
         accumulate=2,
-        optim=OptimConfig("sgd", lr=0.1, lr_batch=32, weight_decay=0),
+        optim=OptimConfig("sgd", lr=0.1, lr_batch=32, weight_decay=0, layer_decay=0.5),
         schedule=ScheduleConfig(3, warmup_epochs=0.5, warmup_lr=1e-3, steps=steps, **lowest),
     )
     rates = []
@@ -236,8 +237,9 @@ def test_training_and_evaluation_compute_in_the_precision(tree, precision, dtype
     for model in (run.state.model, run.state.ema.module):
         model.blocks[0].attn.qkv.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     epoch(run)
-    run.evaluate(lambda: None)
+    metrics = run.evaluate(lambda: None)
     assert seen == [dtype] * (66 // 16 + 2)
+    assert metrics["loss"] == run.evaluation.loss != metrics["ema_loss"]  # the plots are of the last weights
     assert {p.dtype for p in run.state.model.parameters()} == {torch.float32}
 
 

@@ -6,6 +6,7 @@ No test reaches the hub: what would be sent to it is looked at instead.
 import re
 import shutil
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -15,6 +16,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from image_tree import write_image_tree
+from option_effects import Seen
 from safetensors.torch import save_file
 from whole_runs import interrupt, one_thread  # noqa: F401  (the fixture)
 
@@ -31,6 +33,11 @@ FILES = {
 }  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+sees = Seen()
+
+
+def test_every_field_has_a_test_that_sees_its_effect():
+    assert {(PushConfig, f.name) for f in fields(PushConfig)} == sees
 
 
 def config(folder, **changes):
@@ -62,18 +69,21 @@ def push_config(folder, **changes):
     return PushConfig(**{"run_dir": str(folder / "run"), "repo": "ann/corners-vim", "license": "cc0-1.0"} | changes)
 
 
+@sees(PushConfig, "run_dir", "license", "datasets", "weights", "output")
 @pytest.mark.parametrize(("weights", "prefix", "trained"), [("last", "", ""), ("ema", "ema_", "ema")])
-def test_the_card_has_the_numbers_of_the_weights_beside_it(finished, tmp_path, weights, prefix, trained):
+@pytest.mark.parametrize("datasets", [["ann/corners", "ann/other"], []])
+def test_the_card_has_the_numbers_of_the_weights_beside_it(finished, tmp_path, weights, prefix, trained, datasets):
     folder, summary = finished
     output = tmp_path / "new" / "files"
-    push_to_hub(push_config(folder, weights=weights, datasets=["ann/corners"], output=str(output)))
+    push_to_hub(push_config(folder, weights=weights, datasets=datasets, output=str(output)))
     assert {file.name for file in output.iterdir()} == FILES
     card = ModelCard.load(output / "README.md")
-    assert (card.data.license, card.data.library_name, card.data.datasets) == ("cc0-1.0", "timm", ["ann/corners"])
+    assert (card.data.license, card.data.library_name, card.data.datasets) == ("cc0-1.0", "timm", datasets or None)
     assert {"image-classification", "vision-mamba"} <= set(card.data.tags)
     for result, key in zip(card.data.eval_results, ("top1", "top5"), strict=True):
         assert result.metric_value == pytest.approx(summary[prefix + key] / 100, abs=1e-6)
-        assert (result.dataset_type, result.dataset_name, result.dataset_split) == ("ann/corners", "corners", "val")
+        of = (result.dataset_type, result.dataset_name, result.dataset_split)
+        assert of == (datasets[0] if datasets else "corners", "corners", "val")
     for key, name in {"": "after the last epoch", "ema_": "their moving average"}.items():
         here = ", in this repository" if key == prefix else ""
         assert f"| {name}{here} | {summary[key + 'top1']:.2f} | {summary[key + 'top5']:.2f} |" in card.text
@@ -176,6 +186,7 @@ def test_the_card_says_which_weights_a_run_began_with(finished, tmp_path, name, 
     assert f"| initial weights | {first} |" in ModelCard.load(tmp_path / "files" / "README.md").text
 
 
+@sees(PushConfig, "repo", "private")
 @pytest.mark.parametrize(("private", "asked"), [(True, True), (False, None)])
 def test_a_push_is_one_commit_of_all_files(finished, hub, private, asked):
     assert push_to_hub(push_config(finished[0], private=private)) == "https://huggingface.co/ann/corners-vim"

@@ -1,9 +1,13 @@
 """What a run writes and says: numbers that are not finite, whole files, and one line for what the disk refuses."""
 
+import io
 import json
 import os
 import shutil
 import stat
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +17,22 @@ from safetensors.torch import load_file, save_file
 from whole_runs import config, one_thread  # noqa: F401  (the fixture)
 
 from vim import files
-from vim.data import EvalDataConfig
-from vim.training import ConfigParser, RunError, TrainConfig, ValidateConfig, plain_errors, train, trainer, validate
+from vim.data import EvalDataConfig, TrainImages
+from vim.training import (
+    Classification,
+    ConfigParser,
+    RunError,
+    TrainConfig,
+    ValidateConfig,
+    plain_errors,
+    progress,
+    train,
+    trainer,
+    validate,
+)
 from vim.training.config import ScheduleConfig
 from vim.training.run_folder import RunFolder
+from vim.training.summary import peak_memory_mib
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,6 +75,62 @@ def test_an_epoch_without_an_update_has_no_loss(tree, tmp_path, monkeypatch, cap
         (False, 0),
     ]
     assert strict((tmp_path / "summary.json").read_text())["skipped_updates"] == 4
+
+
+def test_times_and_speeds_add_up(tree, tmp_path, monkeypatch, capsys):
+    """By a clock of which an image batch takes 1 s, a step 2 s, in the second epoch 6, and an evaluation 3."""
+    now, epochs = [100.0], ScheduleConfig(epochs=2, warmup_epochs=0)
+
+    def takes(owner, name, seconds):
+        function = getattr(owner, name)
+
+        def slow(self, *args):
+            now[0] += seconds(self)
+            return function(self, *args)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    takes(TrainImages, "collate", lambda images: 1)
+    takes(Classification, "batch_loss", lambda run: 6 if run.state.epoch else 2)
+    takes(Classification, "evaluate", lambda run: 3)
+    for module in (trainer, sys.modules["vim.training.train"]):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    summary = train(config(tree, tmp_path, schedule=epochs))
+    first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (first["seconds"], second["seconds"], summary["train_seconds"]) == (4 + 8 + 3, 4 + 24 + 3, 46)
+    assert [record["images_per_second"] for record in (first, second)] == pytest.approx([64 / 12, 64 / 28])
+    assert [record["data_wait"] for record in (first, second)] == pytest.approx([4 / 12, 4 / 28])
+    assert summary["images_per_second"] == pytest.approx(2 * 64 / (12 + 28))
+    assert summary["data_wait"] == pytest.approx((4 / 12 + 4 / 28) / 2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert [line.rpartition("  ")[2] for line in lines] == ["0:00:15 left", "0:00:00 left"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells it in another way")
+def test_the_peak_of_memory_is_the_processs():
+    before = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    assert peak_memory_mib(torch.device("cpu")) == pytest.approx(int(before.split()[1]) / 1024, rel=0.01)
+
+
+def test_progress_is_a_line_a_minute_or_a_bar_and_nothing_on_other_processes(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def go(enabled, terminal=False):
+        shown = progress.Progress(enabled)
+        shown.console = progress.plain_console(file=io.StringIO(), force_terminal=terminal, width=80)
+        shown.line("begun")
+        with shown.bar("epoch 3", 100, done=10) as advance:
+            for step in range(1, 8):
+                now[0] += 25
+                advance(f"loss {step}")
+        return shown.console.file.getvalue() or capsys.readouterr().out
+
+    assert go(True) == "begun\nepoch 3  13/100  loss 3\nepoch 3  16/100  loss 6\n"
+    bar = go(True, terminal=True)
+    assert "17/100" in bar
+    assert "epoch 3  loss 7" in bar
+    assert [go(False), go(False, terminal=True)] == ["", ""]
 
 
 def test_weights_that_are_not_finite_have_no_plain_accuracy(tree, finished, tmp_path, capsys):
