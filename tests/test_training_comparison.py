@@ -110,7 +110,7 @@ def test_the_first_seed_chooses_and_as_many_runs_as_asked_for_are_side_by_side(t
             trained.append((folder.parent.name, lr, seed))
             running.add(folder)
             at_once.append(len(running))
-        together.wait(60)
+        together.wait(20)
         with lock:
             running.remove(folder)
         folder.mkdir(parents=True)

@@ -1,12 +1,15 @@
 """What stops a run from outside: signals, workers that die, block or cannot hand over, a second process, a launcher."""
 
+import errno
+import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,8 @@ from vim.training.checkpoint import load_checkpoint
 from vim.training.classification import Classification
 from vim.training.cli import end_children
 from vim.training.config import EmaConfig, ModelConfig
-from vim.training.interruption import Interruption
+from vim.training.interruption import SIGNALS, Interruption
+from vim.training.run_lock import RunLock
 from vim.training.state import TrainingState
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -181,7 +185,6 @@ def test_a_second_signal_ends_what_hangs():
     code = """
 import hashlib
 from vim.training.interruption import Interruption
-from vim.training.state import TrainingState
 with Interruption() as interruption, interruption.postponed():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # an hour
@@ -197,6 +200,50 @@ with Interruption() as interruption, interruption.postponed():
         os.kill(process.pid, signal.SIGTERM)
     assert process.returncode == 143
     assert process.stderr.read().count("\n") == 1
+
+
+def test_a_signal_waits_for_the_end_of_what_postpones_it():
+    """But for parts that admit it; and afterwards signals do what they did before."""
+    former, reached = [signal.getsignal(number) for number in SIGNALS], []
+    for admit in (False, True):
+        with Interruption() as interruption:
+            with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"), interruption.postponed():
+                with interruption.admitted():
+                    reached.append("not asked")
+                with interruption.admitted() if admit else nullcontext():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    reached.append("asked")
+                reached.append("end")
+            with pytest.raises(InterruptedRunError), interruption.postponed(), interruption.admitted():
+                reached.append("asked before")
+        assert [signal.getsignal(number) for number in SIGNALS] == former
+    assert reached == ["not asked", "asked", "end", "not asked"]
+
+
+def test_a_lock_is_one_of_the_file_that_lies_there(tmp_path, monkeypatch):
+    """Who had the folder may remove the file after another process has opened it, and before that locks it."""
+    lockf = fcntl.lockf
+
+    def late(*args):
+        lockf(*args)
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+        (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    lock = RunLock(tmp_path)
+    assert lock.acquire() is None
+    assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    warning = rf"warning: {tmp_path} cannot be locked \(No locks available\); start no second run in it"
+    assert re.fullmatch(warning, RunLock(tmp_path).acquire())
 
 
 def test_nohup_keeps_its_meaning():
