@@ -205,15 +205,20 @@ with Interruption() as interruption, interruption.postponed():
 def test_a_signal_waits_for_the_end_of_what_postpones_it():
     """But for parts that admit it; and afterwards signals do what they did before."""
     former, reached = [signal.getsignal(number) for number in SIGNALS], []
+
+    def go(interruption, admit):
+        with interruption.postponed():
+            with interruption.admitted():
+                reached.append("not asked")
+            with interruption.admitted() if admit else nullcontext():
+                os.kill(os.getpid(), signal.SIGTERM)
+                reached.append("asked")
+            reached.append("end")
+
     for admit in (False, True):
         with Interruption() as interruption:
-            with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"), interruption.postponed():
-                with interruption.admitted():
-                    reached.append("not asked")
-                with interruption.admitted() if admit else nullcontext():
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    reached.append("asked")
-                reached.append("end")
+            with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
+                go(interruption, admit)
             with pytest.raises(InterruptedRunError), interruption.postponed(), interruption.admitted():
                 reached.append("asked before")
         assert [signal.getsignal(number) for number in SIGNALS] == former
