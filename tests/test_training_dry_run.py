@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from image_tree import write_image_tree
 from PIL import Image
 from whole_runs import one_thread  # noqa: F401  (the fixture)
@@ -46,6 +47,29 @@ def test_a_dry_run_crosses_epochs_and_leaves_nothing(config, tmp_path, capsys):
 
 def test_the_largest_batch_needs_a_gpu(config):
     with pytest.raises(ConfigError, match="needs one process with a GPU"):
+        find_batch_size(config)
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("of memory"), DataError("an update takes 16 images")])
+def test_the_largest_batch_is_the_last_that_fits(config, monkeypatch, error):
+    """Here without a GPU, of which a dry run only has the memory."""
+    tried, most = [], [8]
+
+    def trial(config, steps, task):
+        tried.append(config.data.batch_size)
+        if tried[-1] > most[0]:
+            raise error
+
+    module = sys.modules["vim.training.dry_run"]
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    monkeypatch.setattr(module, "Accelerator", lambda: gpu)
+    monkeypatch.setattr(module, "dry_run", trial)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    assert find_batch_size(config) == 8
+    assert (tried, config.data.batch_size) == ([2, 4, 8, 16], 4)
+    most[0] = 1
+    with pytest.raises(ConfigError, match="not even 2 images fit"):
         find_batch_size(config)
 
 

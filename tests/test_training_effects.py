@@ -243,6 +243,14 @@ def test_training_and_evaluation_compute_in_the_precision(tree, precision, dtype
     assert {p.dtype for p in run.state.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_teacher_computes_in_the_precision_and_answers_in_full(tree, stored, precision, dtype):
+    run, seen = made(tree, precision=precision, distill=DistillConfig(stored.folder)), []
+    run.teacher.model.blocks[0].attn.qkv.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    assert run.teacher(torch.randn(2, 1, 12, 12)).dtype == torch.float32
+    assert seen == [dtype]
+
+
 def test_half_precision_is_refused_where_it_would_be_ignored(tree):
     with pytest.raises(ConfigError, match="precision fp16 needs a GPU"):
         made(tree, precision="fp16")

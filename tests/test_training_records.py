@@ -2,9 +2,11 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import torch
 import yaml
 from image_tree import write_image_tree
 from safetensors.torch import load_file, save_file
+from torch import nn
 from whole_runs import config, one_thread  # noqa: F401  (the fixture)
 
 from vim import files
@@ -24,13 +27,16 @@ from vim.training import (
     RunError,
     TrainConfig,
     ValidateConfig,
+    environment,
     plain_errors,
+    plots,
     progress,
     train,
     trainer,
     validate,
 )
 from vim.training.config import ScheduleConfig
+from vim.training.diagnosis import first_not_finite, gradient_norms, largest_activations
 from vim.training.run_folder import RunFolder
 from vim.training.summary import peak_memory_mib
 
@@ -106,6 +112,20 @@ def test_times_and_speeds_add_up(tree, tmp_path, monkeypatch, capsys):
     assert [line.rpartition("  ")[2] for line in lines] == ["0:00:15 left", "0:00:00 left"]
 
 
+def test_the_revision_is_the_commit_and_whether_files_are_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "code.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment.git_revision() is None
+    (tmp_path / "code.py").write_text("1")
+    author = ["-c", "user.name=Ann", "-c", "user.email=ann@example.org"]
+    for command in (["init", "-q"], ["add", "code.py"], [*author, "commit", "-qm", "first"], ["tag", "v1"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    commit = subprocess.check_output(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], text=True).strip()
+    assert environment.git_revision() == commit
+    (tmp_path / "code.py").write_text("2")
+    assert environment.git_revision() == f"{commit}-dirty"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells it in another way")
 def test_the_peak_of_memory_is_the_processs():
     before = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -131,6 +151,58 @@ def test_progress_is_a_line_a_minute_or_a_bar_and_nothing_on_other_processes(mon
     assert "17/100" in bar
     assert "epoch 3  loss 7" in bar
     assert [go(False), go(False, terminal=True)] == ["", ""]
+
+
+class TwiceScaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)]), nn.Linear(1, 1)
+
+    def forward(self, numbers):
+        first = self.blocks[0](self.blocks[0](numbers))
+        return {"logits": [self.head(self.blocks[1](first))]}
+
+
+def test_a_diagnosis_measures_blocks():
+    """Norms over all parameters of each; the largest value of all calls, whatever its sign."""
+    model = TwiceScaled()
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), (-0.25, 0.0, 3.0, 0.0, math.inf, 0.0), strict=True):
+            parameter.fill_(value)
+    for parameter, value in zip(model.parameters(), (3.0, -4.0, 0.0, math.nan, 2.0), strict=False):
+        parameter.grad = torch.full_like(parameter, value)
+    norms = gradient_norms(model)
+    assert (norms["blocks.0"], norms["head"]) == (5, 2)
+    assert math.isnan(norms["blocks.1"])
+    assert first_not_finite(norms) == "first in blocks.1 (nan)"
+    peaks = largest_activations(model, lambda: model(torch.tensor([[8.0], [-16.0]])))
+    assert peaks == {"blocks.0": 4, "blocks.1": 3, "head": math.inf}
+    assert first_not_finite(peaks) == "first in head (inf)"
+    assert first_not_finite({"a": 2.0, "b": 3.0}) == "finite in all blocks, at most 3 in b"
+
+
+def test_plots_show_the_numbers_of_a_run(tmp_path, monkeypatch):
+    """By epoch; and of classes the images of each, true by row, coloured by their part of it."""
+    from matplotlib.axes import Axes
+
+    curves, shown, texts = {}, [], {}
+    plot, imshow, text = Axes.plot, Axes.imshow, Axes.text
+
+    def noted(self, x, y, *args, label, **options):
+        curves[label] = list(x), list(y)
+        return plot(self, x, y, *args, label=label, **options)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    monkeypatch.setattr(Axes, "imshow", lambda self, image, **o: shown.append(image) or imshow(self, image, **o))
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **o: texts.update({(y, x): s}) or text(self, x, y, s, **o))
+    names = {"train_loss": "training", "loss": "validation", "top1": "top-1", "top5": "top-5"}
+    names["ema_top1"] = "top-1 of the averaged weights"
+    history = [{"epoch": e, **{name: 10.0 * place + e for place, name in enumerate(names)}} for e in (1, 2)]
+    plots.write_plots(history, torch.tensor([[3, 1, 0], [0, 0, 0], [0, 2, 6]]), ["a", "b", "c"], tmp_path)
+    want = {label: ([1, 2], [10.0 * place + 1, 10.0 * place + 2]) for place, label in enumerate(names.values())}
+    assert curves == want
+    assert shown[0].tolist() == [[0.75, 0.25, 0], [0, 0, 0], [0, 0.25, 0.75]]
+    assert [texts[place] for place in ((0, 0), (0, 1), (2, 1), (2, 2))] == ["3", "1", "2", "6"]
 
 
 def test_weights_that_are_not_finite_have_no_plain_accuracy(tree, finished, tmp_path, capsys):

@@ -39,6 +39,7 @@ from vim.training import (
 from vim.training.checkpoint import load_checkpoint, save_checkpoint
 from vim.training.classification import Classification
 from vim.training.config import CheckpointConfig, EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
+from vim.training.environment import git_revision
 from vim.training.evaluation import evaluate
 from vim.training.graphs import wants_cuda_graph
 from vim.training.kill_test import KillTest
@@ -532,7 +533,7 @@ def test_a_tracker_gets_every_epoch_once(tree, tmp_path, monkeypatch):
     starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
     assert len(starts) == 2
     assert all(start["versions"]["torch"] == torch.__version__.split("+")[0] for start in starts)
-    assert starts[0]["git_revision"]
+    assert starts[0]["git_revision"] == git_revision()
 
 
 def test_the_best_epochs_are_kept(tree, tmp_path):
