@@ -7,11 +7,13 @@ from dataclasses import asdict, fields, is_dataclass
 
 import pytest
 import yaml
+from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
+from vim.data import DataError
 from vim.data.loaders import loader
 from vim.detection import DetectionTrainConfig, DetectionValidateConfig
-from vim.training import ConfigParser, RunError, TrainConfig, ValidateConfig, plain_errors
+from vim.training import ConfigParser, InterruptedRunError, RunError, TrainConfig, ValidateConfig, plain_errors
 
 
 def parse(*args, config_class=TrainConfig):
@@ -169,6 +171,29 @@ def test_a_loading_process_that_has_only_begun_is_no_error(capsys):
     assert process.exitcode == -signal.SIGTERM
     assert signal.getsignal(signal.SIGCHLD) is handler
     assert capsys.readouterr().err == "error: the disk is full\n"
+
+
+class Unreadable:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise DataError("cannot read image x.png: it is empty")
+
+
+def test_an_error_of_a_worker_is_told_without_its_traceback(capsys):
+    with pytest.raises(SystemExit), plain_errors():
+        next(iter(DataLoader(Unreadable(), num_workers=1)))
+    assert capsys.readouterr().err == "error: cannot read image x.png: it is empty\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(RunError("no"), 1), (InterruptedRunError("no"), 130), (InterruptedRunError("no", 15), 143)]
+)
+def test_the_exit_code_tells_of_a_signal(error, code):
+    with pytest.raises(SystemExit) as exit_, plain_errors():
+        raise error
+    assert exit_.value.code == code
 
 
 def test_an_error_leaves_no_loading_processes(capsys):

@@ -3,6 +3,7 @@
 No test reaches the hub: what would be sent to it is looked at instead.
 """
 
+import json
 import re
 import shutil
 import sys
@@ -91,6 +92,7 @@ def test_the_card_has_the_numbers_of_the_weights_beside_it(finished, tmp_path, w
     assert "| initial weights | first.safetensors |" in card.text
     assert "train.py --config configs/corners.yaml '--data.root=c d'" in card.text
     assert "![Learning curve](learning_curve.png)" in card.text
+    assert ("The plots are of the weights after the last epoch." in card.text) == (weights == "ema")
 
     # The code on the card, with the folder in the repository's place, gives the model of the run.
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
@@ -184,6 +186,39 @@ def test_the_card_says_which_weights_a_run_began_with(finished, tmp_path, name, 
     file.write_text(yaml.safe_dump(about))
     push_to_hub(push_config(tmp_path, output=str(tmp_path / "files")))
     assert f"| initial weights | {first} |" in ModelCard.load(tmp_path / "files" / "README.md").text
+
+
+def test_the_card_has_the_facts_of_all_starts(finished, tmp_path):
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    start = json.loads((tmp_path / "run" / "starts.jsonl").read_text())
+    starts = [
+        start | {"command": f"train.py {number}", "git_revision": revision, "processes": processes, "device": "a card"}
+        for number, revision, processes in ((1, "abc", 2), (2, "def", 4), (3, None, 4))
+    ]
+    (tmp_path / "run" / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts))
+    summary = finished[1] | {
+        "updates": 12345, "skipped_updates": 3, "bad_images": 5, "train_seconds": 3723.4, "images_per_second": 1234.5,
+        "seed": 7, "val_images": 5000, "parameters": 7654321,
+    }  # fmt: skip
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    push_to_hub(push_config(tmp_path, output=str(tmp_path / "files")))
+    text = ModelCard.load(tmp_path / "files" / "README.md").text
+    facts = {
+        "updates": "12,345",
+        "updates left out, not finite": 3,
+        "images that could not be read": 5,
+        "training time, without set-up": "1:02:03",
+        "images/s": "1,234",
+        "device": "2 x a card, 4 x a card",
+        "git revision": "abc, def",
+        "seed": 7,
+    }
+    for name, value in facts.items():
+        assert f"| {name} | {value} |" in text
+    assert "train.py 1\ntrain.py 2\ntrain.py 3\n" in text
+    assert "with 7,654,321 parameters, trained on corners. It takes images of 1 x 12 x 12 " in text
+    assert "and tells 3 classes apart" in text
+    assert "On the 5,000 images of corners/val:" in text
 
 
 @sees(PushConfig, "repo", "private")
