@@ -15,6 +15,7 @@ from whole_runs import one_thread  # noqa: F401  (the fixture)
 from vim.training import Classification, ConfigError, RunError, comparison
 from vim.training.comparison import compare
 from vim.training.config import CompareConfig
+from vim.training.plots import plot_comparison
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,6 +133,23 @@ def test_the_first_seed_chooses_and_as_many_runs_as_asked_for_are_side_by_side(t
         assert result["choosing"] == {f"{rate:g}": top1 for rate, top1 in REACHED[name].items()}
         assert (result["lr"], result["test"], result["mean"]) == (lr, list(TESTED[name].values()), mean)
         assert result["deviation"] ** 2 == pytest.approx(variance)
+
+
+def test_the_plot_shows_rates_seeds_and_means(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plot, hlines = [], Axes.plot, Axes.hlines
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **o: drawn.append(a[:2]) or plot(self, *a, **o))
+    monkeypatch.setattr(Axes, "hlines", lambda self, y, *a, **o: drawn.append(y) or hlines(self, y, *a, **o))
+    choosing = {name: {f"{rate:g}": top1 for rate, top1 in REACHED[name].items()} for name in "ab"}
+    tests = {name: list(TESTED[name].values()) for name in "ab"}
+    contenders = {
+        name: {"choosing": choosing[name], "test": tests[name], "mean": mean} for name, mean in (("a", 13), ("b", 80))
+    }
+    assert plot_comparison({"contenders": contenders}, tmp_path / "c.png") == f"plot: {tmp_path / 'c.png'}"
+    of_a, of_b = (([0.1, 0.2, 0.4], list(choosing[name].values())) for name in "ab")
+    assert drawn == [of_a, ([0] * 3, tests["a"]), 13, of_b, ([1] * 3, tests["b"]), 80]
+    assert (tmp_path / "c.png").exists()
 
 
 def test_a_comparison_that_was_stopped_goes_on_in_the_midst_of_a_run(config, tmp_path, monkeypatch):
