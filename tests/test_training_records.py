@@ -118,7 +118,8 @@ def test_the_revision_is_the_commit_and_whether_files_are_changed(tmp_path, monk
     assert environment.git_revision() is None
     (tmp_path / "code.py").write_text("1")
     author = ["-c", "user.name=Ann", "-c", "user.email=ann@example.org"]
-    for command in (["init", "-q"], ["add", "code.py"], [*author, "commit", "-qm", "first"], ["tag", "v1"]):
+    made = [*author, "commit", "-qm", "first"], [*author, "tag", "-am", "first", "v1"]
+    for command in (["init", "-q"], ["add", "code.py"], *made):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
     commit = subprocess.check_output(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], text=True).strip()
     assert environment.git_revision() == commit
@@ -137,14 +138,14 @@ def test_progress_is_a_line_a_minute_or_a_bar_and_nothing_on_other_processes(mon
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def go(enabled, terminal=False):
-        shown = progress.Progress(enabled)
-        shown.console = progress.plain_console(file=io.StringIO(), force_terminal=terminal, width=80)
+        shown, screen = progress.Progress(enabled), io.StringIO()
+        shown.console = progress.plain_console(file=screen, force_terminal=terminal, width=80)
         shown.line("begun")
         with shown.bar("epoch 3", 100, done=10) as advance:
             for step in range(1, 8):
                 now[0] += 25
                 advance(f"loss {step}")
-        return shown.console.file.getvalue() or capsys.readouterr().out
+        return screen.getvalue() or capsys.readouterr().out
 
     assert go(True) == "begun\nepoch 3  13/100  loss 3\nepoch 3  16/100  loss 6\n"
     bar = go(True, terminal=True)
