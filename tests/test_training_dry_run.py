@@ -110,18 +110,19 @@ def test_loader_speed_counts_images_behind_the_first_batch(config, clock, second
     assert seconds <= clock.batches <= seconds + 10
 
 
-def test_loader_speed_is_that_of_so_many_workers(config, monkeypatch):
+def test_loader_speed_is_that_of_so_many_workers_and_the_full_size(config, monkeypatch):
     loaders, set_up = [], Classification.__init__
+    config.data.progressive = [(8, 1)]
 
     def noted(self, *args):
         set_up(self, *args)
-        loaders.append(self.train_batches.num_workers)
+        loaders.append((self.train_batches.num_workers, self.config.data.early_sizes))
 
     monkeypatch.setattr(Classification, "__init__", noted)
     for workers in (0, 2):
         assert loader_speed(config, workers, 1e-9) > 0
-    assert loaders == [0, 2]
-    assert config.data.num_workers == 0
+    assert loaders == [(0, []), (2, [])]
+    assert (config.data.num_workers, config.data.progressive) == (0, [(8, 1)])
 
 
 def test_made_up_photographs(tmp_path):

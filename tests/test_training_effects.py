@@ -233,12 +233,13 @@ def test_weights_order_augmentation_and_draws_are_of_the_seed(tree):
 @sees(TrainConfig, "precision")
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_training_and_evaluation_compute_in_the_precision(tree, precision, dtype):
-    run, seen = made(tree, precision=precision, ema=EmaConfig(0.9)), []
+    run, seen, batches = made(tree, precision=precision, ema=EmaConfig(0.9)), [], []
     for model in (run.state.model, run.state.ema.module):
         model.blocks[0].attn.qkv.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     epoch(run)
-    metrics = run.evaluate(lambda: None)
+    metrics = run.evaluate(lambda: batches.append(len(seen)))
     assert seen == [dtype] * (66 // 16 + 2)
+    assert batches == [5, 6]  # behind each of both, where a signal may stop it
     assert metrics["loss"] == run.evaluation.loss != metrics["ema_loss"]  # the plots are of the last weights
     assert {p.dtype for p in run.state.model.parameters()} == {torch.float32}
 

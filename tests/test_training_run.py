@@ -92,6 +92,7 @@ def test_the_folder_holds_what_it_should(finished):
     assert summary["epochs"] == 3
     assert summary["updates"] == 3 * (66 // 16)
     assert summary["val_images"] == 15
+    assert summary["parameters"] == sum(tensor.numel() for tensor in load_file(run_dir / "model.safetensors").values())
     for key in ("top1", "top5", "best_top1", "train_seconds", "images_per_second", "peak_memory_mib", "versions"):
         assert summary[key]
     records = log(run_dir)
