@@ -3,13 +3,17 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from image_tree import write_image_tree
+
+from vim.training.kill_test import Killed
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {
@@ -74,6 +78,152 @@ def test_train_resume_and_validate(setting, monkeypatch, capsys, call):
     for row, size in zip(rows, ("12 x 12", "16 x 16"), strict=True):
         line = next(line for line in out.splitlines() if "runs/one" in line and size in line)
         assert [cell.strip() for cell in line.split("│")[3:6]] == ["0.8", "9", f"{row['top1']:.2f}"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [(("--steps", 0), "--steps must be at least 1, got 0"), (("--find_batch_size",), "needs one process with a GPU")],
+)
+def test_trying_a_run_out_trains_none(setting, monkeypatch, capsys, call, argument, message):
+    monkeypatch.chdir(setting)
+    with pytest.raises(SystemExit):
+        call("train", "--config", "config.yaml", "--run_dir", "runs/tried", *argument)
+    assert message in capsys.readouterr().err
+    assert not Path("runs/tried").exists()
+
+
+def cells(out):
+    """Of the rows of a table, as far as they have text."""
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+
+
+def test_compare_shows_every_seed_and_rates_at_the_end_of_the_grid(call, monkeypatch, capsys):
+    result = {"parameters": 1234567, "test": [10.0, 14.0], "mean": 12.0, "deviation": 8**0.5}
+    found = {name: result | {"lr": lr} for name, lr in (("low", 0.1), ("middle", 0.2), ("high", 0.4))}
+    given = []
+    monkeypatch.setattr("vim.training.comparison.compare", lambda config: given.append(config) or {"contenders": found})
+    monkeypatch.setenv("COLUMNS", "160")
+    call("compare", "--contenders", '{"low": {}}', "--lrs", "[0.2, 0.1, 0.4]", "--seeds", "[1, 2]")
+    ends = {"low": "0.1 (end of the grid)", "middle": "0.2", "high": "0.4 (end of the grid)"}
+    shown = ["10.00, 14.00", "12.00", "2.83"]
+    assert cells(capsys.readouterr().out) == [[name, "1,234,567", lr, *shown] for name, lr in ends.items()]
+    assert (given[0].lrs, given[0].seeds) == ([0.2, 0.1, 0.4], [1, 2])
+
+
+def test_benchmark_loader_tries_each_number_of_workers(call, monkeypatch, capsys):
+    given = []
+
+    def speed(config, workers, seconds):
+        given.append((config.data.root, workers, seconds))
+        return 90.0 * (workers + 1)
+
+    monkeypatch.setattr("vim.training.loader_speed.loader_speed", speed)
+    call("benchmark_loader", "--data.root", "there", "--workers", 0, 2, "--seconds", 3)
+    assert given == [("there", 0, 3), ("there", 2, 3)]
+    assert cells(capsys.readouterr().out) == [["0", "90", "90"], ["2", "270", "135"]]
+
+
+@pytest.mark.parametrize(("name", "differences", "code"), [("SIGTERM", ["exit code 0"], 1), ("SIGKILL", [], 0)])
+def test_kill_and_resume_counts_runs_and_fails_for_one_that_differs(call, monkeypatch, capsys, name, differences, code):
+    given = []
+
+    class Test(SimpleNamespace):
+        def __init__(self, *args):
+            given.extend(args)
+            super().__init__(start_seconds=1.0, run_seconds=2.0)
+
+        def run_all(self, *args):
+            given.extend(args)
+            return [Killed(["steps", "start"], 1.5, []), Killed(["steps"], 2.5, differences)]
+
+    monkeypatch.setattr("vim.training.kill_test.KillTest", Test)
+    options = ["--signal", name, "--runs", 2, "--jobs", 3, "--kills", 4, "--seed", 5]
+    with pytest.raises(SystemExit) as exit_:
+        call("kill_and_resume", "runs/killed", *options, "--", "tools/train.py", "--config", "x.yaml")
+    assert exit_.value.code == code
+    assert given == [["tools/train.py", "--config", "x.yaml"], Path("runs/killed"), signal.Signals[name], 4, 5, 2, 3]
+    out = capsys.readouterr().out
+    assert f"run 0: {name} during steps, start: identical\n" in out
+    assert f"{2 - len(differences)} of 2 identical; 3 signals: {{'steps': 2, 'start': 1}}\n" in out
+    assert ("longest time from the signal to the end: 2.5 s" in out) == (name == "SIGTERM")
+
+
+def test_split_folder_deals_out_by_share_and_seed(call, tmp_path, capsys):
+    parts = []
+    for seed in (1, 2):
+        root = write_image_tree(tmp_path / str(seed), {"all": 24}, classes=3)
+        call("split_folder", root, "--split", "all", "--parts", "fit=0.75", "rest=0.25", "--seed", seed)
+        assert capsys.readouterr().out == f"{root}/fit: 18 images, {root}/rest: 6 images\n"
+        parts.append({path.name for path in (root / "rest").rglob("*.png")})
+    assert parts[0] != parts[1]
+    with pytest.raises(SystemExit):
+        call("split_folder", root, "--parts", "fit")
+    assert "want NAME=SHARE, as val=0.2, got 'fit'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tool", "function", "arguments", "given", "returned", "said"),
+    [
+        (
+            "prepare_jpegs",
+            "vim.data.synthetic.write_jpegs",
+            ["~/x", "--classes", 3, "--images", 5],
+            ["/home/ann/x", 3, 5],
+            None,
+            "/home/ann/x written",
+        ),
+        ("prepare_elpv", "vim.data.elpv.write_elpv", ["x", "--size", 50], ["x", 50], None, "x written"),
+        ("prepare_mnist", "vim.data.write_mnist5k", ["x"], ["x"], True, "MNIST-5k: written to x"),
+        ("prepare_mnist", "vim.data.write_mnist5k", ["x"], ["x"], False, "MNIST-5k: already in x"),
+        (
+            "plot_state_spaces",
+            "vim.visualize.state_spaces.plot_state_spaces",
+            ["--output", "~/x.png"],
+            ["/home/ann/x.png"],
+            "there",
+            "there",
+        ),
+    ],
+)
+def test_a_tool_hands_its_arguments_on(call, monkeypatch, capsys, tool, function, arguments, given, returned, said):
+    monkeypatch.setenv("HOME", "/home/ann")
+    seen = []
+    monkeypatch.setattr(function, lambda *args: seen.extend(args) or returned)
+    call(tool, *arguments)
+    assert seen == given
+    assert capsys.readouterr().out == f"{said}\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "said"), [([], "pushed to there"), (["--output", "x"], "written to there, nothing was pushed")]
+)
+def test_push_to_hub_says_whether_it_did(call, monkeypatch, capsys, output, said):
+    monkeypatch.setattr("vim.training.push_to_hub", lambda config: "there")
+    call("push_to_hub", "--run_dir", "run", "--repo", "ann/digits", "--license", "mit", *output)
+    assert capsys.readouterr().out == f"{said}\n"
+
+
+def test_benchmark_generation_reports_the_median_of_rounds_behind_the_first(call, monkeypatch, tmp_path, capsys):
+    """Of a model that takes half a second, and for each token 10, 20 and 60 ms in rounds, by a clock of its own."""
+    now, calls = [0.0], [0]
+
+    def generate(ids, new):
+        assert ids.shape == (4, 16)
+        calls[0] += 1
+        now[0] += 0.5 + new * (1.0, 0.01, 0.02, 0.06)[calls[0] // 3]  # (the first has no prompts alone)
+
+    model = SimpleNamespace(generate=generate)
+    model.to = model.eval = lambda *_: model
+    monkeypatch.setattr("vim.models.mamba_lm.MambaLM", lambda *_, **__: model)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    call("benchmark_generation", "--batch_sizes", 4, "--tokens", 50, "--output", tmp_path / "g.json")
+    (row,) = json.loads((tmp_path / "g.json").read_text())["rows"]
+    assert (row["batch"], row["who"]) == (4, "vim")
+    assert row["rounds"] == pytest.approx([0.01, 0.02, 0.06])
+    assert (row["step_seconds"], row["prompt_seconds"]) == pytest.approx((0.02, 0.52))
+    assert cells(capsys.readouterr().out) == [["4", "vim", "20.00", "200", "520.0"]]
 
 
 @pytest.mark.parametrize(

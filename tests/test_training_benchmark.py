@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from option_effects import Seen
 from rich.console import Console
 from torch.testing import assert_close
 
@@ -25,6 +26,7 @@ module = importlib.import_module("vim.training.benchmark")  # the package has a 
 benchmark = module.benchmark
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+sees = Seen()
 INFERENCE, TRAIN = Workload("inference", 32, 2), Workload("train", 32, 3)
 SPEEDS = {
     "images_per_second": 20.0,
@@ -47,6 +49,10 @@ def saved(folder):
 
 def parse(*args):
     return ConfigParser(BenchmarkConfig, "").parse_config([str(arg) for arg in args])[0]
+
+
+def test_every_field_has_a_test_that_sees_its_effect():
+    assert {(kind, f.name) for kind in (BenchmarkConfig, Workload) for f in fields(kind)} == sees
 
 
 def test_options_stand_behind_the_model():
@@ -85,6 +91,7 @@ def test_a_bad_configuration_fails_with_its_reason(capsys, args, message):
     assert message in capsys.readouterr().err
 
 
+@sees(Workload, "models")
 def test_workloads_come_in_order_and_may_be_restricted():
     chosen = Workload("train", 64, 1, models=["b", "c"])
     plan = BenchmarkConfig(["a", "b+graph", "b", "c"], [INFERENCE, chosen]).plan()
@@ -108,6 +115,7 @@ def test_the_configurations_parse_and_their_models_exist(name):
     assert {workload.mode for workload in config.workloads} == {"inference", "train"}
 
 
+@sees(BenchmarkConfig, "output")
 def test_a_run_writes_every_number_and_the_plot(tmp_path):
     given = config(tmp_path, "vim_nano", "test_vit+materialised", "test_convnext", workloads=(INFERENCE, TRAIN))
     results = benchmark(given)
@@ -127,19 +135,71 @@ def test_a_run_writes_every_number_and_the_plot(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.json", "benchmark.png"]
 
 
-def test_images_a_second_are_those_of_the_step(monkeypatch):
-    now = 0.0
+@sees(BenchmarkConfig, "rounds", "seconds")
+@sees(Workload, "batch_size")
+@pytest.mark.parametrize(("rounds", "want"), [(5, (200, 50, 400)), (2, (300, 200, 400)), (1, (400, 400, 400))])
+def test_images_a_second_are_those_of_the_median_round(monkeypatch, rounds, want):
+    """Each of 0.4 s, if steps take 10 ms as they do before; by this clock they take longer in some rounds."""
+    now, steps, before = 0.0, 0, module.WARM_UP_STEPS + (1 + 2 + 4 + 8 + 16)  # until they take a quarter of a round
 
-    def step():  # of 10 ms by this clock
-        nonlocal now
-        now += 0.01
+    def step():
+        nonlocal now, steps
+        now += 0.01 * (1, 2, 4, 1, 8)[max(0, steps - before) // 40]
+        steps += 1
         return torch.zeros(())
 
     monkeypatch.setattr(module, "build_step", lambda *args: step)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))
-    measured = module.measure(Contender("any"), Workload(batch_size=4), config("", "any", seconds=0.1), CPU)
-    assert [measured[name] for name in ("images_per_second", "min", "max")] == pytest.approx([400] * 3)
+    measured = module.measure(
+        Contender("any"), Workload(batch_size=4), config("", "any", seconds=0.4, rounds=rounds), CPU
+    )
+    assert [measured[name] for name in ("images_per_second", "min", "max")] == pytest.approx(want)
     assert measured["setup_seconds"] == pytest.approx(0.01 * module.WARM_UP_STEPS)
+    assert steps == before + 40 * rounds
+
+
+@sees(BenchmarkConfig, "models", "workloads", "precision")
+@sees(Workload, "mode", "img_size")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_model_is_timed_on_every_workload_in_the_precision(tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(module, "plot_benchmark", lambda results, path: path.touch())
+    built = []
+
+    def build(*args):
+        built.append(args)
+        return lambda: torch.ones(())
+
+    short = {"rounds": 1, "seconds": 1e-5, "precision": precision}
+    benchmark(config(tmp_path, "vim_nano", "test_vit+checkpoint", workloads=(INFERENCE, TRAIN), **short), build)
+    contenders = Contender("vim_nano"), Contender("test_vit", ("checkpoint",))
+    assert built == [(contender, w, precision, CPU) for w in (INFERENCE, TRAIN) for contender in contenders]
+
+
+@sees(BenchmarkConfig, "device", "threads")
+@pytest.mark.parametrize(
+    ("device", "cuda", "want"),
+    [("auto", True, "cuda"), ("auto", False, "cpu"), ("cuda", True, "cuda"), ("cpu", True, "cpu")],
+)
+@pytest.mark.parametrize("threads", [3, None])
+def test_a_benchmark_has_its_device_and_its_threads(tmp_path, monkeypatch, device, cuda, want, threads):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(module, "_free", lambda *_: 0.0)
+    monkeypatch.setattr(module, "plot_benchmark", lambda results, path: path.touch())
+    before, seen = torch.get_num_threads(), []
+
+    def measure(contender, workload, config, device, build):
+        seen.append((device.type, torch.get_num_threads()))
+        return dict(SPEEDS)
+
+    monkeypatch.setattr(module, "measure", measure)
+    try:
+        results = benchmark(config(tmp_path, "vim_nano", device=device, threads=threads))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(want, threads or before)]
+    assert results["threads"] == (threads or before)
+    assert (results["device"] == "a card") == (want == "cuda")
 
 
 def test_a_model_with_wrong_outputs_has_no_speed(monkeypatch, tmp_path):

@@ -1,17 +1,30 @@
 """Configurations: nothing is swallowed or lost, and errors name the key."""
 
 import multiprocessing
+import re
 import signal
 import time
 from dataclasses import asdict, fields, is_dataclass
 
 import pytest
 import yaml
+from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
+from vim.data import DataError
 from vim.data.loaders import loader
 from vim.detection import DetectionTrainConfig, DetectionValidateConfig
-from vim.training import ConfigParser, RunError, TrainConfig, ValidateConfig, plain_errors
+from vim.training import ConfigParser, InterruptedRunError, RunError, TrainConfig, ValidateConfig, plain_errors
+from vim.training.config import (
+    BenchmarkConfig,
+    CheckpointConfig,
+    CompareConfig,
+    DistillConfig,
+    EmaConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+)
 
 
 def parse(*args, config_class=TrainConfig):
@@ -119,6 +132,83 @@ def test_a_bad_value_fails_before_anything_runs(capsys, key, value, message):
     assert message in error_of(capsys, f"--{key}", value)
 
 
+TEACHER = {"teacher": "resnet18"}
+COMPARED = {"contenders": {"a": {}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed", "refused", "message"),
+    [
+        (ModelConfig, {"pretrained": False, "checkpoint": "x"}, {"pretrained": True, "checkpoint": "x"}, "give one of"),
+        (OptimConfig, {"lr": 1e-9}, {"lr": 0}, "optim.lr must be positive, got 0"),
+        (OptimConfig, {"lr_batch": 1}, {"lr_batch": 0}, "optim.lr_batch must be at least 1 image, got 0"),
+        (OptimConfig, {"weight_decay": 0}, {"weight_decay": -1e-9}, "optim.weight_decay must be 0 or more"),
+        (OptimConfig, {"layer_decay": 1}, {"layer_decay": 1.01}, "optim.layer_decay must be above 0 and at most 1"),
+        (OptimConfig, {"layer_decay": 0.01}, {"layer_decay": 0}, "optim.layer_decay must be above 0"),
+        (OptimConfig, {"clip_grad": 1e-9}, {"clip_grad": 0}, "optim.clip_grad must be positive, or null"),
+        (ScheduleConfig, {"epochs": 1, "warmup_epochs": 0}, {"epochs": 0}, "schedule.epochs must be at least 1, got 0"),
+        (ScheduleConfig, {"warmup_epochs": 299.9}, {"warmup_epochs": 300}, "warmup_epochs must be in 0 .. epochs 300"),
+        (ScheduleConfig, {"warmup_epochs": 0}, {"warmup_epochs": -0.1}, "schedule.warmup_epochs must be in 0 .."),
+        (ScheduleConfig, {"steps": [5, 299.9]}, {"steps": [4.9]}, "schedule.steps must lie between warmup_epochs and"),
+        (
+            ScheduleConfig,
+            {"steps": []},
+            {"steps": [5, 300]},
+            "schedule.steps must lie between warmup_epochs and epochs",
+        ),
+        (ScheduleConfig, {"min_lr": 1e-4}, {"min_lr": 1e-4, "steps": [9]}, "which schedule.steps replace"),
+        (ScheduleConfig, {"min_lr": 0}, {"min_lr": -1e-9}, "schedule.min_lr must be 0 or more"),
+        (ScheduleConfig, {"warmup_lr": 0}, {"warmup_lr": -1e-9}, "schedule.warmup_lr must be 0 or more"),
+        (EmaConfig, {"decay": 0.9999}, {"decay": 1}, "ema.decay must be at least 0 and below 1, got 1"),
+        (EmaConfig, {"decay": 0}, {"decay": -0.1}, "ema.decay must be at least 0"),
+        (EmaConfig, {"decay": 0.1, "warmup": True}, {"warmup": True}, "ema.warmup belongs to an average"),
+        (DistillConfig, TEACHER | {"checkpoint": "x"}, {"checkpoint": "x"}, "belong to a distill.teacher; name one"),
+        (DistillConfig, TEACHER | {"kwargs": {"a": 1}}, {"kwargs": {"a": 1}}, "belong to a distill.teacher; name one"),
+        (DistillConfig, {"alpha": 1}, {"alpha": 1.01}, "distill.alpha must be in 0 .. 1, got 1.01"),
+        (DistillConfig, {"alpha": 0}, {"alpha": -0.01}, "distill.alpha must be in 0 .. 1, got -0.01"),
+        (DistillConfig, {"temperature": 1e-9}, {"temperature": 0}, "distill.temperature must be positive, got 0"),
+        (CheckpointConfig, {"every_minutes": 1e-9}, {"every_minutes": 0}, "checkpoint.every_minutes must be positive"),
+        (CheckpointConfig, {"every_updates": 1}, {"every_updates": 0}, "checkpoint.every_updates must be at least 1"),
+        (CheckpointConfig, {"keep": 0}, {"keep": -1}, "checkpoint.keep must be 0 or more, got -1"),
+        (TrainConfig, {"max_skipped": 0}, {"max_skipped": -1}, "max_skipped must be 0 or more, got -1"),
+        (TrainConfig, {"seed": 0}, {"seed": -1}, "seed must be 0 or more, got -1"),
+        (TrainConfig, {"accumulate": 1}, {"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        (TrainConfig, {"cpu_threads": 1}, {"cpu_threads": 0}, "cpu_threads must be at least 1, got 0"),
+        (
+            TrainConfig,
+            {"fsdp": True},
+            {"fsdp": True, "precision": "fp16"},
+            "fsdp and precision fp16 do not go together",
+        ),
+        (
+            TrainConfig,
+            {"distill": DistillConfig("resnet18", mode="soft", temperature=2)},
+            {"distill": DistillConfig("resnet18", temperature=2)},
+            "distill.temperature is for distill.mode soft",
+        ),
+        (TrainConfig, {}, {"distill": DistillConfig(alpha=0.1)}, "distill.alpha belongs to a distill.teacher"),
+        (ValidateConfig, {"img_sizes": [1]}, {"img_sizes": [9, 0]}, "img_sizes must be at least 1 pixel, got [9, 0]"),
+        (ValidateConfig, {"crop_pcts": [1]}, {"crop_pcts": [1, 1.01]}, "crop_pcts must be above 0 and at most 1"),
+        (ValidateConfig, {"crop_pcts": [0.01]}, {"crop_pcts": [0]}, "crop_pcts must be above 0 and at most 1"),
+        (BenchmarkConfig, {"rounds": 1}, {"rounds": 0}, "rounds must be at least 1, got 0"),
+        (BenchmarkConfig, {"threads": 1}, {"threads": 0}, "threads must be at least 1, got 0"),
+        (BenchmarkConfig, {"seconds": 1e-9}, {"seconds": 0}, "seconds must be positive, got 0"),
+        (CompareConfig, COMPARED | {"jobs": 1}, COMPARED | {"jobs": 0}, "jobs must be at least 1, got 0"),
+        (
+            CompareConfig,
+            COMPARED,
+            {"contenders": {"a": {"seed": 1, "run_dir": "x"}}},
+            "contenders.a sets run_dir, seed",
+        ),
+        (CompareConfig, COMPARED | {"seeds": [1]}, COMPARED | {"seeds": []}, "must name at least one each"),
+    ],
+)
+def test_a_limit_is_where_it_is_said_to_be(kind, allowed, refused, message):
+    kind(**allowed)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kind(**refused)
+
+
 def test_mixing_needs_pairs(capsys):
     assert "data.batch_size must be even, got 7" in error_of(capsys, "--augment.mixup", 0.8, "--data.batch_size", 7)
 
@@ -169,6 +259,29 @@ def test_a_loading_process_that_has_only_begun_is_no_error(capsys):
     assert process.exitcode == -signal.SIGTERM
     assert signal.getsignal(signal.SIGCHLD) is handler
     assert capsys.readouterr().err == "error: the disk is full\n"
+
+
+class Unreadable:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise DataError("cannot read image x.png: it is empty")
+
+
+def test_an_error_of_a_worker_is_told_without_its_traceback(capsys):
+    with pytest.raises(SystemExit), plain_errors():
+        next(iter(DataLoader(Unreadable(), num_workers=1)))
+    assert capsys.readouterr().err == "error: cannot read image x.png: it is empty\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(RunError("no"), 1), (InterruptedRunError("no"), 130), (InterruptedRunError("no", 15), 143)]
+)
+def test_the_exit_code_tells_of_a_signal(error, code):
+    with pytest.raises(SystemExit) as exit_, plain_errors():
+        raise error
+    assert exit_.value.code == code
 
 
 def test_an_error_leaves_no_loading_processes(capsys):

@@ -10,6 +10,7 @@ from whole_runs import config, interrupt, one_thread  # noqa: F401  (the fixture
 from vim.data import DataConfig
 from vim.training import InterruptedRunError, RunError, train
 from vim.training.classification import Classification
+from vim.training.data_record import check_same_data, record_data
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,6 +85,24 @@ def test_a_resumed_run_refuses_other_data(copied, change, what):
     with pytest.raises(RunError, match=f"the data are not those that the run began with: {what}") as refused:
         resume(copied, batch_size=16)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "annotations", "what"),
+    [
+        (["a/1", "a/0", "b/2"], "x", "3 images of train have become 3 .another order."),
+        (["a/0", "a/1b/2"], "x", "3 images of train have become 2 .1 new: 'a/1b/2'; 2 gone: 'a/1', 'b/2'."),
+        (["a/0", "a/1", "b/2"], "y", "the annotations of train are others"),
+    ],
+)
+def test_names_their_order_and_what_else_is_known_are_compared(names, annotations, what):
+    def record(names, annotations):
+        return record_data(["a", "b"], {"train": names, "val": ["b/0"]}, {"train": annotations})
+
+    saved = record(["a/0", "a/1", "b/2"], "x")
+    check_same_data(saved, record(["a/0", "a/1", "b/2"], "x"))
+    with pytest.raises(RunError, match=f"the data are not those that the run began with: {what}. Put them back"):
+        check_same_data(saved, record(names, annotations))
 
 
 def test_the_folder_of_the_data_may_move(copied):

@@ -1,15 +1,19 @@
 """Trying a run out: a few updates that leave nothing behind, and the speed of its loader."""
 
 import os
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from image_tree import write_image_tree
 from PIL import Image
 from whole_runs import one_thread  # noqa: F401  (the fixture)
 
-from vim.data import AugmentConfig, DataConfig, DataError, ImageFolder
+from vim.data import AugmentConfig, DataConfig, DataError, ImageFolder, TrainImages
 from vim.data.synthetic import write_jpegs
-from vim.training import ConfigError, TrainConfig
+from vim.training import Classification, ConfigError, TrainConfig
 from vim.training.config import ModelConfig
 from vim.training.dry_run import dry_run, find_batch_size
 from vim.training.loader_speed import loader_speed
@@ -46,8 +50,79 @@ def test_the_largest_batch_needs_a_gpu(config):
         find_batch_size(config)
 
 
-def test_loader_speed_counts_images(config):
-    assert loader_speed(config, 0, 0.1) > 100
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("of memory"), DataError("an update takes 16 images")])
+def test_the_largest_batch_is_the_last_that_fits(config, monkeypatch, error):
+    """Here without a GPU, of which a dry run only has the memory."""
+    tried, most = [], [8]
+
+    def trial(config, steps, task):
+        tried.append(config.data.batch_size)
+        if tried[-1] > most[0]:
+            raise error
+
+    module = sys.modules["vim.training.dry_run"]
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    monkeypatch.setattr(module, "Accelerator", lambda: gpu)
+    monkeypatch.setattr(module, "dry_run", trial)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    assert find_batch_size(config) == 8
+    assert (tried, config.data.batch_size) == ([2, 4, 8, 16], 4)
+    most[0] = 1
+    with pytest.raises(ConfigError, match="not even 2 images fit"):
+        find_batch_size(config)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Its time in seconds, of which a batch takes one, the first ten, and a step of training two."""
+    clock = SimpleNamespace(now=0.0, batches=0)
+    collate, batch_loss = TrainImages.collate, Classification.batch_loss
+
+    def slow_batch(self, samples):
+        clock.now += 1 if clock.batches else 10
+        clock.batches += 1
+        return collate(self, samples)
+
+    def slow_step(self, batch):
+        clock.now += 2
+        return batch_loss(self, batch)
+
+    monkeypatch.setattr(TrainImages, "collate", slow_batch)
+    monkeypatch.setattr(Classification, "batch_loss", slow_step)
+    for name in ("dry_run", "loader_speed", "trainer"):
+        time = SimpleNamespace(perf_counter=lambda: clock.now)
+        monkeypatch.setattr(sys.modules[f"vim.training.{name}"], "time", time)
+    return clock
+
+
+def test_a_dry_run_times_what_comes_after_its_first_update(config, clock):
+    """Two epochs and a part of the next: twelve updates of two steps."""
+    report = dry_run(replace(config, accumulate=2), 12)
+    assert report["images_per_second"] == pytest.approx(12 * 8 / (12 * 2 * (1 + 2)))
+    assert report["data_wait"] == pytest.approx(1 / 3)
+    assert report["first_update_seconds"] == 10 + 1 + 1 + 2 * 2  # the loader looks a batch ahead
+
+
+@pytest.mark.parametrize("seconds", [20, 80])
+def test_loader_speed_counts_images_behind_the_first_batch(config, clock, seconds):
+    assert loader_speed(config, 0, seconds) == pytest.approx(4, rel=5 / seconds)
+    assert seconds <= clock.batches <= seconds + 10
+
+
+def test_loader_speed_is_that_of_so_many_workers_and_the_full_size(config, monkeypatch):
+    loaders, set_up = [], Classification.__init__
+    config.data.progressive = [(8, 1)]
+
+    def noted(self, *args):
+        set_up(self, *args)
+        loaders.append((self.train_batches.num_workers, self.config.data.early_sizes))
+
+    monkeypatch.setattr(Classification, "__init__", noted)
+    for workers in (0, 2):
+        assert loader_speed(config, workers, 1e-9) > 0
+    assert loaders == [(0, []), (2, [])]
+    assert (config.data.num_workers, config.data.progressive) == (0, [(8, 1)])
 
 
 def test_made_up_photographs(tmp_path):

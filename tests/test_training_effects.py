@@ -156,13 +156,14 @@ def test_the_gradient_is_clipped_as_a_whole_to_the_norm(tree, accumulate):
 @sees(ScheduleConfig, "warmup_epochs", "warmup_lr", "min_lr", "steps")
 @pytest.mark.parametrize("steps", [None, [1, 2.5]])
 def test_every_update_is_made_at_the_rate_of_the_schedule(tree, steps):
-    """Four updates an epoch, of two steps each. The peak is for 64 images and an update has half of them."""
+    """Four updates an epoch, of two steps each. The peak is for 64 images and an update has half of them. With layer
+    decay it is the top layer's, as what the log has of an epoch."""
     lowest = {} if steps else {"min_lr": 4e-3}
     run = made(
         tree,
         data=data(tree, 8),
         accumulate=2,
-        optim=OptimConfig("sgd", lr=0.1, lr_batch=32, weight_decay=0),
+        optim=OptimConfig("sgd", lr=0.1, lr_batch=32, weight_decay=0, layer_decay=0.5),
         schedule=ScheduleConfig(3, warmup_epochs=0.5, warmup_lr=1e-3, steps=steps, **lowest),
     )
     rates = []
@@ -232,13 +233,23 @@ def test_weights_order_augmentation_and_draws_are_of_the_seed(tree):
 @sees(TrainConfig, "precision")
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_training_and_evaluation_compute_in_the_precision(tree, precision, dtype):
-    run, seen = made(tree, precision=precision, ema=EmaConfig(0.9)), []
+    run, seen, batches = made(tree, precision=precision, ema=EmaConfig(0.9)), [], []
     for model in (run.state.model, run.state.ema.module):
         model.blocks[0].attn.qkv.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     epoch(run)
-    run.evaluate(lambda: None)
+    metrics = run.evaluate(lambda: batches.append(len(seen)))
     assert seen == [dtype] * (66 // 16 + 2)
+    assert batches == [5, 6]  # behind each of both, where a signal may stop it
+    assert metrics["loss"] == run.evaluation.loss != metrics["ema_loss"]  # the plots are of the last weights
     assert {p.dtype for p in run.state.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_teacher_computes_in_the_precision_and_answers_in_full(tree, stored, precision, dtype):
+    run, seen = made(tree, precision=precision, distill=DistillConfig(stored.folder)), []
+    run.teacher.model.blocks[0].attn.qkv.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    assert run.teacher(torch.randn(2, 1, 12, 12)).dtype == torch.float32
+    assert seen == [dtype]
 
 
 def test_half_precision_is_refused_where_it_would_be_ignored(tree):

@@ -1,5 +1,6 @@
 """Evaluation counts each image once, whatever the batch size and the number of processes."""
 
+import math
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from processes import outputs
 from torch.utils.data import DataLoader
 
 from vim.data.loaders import NO_LABEL, collate
+from vim.training import RunError
 from vim.training.evaluation import evaluate
 from vim.training.progress import Progress
 
@@ -75,6 +77,24 @@ def check_several_right(images, classes, batch_size):
 
 def test_several_right_classes():
     check_several_right(images=50, classes=11, batch_size=8)
+
+
+def test_an_image_with_any_logit_that_is_not_finite_is_wrong():
+    """Though the class that it names would be the right one."""
+    inf, nan = math.inf, math.nan
+    logits = torch.tensor([[0, 2, 1], [0, inf, 1], [0, nan, 1], [-inf, 1, 0], [2, 0, 1]])
+    loader = DataLoader([(row, label, []) for row, label in zip(logits, [1] * 5, strict=True)], 2, collate_fn=collate)
+    result = evaluate(torch.nn.Identity(), Accelerator().prepare(loader), Accelerator(), Progress(False))
+    assert (result.images, result.not_finite, result.top1, result.top5) == (5, 3, 20, 40)
+    assert math.isnan(result.loss)
+    assert result.confusion.tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 0]]
+
+
+def test_a_loader_that_leaves_images_out_gives_no_accuracy():
+    images = [(*pair, []) for pair in zip(*scores(23, 3), strict=True)]
+    loader = Accelerator().prepare(DataLoader(images, 4, collate_fn=collate, drop_last=True))
+    with pytest.raises(RunError, match="evaluation counted 20 images of 23"):
+        evaluate(torch.nn.Identity(), loader, Accelerator(), Progress(False))
 
 
 TWO_PROCESSES = """

@@ -3,9 +3,11 @@
 No test reaches the hub: what would be sent to it is looked at instead.
 """
 
+import json
 import re
 import shutil
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -15,6 +17,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from image_tree import write_image_tree
+from option_effects import Seen
 from safetensors.torch import save_file
 from whole_runs import interrupt, one_thread  # noqa: F401  (the fixture)
 
@@ -31,6 +34,11 @@ FILES = {
 }  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+sees = Seen()
+
+
+def test_every_field_has_a_test_that_sees_its_effect():
+    assert {(PushConfig, f.name) for f in fields(PushConfig)} == sees
 
 
 def config(folder, **changes):
@@ -62,18 +70,21 @@ def push_config(folder, **changes):
     return PushConfig(**{"run_dir": str(folder / "run"), "repo": "ann/corners-vim", "license": "cc0-1.0"} | changes)
 
 
+@sees(PushConfig, "run_dir", "license", "datasets", "weights", "output")
 @pytest.mark.parametrize(("weights", "prefix", "trained"), [("last", "", ""), ("ema", "ema_", "ema")])
-def test_the_card_has_the_numbers_of_the_weights_beside_it(finished, tmp_path, weights, prefix, trained):
+@pytest.mark.parametrize("datasets", [["ann/corners", "ann/other"], []])
+def test_the_card_has_the_numbers_of_the_weights_beside_it(finished, tmp_path, weights, prefix, trained, datasets):
     folder, summary = finished
     output = tmp_path / "new" / "files"
-    push_to_hub(push_config(folder, weights=weights, datasets=["ann/corners"], output=str(output)))
+    push_to_hub(push_config(folder, weights=weights, datasets=datasets, output=str(output)))
     assert {file.name for file in output.iterdir()} == FILES
     card = ModelCard.load(output / "README.md")
-    assert (card.data.license, card.data.library_name, card.data.datasets) == ("cc0-1.0", "timm", ["ann/corners"])
+    assert (card.data.license, card.data.library_name, card.data.datasets) == ("cc0-1.0", "timm", datasets or None)
     assert {"image-classification", "vision-mamba"} <= set(card.data.tags)
     for result, key in zip(card.data.eval_results, ("top1", "top5"), strict=True):
         assert result.metric_value == pytest.approx(summary[prefix + key] / 100, abs=1e-6)
-        assert (result.dataset_type, result.dataset_name, result.dataset_split) == ("ann/corners", "corners", "val")
+        of = (result.dataset_type, result.dataset_name, result.dataset_split)
+        assert of == (datasets[0] if datasets else "corners", "corners", "val")
     for key, name in {"": "after the last epoch", "ema_": "their moving average"}.items():
         here = ", in this repository" if key == prefix else ""
         assert f"| {name}{here} | {summary[key + 'top1']:.2f} | {summary[key + 'top5']:.2f} |" in card.text
@@ -81,6 +92,7 @@ def test_the_card_has_the_numbers_of_the_weights_beside_it(finished, tmp_path, w
     assert "| initial weights | first.safetensors |" in card.text
     assert "train.py --config configs/corners.yaml '--data.root=c d'" in card.text
     assert "![Learning curve](learning_curve.png)" in card.text
+    assert ("The plots are of the weights after the last epoch." in card.text) == (weights == "ema")
 
     # The code on the card, with the folder in the repository's place, gives the model of the run.
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
@@ -176,6 +188,40 @@ def test_the_card_says_which_weights_a_run_began_with(finished, tmp_path, name, 
     assert f"| initial weights | {first} |" in ModelCard.load(tmp_path / "files" / "README.md").text
 
 
+def test_the_card_has_the_facts_of_all_starts(finished, tmp_path):
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    start = json.loads((tmp_path / "run" / "starts.jsonl").read_text())
+    starts = [
+        start | {"command": f"train.py {number}", "git_revision": revision, "processes": processes, "device": "a card"}
+        for number, revision, processes in ((1, "abc", 2), (2, "def", 4), (3, None, 4))
+    ]
+    (tmp_path / "run" / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts))
+    summary = finished[1] | {
+        "updates": 12345, "skipped_updates": 3, "bad_images": 5, "train_seconds": 3723.4, "images_per_second": 1234.5,
+        "seed": 7, "val_images": 5000, "parameters": 7654321,
+    }  # fmt: skip
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    push_to_hub(push_config(tmp_path, output=str(tmp_path / "files")))
+    text = ModelCard.load(tmp_path / "files" / "README.md").text
+    facts = {
+        "updates": "12,345",
+        "updates left out, not finite": 3,
+        "images that could not be read": 5,
+        "training time, without set-up": "1:02:03",
+        "images/s": "1,234",
+        "device": "2 x a card, 4 x a card",
+        "git revision": "abc, def",
+        "seed": 7,
+    }
+    for name, value in facts.items():
+        assert f"| {name} | {value} |" in text
+    assert "train.py 1\ntrain.py 2\ntrain.py 3\n" in text
+    assert "with 7,654,321 parameters, trained on corners. It takes images of 1 x 12 x 12 " in text
+    assert "and tells 3 classes apart" in text
+    assert "On the 5,000 images of corners/val:" in text
+
+
+@sees(PushConfig, "repo", "private")
 @pytest.mark.parametrize(("private", "asked"), [(True, True), (False, None)])
 def test_a_push_is_one_commit_of_all_files(finished, hub, private, asked):
     assert push_to_hub(push_config(finished[0], private=private)) == "https://huggingface.co/ann/corners-vim"

@@ -115,9 +115,11 @@ def test_real_labels_count_as_timm_counts_them(tmp_path, results, names):
 
 def test_real_labels_name_the_images_that_are_not_of_imagenets_val(tmp_path, results):
     real_val(tmp_path, count=4, place=range(1000))
-    for name in ("ILSVRC2012_val_00050001.JPEG", "dog.png"):
+    others = "dog.png", "ILSVRC2012_val_00000000.JPEG", "ILSVRC2012_val_00050001.JPEG"
+    for name in (*others, "ILSVRC2012_val_00050000.JPEG"):
         paint(tmp_path / "val" / WNIDS[0] / name, 0)
-    with pytest.raises(ConfigError, match=r"2 of 6 images of \S+val are others: \S+dog.png, \S+_val_00050001.JPEG$"):
+    named = r", \S+".join(others)
+    with pytest.raises(ConfigError, match=rf"3 of 8 images of \S+val are others: \S+{named}$"):
         results("imagenet-real")
 
 

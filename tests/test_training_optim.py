@@ -77,7 +77,7 @@ def test_steps_come_with_their_updates():
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, *[0.5] * 6, *[0.05] * 22, *[0.005] * 8])
 
 
-@pytest.mark.parametrize("warmup_epochs", [0, 1.5, 5])
+@pytest.mark.parametrize("warmup_epochs", [0, 1.5, 1.6, 5])
 def test_every_update_has_the_rate_of_the_closed_form(warmup_epochs):
     config = ScheduleConfig(epochs=10, warmup_epochs=warmup_epochs, warmup_lr=1e-4, min_lr=1e-3)
     optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.5)

@@ -172,13 +172,20 @@ def test_a_capture_is_for_batches_of_its_shape(monkeypatch):
         captured.append(pool)
 
     class Double(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
         def forward(self, batch):
+            self.seen += self.training
             return 2 * batch
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
     model = Double()
     for size in (16, 8):
-        capture_training(model, torch.ones(2, size), None, memory="shared")
+        capture_training(model.train(size == 16), torch.ones(2, size), None, memory="shared")
+        assert (model.seen, model.training) == (0, size == 16)
+    model.train()
     for size in (8, 16, 12):
         model(torch.ones(2, size))
     model.eval()

@@ -1,22 +1,44 @@
 """What a run writes and says: numbers that are not finite, whole files, and one line for what the disk refuses."""
 
+import io
 import json
+import math
 import os
 import shutil
 import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from image_tree import write_image_tree
 from safetensors.torch import load_file, save_file
+from torch import nn
 from whole_runs import config, one_thread  # noqa: F401  (the fixture)
 
 from vim import files
-from vim.data import EvalDataConfig
-from vim.training import ConfigParser, RunError, TrainConfig, ValidateConfig, plain_errors, train, trainer, validate
+from vim.data import EvalDataConfig, TrainImages
+from vim.training import (
+    Classification,
+    ConfigParser,
+    RunError,
+    TrainConfig,
+    ValidateConfig,
+    environment,
+    plain_errors,
+    plots,
+    progress,
+    train,
+    trainer,
+    validate,
+)
 from vim.training.config import ScheduleConfig
+from vim.training.diagnosis import first_not_finite, gradient_norms, largest_activations
 from vim.training.run_folder import RunFolder
+from vim.training.summary import peak_memory_mib
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,6 +81,129 @@ def test_an_epoch_without_an_update_has_no_loss(tree, tmp_path, monkeypatch, cap
         (False, 0),
     ]
     assert strict((tmp_path / "summary.json").read_text())["skipped_updates"] == 4
+
+
+def test_times_and_speeds_add_up(tree, tmp_path, monkeypatch, capsys):
+    """By a clock of which an image batch takes 1 s, a step 2 s, in the second epoch 6, and an evaluation 3."""
+    now, epochs = [100.0], ScheduleConfig(epochs=2, warmup_epochs=0)
+
+    def takes(owner, name, seconds):
+        function = getattr(owner, name)
+
+        def slow(self, *args):
+            now[0] += seconds(self)
+            return function(self, *args)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    takes(TrainImages, "collate", lambda images: 1)
+    takes(Classification, "batch_loss", lambda run: 6 if run.state.epoch else 2)
+    takes(Classification, "evaluate", lambda run: 3)
+    for module in (trainer, sys.modules["vim.training.train"]):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    summary = train(config(tree, tmp_path, schedule=epochs))
+    first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (first["seconds"], second["seconds"], summary["train_seconds"]) == (4 + 8 + 3, 4 + 24 + 3, 46)
+    assert [record["images_per_second"] for record in (first, second)] == pytest.approx([64 / 12, 64 / 28])
+    assert [record["data_wait"] for record in (first, second)] == pytest.approx([4 / 12, 4 / 28])
+    assert summary["images_per_second"] == pytest.approx(2 * 64 / (12 + 28))
+    assert summary["data_wait"] == pytest.approx((4 / 12 + 4 / 28) / 2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert [line.rpartition("  ")[2] for line in lines] == ["0:00:15 left", "0:00:00 left"]
+
+
+def test_the_revision_is_the_commit_and_whether_files_are_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "code.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment.git_revision() is None
+    (tmp_path / "code.py").write_text("1")
+    author = ["-c", "user.name=Ann", "-c", "user.email=ann@example.org"]
+    made = [*author, "commit", "-qm", "first"], [*author, "tag", "-am", "first", "v1"]
+    for command in (["init", "-q"], ["add", "code.py"], *made):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    commit = subprocess.check_output(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], text=True).strip()
+    assert environment.git_revision() == commit
+    (tmp_path / "code.py").write_text("2")
+    assert environment.git_revision() == f"{commit}-dirty"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells it in another way")
+def test_the_peak_of_memory_is_the_processs():
+    before = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    assert peak_memory_mib(torch.device("cpu")) == pytest.approx(int(before.split()[1]) / 1024, rel=0.01)
+
+
+def test_progress_is_a_line_a_minute_or_a_bar_and_nothing_on_other_processes(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def go(enabled, terminal=False):
+        shown, screen = progress.Progress(enabled), io.StringIO()
+        shown.console = progress.plain_console(file=screen, force_terminal=terminal, width=80)
+        shown.line("begun")
+        with shown.bar("epoch 3", 100, done=10) as advance:
+            for step in range(1, 8):
+                now[0] += 25
+                advance(f"loss {step}")
+        return screen.getvalue() or capsys.readouterr().out
+
+    assert go(True) == "begun\nepoch 3  13/100  loss 3\nepoch 3  16/100  loss 6\n"
+    bar = go(True, terminal=True)
+    assert "17/100" in bar
+    assert "epoch 3  loss 7" in bar
+    assert [go(False), go(False, terminal=True)] == ["", ""]
+
+
+class TwiceScaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)]), nn.Linear(1, 1)
+
+    def forward(self, numbers):
+        first = self.blocks[0](self.blocks[0](numbers))
+        return {"logits": [self.head(self.blocks[1](first))]}
+
+
+def test_a_diagnosis_measures_blocks():
+    """Norms over all parameters of each; the largest value of all calls, whatever its sign."""
+    model = TwiceScaled()
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), (-0.25, 0.0, 3.0, 0.0, math.inf, 0.0), strict=True):
+            parameter.fill_(value)
+    for parameter, value in zip(model.parameters(), (3.0, -4.0, 0.0, math.nan, 2.0), strict=False):
+        parameter.grad = torch.full_like(parameter, value)
+    norms = gradient_norms(model)
+    assert (norms["blocks.0"], norms["head"]) == (5, 2)
+    assert math.isnan(norms["blocks.1"])
+    assert first_not_finite(norms) == "first in blocks.1 (nan)"
+    peaks = largest_activations(model, lambda: model(torch.tensor([[8.0], [-16.0]])))
+    assert peaks == {"blocks.0": 4, "blocks.1": 3, "head": math.inf}
+    assert first_not_finite(peaks) == "first in head (inf)"
+    assert first_not_finite({"a": 2.0, "b": 3.0}) == "finite in all blocks, at most 3 in b"
+
+
+def test_plots_show_the_numbers_of_a_run(tmp_path, monkeypatch):
+    """By epoch; and of classes the images of each, true by row, coloured by their part of it."""
+    from matplotlib.axes import Axes
+
+    curves, shown, texts = {}, [], {}
+    plot, imshow, text = Axes.plot, Axes.imshow, Axes.text
+
+    def noted(self, x, y, *args, label, **options):
+        curves[label] = list(x), list(y)
+        return plot(self, x, y, *args, label=label, **options)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    monkeypatch.setattr(Axes, "imshow", lambda self, image, **o: shown.append(image) or imshow(self, image, **o))
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **o: texts.update({(y, x): s}) or text(self, x, y, s, **o))
+    names = {"train_loss": "training", "loss": "validation", "top1": "top-1", "top5": "top-5"}
+    names["ema_top1"] = "top-1 of the averaged weights"
+    history = [{"epoch": e, **{name: 10.0 * place + e for place, name in enumerate(names)}} for e in (1, 2)]
+    plots.write_plots(history, torch.tensor([[3, 1, 0], [0, 0, 0], [0, 2, 6]]), ["a", "b", "c"], tmp_path)
+    want = {label: ([1, 2], [10.0 * place + 1, 10.0 * place + 2]) for place, label in enumerate(names.values())}
+    assert curves == want
+    assert shown[0].tolist() == [[0.75, 0.25, 0], [0, 0, 0], [0, 0.25, 0.75]]
+    assert [texts[place] for place in ((0, 0), (0, 1), (2, 1), (2, 2))] == ["3", "1", "2", "6"]
 
 
 def test_weights_that_are_not_finite_have_no_plain_accuracy(tree, finished, tmp_path, capsys):

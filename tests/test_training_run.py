@@ -1,6 +1,7 @@
 """Whole runs of a tiny model: what they learn, write, resume and refuse."""
 
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -38,6 +39,7 @@ from vim.training import (
 from vim.training.checkpoint import load_checkpoint, save_checkpoint
 from vim.training.classification import Classification
 from vim.training.config import CheckpointConfig, EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
+from vim.training.environment import git_revision
 from vim.training.evaluation import evaluate
 from vim.training.graphs import wants_cuda_graph
 from vim.training.kill_test import KillTest
@@ -90,6 +92,7 @@ def test_the_folder_holds_what_it_should(finished):
     assert summary["epochs"] == 3
     assert summary["updates"] == 3 * (66 // 16)
     assert summary["val_images"] == 15
+    assert summary["parameters"] == sum(tensor.numel() for tensor in load_file(run_dir / "model.safetensors").values())
     for key in ("top1", "top5", "best_top1", "train_seconds", "images_per_second", "peak_memory_mib", "versions"):
         assert summary[key]
     records = log(run_dir)
@@ -121,6 +124,8 @@ def test_the_folder_is_a_timm_model_that_scores_the_same(finished, tree, folder,
     model = timm.create_model(f"local-dir:{run_dir / folder}", pretrained=True)
     weights = state(run_dir)["model_ema" if folder else "model"]
     assert_same(dict(model.state_dict()), dict(weights))
+    images = torch.rand(16, 1, 12, 12)
+    assert torch.equal(model.train()(images), model(images))  # drop rates belong to the training
     data_config = timm.data.resolve_model_data_config(model)
     assert [list(data_config[key]) for key in ("input_size", "mean", "std")] == [[1, 12, 12], [0.3], [0.2]]
     data = EvalDataConfig(str(tree), batch_size=4, num_workers=0)
@@ -136,6 +141,8 @@ def test_a_checkpoint_of_the_run_evaluates_too(finished, tree, tmp_path):
     data = EvalDataConfig(str(tree), batch_size=4, num_workers=0)
     results = validate(ValidateConfig(str(run_dir), best, data=data, output=str(tmp_path / "v.json")))
     assert results["top1"] == summary["best_top1"]
+    record = log(run_dir)[summary["best_epoch"] - 1]
+    assert results["loss"] == pytest.approx(record["ema_loss"], rel=1e-6) != record["loss"]
 
 
 def test_several_sizes_and_crops_are_as_many_evaluations(finished, tree, tmp_path, monkeypatch):
@@ -328,6 +335,25 @@ def test_a_diagnosis_names_block_and_files(tree, tmp_path, monkeypatch):
     assert ["abc".index(Path(file).parent.name) for file in report["files"]] == labels.tolist()
 
 
+def test_a_diagnosis_is_of_the_update_that_was_left_out(tree, tmp_path, monkeypatch):
+    """It has its images once more, and what chance gave them."""
+    seen, batch_loss = [], Classification.batch_loss
+
+    def spoilt(self, batch):
+        seen.append([torch.tensor(torch.initial_seed()), *(t.clone() for t in batch)])
+        return batch_loss(self, batch) * (1 if self.state.update < 5 else math.nan)
+
+    monkeypatch.setattr(Classification, "batch_loss", spoilt)
+    data = DataConfig(str(tree), batch_size=8, num_workers=0, mean=(0.3,), std=(0.2,))
+    with pytest.raises(RunError, match="epoch 2, update 7"):
+        train(config(tree, tmp_path, data=data, accumulate=2, max_skipped=1))
+    steps = 7 * 2
+    assert len(seen) == steps + 2
+    assert_same(seen[steps:], seen[steps - 2 : steps])
+    labels = load_checkpoint(tmp_path / "not_finite" / "batch-0.pt")["batch"][1]
+    assert_same(labels, torch.cat([step[2] for step in seen[steps:]]))
+
+
 def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, monkeypatch):
     tree = write_image_tree(tmp_path / "images", {"train": 66, "val": 15}, classes=3)
     bad = [tree / name for name in ("train/a/0.png", "train/b/10.png", "val/c/5.png")]
@@ -508,7 +534,7 @@ def test_a_tracker_gets_every_epoch_once(tree, tmp_path, monkeypatch):
     starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
     assert len(starts) == 2
     assert all(start["versions"]["torch"] == torch.__version__.split("+")[0] for start in starts)
-    assert starts[0]["git_revision"]
+    assert starts[0]["git_revision"] == git_revision()
 
 
 def test_the_best_epochs_are_kept(tree, tmp_path):

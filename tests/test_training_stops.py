@@ -1,12 +1,15 @@
 """What stops a run from outside: signals, workers that die, block or cannot hand over, a second process, a launcher."""
 
+import errno
+import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,10 @@ from vim.training import InterruptedRunError, RunError, train
 from vim.training.checkpoint import load_checkpoint
 from vim.training.classification import Classification
 from vim.training.cli import end_children
-from vim.training.interruption import Interruption
+from vim.training.config import EmaConfig, ModelConfig
+from vim.training.interruption import SIGNALS, Interruption
+from vim.training.run_lock import RunLock
+from vim.training.state import TrainingState
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,6 +119,24 @@ def test_a_worker_that_fails_ends_the_run_when_all_is_saved(tree, whole, tmp_pat
     assert_same(last(run_dir), whole)
 
 
+def test_what_is_saved_of_a_worker_that_fails_within_an_update_is_the_update_before(tree, tmp_path, monkeypatch):
+    """Batch norm has seen the images of a step whose update never comes, and forgets them."""
+    after, end_update = [], TrainingState.end_update
+
+    def noted(self):
+        end_update(self)
+        after.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+
+    monkeypatch.setattr(TrainingState, "end_update", noted)
+    fail_in_worker(monkeypatch, raise_an_error)
+    model = ModelConfig("test_resnet", kwargs={"in_chans": 1})
+    data = DataConfig(str(tree), num_workers=1, **DATA | {"batch_size": 8})
+    with ends(RunError, "All up to update 2 is saved"):
+        train(config(tree, tmp_path, model=model, data=data, accumulate=2, ema=EmaConfig()))
+    assert last(tmp_path)["bn1.num_batches_tracked"] == 2 * 2
+    assert_same(last(tmp_path), {"update": 2, **after[1]})
+
+
 @contextmanager
 def ends(kind, match):
     """The run ends with an error, and its workers as the tools end them: torch would wait for each that hangs."""
@@ -176,6 +200,55 @@ with Interruption() as interruption, interruption.postponed():
         os.kill(process.pid, signal.SIGTERM)
     assert process.returncode == 143
     assert process.stderr.read().count("\n") == 1
+
+
+def test_a_signal_waits_for_the_end_of_what_postpones_it():
+    """But for parts that admit it; and afterwards signals do what they did before."""
+    former, reached = [signal.getsignal(number) for number in SIGNALS], []
+
+    def go(interruption, admit):
+        with interruption.postponed():
+            with interruption.admitted():
+                reached.append("not asked")
+            with interruption.admitted() if admit else nullcontext():
+                os.kill(os.getpid(), signal.SIGTERM)
+                reached.append("asked")
+            reached.append("end")
+
+    for admit in (False, True):
+        with Interruption() as interruption:
+            with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
+                go(interruption, admit)
+            with pytest.raises(InterruptedRunError), interruption.postponed(), interruption.admitted():
+                reached.append("asked before")
+        assert [signal.getsignal(number) for number in SIGNALS] == former
+    assert reached == ["not asked", "asked", "end", "not asked"]
+
+
+def test_a_lock_is_one_of_the_file_that_lies_there(tmp_path, monkeypatch):
+    """Who had the folder may remove the file after another process has opened it, and before that locks it."""
+    lockf = fcntl.lockf
+
+    def late(*args):
+        lockf(*args)
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+        (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    lock = RunLock(tmp_path)
+    assert lock.acquire() is None
+    assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    warning = rf"warning: {tmp_path} cannot be locked \(No locks available\); start no second run in it"
+    assert re.fullmatch(warning, RunLock(tmp_path).acquire())
 
 
 def test_nohup_keeps_its_meaning():

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -364,6 +365,9 @@ def test_a_run_says_where_its_weights_are_from_and_a_resumed_one_reads_none(fold
     assert re.search(r"the teacher's weights: .*random/model.safetensors \((\d+) of \1 tensors\)\n", out)
     again = config("file", model=ModelConfig("vim_nano", checkpoint=first, kwargs=KWARGS))
     train(again)
+    assert f"initial weights: {first} (" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "file" / "checkpoints")  # as if it had been killed before its first save
+    train(again, resume=True)
     assert f"initial weights: {first} (" in capsys.readouterr().out
     (tmp_path / "first.pth").unlink()
     train(again, resume=True)

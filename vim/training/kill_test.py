@@ -70,7 +70,7 @@ class KillTest:
             self._stop(process, result)
             result.moments.append(self._moment(run))
         self._finish(self._start(run.path), run.path)
-        result.differences = differences(self.whole, run.path)
+        result.differences += differences(self.whole, run.path)
         return result
 
     def run_all(self, runs: int, jobs: int) -> list[Killed]:
