@@ -58,6 +58,7 @@ def test_tar_shards_in_webdataset_form(tree, tmp_path):
                 add(tar, f"set/{i}.json", b"{}")
                 if shard:
                     add(tar, f"set/{i}.cls", str(i).encode())
+    (tmp_path / "._shard-0.tar").write_bytes(b"a Mac's notes about it")
     source = ImageSource(tmp_path)
     names = ["shard-0.tar/set/2.png", "shard-0.tar/set/1.png", "shard-1.tar/set/2.png", "shard-1.tar/set/1.png"]
     assert [entry.path for entry in source.entries] == names
