@@ -115,9 +115,9 @@ def test_tar_files_of_class_folders(files, folder, tmp_path, place):
     assert_same_images(source, folder, folder.classes)
     assert source.shards is None
     assert source.name(10) == "train-0001.tar/./b/10.png"
-    for name in ("._train-0000", "training-0", "pretrain"):  # of a Mac, and of other splits
+    (tmp_path / "tars" / "train" / ".cache").mkdir(parents=True)
+    for name in ("train/._train-0000", "training-0", "pretrain"):  # of a Mac, and of other splits
         (tmp_path / "tars" / f"{name}.tar").write_bytes(b"")
-    (tmp_path / "tars" / "train" / ".cache").mkdir(parents=True, exist_ok=True)
     assert len(open_images(DataConfig(str(tmp_path / "tars")), "train")) == 21
 
 
