@@ -20,10 +20,11 @@ def digits(monkeypatch):
 
 
 def test_every_image_is_in_one_split_under_its_label(tmp_path, digits):
-    assert write_mnist5k(tmp_path / "digits")
+    root = tmp_path / "new" / "digits"
+    assert write_mnist5k(root)
     seen = []
     for split, count in (("train", 30), ("val", 10)):
-        paths = sorted((tmp_path / "digits" / split).glob("*/*.png"))
+        paths = sorted((root / split).glob("*/*.png"))
         assert len(paths) == count
         for path in paths:
             image = np.asarray(Image.open(path))
@@ -32,7 +33,7 @@ def test_every_image_is_in_one_split_under_its_label(tmp_path, digits):
             seen.append(image[0, 0])
             assert path.parent.name == str(image[0, 0] % 10)
     assert sorted(seen) == list(range(40))
-    assert [p.name for p in tmp_path.iterdir()] == ["digits"]  # no temporary folder left
+    assert [p.name for p in root.parent.iterdir()] == ["digits"]  # no temporary folder left
 
 
 def test_the_split_is_always_the_same(tmp_path, digits):

@@ -281,7 +281,8 @@ def test_what_is_fetched_ahead_waits_for_nobody(parquet, cache):
     ahead = FetchAhead(source.shards.fetch)
     ahead([1, 2])
     ahead([0])
-    while len(fetched(cache)) < 2 and ahead.process.is_alive():
+    deadline = time.monotonic() + 120
+    while len(fetched(cache)) < 2 and ahead.process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert fetched(cache) == ["train-00000", "train-00002"]  # and what is damaged is for those to tell who want it
     process = ahead.process
@@ -318,6 +319,9 @@ def test_the_hub(files, folder, tmp_path, cache, monkeypatch):
         hub.asked.clear()
         source.load(0)
         assert hub.asked == []
+        hub.tags["v2"] = "4567" * 10
+        tagged = open_images(DataConfig("hf://datasets/org/name@v2/data"), "train")
+        assert tagged.path == f"hf://datasets/org/name@{hub.tags['v2']}/data/train*.parquet"
         for file in cache.iterdir():
             file.unlink()
         source = open_images(DataConfig("hf://datasets/org/name"), "train")
@@ -506,7 +510,8 @@ def test_columns(tmp_path, cache, files):
         source = open_images(DataConfig(str(tmp_path)), "val")
         return source.columns.image, source.columns.label, source.classes, source.load(0)[1]  # type: ignore[attr-defined]
 
-    zero = pa.array([0, 0, 0])
+    zero, about = pa.array([0, 0, 0]), pa.array([{"width": 12}] * 3)
+    assert opened(about=about, photo=image, number=label)[:2] == ("photo", "number")
     assert opened(img=image, number=label) == ("img", "number", ["0", "1", "2"], 2)
     assert opened(img=image, fine_label=label, coarse_label=zero) == ("img", "fine_label", ["x", "y", "z"], 2)
     assert opened(img=image, a_label=label, label_id=zero)[1:3] == ("a_label", ["x", "y", "z"])

@@ -100,6 +100,12 @@ def test_clear_errors(tree, tmp_path):
     (tmp_path / "bad.tar").write_bytes(b"garbage" * 100)
     with pytest.raises(DataError, match=r"cannot read .*bad.tar: .*; shards are plain tar files"):
         ImageSource(tmp_path / "bad.tar")
+    with tarfile.open(tmp_path / "gone.tar", "w") as tar:
+        add(tar, "x.png", b"x")
+    gone = ImageSource(tmp_path / "gone.tar")
+    (tmp_path / "gone.tar").unlink()
+    with pytest.raises(DataError, match=r"cannot read image gone.tar/x.png: .*No such file"):
+        gone.load(0)
     (tree / "a" / "0.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"cannot read image a/0.png: .*; repair or remove it"):
         ImageSource(tree).load(0)

@@ -111,6 +111,13 @@ def test_what_is_being_written_is_left_alone(tmp_path):
     assert bytes(cache.open("a.arrow", write)) == b"half and half"
 
 
+def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
+    synced, cache = [], ShardCache(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.readlink(f"/proc/self/fd/{file}"), kept(cache))))
+    cache.open("a.arrow", filled(b"a"))
+    assert synced == [(str(tmp_path / "a.arrow.part"), ["a.arrow.part"])]
+
+
 def test_a_failure_leaves_nothing_and_is_told(tmp_path):
     cache = ShardCache(tmp_path)
 
