@@ -100,6 +100,8 @@ def test_augmentation_depends_on_every_part_of_the_key(folder):
     others = [tensor(images, SampleKey(0, 2, 0)), tensor(images, SampleKey(1, 2, 1))]
     others.append(tensor(train_images(folder, seed=1), SampleKey(1, 2, 0)))
     assert all(not torch.equal(same, other) for other in others)
+    alike = train_images(Numbered())  # images of one picture
+    assert not torch.equal(tensor(alike, SampleKey(1, 2, 0)), tensor(alike, SampleKey(1, 3, 0)))
 
 
 def test_neither_depends_on_the_surrounding_generators_nor_disturbs_them(folder):

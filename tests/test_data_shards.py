@@ -320,8 +320,9 @@ def test_the_hub(files, folder, tmp_path, cache, monkeypatch):
         source.load(0)
         assert hub.asked == []
         hub.tags["v2"] = "4567" * 10
-        tagged = open_images(DataConfig("hf://datasets/org/name@v2/data"), "train")
-        assert tagged.path == f"hf://datasets/org/name@{hub.tags['v2']}/data/train*.parquet"
+        write_parquet(files[:5], folder.classes, tmp_path / "hub" / "more", {"train.parquet": 5})
+        tagged = open_images(DataConfig("hf://datasets/org/name@v2/more"), "train")
+        assert (len(tagged), tagged.path) == (5, f"hf://datasets/org/name@{hub.tags['v2']}/more/train*.parquet")
         for file in cache.iterdir():
             file.unlink()
         source = open_images(DataConfig("hf://datasets/org/name"), "train")

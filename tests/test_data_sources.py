@@ -39,7 +39,8 @@ def test_a_tree_of_another_depth_has_no_labels(tree):
     (tree / "b" / "10.png").rename(tree / "deep" / "er" / "10.png")
     source = ImageSource(tree)
     assert len(source) == 12
-    assert {entry.label for entry in source.entries} == {None}
+    for other in (source, ImageSource(tree / "a")):
+        assert ({entry.label for entry in other.entries}, other.classes) == ({None}, [])
 
 
 def test_a_list_with_and_without_labels(tree):
