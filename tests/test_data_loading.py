@@ -168,9 +168,10 @@ def test_a_bad_image_to_evaluate_on_is_black_and_of_no_class():
 
 
 def test_an_image_that_follows_itself_is_decoded_once():
-    images = TrainImages(Numbered(), train_transform(EVERYTHING, GREY), 0, 1)
+    source = Numbered()
+    images = TrainImages(source, train_transform(EVERYTHING, GREY), 0, 1)
     images.__getitems__([SampleKey(0, image, repeat) for image in (5, 2) for repeat in range(3)])
-    assert images.source.loaded == [5, 2]
+    assert source.loaded == [5, 2]
 
 
 def test_a_worker_puts_the_whole_batch_into_shared_memory(folder, monkeypatch):
