@@ -44,12 +44,14 @@ def write_parquet(
 class LocalHub(ThreadingHTTPServer):
     """Serves a folder as the data set org/name, by those parts of the hub's API that reading one takes.
 
-    asked: paths that were asked for. failures: of so many files to come. commit: of the branch main.
+    asked: paths that were asked for. failures: of so many files to come. commit: of the branch main. tags: commits by
+    name.
     """
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.asked, self.failures, self.commit = folder, [], 0, "0123abcd" * 5
+        self.tags: dict[str, str] = {}
 
     @property
     def address(self) -> str:
@@ -63,9 +65,12 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append(path)
         repository, commit = "/datasets/org/name", self.server.commit
-        revisions = f"/api{repository}", f"/api{repository}/revision/main", f"/api{repository}/revision/{commit}"
-        if path in revisions:
-            self._answer(json.dumps({"id": "org/name", "sha": commit}).encode())
+        for tagged in self.server.tags.values():
+            commit = tagged if f"/{tagged}" in path else commit
+        revision = path.removeprefix(f"/api{repository}/revision/")
+        if path == f"/api{repository}" or revision in ("main", commit, *self.server.tags):
+            sha = self.server.tags.get(revision, commit)
+            self._answer(json.dumps({"id": "org/name", "sha": sha}).encode())
         elif path.startswith(tree := f"/api{repository}/tree/{commit}"):
             self._answer(json.dumps(self._listing(self.server.folder / path.removeprefix(tree).strip("/"))).encode())
         elif path.startswith(files := f"{repository}/resolve/{commit}/") and not self.server.failures:

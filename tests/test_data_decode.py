@@ -29,9 +29,13 @@ def test_sixteen_bits_keep_their_brightness(tmp_path):
     grey = np.array([[0, 32768, 65535]], np.uint16)
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(grey).save(tmp_path / "grey.tif")
-    for name in ("grey.png", "grey.tif"):
+    Image.fromarray(grey).save(tmp_path / "grey.pgm")
+    Image.frombytes("I;16B", (3, 1), grey.astype(">u2").tobytes()).save(tmp_path / "big-endian.tif")
+    for name in ("grey.png", "grey.tif", "grey.pgm", "big-endian.tif"):
         assert [pixel(tmp_path / name, 1, (x, 0)) for x in range(3)] == [0, 128, 255]
         assert pixel(tmp_path / name, 3, (1, 0)) == (128, 128, 128)
+    Image.fromarray(np.array([[-1, 65536, 2**31 - 1]], np.int32)).save(tmp_path / "beyond.tif")
+    assert [pixel(tmp_path / "beyond.tif", 1, (x, 0)) for x in range(3)] == [0, 255, 255]
 
 
 def test_other_colour_models(tmp_path):
@@ -48,6 +52,8 @@ def test_other_colour_models(tmp_path):
     assert pixel(tmp_path / "grey.png") == (77, 77, 77)
     Image.new("1", (3, 3), 1).save(tmp_path / "bits.png")
     assert pixel(tmp_path / "bits.png", 1) == 255
+    Image.new("RGB", (3, 3), (255, 0, 0)).save(tmp_path / "red.png")
+    assert pixel(tmp_path / "red.png", 1) == 76  # 0.299 of 255, as ITU-R 601 weighs red
 
 
 def test_of_an_animation_the_first_frame_counts(tmp_path):

@@ -397,6 +397,8 @@ def progressive(runs):
     sizes = [train_batches(run, epoch)[0][0].shape[-2:] for epoch in range(4)]
     assert sizes == [(10, 10), (15, 15), (15, 15), (SIZE, SIZE)]
     assert next(batches_of(run.val_batches))[0].shape[-2:] == (SIZE, SIZE)
+    small = {"progressive": [(10, 1)]}
+    assert torch.equal(runs.images(1, small, hflip=1.0), runs.images(1, small).flip(-1))
 
 
 AUGMENT_EFFECTS = [

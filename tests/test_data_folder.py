@@ -6,7 +6,7 @@ import pytest
 from image_tree import write_image_tree
 from PIL import Image
 
-from vim.data import DataError, ImageFolder, check_same_classes
+from vim.data import DataError, ImageFolder, ImageSource, check_same_classes
 
 
 @pytest.fixture
@@ -29,6 +29,33 @@ def test_labels_are_positions_in_the_natural_order_of_names(tmp_path):
 @pytest.mark.parametrize(("in_chans", "mode"), [(1, "L"), (3, "RGB")])
 def test_images_get_the_models_channels(tree, in_chans, mode):
     assert ImageFolder(tree, "train").load(0, in_chans)[0].mode == mode
+
+
+def test_hidden_folders_are_no_classes_and_the_first_process_tells_of_them(tree, monkeypatch, caplog):
+    (tree / "train" / ".checkpoints").mkdir()
+    Image.new("L", (2, 2)).save(tree / "train" / ".checkpoints" / "x.png")
+    for rank, told in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        folder = ImageFolder(tree, "train")
+        assert (len(folder), folder.classes) == (6, ["a", "b"])
+        assert len(caplog.messages) == told
+
+
+def test_links_to_folders_and_images_are_followed(tree, tmp_path):
+    Image.new("L", (2, 2), 7).save(tmp_path / "7.png")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.png").symlink_to(tmp_path / "7.png")
+    (tree / "train" / "c").symlink_to(tmp_path / "elsewhere")
+    folder = ImageFolder(tree, "train")
+    assert (len(folder), folder.classes) == (7, ["a", "b", "c"])
+    image, label = folder.load(6, 1)
+    assert (image.getpixel((0, 0)), label) == (7, 2)
+
+
+def test_a_tilde_is_the_home_folder(tree, monkeypatch):
+    monkeypatch.setenv("HOME", str(tree.parent))
+    assert ImageFolder("~/images", "val").path == tree / "val"
+    assert len(ImageSource("~/images/val")) == 4
 
 
 def test_missing_root(tmp_path):

@@ -24,6 +24,7 @@ from vim.data import (
     train_loader,
     train_transform,
 )
+from vim.data.loaders import MOST_REPLACEMENTS, NO_LABEL
 
 GREY = {"input_size": (1, 12, 12), "mean": (0.2,), "std": (0.5,), "interpolation": "bilinear", "crop_pct": 1.0}
 WHOLE = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
@@ -37,6 +38,30 @@ EVERYTHING = AugmentConfig(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return ImageFolder(write_image_tree(tmp_path_factory.mktemp("tree"), {"train": 21}), "train")
+
+
+class Numbered:
+    """Images whose labels are their numbers, of which some cannot be read.
+
+    loaded: those that were asked for.
+    """
+
+    path, shards, classes = "numbered", None, list(map(str, range(50)))
+
+    def __init__(self, bad=()):
+        self.bad, self.loaded = bad, []
+
+    def __len__(self):
+        return len(self.classes)
+
+    def name(self, index):
+        return f"{index}.png"
+
+    def load(self, index, in_chans=3):
+        self.loaded.append(index)
+        if index in self.bad:
+            raise DataError(f"cannot read image {index}.png")
+        return Image.new("L", (12, 12), 200), index
 
 
 def train_images(folder, seed=0, augment=EVERYTHING):
@@ -75,6 +100,8 @@ def test_augmentation_depends_on_every_part_of_the_key(folder):
     others = [tensor(images, SampleKey(0, 2, 0)), tensor(images, SampleKey(1, 2, 1))]
     others.append(tensor(train_images(folder, seed=1), SampleKey(1, 2, 0)))
     assert all(not torch.equal(same, other) for other in others)
+    alike = train_images(Numbered())  # images of one picture
+    assert not torch.equal(tensor(alike, SampleKey(1, 2, 0)), tensor(alike, SampleKey(1, 3, 0)))
 
 
 def test_neither_depends_on_the_surrounding_generators_nor_disturbs_them(folder):
@@ -89,6 +116,71 @@ def test_neither_depends_on_the_surrounding_generators_nor_disturbs_them(folder)
             assert torch.equal(tensor(images, SampleKey(0, 0, 0)), before)
         draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1]
+
+
+def test_generators_are_put_back_after_an_error():
+    images = TrainImages(Numbered([1]), train_transform(EVERYTHING, GREY), 0, 1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with pytest.raises(DataError, match=r"cannot read image 1\.png"):
+        images.__getitems__([SampleKey(0, 0, 0), SampleKey(0, 1, 0)])
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+def skipping(bad, seed=0):
+    return TrainImages(Numbered(bad), train_transform(AugmentConfig(**WHOLE), GREY), seed, 1, bad_images="skip")
+
+
+def test_every_part_of_the_key_and_nothing_else_decides_what_takes_the_place_of_a_bad_image():
+    def instead(seed=0, epoch=1, image=0, repeat=0):
+        return skipping(range(8), seed)[SampleKey(epoch, image, repeat)][1]
+
+    for part in ("seed", "epoch", "image", "repeat"):
+        found = [instead(**{part: value}) for value in range(8)]
+        assert len(set(found)) > 5  # of 42: chance has some of them twice
+        assert found == [instead(**{part: value}) for value in range(8)]
+
+
+def test_all_bad_images_on_the_way_to_a_good_one_are_listed():
+    ways = []
+    for epoch in range(8):
+        images = skipping(range(30))
+        _, label, bad = images[SampleKey(epoch, 3, 0)]
+        assert [*bad, f"{label}.png"] == list(map(images.source.name, images.source.loaded))
+        assert bad[0] == "3.png"
+        assert label >= 30
+        ways.append(len(set(bad)))
+    assert max(ways) > 2
+
+
+def test_data_without_a_good_image_are_refused():
+    images = skipping(range(50))
+    with pytest.raises(DataError, match="cannot read image"):
+        images[SampleKey(0, 3, 0)]
+    assert len(images.source.loaded) == 1 + MOST_REPLACEMENTS
+
+
+def test_a_bad_image_to_evaluate_on_is_black_and_of_no_class():
+    images = EvalImages(Numbered([3]), eval_transform(GREY), 1, bad_images="skip")
+    image, label, bad = images[3]
+    assert (label, bad) == (NO_LABEL, ["3.png"])
+    torch.testing.assert_close(image, torch.full((1, 12, 12), (0 - 0.2) / 0.5))
+    assert [label for _, label, _ in (images[2], images[4])] == [2, 4]
+
+
+def test_an_image_that_follows_itself_is_decoded_once():
+    source = Numbered()
+    images = TrainImages(source, train_transform(EVERYTHING, GREY), 0, 1)
+    images.__getitems__([SampleKey(0, image, repeat) for image in (5, 2) for repeat in range(3)])
+    assert source.loaded == [5, 2]
+
+
+def test_a_worker_puts_the_whole_batch_into_shared_memory(folder, monkeypatch):
+    """torch would do it in a thread, which loses a batch for which there is no room."""
+    images = train_images(folder, augment=AugmentConfig(erasing=1.0))
+    loader = train_loader(images, KeyedSampler(len(folder), 0), 4)
+    monkeypatch.setattr("vim.data.loaders.get_worker_info", lambda: "a worker")
+    packed, labels, _ = loader.collate_fn([images[SampleKey(0, index, 0)] for index in range(4)])
+    assert [tensor.is_shared() for tensor in (packed.pixels, packed.noise, labels)] == [True] * 3
 
 
 def test_order_is_whole_updates_of_a_permutation():
@@ -120,7 +212,18 @@ def test_repeated_augmentation_follows_an_image_with_itself():
     assert [key.repeat for key in keys] == [0, 1, 2] * 4
 
 
+@pytest.mark.parametrize("shards", [None, [8, 22, 20]])
+def test_a_resumed_epoch_is_the_rest_of_it(shards):
+    sampler = KeyedSampler(50, seed=3, repeats=3, multiple_of=8, shards=shards, window=2)
+    whole = list(sampler)
+    for position in (16, 0):
+        sampler.start_at(position)
+        assert len(sampler) == 48 - position
+        assert list(sampler) == whole[position:]
+
+
 def test_a_data_set_smaller_than_an_update_is_refused():
+    assert len(KeyedSampler(21, seed=0, multiple_of=21)) == 21
     with pytest.raises(DataError, match=r"an update takes 32 images .* has 21; lower data.batch_size"):
         KeyedSampler(21, seed=0, multiple_of=32)
 

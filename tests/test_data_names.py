@@ -132,7 +132,7 @@ def test_lists_hold_the_bytes_of_file_names(tmp_path):
     names.write_text("val/x.png\n", encoding="utf-16")
     with pytest.raises(DataError, match=r"names.txt is no text in UTF-8: it has null bytes, as UTF-16 has; save it"):
         ImageSource(names)
-    for label in ("9" * 5000, "99999999999"):
+    for label in ("9" * 5000, "99999999999", "-1", "²"):
         names.write_text(f"val/x.png\t{label}\n")
         with pytest.raises(DataError, match=r"labels? .*numbers? from 0 up"):
             ImageSource(names)

@@ -115,6 +115,10 @@ def test_tar_files_of_class_folders(files, folder, tmp_path, place):
     assert_same_images(source, folder, folder.classes)
     assert source.shards is None
     assert source.name(10) == "train-0001.tar/./b/10.png"
+    (tmp_path / "tars" / "train" / ".cache").mkdir(parents=True)
+    for name in ("train/._train-0000", "training-0", "pretrain"):  # of a Mac, and of other splits
+        (tmp_path / "tars" / f"{name}.tar").write_bytes(b"")
+    assert len(open_images(DataConfig(str(tmp_path / "tars")), "train")) == 21
 
 
 @pytest.mark.parametrize("names", [None, ["cat", "sparrow hawk", "dog", "none has it"]])
@@ -161,6 +165,40 @@ def test_a_changed_shard_is_fetched_anew(parquet, files, folder, cache):
     assert np.array_equal(after, folder.load(20, 1)[0])
 
 
+def test_a_shard_that_changes_while_it_is_in_use_is_told(parquet, files, folder, cache):
+    source = open_images(DataConfig(str(parquet)), "train")
+    write_parquet(files[:5], folder.classes, parquet / "data", {next(iter(SHARDS)): 5})
+    with pytest.raises(ShardError, match=r"train-00000-of-00003.parquet has 5 rows now, and had 8; start again"):
+        source.load(0)
+    assert fetched(cache) == []
+
+
+def test_what_was_fetched_of_other_columns_is_not_taken(tmp_path, cache, files, monkeypatch):
+    """As another version of the project may choose them."""
+    image, zero = pa.array([files[0][0].read_bytes()]), pa.array([0])
+    pq.write_table(pa.table({"image": image, "label": zero, "labels": pa.array([1])}), tmp_path / "val.parquet")
+    data = DataConfig(str(tmp_path))
+    assert open_images(data, "val").load(0)[1] == 0
+    monkeypatch.setattr(parquet_shards, "LABEL_NAMES", ("labels",))
+    assert open_images(data, "val").load(0)[1] == 1
+
+
+def test_each_shard_of_a_window_is_opened_once_and_closed_after_it(parquet, cache, monkeypatch):
+    opened, open_shard = [], parquet_shards.ShardCache.open
+
+    def noted(*args):
+        opened.append(args[1].split("-of-")[0])
+        return open_shard(*args)
+
+    monkeypatch.setattr(parquet_shards.ShardCache, "open", noted)
+    source = open_images(DataConfig(str(parquet)), "train", window=2)
+    for index in (0, 9, 1, 10, 20, 11, 19):  # rows of the shards 0, 1, 0, 1, 2, 1, 2
+        source.load(index)
+    assert opened == ["train-00000", "train-00001", "train-00002"]
+    mapped = re.findall(rf"{cache}/(.+)-of-", Path("/proc/self/maps").read_text())
+    assert sorted(mapped) == ["train-00001", "train-00002"]
+
+
 def test_a_shard_that_is_gone_is_no_bad_image(parquet):
     source = open_images(DataConfig(str(parquet)), "train")
     (parquet / "data" / "train-00000-of-00003.parquet").unlink()
@@ -205,6 +243,8 @@ def test_the_order_of_streamed_shards_has_few_of_them_open_at_a_time(window):
         assert max(open_at) <= window
         largest = order[places[3][0] : places[3][-1] + 1]
         assert largest != sorted(largest)
+        changes = np.count_nonzero(np.diff(shard_of[order]))
+        assert changes == 7 if window == 1 else changes > 30  # those of a window are mixed with each other
     turns = [list(dict.fromkeys(shard_of[order])) for order in (first, second)]
     assert turns[0] != turns[1]
 
@@ -241,7 +281,8 @@ def test_what_is_fetched_ahead_waits_for_nobody(parquet, cache):
     ahead = FetchAhead(source.shards.fetch)
     ahead([1, 2])
     ahead([0])
-    while len(fetched(cache)) < 2 and ahead.process.is_alive():
+    deadline = time.monotonic() + 120
+    while len(fetched(cache)) < 2 and ahead.process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert fetched(cache) == ["train-00000", "train-00002"]  # and what is damaged is for those to tell who want it
     process = ahead.process
@@ -278,6 +319,10 @@ def test_the_hub(files, folder, tmp_path, cache, monkeypatch):
         hub.asked.clear()
         source.load(0)
         assert hub.asked == []
+        hub.tags["v2"] = "4567" * 10
+        write_parquet(files[:5], folder.classes, tmp_path / "hub" / "more", {"train.parquet": 5})
+        tagged = open_images(DataConfig("hf://datasets/org/name@v2/more"), "train")
+        assert (len(tagged), tagged.path) == (5, f"hf://datasets/org/name@{hub.tags['v2']}/more/train*.parquet")
         for file in cache.iterdir():
             file.unlink()
         source = open_images(DataConfig("hf://datasets/org/name"), "train")
@@ -306,8 +351,14 @@ def test_a_cache_that_is_too_small_says_what_it_needs(parquet, cache):
     want = (
         r"data.cache_gib 1e-09 does not hold the 2 shards of .* at a time; give at least .*e-06, or lower data.window"
     )
-    with pytest.raises(DataError, match=want):
+    with pytest.raises(DataError, match=want) as refused:
         open_images(DataConfig(str(parquet), cache_gib=1e-9), "train", window=2)
+    sizes = []
+    for path in (parquet / "data").iterdir():
+        columns = [c for group in pq.read_metadata(path).to_dict()["row_groups"] for c in group["columns"]]
+        sizes.append(sum(c["total_uncompressed_size"] for c in columns if c["path_in_schema"] != "image.path"))
+    needed = float(re.search("at least (.*),", str(refused.value))[1])
+    assert needed == pytest.approx(sum(sorted(sizes)[1:]) / 2**30, rel=5e-3)
     two = DataConfig(str(parquet), cache_gib=5e-6)  # 5,400 bytes; a shard has some 2,000
     source = open_images(two, "train", window=1)
     for index in (0, 9, 20, 0):
@@ -460,7 +511,8 @@ def test_columns(tmp_path, cache, files):
         source = open_images(DataConfig(str(tmp_path)), "val")
         return source.columns.image, source.columns.label, source.classes, source.load(0)[1]  # type: ignore[attr-defined]
 
-    zero = pa.array([0, 0, 0])
+    zero, about = pa.array([0, 0, 0]), pa.array([{"width": 12}] * 3)
+    assert opened(about=about, photo=image, number=label)[:2] == ("photo", "number")
     assert opened(img=image, number=label) == ("img", "number", ["0", "1", "2"], 2)
     assert opened(img=image, fine_label=label, coarse_label=zero) == ("img", "fine_label", ["x", "y", "z"], 2)
     assert opened(img=image, a_label=label, label_id=zero)[1:3] == ("a_label", ["x", "y", "z"])
@@ -571,6 +623,21 @@ def test_a_key_in_a_tar_file_ends_at_the_first_dot_of_the_name(tmp_path):
     assert (folders.classes, folders.labels.tolist()) == (["cat", "dog"], [0, 0, 1])
 
 
+def test_classes_in_tar_files_are_the_nearest_folders_and_nothing_hidden(tmp_path):
+    names = "set/1/x.png", "set/0/y.png", "set/.cache/z.png", ".cache/0/z.png", "set/0/._y.png"
+    source = one_tar(tmp_path / "set", *((name, b"") for name in names))
+    assert (source.classes, source.labels.tolist()) == (["0", "1"], [1, 0])
+
+
+def test_compressed_tar_files_are_refused(tmp_path, files):
+    """Nothing in them lies where its header says."""
+    for mode in ("w:gz", "w:bz2", "w:xz"):
+        with tarfile.open(tmp_path / "train.tar", mode) as tar:
+            add(tar, "a/x.png", files[0][0].read_bytes())
+        with pytest.raises(DataError, match=r"cannot read .*train.tar: .*; shards are plain tar files, not compressed"):
+            open_images(DataConfig(str(tmp_path)), "train")
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -602,6 +669,9 @@ def test_columns_as_older_versions_of_datasets_wrote_them(tmp_path, cache, files
     source = opened(described, image=pa.array([content]), label=label, objects=boxes)
     assert source.classes == ["a", r"b\n"]
     assert source.load(0, 1)[1] == 1
+    large = pa.array([content], pa.large_binary())
+    for images in (large, pa.StructArray.from_arrays([large], ["bytes"])):
+        assert opened(described, image=images, label=label, objects=boxes).load(0, 1)[0].size == (12, 12)
     with pytest.raises(DataError, match=r"no column of images \(.*\); .* image \(string\), label \(int64\)"):
         opened({}, image=pa.array(["x.png"]), label=label)
     with pytest.raises(DataError, match=r"no column of labels \(whole numbers\); .*label \(list<.*int64>\)"):

@@ -39,7 +39,8 @@ def test_a_tree_of_another_depth_has_no_labels(tree):
     (tree / "b" / "10.png").rename(tree / "deep" / "er" / "10.png")
     source = ImageSource(tree)
     assert len(source) == 12
-    assert {entry.label for entry in source.entries} == {None}
+    for other in (source, ImageSource(tree / "a")):
+        assert ({entry.label for entry in other.entries}, other.classes) == ({None}, [])
 
 
 def test_a_list_with_and_without_labels(tree):
@@ -58,6 +59,7 @@ def test_tar_shards_in_webdataset_form(tree, tmp_path):
                 add(tar, f"set/{i}.json", b"{}")
                 if shard:
                     add(tar, f"set/{i}.cls", str(i).encode())
+    (tmp_path / "._shard-0.tar").write_bytes(b"a Mac's notes about it")
     source = ImageSource(tmp_path)
     names = ["shard-0.tar/set/2.png", "shard-0.tar/set/1.png", "shard-1.tar/set/2.png", "shard-1.tar/set/1.png"]
     assert [entry.path for entry in source.entries] == names
@@ -99,6 +101,12 @@ def test_clear_errors(tree, tmp_path):
     (tmp_path / "bad.tar").write_bytes(b"garbage" * 100)
     with pytest.raises(DataError, match=r"cannot read .*bad.tar: .*; shards are plain tar files"):
         ImageSource(tmp_path / "bad.tar")
+    with tarfile.open(tmp_path / "gone.tar", "w") as tar:
+        add(tar, "x.png", b"x")
+    gone = ImageSource(tmp_path / "gone.tar")
+    (tmp_path / "gone.tar").unlink()
+    with pytest.raises(DataError, match=r"cannot read image gone.tar/x.png: .*No such file"):
+        gone.load(0)
     (tree / "a" / "0.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"cannot read image a/0.png: .*; repair or remove it"):
         ImageSource(tree).load(0)

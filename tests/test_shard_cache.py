@@ -23,7 +23,7 @@ def kept(cache):
 def test_a_file_is_made_once_by_however_many_processes(tmp_path):
     made = tmp_path / "made"
 
-    ready = fork.Barrier(4)
+    ready = fork.Barrier(4, timeout=60)
 
     def work(pipe):
         def write(path):
@@ -40,6 +40,8 @@ def test_a_file_is_made_once_by_however_many_processes(tmp_path):
     processes = [fork.Process(target=work, args=(out,)) for _, out in pipes]
     for process in processes:
         process.start()
+    for _, out in pipes:
+        out.close()  # so that nobody waits for what a dead process would have sent
     assert [got.recv() for got, _ in pipes] == [b"whole"] * 4
     for process in processes:
         process.join()
@@ -47,7 +49,7 @@ def test_a_file_is_made_once_by_however_many_processes(tmp_path):
 
 
 def test_the_least_recently_opened_give_way(tmp_path):
-    cache = ShardCache(tmp_path, limit=250)
+    cache = ShardCache(tmp_path, limit=200)
     for letter in ("a", "b"):
         cache.open(f"{letter}.arrow", filled(letter.encode()))
     assert bytes(cache.open("a.arrow", filled(b"?"))) == b"a" * 100  # it is still there, and newer than b now
@@ -72,6 +74,7 @@ def test_a_removed_file_stays_for_a_process_that_reads_it(tmp_path):
 
     process = fork.Process(target=work)
     process.start()
+    there.close()
     assert here.recv() == "opened"
     cache.open("b.arrow", filled(b"b"))
     assert kept(cache) == ["b.arrow"]
@@ -95,6 +98,24 @@ def test_a_process_killed_in_the_midst_leaves_nothing_that_counts(tmp_path):
     assert kept(cache) == ["a.arrow.part", "b.arrow.part"]
     assert bytes(cache.open("a.arrow", filled(b"a"))) == b"a" * 100
     assert kept(cache) == ["a.arrow"]
+
+
+def test_what_is_being_written_is_left_alone(tmp_path):
+    cache = ShardCache(tmp_path, limit=10)
+
+    def write(path):
+        path.write_bytes(b"half")
+        ShardCache(tmp_path, limit=10).open("b.arrow", filled(b"b"))  # as another process that makes room
+        path.write_bytes(path.read_bytes() + b" and half")
+
+    assert bytes(cache.open("a.arrow", write)) == b"half and half"
+
+
+def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
+    synced, cache = [], ShardCache(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.readlink(f"/proc/self/fd/{file}"), kept(cache))))
+    cache.open("a.arrow", filled(b"a"))
+    assert synced == [(str(tmp_path / "a.arrow.part"), ["a.arrow.part"])]
 
 
 def test_a_failure_leaves_nothing_and_is_told(tmp_path):

@@ -130,6 +130,14 @@ def test_made_up_photographs(tmp_path):
     folder = ImageFolder(tmp_path / "jpegs", "train")
     assert (len(folder), folder.classes) == (6, ["class0000", "class0001", "class0002"])
     assert Image.open(folder.name(0)).size == (500, 375)
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        write_jpegs(tmp_path / name, 1, 1, seed)
+    one, two, three = (
+        [ImageFolder(tmp_path / name, split).load(0)[0].tobytes() for split in ("train", "val")]
+        for name in ("one", "two", "three")
+    )
+    assert one == two
+    assert len({*one, *three}) == 4
     with pytest.raises(DataError, match="exists; remove it"):
         write_jpegs(tmp_path / "jpegs", 3, 6)
     with pytest.raises(DataError, match="6 images are too few for 7 classes"):

@@ -273,10 +273,35 @@ def test_what_a_killed_run_left_is_removed_at_the_next_start(tree, finished, tmp
 def test_a_rename_reaches_the_disk(tmp_path, monkeypatch):
     """The folder that holds the name is synchronised, after the rename."""
     synced = []
-    monkeypatch.setattr(files.os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    files.write_json({"a": float("inf"), "b": [float("nan"), 1.5]}, tmp_path / "a.json")
-    assert synced == [str(tmp_path / ".a.tmp.json"), str(tmp_path)]
-    assert strict((tmp_path / "a.json").read_text()) == {"a": None, "b": [None, 1.5]}
+
+    def synchronise(descriptor):
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.listdir(tmp_path)))
+
+    monkeypatch.setattr(files.os, "fsync", synchronise)
+    files.write_json({"a": float("inf"), "b": [float("nan"), 1.5], "c": (-float("inf"),)}, tmp_path / "a.json")
+    assert synced == [(str(tmp_path / ".a.tmp.json"), [".a.tmp.json"]), (str(tmp_path), ["a.json"])]
+    assert strict((tmp_path / "a.json").read_text()) == {"a": None, "b": [None, 1.5], "c": [None]}
+
+
+def test_a_file_that_is_not_written_whole_leaves_the_former_one(tmp_path):
+    """Nor does what a killed process left of another attempt change the next."""
+    path = tmp_path / "a.json"
+    files.write_json([1], path)
+    mode = path.stat().st_mode
+
+    def write_half():
+        with files.whole_file(path) as unfinished:
+            unfinished.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert (os.listdir(tmp_path), strict(path.read_text())) == (["a.json"], [1])
+    (tmp_path / ".a.tmp.json").write_text("half")
+    (tmp_path / ".a.tmp.json").chmod(0o600)
+    with files.whole_file(path) as unfinished, unfinished.open("a") as file:
+        file.write("[2]")
+    assert (path.stat().st_mode, strict(path.read_text())) == (mode, [2])
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "name"])
