@@ -83,9 +83,13 @@ def data_of(boxes, **changes):
     return DetectionDataConfig(str(boxes), "val.json", "val", **given | changes)
 
 
-def task(boxes, model=None, augment=None, **data):
+def task(boxes, model=None, augment=None, run=(), **data):
+    """A run with these options, those of its data, and others."""
     config = DetectionTrainConfig(
-        model=model or about(), data=data_of(boxes, **data), augment=augment or JitterConfig((1.0, 1.0), hflip=0.0)
+        model=model or about(),
+        data=data_of(boxes, **data),
+        augment=augment or JitterConfig((1.0, 1.0), hflip=0.0),
+        **dict(run),
     )
     return Detection(config, create_accelerator("fp32"), Progress(False))
 
@@ -220,21 +224,39 @@ def test_training_and_evaluation_read_their_own_images(boxes):
     assert [batches.num_workers for batches in (more.train_batches, more.val_batches)] == [2, 2]
 
 
+def test_the_seed_is_of_order_and_changes_and_an_epoch_has_whole_updates(boxes):
+    jitter = JitterConfig((0.5, 1.5))
+    runs = [task(boxes, augment=jitter, run={"seed": seed, "accumulate": 2}, passes=3) for seed in (0, 0, 1)]
+    epochs = [
+        [
+            (t["image_id"], i.shape)
+            for images, targets, _ in run.train_batches
+            for i, t in zip(images, targets, strict=True)
+        ]
+        for run in runs
+    ]
+    assert epochs[0] == epochs[1]
+    for what in (0, 1):
+        assert [image[what] for image in epochs[0]] != [image[what] for image in epochs[2]]
+    assert [run.images_per_epoch for run in runs] == [12] * 3  # of 15, in updates of two batches of two
+
+
 @sees(DetectionDataConfig, "bad_images")
 @pytest.mark.parametrize("bad_images", ["raise", "skip"])
 def test_images_that_cannot_be_read_stop_a_run_or_are_listed(tmp_path, bad_images):
     for split in ("train", "val"):
-        write_boxes(tmp_path, split, 3, sizes=((SIZE, SIZE),))
-    bad = tmp_path / "train" / "001.png"
-    bad.write_bytes(b"no image")
-    images = task(tmp_path, bad_images=bad_images).train_batches.dataset
+        write_boxes(tmp_path, split, 4, sizes=((SIZE, SIZE),))
+    bad = [tmp_path / "train" / name for name in ("001.png", "002.png")]
+    for path in bad:
+        path.write_bytes(b"no image")
+    batches = task(tmp_path, bad_images=bad_images, batch_size=4).train_batches
     if bad_images == "raise":
         with pytest.raises(DataError, match=r"cannot read image .*001\.png"):
-            images[SampleKey(0, 1, 0)]
+            batches.dataset[SampleKey(0, 1, 0)]
     else:
-        _, target, listed = images[SampleKey(0, 1, 0)]
-        assert listed == [str(bad)]
-        assert target["image_id"] in (10, 12)
+        ((_, targets, listed),) = batches
+        assert set(listed) == set(map(str, bad))
+        assert {target["image_id"] for target in targets} == {10, 13}
 
 
 def augmented(boxes, number=1, draws=1, **changes):
@@ -265,6 +287,8 @@ def test_scales_are_drawn_from_their_range(boxes):
     assert {tuple(image.shape) for image, _ in grown} == {(3, SIZE, SIZE)}
     assert len({image.sum().item() for image, _ in grown}) > 10  # cut off at other places
     assert all(not torch.equal(image, plain) for image, _ in grown)
+    one_more = {image.sum().item() for image, _ in augmented(boxes, draws=40, scale=(1 + 1 / SIZE, 1 + 1 / SIZE))}
+    assert len(one_more) == 4  # a row and a column are too many, at either end
 
 
 @sees(JitterConfig, "erasing")

@@ -16,12 +16,13 @@ from vim.training.graphs import capture_training
 from vim.training.optim import create_optimizer
 
 TINY = {"class_token": "none", "global_pool": "avg", "depth": 3, "embed_dim": 16}
-SMALL = {"img_size": 64, "channels": 32, "regions": 16}
+SMALL = {"img_size": 64, "regions": 16}
 
 
 def detector(kind="faster_rcnn", classes=2, **changes):
     torch.manual_seed(0)
-    return Detector(DetectorConfig(**{"name": "vim_nano", "kwargs": TINY, "detector": kind} | SMALL | changes), classes)
+    given = {"name": "vim_nano", "kwargs": TINY, "detector": kind} | SMALL | {"channels": 64 if kind == "fcos" else 32}
+    return Detector(DetectorConfig(**given | changes), classes)
 
 
 @pytest.mark.parametrize("stride", [4, 8, 16, 32])
@@ -182,6 +183,22 @@ def test_stages_of_the_cascade_share_no_parameter():
         assert len({id(p) for part in parts for p in part.parameters()}) == 3 * len(list(parts[0].parameters()))
 
 
+@pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_regions_are_pooled_from_the_map_of_their_size_by_four_samples_a_cell(kind):
+    """Stripes of which a cell has two are grey."""
+    heads = detector(kind).network.roi_heads
+    shape = [(512, 512)]
+    for pool, size in ((heads.box_roi_pool, 7), (heads.mask_roi_pool, 14)):
+        levels = {str(i): torch.full((1, 1, 128 >> i, 128 >> i), float(i)) for i in range(4)}
+        regions = torch.tensor([[0.0, 0, edge, edge] for edge in (20, 100, 120, 220, 230, 440, 450, 500)])
+        pooled = pool(levels, [regions], shape)
+        assert pooled.shape == (8, 1, size, size)
+        assert pooled.mean((1, 2, 3)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        levels["0"] += torch.arange(128) % 2
+        pooled = pool(levels, [torch.tensor([[0.0, 8, 2 * 4 * size, 36]])], shape)
+        assert_close(pooled, torch.full_like(pooled, 0.5))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["fcos", "cascade_mask_rcnn"])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -254,6 +271,10 @@ def test_what_does_not_fit_is_refused():
         detector(kwargs=TINY | {"depth": 2})
     with pytest.raises(ValueError, match=r"model.channels must be a multiple of 32 for fcos, got 16"):
         DetectorConfig(detector="fcos", channels=16)
+    with pytest.raises(
+        ValueError, match=r"model.channels must be at least 64 for fcos at img_size 64, .*; got 32, take 64"
+    ):
+        DetectorConfig(detector="fcos", channels=32, img_size=64)
     with pytest.raises(ConfigError, match=r"resnet10t does not name its layers as a backbone"):
         create_optimizer(detector(name="resnet10t", kwargs={}), OptimConfig(layer_decay=0.9), 8)
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
