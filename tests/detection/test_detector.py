@@ -5,10 +5,14 @@ import timm
 import torch
 from timm.layers import LayerNorm2d
 from torch.testing import assert_close
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RPNHead
 
 import vim  # noqa: F401  (registers the models)
 from vim.detection import Detector, DetectorConfig
+from vim.detection.cascade import CascadePredictor
 from vim.detection.pyramid import PyramidBackbone, SimpleFeaturePyramid
 from vim.training import ConfigError
 from vim.training.config import ModelConfig, OptimConfig
@@ -34,15 +38,15 @@ def test_a_pyramid_from_one_map(stride):
     assert sum(isinstance(m, LayerNorm2d) for m in pyramid.modules()) == 8 + {4: 0, 8: 0, 16: 1, 32: 3}[stride]
 
 
-@pytest.mark.parametrize(
-    ("name", "kwargs"),
-    [
-        ("vim_nano", {"depth": 3}),
-        ("deit_tiny_patch16_224", {"depth": 3}),
-        ("resnet10t", {}),
-        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 4, 8)}),
-    ],
-)
+BACKBONES = {
+    "vim_nano": {"depth": 3},
+    "deit_tiny_patch16_224": {"depth": 3},
+    "resnet10t": {},
+    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 4, 8)},
+}
+
+
+@pytest.mark.parametrize(("name", "kwargs"), BACKBONES.items())
 def test_any_backbone_gives_five_levels_in_fp32(name, kwargs):
     backbone = PyramidBackbone(ModelConfig(name, kwargs=kwargs), 128, 16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -50,10 +54,29 @@ def test_any_backbone_gives_five_levels_in_fp32(name, kwargs):
     assert list(maps) == ["0", "1", "2", "3", "pool"]
     assert [tuple(m.shape) for m in maps.values()] == [(1, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32, 64)]
     assert {m.dtype for m in maps.values()} == {torch.float32}
+    assert torch.equal(maps["pool"], maps["3"][:, :, ::2, ::2])
     sum(m.sum() for m in maps.values()).backward()  # DDP wants a gradient of every parameter
     idle = {n for n, p in backbone.named_parameters() if p.grad is None}
     # ViT's class token is cut off behind the last block, but has met the patches before.
     assert idle == set()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_cell_sees_most_of_what_lies_at_its_place(name):
+    """Other pixels in the upper right corner change every map most there."""
+    torch.manual_seed(0)
+    backbone = PyramidBackbone(ModelConfig(name, kwargs=BACKBONES[name]), 128, 16).eval()
+    images = torch.randn(2, 3, 128, 128)
+    images[1] = images[0]
+    images[1, :, :32, 96:].normal_()
+    for level, (one, other) in backbone(images).items():
+        changed = (one - other).abs().sum(0)
+        edge = len(changed) // 4 or 1
+        ends = slice(None, edge), slice(-edge, None)
+        corners = {(row, column): changed[ends[row], ends[column]].mean() for row in (0, 1) for column in (0, 1)}
+        here = corners.pop((0, 1))
+        assert here > 2 * max(corners.values()), level
 
 
 def test_the_plain_map_is_the_last_blocks_without_its_class_token():
@@ -128,10 +151,19 @@ def test_checkpointing_of_the_backbone_is_what_a_graph_can_or_cannot_hold():
     assert_close(*gradients)
 
 
+def tensors(output):
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [value for part in (output.values() if isinstance(output, dict) else output) for value in tensors(part)]
+
+
 @pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "fcos"])
 def test_losses_and_detections_of_every_detector(kind):
-    """Images of several sizes in a batch, one without any box."""
-    model = detector(kind, score_threshold=0.0)
+    """Images of several sizes in a batch, one without any box. What heads say of boxes is fp32 under autocast."""
+    model, said = detector(kind, score_threshold=0.0), []
+    parts = [m for m in model.modules() if isinstance(m, RPNHead | FastRCNNPredictor | CascadePredictor | FCOSHead)]
+    for part in parts:
+        part.register_forward_hook(lambda module, args, output: said.extend(tensors(output)))
     sizes = [(64, 64), (40, 64), (50, 33)]
     images = [torch.rand(3, *size) for size in sizes]
     targets = [
@@ -147,6 +179,8 @@ def test_losses_and_detections_of_every_detector(kind):
     with torch.autocast("cpu", torch.bfloat16):
         losses = model.train()(images, targets)
     assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+    assert len(parts) == {"fcos": 1, "cascade_rcnn": 4, "cascade_mask_rcnn": 4}.get(kind, 2)
+    assert {value.dtype for value in said} == {torch.float32}
     sum(losses.values()).backward()
     assert {n for n, p in model.named_parameters() if p.grad is None} == set()
     large = [torch.rand(3, 100, 300), torch.rand(3, 21, 7)]

@@ -230,6 +230,19 @@ def test_pictures_of_detections_show_truth_and_predictions_in_the_colours_of_the
     assert [(len(axes.patches), len(axes.texts)) for axes in (crowded, full)] == [(41, 0), (40, 40)]
 
 
+def test_the_learning_curve_is_of_each_precision_under_its_name(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path, dpi: figures.append(figure))
+    names = ("AP", "AP50", "mask_AP", "ema_AP", "ema_AP50", "ema_mask_AP")
+    history = [{"epoch": e, "train_loss": 9.0 - e, **{n: i + e / 9 for i, n in enumerate(names)}} for e in (1, 2)]
+    plots.plot_learning_curve(history, tmp_path / "x.png")
+    loss, precision = figures[0].axes
+    assert [line.get_xydata().tolist() for line in loss.lines] == [[[1, 8], [2, 7]]]
+    shown = {line.get_label(): line.get_xydata().tolist() for line in precision.lines}
+    assert shown == {n: [[1, i + 1 / 9], [2, i + 2 / 9]] for i, n in enumerate(names)}
+
+
 def test_a_sheet_shows_spread_images_with_the_boxes_from_the_best_f1(tmp_path, monkeypatch):
     """Of the class that was never found, those from one half."""
     content = write_boxes(tmp_path, "val", 5, seed=2)
