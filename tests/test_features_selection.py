@@ -1,6 +1,7 @@
 """Nearest neighbours and linear probe on exports made by hand: what each option changes, and that no choice leaks."""
 
 import math
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +138,17 @@ def test_the_plot_of_nearest_neighbours_shows_the_mean_and_the_span_of_draws(tmp
     assert [np.ptp(span.get_paths()[0].vertices[:, 1]) for span in axes.collections] == [1, 7]
 
 
+def test_a_projection_shows_the_points_of_each_class_under_its_number(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path, dpi: figures.append(figure))
+    as_it_is = SimpleNamespace(TSNE=lambda **options: SimpleNamespace(fit_transform=lambda features: features))
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", as_it_is)
+    layout = np.arange(10.0).reshape(5, 2)
+    plots.plot_projection(layout, np.array([7, 3, 7, 3, 3]), tmp_path / "x.png")
+    shown = [(points.get_label(), points.get_offsets().tolist()) for points in figures[0].axes[0].collections]
+    assert shown == [("3", layout[[1, 3, 4]].tolist()), ("7", layout[[0, 2]].tolist())]
+
+
 def test_the_plot_of_a_probe_has_a_ring_around_the_choice(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path, dpi: figures.append(figure))
@@ -172,7 +184,7 @@ def chosen(tmp_path, monkeypatch):
         columns = {f"block{b}.{pool}": numbers + n for b in (3, 5, 7) for pool, n in (("token", 0), ("avg", 0.25))}
         write_export(tmp_path / name, np.arange(60) // 20, columns, blocks=[3, 5, 7], pools=["token", "avg"])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "plot_linear_probe", lambda result, path: None)
+    monkeypatch.setattr(report, "plot_linear_probe", lambda result, path: plotted.append(result["shots"]))
 
     def linear_probe(
         train, train_labels, held_out, classes, *, learning_rates, advance, after_update, saved, **options
@@ -183,13 +195,15 @@ def chosen(tmp_path, monkeypatch):
         calls.append(SimpleNamespace(fit=fit, held=held, rates=learning_rates, inputs=train, options=options))
         return {judge.Probe(name, lr): torch.zeros(len(held), classes) for name in train for lr in learning_rates}
 
-    calls = []
+    calls, plotted = [], []
     monkeypatch.setattr(unfinished, "linear_probe", linear_probe)
 
     def chosen(**options):
         calls.clear()
         given = {"train": "train", "val": "val", "learning_rates": [1.0, 0.5], "select": 0.25, "output": "out"}
-        return probe(LinearProbeConfig(**given | options)), list(calls)
+        found = probe(LinearProbeConfig(**given | options))
+        assert plotted.pop() is None  # the plot is of all images
+        return found, list(calls)
 
     return chosen
 
@@ -253,6 +267,8 @@ def test_a_probe_is_chosen_on_images_that_no_classifier_trained_on(chosen):
 def test_of_equal_classifiers_the_smallest_learning_rate_is_chosen_and_the_first_input(chosen):
     (result,) = chosen(learning_rates=[1.0, 0.1, 3.0], pools=["avg", "token"], last_blocks=[2, 1])[0]["results"]
     assert (result["inputs"], result["lr"]) == ("2 blocks, avg", 0.1)
+    cells = [("a", 1.0, 50.0), ("b", 1.0, 60.0), ("b", 0.1, 60.0), ("c", 0.1, 60.0), ("d", 0.1, None)]
+    assert report._choice([{"inputs": i, "lr": lr, "top1": top} for i, lr, top in cells]) == judge.Probe("b", 0.1)
 
 
 class Killed(BaseException):
@@ -297,6 +313,7 @@ def test_a_probe_is_saved_once_a_minute(monkeypatch, tmp_path):
         trainings = UnfinishedProbe(tmp_path / "unfinished.pt", {"epochs": 1}, interruption, print)
         trainings.train({}, torch.zeros(0), {}, torch.zeros(0), 1)
     assert saved == [3, 6, 9]
+    assert trainings.epochs_done == 1
 
 
 def test_neighbours_are_framed_by_whether_they_have_the_class_of_the_query(tmp_path, monkeypatch):
@@ -345,3 +362,14 @@ def test_exports_that_do_not_belong_together_are_refused(tmp_path, about, messag
     val = write_export(tmp_path / "val", [0, 1 if about else -1, 2], {"token": [1, 2, 3]}, **about)
     with pytest.raises(DataError, match=message):
         judged(train, val)
+
+
+def test_classes_that_no_image_has_need_no_match_and_names_of_several_have_none(tmp_path, classify):
+    columns = {"token": at(10, 30, 32), "avg": at(10, 30, 32)}
+    write_export(tmp_path / "more", [0, 1, 1], columns, classes="abcx")
+    assert classify(val="more", k=[1]) == [100]
+    write_export(tmp_path / "twice", [0, 1, 2], columns, classes="aba")
+    with pytest.raises(
+        DataError, match="val has classes that twice has not: names that several classes have cannot be"
+    ):
+        classify(train="twice")
