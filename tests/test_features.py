@@ -26,7 +26,7 @@ import vim
 import vim.features
 from vim.data import DataError, ImageSource, eval_transform
 from vim.features import FeaturesConfig, export, export_features
-from vim.features.extract import FeatureExtractor
+from vim.features.extract import FeatureExtractor, weights_hash
 from vim.training import ConfigError, InterruptedRunError, RunError
 
 pytest.importorskip("pyarrow")
@@ -196,8 +196,8 @@ def test_of_two_class_tokens_the_feature_is_what_the_classifier_reads():
 def test_a_convolutional_model_has_averages_and_maps_but_no_class_token():
     model = timm.create_model("resnet10t", num_classes=3)
     images = torch.randn(2, 3, 64, 64)
-    found = FeatureExtractor(model, ["avg", "map"])(images)
-    maps = model.forward_features(images)
+    maps = model.eval().forward_features(images)
+    found = FeatureExtractor(model.train(), ["avg", "map"])(images)
     assert_close(found["avg"], maps.mean((2, 3)))
     assert_close(found["map"][:, 1], maps[:, :, 0, 1])
     assert FeatureExtractor(model, ["avg"], blocks=[1, -1])(images)["block4.avg"].shape == (2, 512)
@@ -300,7 +300,9 @@ def test_a_stopped_export_says_so_and_goes_on_to_the_same_bytes(setting, tmp_pat
         export_features(config(setting, tmp_path / "out"))
     assert stopped.value.exit_code == 128 + number
     monkeypatch.setattr(export, "_check_finite", check)
-    assert export_features(config(setting, tmp_path / "out"))["made_now"] == 5 - shards
+    done = export_features(config(setting, tmp_path / "out"))
+    assert done["made_now"] == 5 - shards
+    assert done["images_per_second"] * done["seconds"] == pytest.approx(23 - 5 * shards)
     export_features(config(setting, tmp_path / "whole"))
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
@@ -336,6 +338,26 @@ def test_what_an_export_refuses(setting, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             FeaturesConfig(**wrong)
+
+
+def test_the_hash_of_weights_is_of_names_values_kinds_and_shapes_of_parameters_and_buffers():
+    def hashed(change=lambda model: None, model=None):
+        model = model or torch.nn.Sequential(torch.nn.BatchNorm1d(4))
+        change(model)
+        return weights_hash(model)
+
+    def filled(model):
+        model[0].running_mean.fill_(1)
+
+    changes = [
+        hashed(lambda model: model[0].weight.data.mul_(2)),
+        hashed(filled),
+        hashed(lambda model: setattr(model[0].weight, "data", torch.ones(2, 2))),
+        hashed(lambda model: setattr(model[0].bias, "data", torch.zeros(2, dtype=torch.float64))),  # as many bytes
+        hashed(model=torch.nn.ModuleDict({"a": torch.nn.BatchNorm1d(4)})),
+    ]
+    assert hashed() == hashed()
+    assert len({hashed(), *changes}) == 1 + len(changes)
 
 
 def test_features_that_are_not_finite_name_their_image(setting, tmp_path):
@@ -378,6 +400,22 @@ def exported(setting):
         for file_format in ("parquet", "npz", "safetensors"):
             export_features(config(setting, setting / f"few-{file_format}", format=file_format))
     return setting
+
+
+OTHERS = {"checkpoint": "weights.safetensors", "kwargs": KWARGS | {"drop_path_rate": 0.1}, "pools": ["token", "avg"]}
+OTHERS |= {"blocks": [2], "dtype": "fp16", "l2": True, "format": "npz", "rows_per_shard": 7, "batch_size": 4}
+OTHERS |= {"images": "images/val", "precision": "bf16"}
+
+
+@pytest.mark.usefixtures("made")
+def test_an_export_does_not_go_on_where_one_of_other_options_was(exported, monkeypatch):
+    """Though the weights and the images are the same under another path."""
+    monkeypatch.chdir(exported)
+    others = {option: {option: other} for option, other in OTHERS.items()} | {"model": small_vit(exported)}
+    assert set(others) == {field.name for field in fields(FeaturesConfig)} - {"output", "num_workers"}
+    for option, changes in others.items():
+        with pytest.raises(RunError, match=rf"holds another export: (.*, )?{option} was "):
+            export_features(config(exported, exported / "few-parquet", **changes))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -28,7 +29,7 @@ from vim.visualize import (
 from vim.visualize.maps import class_tokens
 from vim_kernels import bidirectional_selective_scan
 
-KWARGS = {"img_size": (16, 12), "patch_size": 4, "in_chans": 1, "depth": 3, "num_classes": 3}
+KWARGS = {"img_size": (16, 12), "patch_size": 4, "depth": 3, "num_classes": 3}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.randn(2, 1, 16, 12, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 3, 16, 12, generator=torch.Generator().manual_seed(1))
 
 
 def test_the_implicit_attention_is_the_scan(model, images):
@@ -113,24 +114,50 @@ def test_a_sheet_shows_what_the_model_makes_of_an_image(model, tmp_path, monkeyp
     )
     source = ImageSource(tmp_path / "val")
     data_config = resolve_input(model, KWARGS, EvalDataConfig())
-    images = torch.stack([eval_transform(data_config)(source.load(i, 1)) for i in (0, 2, 4)])
+    images = torch.stack([eval_transform(data_config)(source.load(i, 3)) for i in (0, 2, 4)])
     with torch.no_grad():
         probabilities, classes = model(images).softmax(1).max(1)
     assert [args[0] for args in drawn] == files[:3]
     for i, (_, title, shown, rows, named) in enumerate(drawn):
         assert title == f"{source.entries[2 * i].path}: class {classes[i]}, {probabilities[i]:.0%}"
-        mean, std = (data_config[key][0] for key in ("mean", "std"))
-        assert_close(torch.from_numpy(shown), (images[i, 0] * std + mean).clamp(0, 1))
+        mean, std = (torch.tensor(data_config[key]) for key in ("mean", "std"))
+        assert_close(torch.from_numpy(shown), (images[i].movedim(0, 2) * std + mean).clamp(0, 1))
         assert named == chosen
         for row, block in zip(rows, chosen, strict=True):
             assert_close(row["class map"], class_map(model, images, classes, block)[i])
-            sizes = step_sizes(scan_of_block(model, images, block))
-            for name, size in zip(("step size, forward", "step size, backward"), sizes, strict=True):
-                assert_close(row[name], image_maps(model, size.mean(2))[i].detach())
+            scan = scan_of_block(model, images, block)
+            reads = [a.abs().mean((1, 3)) for a in implicit_attention(scan, [6])]  # the class token's
+            want = [size.mean(2) for size in step_sizes(scan)] + reads
+            names = [f"{what}, {way}" for what in ("step size", "class token reads") for way in ("forward", "backward")]
+            assert list(row) == [*names, "class map"]
+            for name, values in zip(names, want, strict=True):
+                assert_close(row[name], image_maps(model, values)[i].detach())
     ((path, moved, named),) = fields
     assert (path, named) == (files[-1], chosen)
     for field, block in zip(moved, chosen, strict=True):
         assert_close(field, receptive_field(model, images, block))
+
+
+def test_maps_lie_on_the_whole_image_each_under_its_name_beside_its_block(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(vim.visualize.sheet, "save_figure", lambda figure, path, dpi: figures.append(figure))
+    image = np.random.default_rng(0).random((16, 12, 3))
+    rows = [{name: torch.rand(4, 3) for name in ("one", "other")} for _ in range(2)]
+    vim.visualize.sheet._draw(tmp_path / "x.png", "a title", image, rows, [5, 0])
+    vim.visualize.sheet._draw_fields(tmp_path / "x.png", [torch.full((16, 12), 0.25)], [7])
+    sheet, fields = figures
+    places = [axes for axes in sheet.axes if axes.images and axes.get_label() != "<colorbar>"]
+    assert [axes.get_title() for axes in places] == ["", "one", "other", "", "", ""]
+    assert [axes.get_ylabel() for axes in places] == ["block 5", "", "", "block 0", "", ""]
+    maps = [m for row in rows for m in row.values()]
+    for axes, want in zip([axes for axes in places if len(axes.images) == 2], maps, strict=True):
+        below, above = axes.images
+        assert np.array_equal(below.get_array(), image)
+        assert np.array_equal(above.get_array(), want)
+        assert above.get_extent() == below.get_extent()
+    assert fields.axes[0].get_title() == "behind block 7"
+    assert (fields.axes[0].images[0].get_array() == 0.5).all()  # the square root
 
 
 def test_the_figure_of_state_spaces_shows_what_is_known_of_them(tmp_path, monkeypatch):
@@ -162,13 +189,14 @@ def test_the_figure_of_state_spaces_shows_what_is_known_of_them(tmp_path, monkey
     assert orders == pytest.approx({"zoh": 2, "bilinear": 2, "euler": 1}, abs=0.1)
 
 
-def test_sheets(model, tmp_path):
+def test_sheets(tmp_path):
     pytest.importorskip("matplotlib")
     write_image_tree(tmp_path, {"val": 5})
-    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    grey = KWARGS | {"in_chans": 1}
+    save_file(timm.create_model("vim_nano", **grey).state_dict(), tmp_path / "weights.safetensors")
     given = {
         "checkpoint": str(tmp_path / "weights.safetensors"),
-        "kwargs": KWARGS,
+        "kwargs": grey,
         "images": str(tmp_path / "val"),
         "output": str(tmp_path / "out"),
         "count": 2,
@@ -178,7 +206,7 @@ def test_sheets(model, tmp_path):
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     with pytest.raises(ConfigError, match="the model has blocks 0 to 2, got 3"):
         visualize(VisualizeConfig("vim_nano", blocks=[3], **given))
-    headless = given | {"kwargs": KWARGS | {"num_classes": 0}}
+    headless = given | {"kwargs": grey | {"num_classes": 0}}
     with pytest.raises(ConfigError, match="vim_nano has no classes to explain; choose a classifier"):
         visualize(VisualizeConfig("vim_nano", **headless))
     with pytest.raises(ConfigError, match=r"cannot write to .*val/a/0\.png/x: Not a directory; choose another output"):

@@ -277,7 +277,7 @@ def test_a_runs_checkpoint_gives_its_averaged_weights(model, saved):
 
 
 def test_detectors_load_by_the_same_rule(tmp_path, folder):
-    about = DetectorConfig("vim_nano", kwargs={"depth": 3, "embed_dim": 16}, detector="fcos", img_size=64, channels=32)
+    about = DetectorConfig("vim_nano", kwargs={"depth": 3, "embed_dim": 16}, detector="fcos", img_size=64, channels=64)
     detector = Detector(about, 2)
     run = tmp_path / "detector"
     save_detector(StoredDetector(detector, about, ["a", "b"], [1, 2]), run)
@@ -303,7 +303,7 @@ def test_detectors_load_by_the_same_rule(tmp_path, folder):
 
 def test_a_backbone_takes_a_run_folders_weights(folder, model):
     kwargs = {"depth": 2, "out_indices": [0, 1]}
-    detector = Detector(DetectorConfig(folder, kwargs=kwargs, detector="fcos", img_size=64, channels=32), 2)
+    detector = Detector(DetectorConfig(folder, kwargs=kwargs, detector="fcos", img_size=64, channels=64), 2)
     assert torch.equal(detector.body.model.blocks[1].norm.weight, model.blocks[1].norm.weight)
     assert re.fullmatch(r".*model.safetensors \((\d+) of \1 tensors\)", weights_from(detector))
     with pytest.raises(ConfigError, match=r"model.kwargs.in_chans must be 3"):

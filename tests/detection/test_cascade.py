@@ -35,8 +35,7 @@ def cascade(stages=3, classes=3, masks=False, **options):
         pool(),
         [TwoMLPHead(CHANNELS * 49, WIDTH) for _ in range(stages)],
         [CascadePredictor(WIDTH, classes) for _ in range(stages)],
-        iou_thresholds=(0.5, 0.6, 0.7)[:stages],
-        bbox_reg_weights=WEIGHTS[:stages],
+        **({} if stages == 3 else {"iou_thresholds": (0.5, 0.6)[:stages], "bbox_reg_weights": WEIGHTS[:stages]}),
         **options,
         **(mask_parts(classes) if masks else {}),
     )

@@ -77,7 +77,8 @@ def test_boxes_are_clipped_and_those_without_area_counted(data):
         ]
     )
     assert_close(boxes.load(0)[1]["boxes"], torch.tensor([[0.0, 0, 3, 4], [18.5, 10, 20, 12]]))
-    assert [a["bbox"] for a in boxes.truth()["annotations"]] == [[0, 0, 3, 4], [18.5, 10, 1.5, 2]]
+    found = [(a["bbox"], a["area"]) for a in boxes.truth()["annotations"]]
+    assert found == [([0, 0, 3, 4], 12), ([18.5, 10, 1.5, 2], 3)]
     assert (boxes.boxes, boxes.dropped) == (2, 4)
     assert boxes.describe() == "2 images, 2 classes, 2 boxes; 4 boxes without area left out"
 
@@ -97,6 +98,14 @@ def test_an_image_without_a_box(data):
     assert (target["boxes"].shape, target["boxes"].dtype) == ((0, 4), torch.float32)
     assert (target["labels"].shape, target["labels"].dtype) == ((0,), torch.int64)
     assert (target["masks"].shape, target["masks"].dtype) == ((0, HEIGHT, WIDTH), torch.uint8)
+
+
+def test_a_digest_tells_other_objects_from_the_same(data):
+    first = thing(1, [1, 1, 4, 4])
+    changes = [{"bbox": [1, 1, 4, 5]}, {"category_id": 3}, {"image_id": 2}, {"iscrowd": 1}, {"area": 11.0}]
+    digests = [data([first | change]).digest() for change in ({}, *changes)]
+    assert len(set(digests)) == 6
+    assert data([first]).digest() == digests[0]
 
 
 def test_both_evaluators_read_the_truth(tmp_path):
@@ -183,6 +192,7 @@ def test_masks_of_polygons_and_run_length_codes(data):
         ({"segmentation": [[1, 1, 5, 5, 3, "7"]]}, "no usable segmentation"),
         ({"segmentation": [[1, 1, 5, 5, 3, 10**400]]}, "no usable segmentation"),
         ({"segmentation": [[1, 1, 5, 5, 3, 1e9]]}, "no usable segmentation"),  # gigabytes, pixel by pixel
+        ({"segmentation": [[1, 1, 5, 5, 3, -1e9]]}, "no usable segmentation"),
         ({"segmentation": [{}]}, "no usable segmentation"),
         ({"segmentation": "1,1,5,5,3,7"}, "no usable segmentation"),
         ({"segmentation": {"size": [HEIGHT, WIDTH]}}, "no usable segmentation"),
@@ -349,13 +359,22 @@ def test_images_stay_as_their_pixels_lie(data, tmp_path):
 @pytest.mark.parametrize("name", ["plain", "x\ny", "\udcff\\n"])
 def test_where_images_lie_is_no_part_of_their_names(tmp_path, name):
     """A folder may be renamed between the parts of a run, whatever its name is made of."""
-    write_boxes(tmp_path, "boxes", 2)
+    content = write_boxes(tmp_path, "boxes", 2)
+    content["annotations"][0]["area"] += 1
+    (tmp_path / "others.json").write_text(json.dumps(content))
     (tmp_path / name).mkdir()
     folder = (tmp_path / "boxes").rename(tmp_path / name / "a")
     boxes, classified = CocoData(tmp_path / "boxes.json", folder), ImageFolder(tmp_path, name)
     assert list(names_within(classified.path, classified)) == ["a/000.png", "a/001.png"]
     want = record_data([], {"training": ["000.png", "001.png"]})["splits"]["training"]["hash"]
-    assert [split["hash"] for split in _record(boxes, boxes)["splits"].values()] == [want, want]
+    record = _record(boxes, boxes)
+    assert [split["hash"] for split in record["splits"].values()] == [want, want]
+    assert record["classes"] == ["red (id 3)", "blue (id 7)", "green (id 9)"]
+    other = CocoData(tmp_path / "others.json", folder)
+    splits = _record(boxes, other)["splits"]
+    annotations = [splits[name]["annotations"] for name in ("training", "evaluation")]
+    assert annotations == [boxes.digest(), other.digest()]
+    assert boxes.digest() != other.digest()
 
 
 HEADER = "image_path,xmin,ymin,xmax,ymax,label,score\n"

@@ -32,7 +32,7 @@ from vim.detection import (
     validate,
 )
 from vim.detection.config import DetectionDataConfig, DetectionEvalDataConfig, JitterConfig
-from vim.detection.store import StoredDetector, save_detector
+from vim.detection.store import StoredDetector, load_detector, save_detector
 from vim.training.config import BenchmarkConfig, Contender, RunConfig, Workload
 from vim.training.progress import Progress
 from vim.training.run_folder import RunFolder
@@ -83,9 +83,13 @@ def data_of(boxes, **changes):
     return DetectionDataConfig(str(boxes), "val.json", "val", **given | changes)
 
 
-def task(boxes, model=None, augment=None, **data):
+def task(boxes, model=None, augment=None, run=(), **data):
+    """A run with these options, those of its data, and others."""
     config = DetectionTrainConfig(
-        model=model or about(), data=data_of(boxes, **data), augment=augment or JitterConfig((1.0, 1.0), hflip=0.0)
+        model=model or about(),
+        data=data_of(boxes, **data),
+        augment=augment or JitterConfig((1.0, 1.0), hflip=0.0),
+        **dict(run),
     )
     return Detection(config, create_accelerator("fp32"), Progress(False))
 
@@ -112,6 +116,9 @@ def test_the_parts_of_a_detector_are_as_large_as_it_says(kind):
     sizes = [(16, 128 // stride, 128 // stride) for stride in (4, 8, 16, 32, 64)]
     assert [tuple(m.shape[1:]) for m in maps] == [(3, 128, 128), *sizes]
     assert pooled == [(5, 4 * 16)]
+    labels = [torch.cat([torch.ones(300), torch.zeros(300)])]
+    drawn = [[mask.sum() for (mask,) in part.fg_bg_sampler(labels)] for part in (heads, model.network.rpn)]
+    assert drawn == [[1, 4], [128, 128]]  # of regions a quarter, of anchors a half shows objects
 
 
 @sees(DetectorConfig, "pretrained", "checkpoint")
@@ -132,9 +139,12 @@ def test_a_backbone_begins_with_the_weights_that_were_given(tmp_path, given):
         "checkpoint": {"checkpoint": str(tmp_path / "body.pth")},
         "neither": {"name": str(classifier.path), "pretrained": False},
     }[given]
-    blocks = Detector(about(**changes), 2).body.model.blocks
-    equal = torch.equal(blocks[0].mixer.in_proj.weight, weights["blocks.0.mixer.in_proj.weight"])
-    assert equal == (given != "neither")
+    model = Detector(about(**changes), 2)
+    key = "blocks.0.mixer.in_proj.weight"
+    assert torch.equal(model.body.model.state_dict()[key], weights[key]) == (given != "neither")
+    save_detector(StoredDetector(model, about(**changes), ["a", "b"], [1, 2]), tmp_path / "trained")
+    (tmp_path / "body.pth").unlink()
+    load_detector(tmp_path / "trained")  # which needs no weights to begin with
 
 
 KINDS = {
@@ -220,21 +230,32 @@ def test_training_and_evaluation_read_their_own_images(boxes):
     assert [batches.num_workers for batches in (more.train_batches, more.val_batches)] == [2, 2]
 
 
+def test_the_seed_is_of_order_and_changes_and_an_epoch_has_whole_updates(boxes):
+    jitter = JitterConfig((0.5, 1.5))
+    runs = [task(boxes, augment=jitter, run={"seed": seed, "accumulate": 2}, passes=3) for seed in (0, 0, 1)]
+    orders = [[t["image_id"] for _, targets, _ in run.train_batches for t in targets] for run in runs]
+    sizes = [[run.train_batches.dataset[SampleKey(0, n, 0)][0].shape for n in range(5)] for run in runs]
+    for found in (orders, sizes):
+        assert found[0] == found[1] != found[2]
+    assert [run.images_per_epoch for run in runs] == [12] * 3  # of 15, in updates of two batches of two
+
+
 @sees(DetectionDataConfig, "bad_images")
 @pytest.mark.parametrize("bad_images", ["raise", "skip"])
 def test_images_that_cannot_be_read_stop_a_run_or_are_listed(tmp_path, bad_images):
     for split in ("train", "val"):
-        write_boxes(tmp_path, split, 3, sizes=((SIZE, SIZE),))
-    bad = tmp_path / "train" / "001.png"
-    bad.write_bytes(b"no image")
-    images = task(tmp_path, bad_images=bad_images).train_batches.dataset
+        write_boxes(tmp_path, split, 4, sizes=((SIZE, SIZE),))
+    bad = [tmp_path / "train" / name for name in ("001.png", "002.png")]
+    for path in bad:
+        path.write_bytes(b"no image")
+    batches = task(tmp_path, bad_images=bad_images, batch_size=4).train_batches
     if bad_images == "raise":
         with pytest.raises(DataError, match=r"cannot read image .*001\.png"):
-            images[SampleKey(0, 1, 0)]
+            batches.dataset[SampleKey(0, 1, 0)]
     else:
-        _, target, listed = images[SampleKey(0, 1, 0)]
-        assert listed == [str(bad)]
-        assert target["image_id"] in (10, 12)
+        ((_, targets, listed),) = batches
+        assert set(listed) == set(map(str, bad))
+        assert {target["image_id"] for target in targets} == {10, 13}
 
 
 def augmented(boxes, number=1, draws=1, **changes):
@@ -265,6 +286,8 @@ def test_scales_are_drawn_from_their_range(boxes):
     assert {tuple(image.shape) for image, _ in grown} == {(3, SIZE, SIZE)}
     assert len({image.sum().item() for image, _ in grown}) > 10  # cut off at other places
     assert all(not torch.equal(image, plain) for image, _ in grown)
+    one_more = {image.sum().item() for image, _ in augmented(boxes, draws=40, scale=(1 + 1 / SIZE, 1 + 1 / SIZE))}
+    assert len(one_more) == 4  # a row and a column are too many, at either end
 
 
 @sees(JitterConfig, "erasing")

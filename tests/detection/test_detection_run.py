@@ -157,7 +157,7 @@ def test_eight_images_are_learnt_by_heart(boxes, tmp_path):
     learning = config(
         boxes,
         tmp_path / "run",
-        model=DetectorConfig("vim_nano", kwargs=BODY, detector="fcos", img_size=64, channels=32),
+        model=DetectorConfig("vim_nano", kwargs=BODY, detector="fcos", img_size=64, channels=64),
         data=DetectionDataConfig(str(boxes), "eight.json", "train", 8, 0, "eight.json", "train", passes=85),
         augment=JitterConfig((1.0, 1.0), hflip=0.0),
         optim=OptimConfig(lr=4e-3, weight_decay=0.0, clip_grad=1.0),

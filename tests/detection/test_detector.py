@@ -5,10 +5,14 @@ import timm
 import torch
 from timm.layers import LayerNorm2d
 from torch.testing import assert_close
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RPNHead
 
 import vim  # noqa: F401  (registers the models)
 from vim.detection import Detector, DetectorConfig
+from vim.detection.cascade import CascadePredictor
 from vim.detection.pyramid import PyramidBackbone, SimpleFeaturePyramid
 from vim.training import ConfigError
 from vim.training.config import ModelConfig, OptimConfig
@@ -16,12 +20,13 @@ from vim.training.graphs import capture_training
 from vim.training.optim import create_optimizer
 
 TINY = {"class_token": "none", "global_pool": "avg", "depth": 3, "embed_dim": 16}
-SMALL = {"img_size": 64, "channels": 32, "regions": 16}
+SMALL = {"img_size": 64, "regions": 16}
 
 
 def detector(kind="faster_rcnn", classes=2, **changes):
     torch.manual_seed(0)
-    return Detector(DetectorConfig(**{"name": "vim_nano", "kwargs": TINY, "detector": kind} | SMALL | changes), classes)
+    given = {"name": "vim_nano", "kwargs": TINY, "detector": kind} | SMALL | {"channels": 64 if kind == "fcos" else 32}
+    return Detector(DetectorConfig(**given | changes), classes)
 
 
 @pytest.mark.parametrize("stride", [4, 8, 16, 32])
@@ -33,15 +38,15 @@ def test_a_pyramid_from_one_map(stride):
     assert sum(isinstance(m, LayerNorm2d) for m in pyramid.modules()) == 8 + {4: 0, 8: 0, 16: 1, 32: 3}[stride]
 
 
-@pytest.mark.parametrize(
-    ("name", "kwargs"),
-    [
-        ("vim_nano", {"depth": 3}),
-        ("deit_tiny_patch16_224", {"depth": 3}),
-        ("resnet10t", {}),
-        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 4, 8)}),
-    ],
-)
+BACKBONES = {
+    "vim_nano": {"depth": 3},
+    "deit_tiny_patch16_224": {"depth": 3},
+    "resnet10t": {},
+    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 4, 8)},
+}
+
+
+@pytest.mark.parametrize(("name", "kwargs"), BACKBONES.items())
 def test_any_backbone_gives_five_levels_in_fp32(name, kwargs):
     backbone = PyramidBackbone(ModelConfig(name, kwargs=kwargs), 128, 16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -49,10 +54,29 @@ def test_any_backbone_gives_five_levels_in_fp32(name, kwargs):
     assert list(maps) == ["0", "1", "2", "3", "pool"]
     assert [tuple(m.shape) for m in maps.values()] == [(1, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32, 64)]
     assert {m.dtype for m in maps.values()} == {torch.float32}
+    assert torch.equal(maps["pool"], maps["3"][:, :, ::2, ::2])
     sum(m.sum() for m in maps.values()).backward()  # DDP wants a gradient of every parameter
     idle = {n for n, p in backbone.named_parameters() if p.grad is None}
     # ViT's class token is cut off behind the last block, but has met the patches before.
     assert idle == set()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_cell_sees_most_of_what_lies_at_its_place(name):
+    """Other pixels in the upper right corner change every map most there."""
+    torch.manual_seed(0)
+    backbone = PyramidBackbone(ModelConfig(name, kwargs=BACKBONES[name]), 128, 16).eval()
+    images = torch.randn(2, 3, 128, 128)
+    images[1] = images[0]
+    images[1, :, :32, 96:].normal_()
+    for level, (one, other) in backbone(images).items():
+        changed = (one - other).abs().sum(0)
+        edge = len(changed) // 4 or 1
+        ends = slice(None, edge), slice(-edge, None)
+        corners = {(row, column): changed[ends[row], ends[column]].mean() for row in (0, 1) for column in (0, 1)}
+        here = corners.pop((0, 1))
+        assert here > 2 * max(corners.values()), level
 
 
 def test_the_plain_map_is_the_last_blocks_without_its_class_token():
@@ -127,10 +151,19 @@ def test_checkpointing_of_the_backbone_is_what_a_graph_can_or_cannot_hold():
     assert_close(*gradients)
 
 
+def tensors(output):
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [value for part in (output.values() if isinstance(output, dict) else output) for value in tensors(part)]
+
+
 @pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "fcos"])
 def test_losses_and_detections_of_every_detector(kind):
-    """Images of several sizes in a batch, one without any box."""
-    model = detector(kind, score_threshold=0.0)
+    """Images of several sizes in a batch, one without any box. What heads say of boxes is fp32 under autocast."""
+    model, said = detector(kind, score_threshold=0.0), []
+    parts = [m for m in model.modules() if isinstance(m, RPNHead | FastRCNNPredictor | CascadePredictor | FCOSHead)]
+    for part in parts:
+        part.register_forward_hook(lambda module, args, output: said.extend(tensors(output)))
     sizes = [(64, 64), (40, 64), (50, 33)]
     images = [torch.rand(3, *size) for size in sizes]
     targets = [
@@ -146,6 +179,8 @@ def test_losses_and_detections_of_every_detector(kind):
     with torch.autocast("cpu", torch.bfloat16):
         losses = model.train()(images, targets)
     assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+    assert len(parts) == {"fcos": 1, "cascade_rcnn": 4, "cascade_mask_rcnn": 4}.get(kind, 2)
+    assert {value.dtype for value in said} == {torch.float32}
     sum(losses.values()).backward()
     assert {n for n, p in model.named_parameters() if p.grad is None} == set()
     large = [torch.rand(3, 100, 300), torch.rand(3, 21, 7)]
@@ -180,6 +215,22 @@ def test_stages_of_the_cascade_share_no_parameter():
     heads = detector("cascade_rcnn").network.roi_heads
     for parts in (heads.box_head, heads.box_predictor):
         assert len({id(p) for part in parts for p in part.parameters()}) == 3 * len(list(parts[0].parameters()))
+
+
+@pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_regions_are_pooled_from_the_map_of_their_size_by_four_samples_a_cell(kind):
+    """Stripes of which a cell has two are grey."""
+    heads = detector(kind).network.roi_heads
+    shape = [(512, 512)]
+    for pool, size in ((heads.box_roi_pool, 7), (heads.mask_roi_pool, 14)):
+        levels = {str(i): torch.full((1, 1, 128 >> i, 128 >> i), float(i)) for i in range(4)}
+        regions = torch.tensor([[0.0, 0, edge, edge] for edge in (20, 100, 120, 220, 230, 440, 450, 500)])
+        pooled = pool(levels, [regions], shape)
+        assert pooled.shape == (8, 1, size, size)
+        assert pooled.mean((1, 2, 3)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        levels["0"] += torch.arange(128) % 2
+        pooled = pool(levels, [torch.tensor([[0.0, 8, 2 * 4 * size, 36]])], shape)
+        assert_close(pooled, torch.full_like(pooled, 0.5))
 
 
 @pytest.mark.gpu
@@ -254,6 +305,10 @@ def test_what_does_not_fit_is_refused():
         detector(kwargs=TINY | {"depth": 2})
     with pytest.raises(ValueError, match=r"model.channels must be a multiple of 32 for fcos, got 16"):
         DetectorConfig(detector="fcos", channels=16)
+    with pytest.raises(
+        ValueError, match=r"model.channels must be at least 64 for fcos at img_size 64, .*; got 32, take 64"
+    ):
+        DetectorConfig(detector="fcos", channels=32, img_size=64)
     with pytest.raises(ConfigError, match=r"resnet10t does not name its layers as a backbone"):
         create_optimizer(detector(name="resnet10t", kwargs={}), OptimConfig(layer_decay=0.9), 8)
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}

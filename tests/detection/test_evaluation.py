@@ -2,17 +2,23 @@
 
 import contextlib
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from boxes_data import write_boxes
+from PIL import Image
 from pycocotools import mask as pycoding
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils.data import Subset
 
-from vim.detection import CocoData, sheet
-from vim.detection.evaluation import METRICS, Evaluation, as_results, coco_metrics
+from vim.detection import CocoData, evaluation, plots, sheet
+from vim.detection.evaluation import METRICS, Evaluation, as_results, coco_metrics, evaluate
+from vim.detection.loaders import EvalImages, eval_loader
+from vim.training import RunError
+from vim.training.progress import Progress
 
 
 def random_case(seed, images=12, categories=(2, 5, 11), size=200):
@@ -132,8 +138,8 @@ def test_perfect_predictions_score_one_and_are_left_as_they_are():
 
 def test_detections_become_results():
     masks = torch.zeros(2, 1, 6, 8)
-    masks[0, 0, 1:3, 2:7] = 0.9
-    masks[1, 0, 0, 0] = 0.4  # not above one half
+    masks[0, 0, 1:3, 2:7] = 0.51
+    masks[1, 0, 0, 0] = 0.5  # not above one half
     detected = {
         "boxes": torch.tensor([[2.0, 1.0, 7.0, 3.0], [0.0, 0.0, 1.0, 1.5]]),
         "labels": torch.tensor([2, 1]),
@@ -147,6 +153,94 @@ def test_detections_become_results():
     assert second["category_id"] == 3
     np.testing.assert_array_equal(pycoding.decode(first["segmentation"]), masks[0, 0].numpy() > 0.5)
     assert pycoding.area(second["segmentation"]) == 0
+
+
+class Perfect(torch.nn.Module):
+    """Finds all objects of images that it knows, and of those of the first class the shapes; notes how it is called."""
+
+    def __init__(self, images, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(weight))
+        self.known = {image.sum().item(): target for image, target in images}
+        self.calls = []
+
+    def forward(self, images):
+        self.calls.append((len(images), self.training, torch.is_autocast_enabled("cpu")))
+        return [self.found(self.known[image.sum().item()]) for image in images]
+
+    def found(self, target):
+        masks = target["masks"][:, None] * (target["labels"] == 1)[:, None, None, None]
+        return {"boxes": target["boxes"], "labels": target["labels"], "scores": torch.ones(len(masks)), "masks": masks}
+
+
+def test_each_image_counts_once_for_any_number_of_processes(tmp_path, monkeypatch, capsys):
+    """Two processes get images twice, to fill up their batches, and in another order than the data's."""
+    write_boxes(tmp_path, "val", 5, seed=2)
+    data = CocoData(tmp_path / "val.json", tmp_path / "val", masks=True)
+    images, arrived, steps = EvalImages(data), [], []
+    monkeypatch.setattr(evaluation, "gather_object", lambda mine: arrived.extend(mine) or arrived)
+    bf16 = SimpleNamespace(autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+
+    def of_process(model, *places):
+        loader = eval_loader(Subset(images, places), 2, 0)
+        return evaluate(model, loader, data, bf16, Progress(), lambda: steps.append(len(model.calls)))
+
+    with pytest.raises(RunError, match="evaluation saw 2 images of 5"):
+        of_process(Perfect(images, float("nan")), 4, 2)
+    assert "warning: the model has weights that are not finite; it will find nothing" in capsys.readouterr().out
+    steps.clear()
+    model = Perfect(images, 1.0)
+    result = of_process(model, 3, 1, 0, 4, 1)
+    assert "warning" not in capsys.readouterr().out
+    assert model.calls == [(2, False, True), (2, False, True), (1, False, True)]
+    assert steps == [1, 2, 3]
+    assert (result.images, len(result.predictions)) == (5, data.boxes)
+    assert [row["image_id"] for row in result.predictions] == [a["image_id"] for a in data.truth()["annotations"]]
+    assert {name: result.values[name] for name in ("AP", "APs", "APm")} == pytest.approx({"AP": 1, "APs": 1, "APm": -1})
+    scores = {name: (row["AP"], row["mask_AP"]) for name, row in result.per_class.items()}
+    assert scores == {"red": pytest.approx((1, 1)), "blue": pytest.approx((1, 0)), "green": (-1, -1)}
+    assert result.values["mask_AP"] == pytest.approx(0.5)
+    assert result.metrics("ema_")["ema_mask_AP50"] == result.values["mask_AP50"]
+
+
+def test_pictures_of_detections_show_truth_and_predictions_in_the_colours_of_their_classes(tmp_path, monkeypatch):
+    """Of ids 7 and 30, of which none is its class's place; beyond 40 boxes they have no names."""
+    colormaps = pytest.importorskip("matplotlib").colormaps
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path, dpi: figures.append(figure))
+    truth = [{"category_id": 30, "bbox": [2, 3, 4, 5], "segmentation": [[2, 3, 6, 3, 6, 8, 2, 8]]}]
+    found = [{"category_id": 7, "bbox": [1, 0, 9, 6], "score": 0.456}]
+    many = [{"category_id": 7, "bbox": [1, 1, 2, 2]} for _ in range(41)]
+    image = Image.new("RGB", (20, 12))
+    plots.plot_detections([image] * 2, [truth, many], [found, many[:40]], {7: "cat", 30: "dog"}, tmp_path / "x.png")
+    (left, right), (crowded, full) = figures[0].axes[:2], figures[0].axes[2:]
+    assert [axes.get_title().rsplit(": ")[-1] for axes in figures[0].axes] == ["1", "1", "41", "40"]
+    (cat, dog) = (colormaps["tab10"](place) for place in (0, 1))
+    for axes, box, colour, text in ((left, (2, 3, 4, 5), dog, "dog"), (right, (1, 0, 9, 6), cat, "cat 0.46")):
+        (patch,), (name,) = axes.patches, axes.texts
+        assert (*patch.get_xy(), patch.get_width(), patch.get_height()) == box
+        assert patch.get_edgecolor() == colour
+        assert (name.get_text(), name.get_position()) == (text, box[:2])
+    shape = left.images[1].get_array()
+    inside = np.zeros((12, 20), bool)
+    inside[3:8, 2:6] = True
+    np.testing.assert_array_equal(shape[..., 3] > 0, inside)
+    np.testing.assert_allclose(shape[3, 2], (*dog[:3], 0.4))
+    assert len(right.images) == 1
+    assert [(len(axes.patches), len(axes.texts)) for axes in (crowded, full)] == [(41, 0), (40, 40)]
+
+
+def test_the_learning_curve_is_of_each_precision_under_its_name(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path, dpi: figures.append(figure))
+    names = ("AP", "AP50", "mask_AP", "ema_AP", "ema_AP50", "ema_mask_AP")
+    history = [{"epoch": e, "train_loss": 9.0 - e, **{n: i + e / 9 for i, n in enumerate(names)}} for e in (1, 2)]
+    plots.plot_learning_curve(history, tmp_path / "x.png")
+    loss, precision = figures[0].axes
+    assert [line.get_xydata().tolist() for line in loss.lines] == [[[1, 8], [2, 7]]]
+    shown = {line.get_label(): line.get_xydata().tolist() for line in precision.lines}
+    assert shown == {n: [[1, i + 1 / 9], [2, i + 2 / 9]] for i, n in enumerate(names)}
 
 
 def test_a_sheet_shows_spread_images_with_the_boxes_from_the_best_f1(tmp_path, monkeypatch):

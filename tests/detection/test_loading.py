@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from boxes_data import COLOURS, write_boxes
+from PIL import Image
 from torch.testing import assert_close
 
 from vim.data import SampleKey
@@ -98,7 +99,7 @@ def test_passes_repeat_the_images_with_other_augmentation(data):
 
 def test_erasing_hides_pixels_and_takes_hidden_boxes_with_it(data):
     plain, erased = (images(data, JitterConfig((1.0, 1.0), hflip=0.0, erasing=p), passes=8) for p in (0.0, 1.0))
-    gone = kept = 0
+    gone = kept = coloured = 0
     for number in range(len(plain)):
         (image, target, _), (changed, left, _) = (each[SampleKey(0, number, 0)] for each in (plain, erased))
         hidden = (image != changed).all(0)
@@ -106,6 +107,7 @@ def test_erasing_hides_pixels_and_takes_hidden_boxes_with_it(data):
         top, bottom, start, end = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
         patch = changed[:, top:bottom, start:end]
         assert_close(patch, patch[:, :1, :1].expand_as(patch), atol=0, rtol=0)  # a rectangle of one colour
+        coloured += (patch[:, 0, 0].max() - patch[:, 0, 0].min() > 0.2).item()
         assert_close(hidden.sum(), (bottom - top) * (end - start))
         for box, mask in zip(target["boxes"], target["masks"], strict=True):
             width, height = (min(box[2], end) - max(box[0], start)), (min(box[3], bottom) - max(box[1], top))
@@ -117,8 +119,22 @@ def test_erasing_hides_pixels_and_takes_hidden_boxes_with_it(data):
                 assert_close(left["boxes"], box[None])
                 assert torch.equal(left["masks"][0], mask * ~hidden)
                 kept += 1
+    assert coloured > len(plain) / 2
     assert gone > 5
     assert kept > 20
+
+
+def test_boxes_thinner_than_a_pixel_go_with_their_labels_and_masks():
+    boxes = torch.tensor([[9.0, 9, 9.9, 30], [9, 9, 10.1, 30], [9, 9, 30, 9.9], [9, 9, 30, 10.1], [60, 9, 70, 30]])
+    target = {
+        "boxes": boxes,
+        "labels": torch.arange(1, 6),
+        "masks": torch.arange(5).byte()[:, None, None].repeat(1, 64, 64),
+    }
+    _, left = train_transform(JitterConfig((1.0, 1.0), hflip=0.0), SIZE)(Image.new("RGB", (SIZE, SIZE)), target)
+    assert left["labels"].tolist() == [2, 4, 5]
+    assert left["masks"][:, 0, 0].tolist() == [1, 3, 4]
+    assert left["boxes"][-1].tolist() == [60, 9, 64, 30]  # clipped
 
 
 def test_images_to_evaluate_are_left_as_they_are(data):

@@ -46,6 +46,12 @@ class DetectorConfig(ModelConfig):
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
         if self.detector == "fcos" and self.channels % 32:  # torchvision's heads have 32 groups
             raise ValueError(f"model.channels must be a multiple of 32 for fcos, got {self.channels}")
+        if self.detector == "fcos" and self.channels == 32 and self.img_size == SIZE_STEP:
+            # torch refuses to normalise a single number, and of more images makes a constant of each.
+            raise ValueError(
+                "model.channels must be at least 64 for fcos at img_size 64, whose top map is one cell: a group of one "
+                "channel would be a single number; got 32, take 64 or a larger img_size"
+            )
 
     @property
     def masks(self) -> bool:
