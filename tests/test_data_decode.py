@@ -189,13 +189,14 @@ def test_folders_that_cannot_be_walked(tmp_path):
 
 
 PEAKS = """
-import resource, sys
-from vim.data.decode import decode_image, image_size
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-baseline = peak()
+import sys
+import torch
+from vim.data.decode import decode_image
+from vim.training.summary import peak_memory_mib
+cpu = torch.device("cpu")
+baseline = peak_memory_mib(cpu)
 for in_chans in (1, 3):
-    print(decode_image(sys.argv[1], in_chans, "x").getbbox(), (peak() - baseline) // 1024)
+    print(decode_image(sys.argv[1], in_chans, "x").getbbox(), round(peak_memory_mib(cpu) - baseline))
 """
 
 

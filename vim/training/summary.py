@@ -1,7 +1,9 @@
 """What a run reports: a line for each epoch, and summary.json."""
 
+import re
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +54,11 @@ def peak_memory_mib(device: torch.device) -> float | None:
         return torch.cuda.max_memory_allocated(device) / 2**20
     if sys.platform == "win32":
         return None
+    status = Path(
+        "/proc/self/status"
+    )  # Linux; getrusage's peak there is also that of the program that started this one
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(found[1]) / 2**10
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
