@@ -94,6 +94,52 @@ def test_an_image_of_the_export_is_its_own_nearest_neighbour(setting, predictor)
         assert np.array_equal(np.asarray(found[0][0].resize(want.size, Image.Resampling.NEAREST)), np.asarray(want))
 
 
+@pytest.mark.parametrize("options", [{}, {"blocks": [0, 2], "pools": ["avg", "token"]}, {"pools": ["map"]}], ids=str)
+def test_neighbours_are_of_any_export(setting, tmp_path, monkeypatch, options):
+    """Of six images, one of them wide, in classes that are not the model's; the last has none."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    Image.fromarray(np.indices((224, 448)).sum(0).astype(np.uint8) % 2 * 255).save(tmp_path / "wide.png")
+    paths = [*(setting / "val" / name for name in ("a/0.png", "a/3.png", "b/1.png", "c/2.png")), tmp_path / "wide.png"]
+    (tmp_path / "list.txt").write_text("".join(f"{path}\t5\n" for path in paths) + f"{setting}/val/b/4.png\n")
+    given = {"images": str(tmp_path / "list.txt"), "output": str(tmp_path / "out"), "num_workers": 0, "format": "npz"}
+    export_features(FeaturesConfig(str(setting / "run"), **given | options))
+    features = vim.features.load(tmp_path / "out")
+    rows = next(iter(features.columns.values())).reshape(6, -1)
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    predictor = Predictor(DemoConfig(str(setting / "run"), features=str(tmp_path / "out")))
+    for query, path in {5: setting / "val" / "b" / "4.png", 4: tmp_path / "wide.png"}.items():
+        found = predictor(path).neighbours
+        cosines = rows @ rows[query]
+        order = np.argsort(-cosines)
+        assert [text.split(" (")[0] for _, text in found] == ["no class" if row == 5 else "5" for row in order]
+        shown = [float(text.split("(")[1].strip(")")) for _, text in found]
+        assert shown == pytest.approx(cosines[order].tolist(), abs=1e-3)
+    small = found[0][0]  # of a board of single black and white pixels: grey, and as wide as it was
+    assert small.size == (224, 112)
+    assert np.abs(np.asarray(small)[8:-8, 8:-8] - 127.5).max() < 32
+
+
+def test_threads_take_turns_at_the_model(setting, predictor):
+    """Another image would run into the hooks of the maps."""
+    file, other = setting / "val" / "b" / "1.png", threading.Event()
+    thread, together = threading.Thread(target=predictor, args=(file,)), []
+
+    def enter(*args):
+        if threading.current_thread() is thread:
+            other.set()
+        elif not together:
+            thread.start()
+            together.append(other.wait(0.3))
+
+    handle = predictor.model.register_forward_pre_hook(enter)
+    try:
+        predictor(file)
+    finally:
+        thread.join()
+        handle.remove()
+    assert (together, other.is_set()) == ([False], True)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("block", range(3))
 def test_maps_of_a_block(setting, predictor, block):
@@ -144,6 +190,38 @@ def test_another_timm_model_has_no_maps(setting, tmp_path):
     assert any("resnet10t is no Vision Mamba (vim_*): it has no scan to look into." in text for text in texts)
 
 
+def test_the_page_begins_with_the_last_of_all_blocks(predictor):
+    pytest.importorskip("gradio")
+    from vim.demo.app import page
+
+    (slider,) = (part for part in page(predictor, "run").blocks.values() if part.get_block_name() == "slider")
+    assert (slider.minimum, slider.maximum, slider.value, slider.visible) == (0, 2, 2, True)
+
+
+def test_the_server_listens_where_the_options_say(setting, monkeypatch):
+    pytest.importorskip("gradio")
+    from vim.demo import app
+
+    asked = []
+
+    class Page:
+        def launch(self, **options):
+            asked.append((options["server_name"], options["server_port"], options["share"]))
+            if options["server_port"] == 7:
+                raise OSError
+            return None, "an address", None
+
+        def block_thread(self):
+            pass
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # put back what serve sets
+    monkeypatch.setattr(app, "page", lambda *args: Page())
+    app.serve(DemoConfig(str(setting / "run"), host="127.0.0.9", port=8))
+    with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1, port 7; choose another --port"):
+        app.serve(DemoConfig(str(setting / "run"), port=7))
+    assert asked == [("127.0.0.9", 8, False), ("127.0.0.1", 7, False)]
+
+
 def test_what_it_refuses(setting, tmp_path):
     run, features = str(setting / "run"), str(setting / "features")
     with pytest.raises(ConfigError, match="no model 'vim_nan' in timm, and no run folder of that name; did you mean"):
@@ -168,8 +246,9 @@ def test_what_it_refuses(setting, tmp_path):
         save_file(timm.create_model("vim_nano", **kwargs).state_dict(), tmp_path / f"{name}.safetensors")
         with pytest.raises(ConfigError, match=message):
             Predictor(DemoConfig("vim_nano", str(tmp_path / f"{name}.safetensors"), kwargs))
-    with pytest.raises(ValueError, match="port must be from 1 to 65535, got 0"):
-        DemoConfig(port=0)
+    for port in (0, 65536):
+        with pytest.raises(ValueError, match=f"port must be from 1 to 65535, got {port}"):
+            DemoConfig(port=port)
 
 
 @pytest.mark.parametrize("block", [3, -2, 10**400, 0.5, float("nan"), "1", None, [0]])

@@ -1,5 +1,6 @@
 """Exported features: what they hold, in which order, for any number of processes and after any kill."""
 
+import errno
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from vim.features import FeaturesConfig, export, export_features
 from vim.features.extract import FeatureExtractor, weights_hash
 from vim.training import ConfigError, InterruptedRunError, RunError
 
-pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 ROOT = Path(__file__).parent.parent
 KWARGS = {"img_size": 12, "patch_size": 4, "in_chans": 1, "depth": 3, "num_classes": 3}
 
@@ -164,7 +165,7 @@ EFFECTS = {  # of each option: what must hold for the features that it makes
     "images": lambda made, at: made(images=str(at / "images" / "val" / "b")).paths[0].endswith("1.png"),
     "output": lambda made, at: made().manifest["rows"] == 23,
     "pools": lambda made, at: list(made(pools=["avg", "token"]).columns) == ["avg", "token"],
-    "blocks": lambda made, at: list(made(blocks=[1, -3]).columns) == ["block0.token", "block1.token"],
+    "blocks": lambda made, at: list(made(blocks=[1, -3, 0]).columns) == ["block0.token", "block1.token"],
     "dtype": lambda made, at: [made(dtype=d)["token"].dtype for d in ("fp16", "fp32")] == [np.float16, np.float32],
     "l2": lambda made, at: (
         [bool(np.allclose(np.linalg.norm(made(l2=l2)["token"], axis=1), 1)) for l2 in (True, False)] == [True, False]
@@ -190,6 +191,23 @@ def test_of_two_class_tokens_the_feature_is_what_the_classifier_reads():
     model = timm.create_model("vim_nano", **KWARGS | {"class_token": "both"})
     images = torch.randn(2, 1, 12, 12)
     assert_close(model.head(FeatureExtractor(model, ["token"])(images)["token"]), model(images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [None, [0]])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_registers_are_no_class_token_and_no_patch(name, blocks):
+    registers = {"vit_tiny_patch16_224": "reg_tokens", "eva02_tiny_patch14_224": "num_reg_tokens"}[name]
+    tiny = {"img_size": 12, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "depth": 1, registers: 3}
+    torch.manual_seed(0)
+    model = timm.create_model(name, **tiny, global_pool="token").eval()
+    images = torch.randn(2, 3, 12, 12)
+    tokens = model.forward_features(images)
+    found = FeatureExtractor(model, ["token", "map"], blocks)(images)
+    assert_close(list(found.values()), [tokens[:, 0], tokens[:, 4:]])
+    none = timm.create_model(name, **tiny, class_token=False, global_pool="avg")
+    with pytest.raises(ConfigError, match="has no class token; take pools avg or map"):
+        FeatureExtractor(none, ["token"])
 
 
 @torch.no_grad()
@@ -237,6 +255,8 @@ def test_images_without_labels(setting, tmp_path):
     for file_format in ("parquet", "npz"):
         export_features(config(setting, tmp_path / file_format, images=str(names), format=file_format))
         assert vim.features.load(tmp_path / file_format).labels.tolist() == [-1, 1]
+    written = parquet.read_table(tmp_path / "parquet" / "features-00000.parquet")
+    assert written["label"].to_pylist() == [None, 1]  # to other programs
 
 
 def start(setting, output, *args, env=None):
@@ -307,6 +327,21 @@ def test_a_stopped_export_says_so_and_goes_on_to_the_same_bytes(setting, tmp_pat
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("full", [1, 4])
+def test_an_export_ends_with_the_error_of_a_full_disk(setting, tmp_path, monkeypatch, full):
+    """Of a shard in the midst, and of the last."""
+
+    def write(file, *args):
+        if file.name == f"features-{full:05d}.parquet":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(file, *args)
+
+    written = export.write_shard
+    monkeypatch.setattr(export, "write_shard", write)
+    with pytest.raises(OSError, match="No space left on device"):
+        export_features(config(setting, tmp_path / "out"))
+
+
 def test_what_an_export_refuses(setting, tmp_path):
     export_features(config(setting, tmp_path / "out"))
     assert export_features(config(setting, tmp_path / "out"))["made_now"] == 0
@@ -320,6 +355,15 @@ def test_what_an_export_refuses(setting, tmp_path):
     with pytest.raises(RunError, match=r"holds another export: images_sha256 was"):
         export_features(config(setting, tmp_path / "own", **own))
     (tmp_path / "images/val/a/1.png").rename(tmp_path / "images/val/a/0.png")
+    paths, names = [f"{setting}/images/val/{name}.png" for name in ("a/0", "c/2")], tmp_path / "names.txt"
+    for labels in ((0, 1), (1, 0)):
+        names.write_text("".join(f"{path}\t{label}\n" for path, label in zip(paths, labels, strict=True)))
+        if labels == (0, 1):
+            export_features(config(setting, tmp_path / "listed", images=str(names)))
+    with pytest.raises(RunError, match=r"holds another export: images_sha256 was"):
+        export_features(config(setting, tmp_path / "listed", images=str(names)))
+    (tmp_path / "empty").mkdir()
+    assert export_features(config(setting, tmp_path / "empty"))["made_now"] == 5
     shutil.copy(other_weights(setting), tmp_path / "weights.safetensors")
     with pytest.raises(RunError, match=r"holds another export: weights_sha256 was"):
         export_features(config(setting, tmp_path / "own", **own))

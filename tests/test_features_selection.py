@@ -369,6 +369,7 @@ def test_classes_that_no_image_has_need_no_match_and_names_of_several_have_none(
     write_export(tmp_path / "more", [0, 1, 1], columns, classes="abcx")
     assert classify(val="more", k=[1]) == [100]
     write_export(tmp_path / "twice", [0, 1, 2], columns, classes="aba")
+    assert classify(train="twice", val="twice", k=[1]) == [100]
     with pytest.raises(
         DataError, match="val has classes that twice has not: names that several classes have cannot be"
     ):

@@ -26,7 +26,7 @@ from vim.visualize import (
     step_sizes,
     visualize,
 )
-from vim.visualize.maps import class_tokens
+from vim.visualize.maps import block_maps, class_tokens
 from vim_kernels import bidirectional_selective_scan
 
 KWARGS = {"img_size": (16, 12), "patch_size": 4, "depth": 3, "num_classes": 3}
@@ -97,6 +97,37 @@ def test_class_map_and_receptive_field_by_hand(model, images):
     behind = model.blocks[1](model.blocks[0](model._embed(leaf)))
     (gradient,) = torch.autograd.grad(behind[:, patches][:, 2 * 3 + 1].sum(), leaf)
     assert_close(receptive_field(model, images, 1), gradient.abs().sum(1).mean(0))
+
+
+@pytest.mark.parametrize(("class_token", "places"), [("both", [0, 13]), ("none", [])])
+def test_maps_of_a_block_are_of_the_class_tokens_that_there_are(images, class_token, places):
+    """What they read, as a mean over them; and nothing where there are none."""
+    pool = "avg" if class_token == "none" else "token"
+    torch.manual_seed(0)
+    model = timm.create_model("vim_nano", **KWARGS, class_token=class_token, global_pool=pool).eval()
+    maps = block_maps(model, images, torch.tensor([2, 0]), 1)
+    names = [f"class token reads, {way}" for way in ("forward", "backward")] if places else []
+    assert list(maps) == ["step size, forward", "step size, backward", *names, "class map"]
+    if places:
+        for name, reads in zip(names, implicit_attention(scan_of_block(model, images, 1), places), strict=True):
+            assert_close(maps[name], reads.abs().mean(3).mean(1)[:, 1:-1].reshape(2, 4, 3).detach())
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        scan_of_block,
+        receptive_field,
+        lambda model, images, block: class_map(model, images, torch.tensor([2, 0]), block),
+    ],
+    ids=["scan", "receptive field", "class map"],
+)
+def test_a_look_into_a_model_leaves_no_hook_behind(model, images, look):
+    """Nor one at images that the model cannot take."""
+    look(model, images, 1)
+    with pytest.raises(RuntimeError):
+        look(model, images[:, :2], 1)
+    assert not [part for part in model.modules() if part._forward_hooks or part._forward_pre_hooks]
 
 
 @pytest.mark.parametrize(("blocks", "chosen"), [(None, [0, 1, 2]), ([-1, 0], [2, 0])])
@@ -211,11 +242,12 @@ def test_sheets(tmp_path):
         visualize(VisualizeConfig("vim_nano", **headless))
     with pytest.raises(ConfigError, match=r"cannot write to .*val/a/0\.png/x: Not a directory; choose another output"):
         visualize(VisualizeConfig("vim_nano", **given | {"output": str(tmp_path / "val" / "a" / "0.png" / "x")}))
-    model = timm.create_model("resnet10t", in_chans=1)
-    save_file(model.state_dict(), tmp_path / "resnet.safetensors")
-    other = given | {"checkpoint": str(tmp_path / "resnet.safetensors"), "kwargs": {"in_chans": 1}}
-    with pytest.raises(ConfigError, match="resnet10t is no Vision Mamba"):
-        visualize(VisualizeConfig("resnet10t", **other))
+    vit = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 12, "num_heads": 2, "depth": 1}
+    for name, kwargs in {"resnet10t": {"in_chans": 1}, "vit_tiny_patch16_224": vit}.items():
+        save_file(timm.create_model(name, **kwargs).state_dict(), tmp_path / "other.safetensors")
+        other = given | {"checkpoint": str(tmp_path / "other.safetensors"), "kwargs": kwargs}
+        with pytest.raises(ConfigError, match=f"{name} is no Vision Mamba"):
+            visualize(VisualizeConfig(name, **other))
     for wrong in ({"count": 0}, {"blocks": []}):
         with pytest.raises(ValueError, match="must"):
             VisualizeConfig(**wrong)

@@ -180,10 +180,10 @@ def test_each_stage_trains_by_its_own_threshold_and_weights_and_masks_by_the_fir
 
 
 def test_refined_boxes_are_detached_and_clipped(monkeypatch):
-    """Stage one pulls every box by its own width to the left and by its height down, in images wider than high."""
+    """Stage one pulls boxes by their own width to the left and by their height down, in wide images of two sizes."""
     heads = cascade(stages=2).train()
     features, proposals, _, targets = scene()
-    shapes = [(48, SIZE)] * 2
+    shapes = [(48, SIZE), (40, SIZE)]
     with torch.no_grad():
         heads.box_predictor[0].bbox_pred.weight.zero_()
         heads.box_predictor[0].bbox_pred.bias.copy_(torch.tensor([-10.0, 10, 0, 0]))
@@ -191,12 +191,13 @@ def test_refined_boxes_are_detached_and_clipped(monkeypatch):
     stage = heads._stage
     monkeypatch.setattr(heads, "_stage", lambda k, f, b, s: (seen.append(b), stage(k, f, b, s))[1])
     heads(features, proposals, shapes, targets)
-    for before, after in zip(*seen, strict=True):
+    for before, after, (height, width) in zip(*seen, shapes, strict=True):
         widths, heights = (before[:, 2:] - before[:, :2]).unbind(1)
         moved = before + torch.stack([-widths, heights] * 2, 1)
         assert (moved[:, 0] < 0).any()
         assert (moved[:, 3] > 48).any()
-        assert_close(after, moved.clamp(min=0).minimum(torch.tensor([64.0, 48, 64, 48])), atol=1e-4, rtol=1e-5)
+        ends = torch.tensor([width, height] * 2)
+        assert_close(after, moved.clamp(min=0).minimum(ends), atol=1e-4, rtol=1e-5)
         assert not after.requires_grad
 
 

@@ -160,7 +160,7 @@ def test_masks_of_polygons_and_run_length_codes(data):
     shapes = {
         "polygon": ([polygon(2, 3, 9, 8)], rectangle(2, 3, 9, 8)),
         "two": ([polygon(2, 3, 9, 8), polygon(0, 0, 2, 2)], notched),
-        "beyond the image": ([polygon(15, 8, 30, 40)], rectangle(15, 8, WIDTH, HEIGHT)),
+        "beyond the image": ([polygon(15, 8, 16 * WIDTH, 40)], rectangle(15, 8, WIDTH, HEIGHT)),
         # Four numbers in front would make decoders read boxes and forget the rest.
         "with a line": ([[1, 1, 5, 5], polygon(2, 3, 9, 8)], rectangle(2, 3, 9, 8)),
         "compressed": (compressed(notched), notched),
@@ -192,6 +192,7 @@ def test_masks_of_polygons_and_run_length_codes(data):
         ({"segmentation": [[1, 1, 5, 5, 3, "7"]]}, "no usable segmentation"),
         ({"segmentation": [[1, 1, 5, 5, 3, 10**400]]}, "no usable segmentation"),
         ({"segmentation": [[1, 1, 5, 5, 3, 1e9]]}, "no usable segmentation"),  # gigabytes, pixel by pixel
+        ({"segmentation": [[1, 1, 5, 5, 3, 16 * WIDTH + 1]]}, "no usable segmentation"),
         ({"segmentation": [[1, 1, 5, 5, 3, -1e9]]}, "no usable segmentation"),
         ({"segmentation": [{}]}, "no usable segmentation"),
         ({"segmentation": "1,1,5,5,3,7"}, "no usable segmentation"),
@@ -280,6 +281,7 @@ PICTURE = {"id": 5, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
         ({"images": [PICTURE | {"height": 10**400}]}, "has an integer of more than 100 digits for height, want pixels"),
         ({"images": [PICTURE | {"width": 20.0}]}, r"one of images has 20\.0 for width, want int: id 5"),
         ({"images": [PICTURE | {"file_name": "../a.png"}]}, r"file name '../a\.png' leads out of the folder"),
+        ({"images": [PICTURE | {"file_name": "b/../../a.png"}]}, r"file name 'b/\.\./\.\./a\.png' leads out of the"),
         ({"images": [PICTURE | {"file_name": "/a.png"}]}, r"file name '/a\.png' leads out of the folder"),
         (
             {"images": [PICTURE, PICTURE | {"id": 1, "file_name": "x.png"}, PICTURE | {"id": 2, "file_name": "y.png"}]},
@@ -396,7 +398,7 @@ def table(tmp_path):
 
 
 def test_boxes_of_a_table(table, tmp_path, monkeypatch, capsys):
-    file = table("a.png,1,2,4,6,Oak,0.9\ndeep/b.png,,,,,,\na.png,0.5,0,2,2,Ash,1\n")
+    file = table("a.png,1,2,4,6,Oak,0.9\ndeep/b.png,,,,,,,,\na.png,0.5,0,2,2,Ash,1\n")
     tool = Path(__file__).parents[2] / "tools" / "boxes_to_coco.py"
     monkeypatch.setattr(sys, "argv", [tool.name, str(file), str(tmp_path), str(tmp_path / "new" / "boxes.json")])
     runpy.run_path(str(tool), run_name="__main__")
@@ -427,25 +429,26 @@ def test_classes_are_in_the_order_of_their_names(table, tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("a.png,1,2,x,6,Oak,", r"line 3: want xmin < xmax and ymin < ymax in pixels, got 1, 2, x, 6"),
-        ("a.png,1,2,,6,Oak,", r"line 3: want xmin < xmax"),
-        ("a.png,4,2,4,6,Oak,", r"line 3: want xmin < xmax"),
-        ("a.png,1,6,4,2,Oak,", r"line 3: want xmin < xmax"),
-        ("a.png,1,2,nan,6,Oak,", r"line 3: want xmin < xmax"),
-        ("a.png,1,2,4,6", r"line 3: a box has no label"),
-        ("a.png,1,2,4,6,Oak,1,red", r"line 3: more values than the header has columns"),
-        ("a.png,1,2,1_0,6,Oak,", r"line 3: want xmin < xmax"),
-        ("pipe.png,1,2,4,6,Oak,", r"line 3: cannot read image .*pipe\.png: no such file"),
-        (f"{5000 * 'a'},1,2,4,6,Oak,", r"line 3: cannot read image .*aaa: no such file"),
-        ("c.png,1,2,4,6,Oak,", r"line 3: cannot read image .*c\.png"),
-        ("../a.png,1,2,4,6,Oak,", r"line 3: want an image_path inside .*, got '\.\./a\.png'"),
-        (",1,2,4,6,Oak,", r"line 3: want an image_path inside .*, got ''"),
+        ("a.png,1,2,x,6,Oak,", r"line 4: want xmin < xmax and ymin < ymax in pixels, got 1, 2, x, 6"),
+        ("a.png,1,2,,6,Oak,", r"line 4: want xmin < xmax"),
+        ("a.png,4,2,4,6,Oak,", r"line 4: want xmin < xmax"),
+        ("a.png,1,6,4,2,Oak,", r"line 4: want xmin < xmax"),
+        ("a.png,1,2,nan,6,Oak,", r"line 4: want xmin < xmax"),
+        ("a.png,1,2,4,6", r"line 4: a box has no label"),
+        ("a.png,1,2,4,6,Oak,1,red", r"line 4: more values than the header has columns"),
+        ("a.png,1,2,1_0,6,Oak,", r"line 4: want xmin < xmax"),
+        ("pipe.png,1,2,4,6,Oak,", r"line 4: cannot read image .*pipe\.png: no such file"),
+        (f"{5000 * 'a'},1,2,4,6,Oak,", r"line 4: cannot read image .*aaa: no such file"),
+        ("c.png,1,2,4,6,Oak,", r"line 4: cannot read image .*c\.png"),
+        ("../a.png,1,2,4,6,Oak,", r"line 4: want an image_path inside .*, got '\.\./a\.png'"),
+        ("deep/../../a.png,1,2,4,6,Oak,", r"line 4: want an image_path inside .*, got 'deep/"),
+        (",1,2,4,6,Oak,", r"line 4: want an image_path inside .*, got ''"),
     ],
 )
 def test_a_bad_row(table, tmp_path, row, message):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(DataError, match=rf"boxes\.csv, {message}"):
-        boxes_to_coco(table(f"a.png,1,2,4,6,Oak,\n{row}\n"), tmp_path, tmp_path / "boxes.json")
+        boxes_to_coco(table(f"a.png,1,2,4,6,Oak,\n\n{row}\n"), tmp_path, tmp_path / "boxes.json")
     assert not (tmp_path / "boxes.json").exists()
 
 

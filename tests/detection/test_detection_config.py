@@ -256,6 +256,8 @@ def test_images_that_cannot_be_read_stop_a_run_or_are_listed(tmp_path, bad_image
         ((_, targets, listed),) = batches
         assert set(listed) == set(map(str, bad))
         assert {target["image_id"] for target in targets} == {10, 13}
+        instead = [batches.dataset[SampleKey(epoch, 1, 0)][1]["image_id"] for epoch in range(16)]
+        assert set(instead) == {10, 13}  # and not always the same
 
 
 def augmented(boxes, number=1, draws=1, **changes):

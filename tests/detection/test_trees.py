@@ -115,6 +115,10 @@ def test_what_is_there_stays_or_is_refused(tmp_path, source):
     tile.write_bytes(b"mine")
     assert not write_trees(root, source)
     assert tile.read_bytes() == b"mine"
+    (root / "train" / "more.png").touch()
+    with pytest.raises(DataError, match=r"want train\.json and its tiles in train/"):
+        write_trees(root, source)
+    (root / "train" / "more.png").unlink()
     tile.unlink()
     with pytest.raises(
         DataError, match=r"exists and is not this data set: want val\.json and its tiles in val/; remove"

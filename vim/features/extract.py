@@ -27,7 +27,9 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.model, self.pools, self.l2 = model.eval(), tuple(pools), l2
         self.prefix: int = getattr(model, "num_prefix_tokens", 0)  # type: ignore[assignment]
-        if "token" in pools and not self.prefix:
+        registers = getattr(model, "reg_token", None)  # which timm counts among the prefix, behind the class token
+        self.class_tokens = self.prefix - (registers.shape[1] if isinstance(registers, Tensor) else 0)
+        if "token" in pools and not self.class_tokens:
             raise ConfigError(f"{type(model).__name__} has no class token; take pools avg or map")
         self.blocks = None
         if blocks is not None:
@@ -56,7 +58,7 @@ class FeatureExtractor(nn.Module):
 
     def _pooled(self, name: str, prefix: Tensor, patches: Tensor) -> dict[str, Tensor]:
         taken = {
-            "token": lambda: prefix.mean(1),  # of one, or as token pooling does with two
+            "token": lambda: prefix[:, : self.class_tokens].mean(1),  # of one, or as token pooling does with two
             "avg": lambda: patches.mean(1),
             "map": lambda: patches,
         }
