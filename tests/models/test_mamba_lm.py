@@ -400,10 +400,11 @@ def test_a_residual_stream_in_the_dtype_of_the_weights(tmp_path):
     write_transformers(tmp_path / "lm", residual_in_fp32=False)
     model, ids = MambaLM.from_pretrained(tmp_path / "lm", dtype=torch.bfloat16), torch.randint(50, (1, 40))
     seen = []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
+    for module in (*model.blocks, model.norm):
+        module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
     narrow = model(ids)
-    assert seen == [torch.bfloat16] * 2
+    model.step(ids[:, 0], model.allocate_cache(1))  # which calls the norm alone
+    assert seen == [torch.bfloat16] * 4
     model.residual_in_fp32 = True
     assert not torch.equal(model(ids), narrow)
     assert model.config["residual_in_fp32"] is False
