@@ -1,5 +1,6 @@
 """tools/generate.py: the likeliest text, what each option changes, and one plain line for what it cannot do."""
 
+import io
 import re
 import runpy
 import shutil
@@ -94,6 +95,23 @@ def test_the_text_is_the_likeliest(generate, folder):
     assert said == "".join(f"{text}\n---\n" for text in ended)
 
 
+def test_each_token_is_shown_as_it_comes_and_their_rate_in_the_end(generate, folder, monkeypatch, capsys):
+    """On a clock by which a step takes a quarter of a second."""
+    shown, report, step = [], io.StringIO(), MambaLM.step
+
+    def timed_step(self, *args):
+        shown.append(capsys.readouterr().out)
+        return step(self, *args)
+
+    monkeypatch.setattr(MambaLM, "step", timed_step)
+    monkeypatch.setattr(time, "perf_counter", lambda: len(shown) / 4)
+    monkeypatch.setattr(sys, "stderr", report)
+    last = generate("--max_new_tokens", 4)
+    first, *others = likeliest(folder, "Mamba", 4)
+    assert "|".join([*shown, last]) == f"Mamba{first}| {'| '.join(others)}\n"
+    assert report.getvalue() == "4 tokens after each prompt in 0.8 s: 5 tokens/s\n"
+
+
 HOT = ("--temperature", 9, "--max_new_tokens", 20)
 EFFECTS = {  # of each option: what must hold for what the tool says, and the models that it made
     "prompts": lambda say, made: say(prompts="[a]").startswith("a"),
@@ -126,13 +144,14 @@ def test_each_option_has_its_effect(generate, monkeypatch, option):
 
 
 def test_a_tokenizer_is_a_file_or_in_a_folder(generate, folder, monkeypatch):
-    """Also in the home folder, as the model; the model's own where none is named."""
+    """Also in the home folder, as the model; the model's own where none is named, and only there."""
     said = generate()
     assert said.startswith("Mamba")
     assert generate(tokenizer="words") == said
     shutil.copytree(folder / "lm", folder / "both")
     shutil.copy(folder / "words" / "tokenizer.json", folder / "both")
     assert generate(model="both", tokenizer="null") == said
+    assert generate(model="both", tokenizer="turned", prompts="[eats]") == "eats" + turned(said)
     monkeypatch.setenv("HOME", str(folder))
     assert generate(model="~/lm", tokenizer="~/words") == said
 

@@ -334,6 +334,20 @@ def test_a_convolution_with_options_of_its_own_is_called(mixer_class, relative_e
         mixer(x)
 
 
+@pytest.mark.parametrize("names", [("ssm",), ("forward_ssm",), ("backward_ssm",), ("forward_ssm", "backward_ssm")])
+@torch.no_grad()
+def test_a_convolution_without_a_bias_is_as_with_one_of_zeros(names, relative_error):
+    """In one direction, in the other and in both."""
+    torch.manual_seed(0)
+    mixer, x = (Mamba if names == ("ssm",) else BiMamba)(8).double(), torch.randn(2, 9, 8).double()
+    for name in names:
+        mixer.get_submodule(name).conv1d.bias.zero_()
+    want = mixer(x)
+    for name in names:
+        mixer.get_submodule(name).conv1d.bias = None
+    assert relative_error(mixer(x), want) < 1e-12
+
+
 @torch.no_grad()
 def test_called_convolutions_of_packed_sequences(relative_error):
     """A value that comes again is another sequence; what a cache holds is of the first one."""

@@ -1,5 +1,7 @@
 """S4, S4D and S4ND against golden numbers from the authors' code and properties of linear systems."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -262,14 +264,16 @@ LAYERS = {"s4": S4, "s4d": S4D, "s4nd": S4ND}
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-def test_initial_values(layer):
+@pytest.mark.parametrize(("low", "high", "options"), [(0.001, 0.1, {}), (0.01, 0.03, {"dt_min": 0.01, "dt_max": 0.03})])
+def test_initial_values(layer, low, high, options):
     """Steps log-uniform in their range, outputs C and skips D of modulus 1 in the mean square."""
-    mixer = layer(2048, 4, dt_min=0.01, dt_max=0.03)
+    mixer = layer(2048, 4, **options)
     for name, p in mixer.named_parameters():
         if name.endswith("log_dt"):
-            assert 0.01 <= p.exp().min() < 0.0102
-            assert 0.0295 < p.exp().max() <= 0.03 * (1 + 1e-6)
-            assert p.exp().median().item() == pytest.approx((0.01 * 0.03) ** 0.5, rel=0.03)
+            assert low * (1 - 1e-6) <= p.exp().min() < low * 1.02
+            assert high * 0.98 < p.exp().max() <= high * (1 + 1e-6)
+            middle, width = (math.log(low) + math.log(high)) / 2, math.log(high / low)
+            assert p.median().item() == pytest.approx(middle, abs=0.03 * width)
         if name.endswith("C"):
             assert p.square().sum(-1).mean().item() == pytest.approx(1, rel=0.05)
     assert mixer.D.mean().item() == pytest.approx(0, abs=0.1)
@@ -283,6 +287,13 @@ def test_where_the_poles_of_s4_start(measure, decay):
     assert_close(kernel.A_log.exp(), torch.full((3, 4), decay))
     assert (kernel.A_imag <= 0).all()
     assert_close(kernel.A_imag, kernel.A_imag[:1].expand(3, 4))
+
+
+def test_where_the_poles_of_s4d_start():
+    """At -1/2 - i pi n, unless it is told otherwise."""
+    for kernel in (S4D(3, 8).kernel, *S4ND(3, 8).kernel):
+        assert_close(kernel.A_log.exp(), torch.full((3, 4), 0.5))
+        assert_close(kernel.A_imag, -math.pi * torch.arange(4.0).expand(3, 4))
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)

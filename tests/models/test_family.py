@@ -147,6 +147,18 @@ def test_s4_keeps_its_kernels_for_the_sequence_from_the_start():
     assert_close(model.state_dict(), before, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{"scan_order": "column"}, {"scan_order": "cross"}, {"mixer": "s4nd"}], ids=str)
+def test_checkpointing_keeps_the_order_of_the_tokens(options):
+    """Gradients too."""
+    model, x = VisionMamba(**TINY, **PLAIN, **options), torch.randn(2, 1, 24, 16)
+    found = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        y = model(x)
+        found.append((y, torch.autograd.grad(y.square().sum(), list(model.parameters()))))
+    assert_close(*found)
+
+
 @pytest.mark.parametrize("mixer", ["s4d", "s4", "s4nd"])
 def test_kernels_have_no_weight_decay(mixer):
     model = timm.create_model("vim_nano", **TINY, **PLAIN, mixer=mixer)

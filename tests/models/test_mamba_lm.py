@@ -246,10 +246,14 @@ def test_sampling():
     assert_close(frequencies(temperature=0.5), squares / squares.sum(), **limit)
     assert_close(frequencies(temperature=1.0, top_k=2), torch.tensor([0.625, 0.375, 0, 0]), **limit)
     assert_close(frequencies(temperature=1.0, top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), **limit)
-    assert_close(frequencies(temperature=1.0, top_p=0.4), torch.tensor([1.0, 0, 0, 0]), **limit)
+    first = torch.tensor([1.0, 0, 0, 0])  # after temperature and top_k it has 0.68 and 0.62
+    for temperature, top_k, top_p in ((1.0, None, 0.4), (0.5, None, 0.6), (1.0, 2, 0.6)):
+        assert_close(frequencies(temperature=temperature, top_k=top_k, top_p=top_p), first, **limit)
     both = torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95
     assert_close(frequencies(temperature=1.0, top_k=9, top_p=0.9), both, **limit)
     assert sample(rows, 0.0).unique_consecutive().tolist() == [0, 1]
+    even = sample(torch.full((20_000, 2), 40.0).bfloat16(), 1.0, generator=generator)
+    assert even.float().mean().item() == pytest.approx(0.5, abs=0.02), "noise in half precision is equal too often"
     even = sample(torch.zeros(1000, 4), 1.0, top_p=0.5, generator=generator)
     assert len(even.unique()) == 2, "two of four have half together"
     model = tiny()
@@ -396,10 +400,11 @@ def test_a_residual_stream_in_the_dtype_of_the_weights(tmp_path):
     write_transformers(tmp_path / "lm", residual_in_fp32=False)
     model, ids = MambaLM.from_pretrained(tmp_path / "lm", dtype=torch.bfloat16), torch.randint(50, (1, 40))
     seen = []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
+    for module in (*model.blocks, model.norm):
+        module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
     narrow = model(ids)
-    assert seen == [torch.bfloat16] * 2
+    model.step(ids[:, 0], model.allocate_cache(1))  # which calls the norm alone
+    assert seen == [torch.bfloat16] * 4
     model.residual_in_fp32 = True
     assert not torch.equal(model(ids), narrow)
     assert model.config["residual_in_fp32"] is False
@@ -649,6 +654,7 @@ def test_bad_prompts_and_options():
     ):
         with pytest.raises(ValueError, match=message):
             model.generate([[1]], 3, **options)
+    assert model.generate([[1]], 3, temperature=1.0, top_k=50, top_p=1).shape == (1, 3)
     with torch.no_grad():
         model.embedding.weight[7] = torch.nan
     with pytest.raises(ValueError, match=r"logits are NaN: weights are, or something overflows in torch.float32"):

@@ -162,6 +162,16 @@ def test_a_folder_says_the_size_of_its_table_apart_from_that_of_its_images(tmp_p
     assert_close(loaded(x), model(x), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(32, 128), (64, 64)])
+def test_weights_know_their_grid_better_than_the_configuration_of_their_folder(size, tmp_path):
+    """It names a size of as many patches, 4 x 4 for 2 x 8."""
+    model = nano((32, 128))
+    save_file(model.state_dict(), folder_of(nano(64), tmp_path) / "model.safetensors")
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=size).eval()
+    x = torch.randn(1, 3, *size)
+    assert_close(loaded(x), resized(model, size)(x), atol=1e-6, rtol=1e-5)
+
+
 # The authors' files
 
 

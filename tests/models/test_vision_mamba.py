@@ -327,12 +327,15 @@ def test_set_patch_size():
     assert model.patch_embed.grid_size == (8, 8)
     assert model.feature_info[0]["reduction"] == 8
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    with pytest.raises(ValueError, match=r"img_size \(64, 64\) must be at least the patch_size \(65, 65\)"):
+        model.set_input_size(patch_size=65)
     model.patch_embed.proj.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"patch_size cannot change where something hangs on patch_embed\.proj"):
         model.set_input_size(patch_size=16)
     with pytest.raises(ValueError, match=r"img_size \(4, 4\) must be at least the patch_size \(8, 8\)"):
         model.set_input_size(4)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000), "a size that is refused changes nothing"
+    assert model.patch_embed.grid_size == (8, 8)
 
 
 @pytest.mark.parametrize(

@@ -151,13 +151,16 @@ def test_a_checkpoint_of_other_patches(stride):
 
 @pytest.mark.parametrize("patch_stride", [None, (2, 5), (4, 3)])
 def test_patches_that_are_no_squares(patch_stride):
-    """As a convolution; pixels that fill no patch are left out."""
+    """As a convolution; pixels that fill no patch are left out, and an image may be a single patch."""
     embed = PatchEmbed((17, 20), (4, 6), patch_stride, 3, 8)
     assert embed.feat_ratio() == max(patch_stride or (4, 6))
     x = torch.randn(2, 3, 17, 20)
     maps = F.conv2d(x, embed.proj.weight, embed.proj.bias, patch_stride or (4, 6))
     assert embed.grid_size == maps.shape[2:]
     assert_close(embed(x), maps.flatten(2).mT)
+    one = PatchEmbed((4, 6), (4, 6), patch_stride, 3, 8)
+    one.load_state_dict(embed.state_dict())
+    assert_close(one(x[..., :4, :6]), maps[..., 0, 0].unsqueeze(1))
 
 
 # Dropout and stochastic depth
@@ -331,6 +334,7 @@ def test_images_are_prepared_as_by_the_authors(variant):
     assert data["input_size"] == ((1, 28, 28) if pixels else (3, 224, 224))
     assert data["crop_pct"] == (1.0 if pixels else 0.875)
     assert data["mean"] == ((0.5,) if pixels else (0.485, 0.456, 0.406))
+    assert data["std"] == ((0.5,) if pixels else (0.229, 0.224, 0.225))
     assert cfg.num_classes == (10 if pixels else 1000)
     if cfg.hf_hub_id:
         size = variant.split("_")[1]

@@ -51,11 +51,12 @@ def convolve_both(
 ) -> tuple[Tensor, Tensor]:
     """(B, L, E) -> the same shape twice, by the first in the forward direction and by the second in the other."""
     forward, reverse = convolutions
-    if _is_plain(forward) and _is_plain(reverse):
+    # The kernel of both has a bias for each or for none.
+    if _is_plain(forward) and _is_plain(reverse) and (forward.bias is None) == (reverse.bias is None):
         return bidirectional_causal_conv1d(
             x,
             [forward.weight.squeeze(1), reverse.weight.squeeze(1)],
-            [bias for bias in (forward.bias, reverse.bias) if bias is not None],
+            [bias for bias in (forward.bias, reverse.bias) if bias is not None] or None,
             activation="silu",
             seq_idx=seq_idx,
         )
