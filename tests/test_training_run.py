@@ -202,9 +202,11 @@ def assert_same_run(whole, cut):
 
 def test_resuming_a_complete_run_trains_no_more(finished, tree):
     run_dir, summary = finished
-    before = state(run_dir)
+    before, records = state(run_dir), log(run_dir)
+    (run_dir / "log.jsonl").unlink()  # as if it had been stopped before it wrote that
     again = train(config(tree, run_dir), resume=True)
     assert_same(before, state(run_dir))
+    assert log(run_dir) == records
     assert again["top1"] == summary["top1"]
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -223,6 +223,60 @@ def test_a_signal_waits_for_the_end_of_what_postpones_it():
                 reached.append("asked before")
         assert [signal.getsignal(number) for number in SIGNALS] == former
     assert reached == ["not asked", "asked", "end", "not asked"]
+
+
+def test_the_first_signal_says_how_a_run_ended():
+    def go(interruption):
+        with interruption.postponed():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with Interruption() as interruption:
+        with pytest.raises(InterruptedRunError, match="stopped by SIGTERM") as stopped:
+            go(interruption)
+        os.kill(os.getpid(), signal.SIGINT)  # and no other cuts short what the first has begun
+    assert stopped.value.number == signal.SIGTERM
+
+
+def test_a_signal_to_a_process_that_has_just_been_forked_is_not_for_it():
+    """A scheduler sends it to all, and this one has a parent that sees to it."""
+    with Interruption() as interruption:
+        child = os.fork()
+        if child == 0:
+            with suppress(InterruptedRunError):
+                os.kill(os.getpid(), signal.SIGTERM)
+                os._exit(0 if interruption.asked is None else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert interruption.asked is None
+
+
+def test_signals_are_written_where_they_were_written_before():
+    """A descriptor that is closed may next be that of a checkpoint."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    former = signal.set_wakeup_fd(writer)
+    try:
+        with Interruption():
+            pass
+        assert signal.set_wakeup_fd(former) == writer
+    finally:
+        signal.set_wakeup_fd(former)
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_run_in_a_thread_leaves_signals_alone():
+    former, inside = signal.getsignal(signal.SIGTERM), []
+
+    def enter():
+        with Interruption():
+            inside.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert inside == [former]
 
 
 def test_a_lock_is_one_of_the_file_that_lies_there(tmp_path, monkeypatch):

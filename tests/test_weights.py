@@ -1,5 +1,6 @@
 """Weights: all of a file arrive in the model, whatever wraps them, or one line says what does not fit."""
 
+import argparse
 import copy
 import json
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from huggingface_hub import constants
 from image_tree import write_image_tree
 from safetensors.torch import load_file, save_file
@@ -24,6 +26,7 @@ from vim.detection.config import DetectorConfig
 from vim.detection.detector import Detector
 from vim.detection.store import StoredDetector, save_detector
 from vim.training import ConfigError, RunError, train
+from vim.training import model as model_module
 from vim.training.config import DistillConfig, LoadedModelConfig, ModelConfig, ScheduleConfig, TrainConfig
 from vim.training.model import create_model, create_model_at, load_model, resolve_input, timm_name, weights_from
 from vim.training.weights import put
@@ -268,11 +271,14 @@ def test_tools_that_do_not_train_refuse_a_head_at_random(model, folder, saved):
         load_model(LoadedModelConfig("vim_nano", path), "distill.")
 
 
-def test_a_runs_checkpoint_gives_its_averaged_weights(model, saved):
+@pytest.mark.parametrize(("plain", "averaged"), [("model", "model_ema"), ("state_dict", "state_dict_ema")])
+def test_a_checkpoint_gives_its_averaged_weights(model, saved, plain, averaged):
+    """One of a run, and one of timm's training, which keeps its arguments in it."""
     other = timm.create_model("vim_nano", **KWARGS, num_classes=CLASSES)
-    state = {"model": other.state_dict(), "model_ema": model.state_dict(), "optimizer": {}, "update": 3}
+    state = {plain: other.state_dict(), averaged: model.state_dict(), "optimizer": {}, "update": 3}
+    state["args"] = argparse.Namespace(lr=0.1)
     assert_same(model, loaded(saved(state)))
-    del state["model_ema"]
+    del state[averaged]
     assert_same(other, loaded(saved(state)))
 
 
@@ -342,6 +348,27 @@ def test_without_a_network_weights_of_the_hub_fail_at_once(name, monkeypatch, tm
     assert constants.HF_HUB_OFFLINE is False
 
 
+@pytest.mark.parametrize(("proxy", "offline"), [("http://proxy:3128", False), (None, True)])
+def test_a_hub_behind_a_proxy_is_not_out_of_reach(monkeypatch, proxy, offline):
+    """Where nothing but the proxy can be reached, the client asks that."""
+
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    seen, create = [], timm.create_model
+
+    def noted(name, pretrained, **kwargs):
+        seen.append(constants.HF_HUB_OFFLINE)
+        return create(name, **kwargs)
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(model_module, "getproxies", lambda: {"https": proxy} if proxy else {})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(timm, "create_model", noted)
+    create_model(ModelConfig("vim_nano", pretrained=True, kwargs={"depth": 1}), CLASSES)
+    assert seen == [offline]
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_says_where_its_weights_are_from_and_a_resumed_one_reads_none(folder, model, saved, tmp_path, capsys):
     write_image_tree(tmp_path / "images", {"train": 8, "val": 4}, classes=2)
@@ -367,7 +394,9 @@ def test_a_run_says_where_its_weights_are_from_and_a_resumed_one_reads_none(fold
     train(again)
     assert f"initial weights: {first} (" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "file" / "checkpoints")  # as if it had been killed before its first save
+    again.max_skipped += 1  # which a resume may change
     train(again, resume=True)
+    assert yaml.safe_load((tmp_path / "file" / "config.yaml").read_text())["max_skipped"] == again.max_skipped
     assert f"initial weights: {first} (" in capsys.readouterr().out
     (tmp_path / "first.pth").unlink()
     train(again, resume=True)
