@@ -78,6 +78,8 @@ def test_the_height_comes_before_the_width():
     assert model(torch.zeros(1, *data_config["input_size"])).shape == (1, 1000)
     assert data_config["input_size"] == (3, 24, 32)
     check_size(model, "vim_nano", kwargs, data_config)
+    square = at_size(model, LoadedModelConfig("vim_nano", kwargs=kwargs), 24)
+    assert square(torch.zeros(1, 3, 24, 24)).shape == (1, 1000)
 
 
 def test_a_model_that_was_asked_to_take_any_size_does():

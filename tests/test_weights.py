@@ -257,6 +257,15 @@ def test_a_run_folder_brings_its_weights_unless_they_are_refused(model, folder):
     assert weights_from(create_model(ModelConfig("vim_nano", kwargs=KWARGS), 3)) is None
 
 
+def test_a_file_in_place_of_a_folders_weights_is_not_of_the_folders_size(model, saved, tmp_path):
+    """As many patches in another grid, which the table of a square one does not tell."""
+    tall = {**KWARGS, "img_size": (64, 16)}
+    save_for_hf(timm.create_model("vim_nano", **tall), tmp_path / "tall", model_args=tall, safe_serialization=True)
+    path = saved(model.state_dict())
+    made = create_model(ModelConfig(str(tmp_path / "tall"), checkpoint=path, kwargs={"img_size": 48}), CLASSES)
+    assert_same(made, loaded(path, kwargs=KWARGS | {"img_size": 48}))
+
+
 def test_tools_that_do_not_train_refuse_a_head_at_random(model, folder, saved):
     path = saved(model.state_dict())
     with pytest.raises(ConfigError, match=r"new: head 10 -> 1000\): .* at random; set kwargs.num_classes"):
@@ -271,14 +280,11 @@ def test_tools_that_do_not_train_refuse_a_head_at_random(model, folder, saved):
         load_model(LoadedModelConfig("vim_nano", path), "distill.")
 
 
-@pytest.mark.parametrize(("plain", "averaged"), [("model", "model_ema"), ("state_dict", "state_dict_ema")])
-def test_a_checkpoint_gives_its_averaged_weights(model, saved, plain, averaged):
-    """One of a run, and one of timm's training, which keeps its arguments in it."""
+def test_a_runs_checkpoint_gives_its_averaged_weights(model, saved):
     other = timm.create_model("vim_nano", **KWARGS, num_classes=CLASSES)
-    state = {plain: other.state_dict(), averaged: model.state_dict(), "optimizer": {}, "update": 3}
-    state["args"] = argparse.Namespace(lr=0.1)
+    state = {"model": other.state_dict(), "model_ema": model.state_dict(), "optimizer": {}, "update": 3}
     assert_same(model, loaded(saved(state)))
-    del state[averaged]
+    del state["model_ema"]
     assert_same(other, loaded(saved(state)))
 
 
@@ -293,8 +299,15 @@ def test_detectors_load_by_the_same_rule(tmp_path, folder):
     stored = load_detector(run, wrapped)
     assert_same(detector.eval(), stored.model)
     assert stored.weights == f"{wrapped} ({len(weights)} of {len(weights)} tensors)"
+    others = tmp_path / "last.pth"  # as timm's training writes them
+    last = {"state_dict": Detector(about, 2).state_dict(), "state_dict_ema": weights, "args": argparse.Namespace(lr=1)}
+    torch.save(last, others)
+    assert_same(detector, load_detector(run, str(others)).model)
     with pytest.raises(ConfigError, match=r"model.safetensors does not fit the model of .*tensors are missing[^\n]*$"):
         load_detector(run, f"{folder}/model.safetensors")
+    (tmp_path / "half.safetensors").write_bytes(Path(wrapped).read_bytes()[:5000])
+    with pytest.raises(ConfigError, match=r"^cannot load .*half.safetensors: it is damaged[^\n]*$"):
+        load_detector(run, str(tmp_path / "half.safetensors"))
     with pytest.raises(ConfigError, match=r"holds a detector, not a classifier"):
         load_model(LoadedModelConfig(str(run)))
     with pytest.raises(RunError, match=r"holds another model than a detector"):
