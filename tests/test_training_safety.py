@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
@@ -265,14 +266,17 @@ def test_a_run_that_goes_on_behind_its_best_epoch_has_that(tmp_path, monkeypatch
 
 
 def test_a_run_that_another_process_has_begun_meanwhile_is_not_begun_again(tree, tmp_path):
-    one, other = RunFolder(tmp_path / "run", "tools/train.py"), RunFolder(tmp_path / "run", "tools/train.py")
-    about = plain(tree, tmp_path / "run")
+    folder = tmp_path / "my run"
+    one, other = RunFolder(folder, "tools/train.py"), RunFolder(folder, "tools/train.py")
+    about = plain(tree, folder)
     for run in (one, other):
         run.check(about, resume=False)
     one.begin(about, resume=False)
     one.lock.release()
-    with pytest.raises(RunError, match=r"run folder .* exists; go on with it"):
-        other.begin(plain(tree, tmp_path / "run", epochs=7), resume=False)
+    with pytest.raises(RunError, match=r"run folder .* exists; go on with it: .*; or") as refused:
+        other.begin(plain(tree, folder, epochs=7), resume=False)
+    command = str(refused.value).split("; ")[1].removeprefix("go on with it: ")
+    assert shlex.split(command) == ["python", "tools/train.py", "--config", str(folder / "config.yaml"), "--resume"]
     other.lock.release()
     one.check(about, resume=True)
 

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import logging
 import re
 import shutil
 import socket
@@ -147,11 +148,13 @@ def test_what_does_not_fit_is_refused_by_name(model, saved):
 @pytest.mark.parametrize("name", ["vim_nano", "test_vit", "test_convnext", "test_efficientnet"])
 def test_a_file_of_another_architecture_is_refused(name, saved, caplog):
     path = saved(timm.create_model("test_resnet", num_classes=CLASSES).state_dict())
+    level = logging.getLogger("timm.models._builder").level
     with pytest.raises(
         ConfigError, match=rf"^{path} does not fit {name}: \d+ of \d+ tensors are missing [^\n]*left over"
     ):
         loaded(path, name=name, kwargs={})
     assert not caplog.records, "the line alone"
+    assert logging.getLogger("timm.models._builder").level == level, "which holds for this loading alone"
 
 
 @pytest.mark.parametrize(
