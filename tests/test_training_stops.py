@@ -315,6 +315,17 @@ def test_nohup_keeps_its_meaning():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def test_a_run_in_the_background_of_a_script_can_be_stopped():
+    """For which a shell has it ignore SIGINT."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(InterruptedRunError, match="stopped by SIGINT"), Interruption():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
 def test_two_processes_do_not_train_in_one_folder(tree, whole, tmp_path, monkeypatch):
     """The lock ends with the process that holds it, even by SIGKILL, while a worker of it lives on."""
     run_dir = tmp_path / "run"
