@@ -8,7 +8,7 @@ import vim  # noqa: F401  (registers the models)
 from vim.data import DataConfig
 from vim.training.config import LoadedModelConfig, ModelConfig
 from vim.training.errors import ConfigError
-from vim.training.model import at_size, create_model, resolve_input, timm_name
+from vim.training.model import at_size, check_size, create_model, resolve_input, timm_name
 
 
 @pytest.fixture
@@ -61,6 +61,7 @@ def test_input_comes_from_the_model_where_the_data_section_is_silent():
     data_config = resolve_input(model, kwargs, DataConfig())
     assert data_config["input_size"] == (1, 28, 28)
     assert data_config["mean"] == pytest.approx((sum((0.485, 0.456, 0.406)) / 3,))
+    assert data_config["std"] == pytest.approx((sum((0.229, 0.224, 0.225)) / 3,))
     assert (data_config["interpolation"], data_config["crop_pct"]) == ("bicubic", 0.875)
     given = DataConfig(mean=(0.1,), std=(0.3,), crop_pct=1.0, interpolation="bilinear")
     data_config = resolve_input(model, kwargs, given)
@@ -68,6 +69,28 @@ def test_input_comes_from_the_model_where_the_data_section_is_silent():
     assert (data_config["interpolation"], data_config["crop_pct"]) == ("bilinear", 1.0)
     with pytest.raises(ConfigError, match=r"data.mean needs one value for each of 1 channels"):
         resolve_input(model, kwargs, DataConfig(mean=(0.1, 0.2, 0.3)))
+
+
+def test_the_height_comes_before_the_width():
+    kwargs = {"img_size": (24, 32), "patch_size": 8, "depth": 1}
+    model = timm.create_model("vim_nano", **kwargs)
+    data_config = resolve_input(model, kwargs, DataConfig())
+    assert model(torch.zeros(1, *data_config["input_size"])).shape == (1, 1000)
+    assert data_config["input_size"] == (3, 24, 32)
+    check_size(model, "vim_nano", kwargs, data_config)
+    square = at_size(model, LoadedModelConfig("vim_nano", kwargs=kwargs), 24)
+    assert square(torch.zeros(1, 3, 24, 24)).shape == (1, 1000)
+
+
+def test_a_model_that_was_asked_to_take_any_size_does():
+    name, tiny = "swin_tiny_patch4_window7_224", {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1)}
+    kwargs = tiny | {"strict_img_size": False}
+    model = timm.create_model(name, **kwargs)
+    data_config = resolve_input(model, kwargs, DataConfig(img_size=64))
+    check_size(model, name, kwargs, data_config)
+    assert model(torch.zeros(1, *data_config["input_size"])).shape == (1, 1000)
+    with pytest.raises(ConfigError, match=r"takes images of 224 x 224 pixels, data.img_size makes them 64 x 64"):
+        check_size(model, name, tiny, data_config)
 
 
 def test_a_larger_test_size_of_timms_comes_with_its_crop():

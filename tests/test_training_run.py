@@ -202,9 +202,11 @@ def assert_same_run(whole, cut):
 
 def test_resuming_a_complete_run_trains_no_more(finished, tree):
     run_dir, summary = finished
-    before = state(run_dir)
+    before, records = state(run_dir), log(run_dir)
+    (run_dir / "log.jsonl").unlink()  # as if it had been stopped before it wrote that
     again = train(config(tree, run_dir), resume=True)
     assert_same(before, state(run_dir))
+    assert log(run_dir) == records
     assert again["top1"] == summary["top1"]
 
 
@@ -531,6 +533,7 @@ def test_a_tracker_gets_every_epoch_once(tree, tmp_path, monkeypatch):
     assert [(e.step, e.value) for e in found.Scalars("train_loss")] == [
         (record["epoch"], pytest.approx(record["train_loss"])) for record in log(run_dir)
     ]
+    assert {yaml.safe_load(path.read_text())["optim.lr"] for path in run_dir.rglob("hparams.yml")} == {3e-3}
     starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
     assert len(starts) == 2
     assert all(start["versions"]["torch"] == torch.__version__.split("+")[0] for start in starts)

@@ -2,6 +2,9 @@
 
 import math
 import os
+import shlex
+from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +14,13 @@ from image_tree import write_image_tree
 from whole_runs import TINY, config, interrupt, log, one_thread, state  # noqa: F401  (the fixture)
 
 from vim.data import AugmentConfig, DataConfig
-from vim.training import InterruptedRunError, RunError, checkpointer, train
+from vim.training import InterruptedRunError, RunError, checkpointer, run_folder, train
 from vim.training.averaging import AveragedWeights
-from vim.training.checkpoint import load_checkpoint
+from vim.training.checkpoint import duplicate, load_checkpoint, replace, save_checkpoint
+from vim.training.checkpointer import Checkpointer
 from vim.training.classification import Classification
 from vim.training.config import CheckpointConfig, EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
+from vim.training.interruption import Interruption
 from vim.training.progress import Progress
 from vim.training.run_folder import RunFolder
 from vim.training.state import TrainingState
@@ -176,6 +181,104 @@ def test_accumulated_steps_report_the_loss_of_one_large_step(tree, tmp_path):
     for a, b in zip(one, three, strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+
+
+@pytest.fixture
+def begun(tree, tmp_path):
+    """A run before its first update, and what saves it."""
+    about = plain(tree, tmp_path / "run")
+    trainer = Classification(about, create_accelerator("fp32"), Progress(False))
+    run = RunFolder(about.run_dir, "")
+    return trainer.state, Checkpointer(run, about.checkpoint, Interruption(), trainer.accelerator, trainer.state)
+
+
+def test_a_state_goes_on_with_its_scale_of_fp16_and_the_kernels_of_the_machine(begun):
+    """With an optimizer's kernels that do not take found_inf, an update that is not finite would be made."""
+    state, _ = begun
+    kernels = [group.get("fused") for group in state.optimizer.param_groups]
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    saved = state.state_dict()
+    for group in saved["optimizer"]["param_groups"]:
+        group["fused"] = True
+    state.scaler = torch.amp.GradScaler("cpu")
+    assert state.load_state_dict(saved) == []
+    assert state.scaler.get_scale() == 8
+    assert [group.get("fused") for group in state.optimizer.param_groups] == kernels
+
+
+def test_another_number_of_processes_is_a_warning(begun):
+    state, _ = begun
+    split = {"batch_size": 8, "processes": 2, "accumulate": 1}
+    (warning,) = state.load_state_dict(state.state_dict() | {"split": split})
+    assert warning.startswith("warning: the run had 2 processes, now it has 1: ")
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_in_a_line(begun):
+    state, _ = begun
+    saved = state.state_dict()
+    with pytest.raises(RunError, match=r"^the checkpoint has no so_far, split: it is damaged, or [^\n]*$"):
+        state.load_state_dict({key: value for key, value in saved.items() if key not in ("split", "so_far")})
+    weights = {name: tensor for name, tensor in saved["model"].items() if name != "norm.weight"}
+    for other in (weights, weights | {"norm.weight": torch.ones(3)}):
+        with pytest.raises(RunError, match=r"^the checkpoint does not fit the run: [^\n]*norm.weight[^\n]*$"):
+            state.load_state_dict(saved | {"model": other})
+
+
+def test_a_save_holds_the_bad_images_of_all_processes_and_what_lay_there_is_gone(begun, monkeypatch):
+    """A save of a divided model that was killed leaves a folder, perhaps with the parts of more processes."""
+    state, keeper = begun
+    state.bad_images = {"mine"}
+    monkeypatch.setattr(checkpointer, "gather_object", lambda found: [*found, {"of another"}])
+    keeper.run.new.mkdir(parents=True)
+    (keeper.run.new / "shard-7-of-8.pt").write_bytes(b"half")
+    keeper.save()
+    assert load_checkpoint(keeper.run.last)["bad_images"] == ["mine", "of another"]
+    assert not keeper.run.new.exists()
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_a_run_that_goes_on_behind_its_best_epoch_has_that(tmp_path, monkeypatch, done):
+    """Killed after any of the steps of a save: the last checkpoint is whole, and those of its epoch are there."""
+    run, steps = RunFolder(tmp_path, ""), []
+    also = [run.best, run.epoch(2)]
+    run.checkpoints.mkdir()
+
+    def write(update):
+        save_checkpoint({"update": update}, run.new)
+
+    write(1)
+    run.keep_new(*also)
+    write(2)
+
+    def counted(step, *paths):
+        if len(steps) == done:
+            raise KeyboardInterrupt
+        steps.append(paths)
+        step(*paths)
+
+    for step in (duplicate, replace):
+        monkeypatch.setattr(run_folder, step.__name__, partial(counted, step))
+    with suppress(KeyboardInterrupt):
+        run.keep_new(*also)
+    assert len(steps) == done
+    newest = run.load(lambda _: None)["update"]
+    assert all(load_checkpoint(path)["update"] >= newest for path in also)
+
+
+def test_a_run_that_another_process_has_begun_meanwhile_is_not_begun_again(tree, tmp_path):
+    folder = tmp_path / "my run"
+    one, other = RunFolder(folder, "tools/train.py"), RunFolder(folder, "tools/train.py")
+    about = plain(tree, folder)
+    for run in (one, other):
+        run.check(about, resume=False)
+    one.begin(about, resume=False)
+    one.lock.release()
+    with pytest.raises(RunError, match=r"run folder .* exists; go on with it: .*; or") as refused:
+        other.begin(plain(tree, folder, epochs=7), resume=False)
+    command = str(refused.value).split("; ")[1].removeprefix("go on with it: ")
+    assert shlex.split(command) == ["python", "tools/train.py", "--config", str(folder / "config.yaml"), "--resume"]
+    other.lock.release()
+    one.check(about, resume=True)
 
 
 def test_every_epoch_has_an_order_of_its_own(tree, tmp_path, monkeypatch):

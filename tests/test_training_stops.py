@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -225,6 +225,60 @@ def test_a_signal_waits_for_the_end_of_what_postpones_it():
     assert reached == ["not asked", "asked", "end", "not asked"]
 
 
+def test_the_first_signal_says_how_a_run_ended():
+    def go(interruption):
+        with interruption.postponed():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with Interruption() as interruption:
+        with pytest.raises(InterruptedRunError, match="stopped by SIGTERM") as stopped:
+            go(interruption)
+        os.kill(os.getpid(), signal.SIGINT)  # and no other cuts short what the first has begun
+    assert stopped.value.number == signal.SIGTERM
+
+
+def test_a_signal_to_a_process_that_has_just_been_forked_is_not_for_it():
+    """A scheduler sends it to all, and this one has a parent that sees to it."""
+    with Interruption() as interruption:
+        child = os.fork()
+        if child == 0:
+            with suppress(InterruptedRunError):
+                os.kill(os.getpid(), signal.SIGTERM)
+                os._exit(0 if interruption.asked is None else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert interruption.asked is None
+
+
+def test_signals_are_written_where_they_were_written_before():
+    """A descriptor that is closed may next be that of a checkpoint."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    former = signal.set_wakeup_fd(writer)
+    try:
+        with Interruption():
+            pass
+        assert signal.set_wakeup_fd(former) == writer
+    finally:
+        signal.set_wakeup_fd(former)
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_run_in_a_thread_leaves_signals_alone():
+    former, inside = signal.getsignal(signal.SIGTERM), []
+
+    def enter():
+        with Interruption():
+            inside.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert inside == [former]
+
+
 def test_a_lock_is_one_of_the_file_that_lies_there(tmp_path, monkeypatch):
     """Who had the folder may remove the file after another process has opened it, and before that locks it."""
     lockf = fcntl.lockf
@@ -259,6 +313,17 @@ def test_nohup_keeps_its_meaning():
         assert interruption.asked is None
     finally:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_a_run_in_the_background_of_a_script_can_be_stopped():
+    """For which a shell has it ignore SIGINT."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(InterruptedRunError, match="stopped by SIGINT"), Interruption():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def test_two_processes_do_not_train_in_one_folder(tree, whole, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Weights: all of a file arrive in the model, whatever wraps them, or one line says what does not fit."""
 
+import argparse
 import copy
 import json
+import logging
 import re
 import shutil
 import socket
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from huggingface_hub import constants
 from image_tree import write_image_tree
 from safetensors.torch import load_file, save_file
@@ -24,6 +27,7 @@ from vim.detection.config import DetectorConfig
 from vim.detection.detector import Detector
 from vim.detection.store import StoredDetector, save_detector
 from vim.training import ConfigError, RunError, train
+from vim.training import model as model_module
 from vim.training.config import DistillConfig, LoadedModelConfig, ModelConfig, ScheduleConfig, TrainConfig
 from vim.training.model import create_model, create_model_at, load_model, resolve_input, timm_name, weights_from
 from vim.training.weights import put
@@ -144,11 +148,13 @@ def test_what_does_not_fit_is_refused_by_name(model, saved):
 @pytest.mark.parametrize("name", ["vim_nano", "test_vit", "test_convnext", "test_efficientnet"])
 def test_a_file_of_another_architecture_is_refused(name, saved, caplog):
     path = saved(timm.create_model("test_resnet", num_classes=CLASSES).state_dict())
+    level = logging.getLogger("timm.models._builder").level
     with pytest.raises(
         ConfigError, match=rf"^{path} does not fit {name}: \d+ of \d+ tensors are missing [^\n]*left over"
     ):
         loaded(path, name=name, kwargs={})
     assert not caplog.records, "the line alone"
+    assert logging.getLogger("timm.models._builder").level == level, "which holds for this loading alone"
 
 
 @pytest.mark.parametrize(
@@ -254,6 +260,15 @@ def test_a_run_folder_brings_its_weights_unless_they_are_refused(model, folder):
     assert weights_from(create_model(ModelConfig("vim_nano", kwargs=KWARGS), 3)) is None
 
 
+def test_a_file_in_place_of_a_folders_weights_is_not_of_the_folders_size(model, saved, tmp_path):
+    """As many patches in another grid, which the table of a square one does not tell."""
+    tall = {**KWARGS, "img_size": (64, 16)}
+    save_for_hf(timm.create_model("vim_nano", **tall), tmp_path / "tall", model_args=tall, safe_serialization=True)
+    path = saved(model.state_dict())
+    made = create_model(ModelConfig(str(tmp_path / "tall"), checkpoint=path, kwargs={"img_size": 48}), CLASSES)
+    assert_same(made, loaded(path, kwargs=KWARGS | {"img_size": 48}))
+
+
 def test_tools_that_do_not_train_refuse_a_head_at_random(model, folder, saved):
     path = saved(model.state_dict())
     with pytest.raises(ConfigError, match=r"new: head 10 -> 1000\): .* at random; set kwargs.num_classes"):
@@ -287,8 +302,15 @@ def test_detectors_load_by_the_same_rule(tmp_path, folder):
     stored = load_detector(run, wrapped)
     assert_same(detector.eval(), stored.model)
     assert stored.weights == f"{wrapped} ({len(weights)} of {len(weights)} tensors)"
+    others = tmp_path / "last.pth"  # as timm's training writes them
+    last = {"state_dict": Detector(about, 2).state_dict(), "state_dict_ema": weights, "args": argparse.Namespace(lr=1)}
+    torch.save(last, others)
+    assert_same(detector, load_detector(run, str(others)).model)
     with pytest.raises(ConfigError, match=r"model.safetensors does not fit the model of .*tensors are missing[^\n]*$"):
         load_detector(run, f"{folder}/model.safetensors")
+    (tmp_path / "half.safetensors").write_bytes(Path(wrapped).read_bytes()[:5000])
+    with pytest.raises(ConfigError, match=r"^cannot load .*half.safetensors: it is damaged[^\n]*$"):
+        load_detector(run, str(tmp_path / "half.safetensors"))
     with pytest.raises(ConfigError, match=r"holds a detector, not a classifier"):
         load_model(LoadedModelConfig(str(run)))
     with pytest.raises(RunError, match=r"holds another model than a detector"):
@@ -342,6 +364,27 @@ def test_without_a_network_weights_of_the_hub_fail_at_once(name, monkeypatch, tm
     assert constants.HF_HUB_OFFLINE is False
 
 
+@pytest.mark.parametrize(("proxy", "offline"), [("http://proxy:3128", False), (None, True)])
+def test_a_hub_behind_a_proxy_is_not_out_of_reach(monkeypatch, proxy, offline):
+    """Where nothing but the proxy can be reached, the client asks that."""
+
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    seen, create = [], timm.create_model
+
+    def noted(name, pretrained, **kwargs):
+        seen.append(constants.HF_HUB_OFFLINE)
+        return create(name, **kwargs)
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(model_module, "getproxies", lambda: {"https": proxy} if proxy else {})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(timm, "create_model", noted)
+    create_model(ModelConfig("vim_nano", pretrained=True, kwargs={"depth": 1}), CLASSES)
+    assert seen == [offline]
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_says_where_its_weights_are_from_and_a_resumed_one_reads_none(folder, model, saved, tmp_path, capsys):
     write_image_tree(tmp_path / "images", {"train": 8, "val": 4}, classes=2)
@@ -367,7 +410,9 @@ def test_a_run_says_where_its_weights_are_from_and_a_resumed_one_reads_none(fold
     train(again)
     assert f"initial weights: {first} (" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "file" / "checkpoints")  # as if it had been killed before its first save
+    again.max_skipped += 1  # which a resume may change
     train(again, resume=True)
+    assert yaml.safe_load((tmp_path / "file" / "config.yaml").read_text())["max_skipped"] == again.max_skipped
     assert f"initial weights: {first} (" in capsys.readouterr().out
     (tmp_path / "first.pth").unlink()
     train(again, resume=True)

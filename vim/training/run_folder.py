@@ -52,7 +52,7 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        return f"python {self.tool} --config {self.config} --resume"
+        return shlex.join(["python", self.tool, "--config", str(self.config), "--resume"])
 
     def check(self, config: RunConfig, resume: bool) -> None:
         """Raise RunError if the folder holds a run and should not, or the other way round, or another run's."""
