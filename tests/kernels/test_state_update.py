@@ -145,7 +145,10 @@ def test_a_block_step_says_what_is_wrong():
     )
     weights = MambaBlockWeights(*(torch.zeros(shape) for shape in shapes))
     x, conv_state, ssm_state = torch.zeros(2, 4), torch.zeros(2, 3, 6), torch.zeros(2, 6, 3)
-    assert mamba_block_step(x, conv_state, ssm_state, weights).shape == (2, 4)
+    learned = weights._replace(dt_bias=torch.zeros(d_inner, requires_grad=True))
+    y = mamba_block_step(x, conv_state, ssm_state, learned)
+    assert y.shape == (2, 4)
+    assert not any(t.requires_grad for t in (y, conv_state, ssm_state))
     assert mamba_block_step(x[:0], conv_state[:0], ssm_state[:0], weights).shape == (0, 4)
     with pytest.raises(
         ValueError, match=r"conv_state must be \(batch, taps - 1, d_inner\) = \(2, 3, 6\), got \(2, 4, 6\)"
