@@ -447,9 +447,9 @@ def scan_and_gradients(**shape) -> list[torch.Tensor]:
 
 def convolution_and_gradients(packed: bool) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = (3, 700, 200), (200, 4), (200,), (3, 3, 200)
+    shapes = (3, 3000, 200), (200, 4), (200,), (3, 3, 200)
     x, weight, bias, state = leaves = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
-    cuts = torch.rand(3, 700, generator=generator) < 0.2
+    cuts = torch.rand(3, 3000, generator=generator) < 0.2
     options = {"seq_idx": cuts.cumsum(1) if packed else None, "activation": "silu", "backend": "cpu"}
     y = causal_conv1d(x, weight, bias, initial_state=state, **options)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
