@@ -1,5 +1,7 @@
 """Backend `cpu` as a program: how it is compiled, cached and loaded, and how it runs on threads."""
 
+import errno
+import hashlib
 import os
 import re
 import shutil
@@ -12,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from scan_inputs import pair_inputs
+from scan_inputs import pair_inputs, scan_inputs
 
-from vim_kernels import available_backends, bidirectional_selective_scan, cpu
+from vim_kernels import available_backends, bidirectional_selective_scan, causal_conv1d, cpu, selective_scan
 
 CC = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 pytestmark = pytest.mark.skipif(CC is None, reason="needs a C compiler")
@@ -45,6 +47,14 @@ def fake_compiler(tmp_path, monkeypatch):
         monkeypatch.setenv("CC", str(path))
 
     return install
+
+
+# A library of nothing, in no time, from a compiler whose macros are those of $MACHINE.
+STUB = """
+    case "$*" in *-dM*) echo "#define $MACHINE"; exit;; esac
+    while [ $# -gt 1 ]; do [ "$1" = -o ] && out="$2"; shift; done
+    echo "int here;" | real -shared -fPIC -x c - -o "$out"
+"""
 
 
 def load_anew() -> str | None:
@@ -78,6 +88,27 @@ def test_each_compiler_and_precision_has_a_library_of_its_own(cache, monkeypatch
     monkeypatch.setenv("CC", f"{os.environ['CC']} -DSOMETHING_ELSE")
     assert load_anew() is None
     assert len(list(cache.iterdir())) == 3
+
+
+def test_each_machine_and_each_source_has_a_library_of_its_own(cache, fake_compiler, tmp_path, monkeypatch):
+    """Machines share a home whose compiler has one name; a new version of the package meets the cache of the last."""
+    fake_compiler(STUB)
+    sources = shutil.copytree(cpu._SOURCES, tmp_path / "sources")
+    monkeypatch.setattr(cpu, "_SOURCES", sources)
+
+    def names() -> set[str]:
+        assert load_anew() is None
+        return {path.name for path in cache.iterdir()}
+
+    monkeypatch.setenv("MACHINE", "old")
+    before = names()
+    assert names() == before
+    monkeypatch.setenv("MACHINE", "new")
+    assert len(names() - before) == 1
+    for path in sources.iterdir():
+        before = names()
+        path.write_bytes(path.read_bytes() + b"// changed\n")
+        assert len(names() - before) == 1, path.name
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -144,6 +175,30 @@ def test_what_others_can_write_is_not_loaded(cache, monkeypatch, caplog, fault, 
         assert "set VIM_KERNELS_CACHE to a folder of your own" in caplog.text
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files of root")
+def test_what_root_made_is_loaded(cache, fake_compiler, monkeypatch, caplog):
+    """As an administrator may, for all users."""
+    fake_compiler(STUB)
+    assert load_anew() is None
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with caplog.at_level("INFO", "vim_kernels"):
+        assert load_anew() is None
+    assert not caplog.text
+
+
+def test_a_whole_library_that_does_not_load_stays(cache, fake_compiler):
+    """It is of a machine with another C library, that shares the cache."""
+    fake_compiler(STUB)
+    assert load_anew() is None
+    (built,) = cache.iterdir()
+    other = b"of another system"
+    foreign = cache / f"{built.name.rpartition('-')[0]}-{hashlib.sha256(other).hexdigest()[:32]}.so"
+    foreign.write_bytes(other)
+    built.unlink()
+    assert load_anew() is None
+    assert set(cache.iterdir()) == {built, foreign}
+
+
 def test_an_open_umask(cache, caplog):
     """What this user makes is loaded again, whatever others may do to its other new files."""
     before = os.umask(0)
@@ -171,6 +226,23 @@ def test_what_a_killed_compiler_leaves_is_removed(cache, fake_compiler):
     assert [path.suffix for path in cache.iterdir()] == [".so"]
 
 
+def test_a_disk_without_locks(cache, fake_compiler, monkeypatch, caplog):
+    """The cache works, and what may be another process's compilation stays."""
+    fake_compiler(STUB)
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    other = cache / "build-of-another"
+    cache.mkdir(mode=0o700)
+    other.mkdir()
+    assert load_anew() is None
+    assert not caplog.text
+    assert other.is_dir()
+    assert [path.suffix for path in cache.iterdir() if path != other] == [".so"]
+
+
 def test_a_full_disk(cache, fake_compiler, caplog):
     fake_compiler("""
         case "$*" in *"$VIM_KERNELS_CACHE"/*) echo "ld: No space left on device" >&2; exit 1;; esac
@@ -195,14 +267,21 @@ def test_a_relative_cache_stays_where_the_process_began(cache, tmp_path):
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_the_user_cache(cache, tmp_path, monkeypatch):
+def test_the_user_cache(cache, fake_compiler, tmp_path, monkeypatch):
     """~ stands for the home directory; a relative XDG_CACHE_HOME is none, says its standard."""
+    fake_compiler(STUB)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("VIM_KERNELS_CACHE", "~/own")
     assert load_anew() is None
     assert len(list((tmp_path / "own").iterdir())) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert load_anew() is None
+    assert not (tmp_path / "xdg").exists()
     monkeypatch.delenv("VIM_KERNELS_CACHE")
+    assert load_anew() is None
+    assert [path.suffix for path in (tmp_path / "xdg" / "vim_kernels").iterdir()] == [".so"]
+    assert len(list((tmp_path / "own").iterdir())) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert load_anew() is None
     (folder,) = (
@@ -231,6 +310,19 @@ def test_a_compiler_without_march_native(cache, fake_compiler):
         case "$*" in *-march=native*) echo "unknown option" >&2; exit 1;; esac
         real "$@"
     """)
+    assert load_anew() is None
+
+
+def test_a_compiler_that_fails_gives_way_to_the_next(cache, tmp_path, monkeypatch):
+    """Where none is named. No other takes the place of one that CC names."""
+    (tmp_path / "bin").mkdir()
+    for name, script in (("cc", "exit 1"), ("gcc", f'exec "{os.environ["CC"]}" "$@"')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CC", "cc")
+    assert "the C compiler fails: cc " in load_anew()
+    monkeypatch.delenv("CC")
     assert load_anew() is None
 
 
@@ -307,6 +399,45 @@ def test_no_compiler_by_that_name(cache, monkeypatch):
     assert "no-such-compiler is not on PATH" in load_anew()
 
 
+def test_no_memory_for_scratch(cache, fake_compiler, tmp_path):
+    """Nothing has been computed then."""
+    (tmp_path / "none.c").write_text("#include <stddef.h>\nvoid *none(size_t a, size_t n) { return NULL; }\n")
+    fake_compiler(f"""
+        case "$*" in *-dM*) real "$@"; exit;; esac
+        real -Daligned_alloc=none "$@" "{tmp_path}/none.c"
+    """)
+    cpu.library.cache_clear()
+    x, weight, A = torch.ones(1, 3, 2), torch.ones(2, 4), -torch.ones(2, 1)
+    with pytest.raises(MemoryError, match="no memory for the scratch space of scan_forward"):
+        selective_scan(x, x, A, x[..., :1], x[..., :1], backend="cpu")
+    with pytest.raises(MemoryError, match="no memory for the scratch space of conv_forward"):
+        causal_conv1d(x, weight, backend="cpu")
+    conv_backward = torch.ops.vim_kernels.causal_conv1d_backward
+    with pytest.raises(MemoryError, match="no memory for the scratch space of conv_backward"):
+        conv_backward([x], x, [weight], [], None, None, True, [False], "cpu")
+
+
+@pytest.mark.parametrize(("wider", "flag"), [("__AVX512F__", "-mno-avx512f"), ("__AVX__", "-mno-avx")])
+def test_narrower_registers(cache, monkeypatch, wider, flag):
+    """Code for machines that this one is not: also of decays beyond what fp32 holds, and of what is no number."""
+    if f"#define {wider} ".encode() not in cpu._compiler([])[1]:
+        pytest.skip("this machine has none that are wider")
+    monkeypatch.setenv("CC", f"{os.environ['CC']} {flag}")
+    cpu.library.cache_clear()
+    inputs = {name: t.detach() for name, t in scan_inputs(length=35, d_inner=37, d_state=17).items()}
+    inputs["dt"][:, ::5] = 100
+    inputs["dt"][:, 1::5] = -100
+    inputs["u"][0, 20, 3] = inputs["dt"][1, 20, 4] = torch.nan
+    inputs = {name: t.float() for name, t in inputs.items()}
+    want = selective_scan(**{name: t.double() for name, t in inputs.items()}, backend="reference").float()
+    found = selective_scan(**inputs, backend="cpu")
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5 * want[want.isfinite()].abs().max(), equal_nan=True)
+    one = torch.ones(1, 2, 1)
+    steps, growth = torch.tensor([0.5, 2.0]).view(1, 2, 1), torch.full((1, 1), 100.0)
+    grown = selective_scan(one, steps, growth, one, one, dt_softplus=False, backend="cpu")
+    assert grown.flatten().tolist() == [0.5, torch.inf]
+
+
 def scan_and_gradients(**shape) -> list[torch.Tensor]:
     inputs = pair_inputs(**shape, dtype=torch.float32)
     leaves = [t for value in inputs.values() for t in (value if isinstance(value, tuple) else (value,))]
@@ -314,17 +445,34 @@ def scan_and_gradients(**shape) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
 
+def convolution_and_gradients(packed: bool) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, 3000, 200), (200, 4), (200,), (3, 3, 200)
+    x, weight, bias, state = leaves = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+    cuts = torch.rand(3, 3000, generator=generator) < 0.2
+    options = {"seq_idx": cuts.cumsum(1) if packed else None, "activation": "silu", "backend": "cpu"}
+    y = causal_conv1d(x, weight, bias, initial_state=state, **options)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+
 @pytest.mark.skipif("cpu" not in available_backends(), reason="needs the cpu backend")
 @pytest.mark.parametrize(
-    "shape", [{"batch": 9}, {"batch": 1, "d_inner": 600}, {"batch": 2, "d_inner": 400, "groups": 2}]
+    ("function", "options"),
+    [
+        (scan_and_gradients, {"length": 300, "batch": 9}),
+        (scan_and_gradients, {"length": 300, "batch": 1, "d_inner": 600}),
+        (scan_and_gradients, {"length": 300, "batch": 2, "d_inner": 400, "groups": 2}),
+        (convolution_and_gradients, {"packed": False}),
+        (convolution_and_gradients, {"packed": True}),
+    ],
 )
-def test_any_number_of_threads_gives_the_same_bits(shape):
+def test_any_number_of_threads_gives_the_same_bits(function, options):
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            results.append(scan_and_gradients(length=300, **shape))
+            results.append(function(**options))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:

@@ -125,12 +125,13 @@ def test_convolution(reverse, seq_idx):
     for f, e in zip(found, causal_conv1d(**inputs, **options, backend="reference"), strict=True):
         assert_close(f, e)
     pair = {"x": inputs["x"], "weight": (inputs["weight"], -inputs["weight"])} | packed
-    for f, e in zip(
-        exported(bidirectional_causal_conv1d, pair, loop=False),
-        bidirectional_causal_conv1d(**pair, backend="reference"),
-        strict=True,
-    ):
-        assert_close(f, e)
+    for given in (pair, pair | {"bias": (inputs["bias"], 2 * inputs["bias"])}):
+        for f, e in zip(
+            exported(bidirectional_causal_conv1d, given, loop=False),
+            bidirectional_causal_conv1d(**given, backend="reference"),
+            strict=True,
+        ):
+            assert_close(f, e)
 
 
 def test_a_scan_exported_for_training_is_refused():

@@ -54,6 +54,7 @@ def test_one_tensor_in_fp64_widens_all(wide, groups, relative_error):
         ({"x": torch.tensor(1.0)}, "x must have a dimension"),
         ({"weight": torch.ones(1)}, r"weight must be \(channels,\) = \(8,\), got \(1,\)"),
         ({"gate": torch.ones(8)}, r"gate must be the shape of x = \(2, 3, 8\), got \(8,\)"),
+        ({"weight": torch.ones(8, device="meta")}, "weight must be on the device of x, cpu, got meta"),
         ({"groups": 3}, "groups must divide the 8 channels of x, got 3"),
         ({"groups": 0}, "groups must divide the 8 channels of x, got 0"),
     ],

@@ -81,6 +81,20 @@ def test_steps_without_softplus(backend, relative_error):
         assert relative_error(t, want[name]) < 1e-12, name
 
 
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 5e-6), (torch.float64, 1e-13)])
+def test_softplus_keeps_its_relative_precision(backend, dtype, limit):
+    """From steps far below 1 to where an exponential overflows. One step of ones is y = softplus(dt)."""
+    dt = torch.cat([torch.linspace(-40, 40, 101), torch.tensor([1e3, -1e3])]).to(dtype)[None, None].requires_grad_()
+    one = torch.ones(1, 1, 1, dtype=dtype)
+    y = selective_scan(torch.ones_like(dt), dt, -torch.ones(103, 1, dtype=dtype), one, one, backend=backend)
+    exact = dt.detach().double()
+    torch.testing.assert_close(y.double(), F.softplus(exact), rtol=limit, atol=1e-37)
+    (slope,) = torch.autograd.grad(y.sum(), dt)
+    # Of the identity above 20 it is 1, and exp(-20) is 2e-9.
+    torch.testing.assert_close(slope.double(), exact.sigmoid(), rtol=max(limit, 2.1e-9), atol=1e-37)
+
+
 PAIRS = [
     ({}, {}),
     ({"absent": ("z",)}, {"scale": 1.5}),

@@ -59,7 +59,11 @@ def test_keeps_the_state_in_its_precision(kept):
         ({"u": torch.zeros(2, 1, 24)}, r"u must be \(batch, d_inner\), got \(2, 1, 24\)"),
         ({"B": torch.zeros(2, 15)}, r"B must be \(batch\[, groups\], d_state\) = \(2, 16\), got \(2, 15\)"),
         ({"C": torch.zeros(2, 7, 16)}, "C must have groups that divide d_inner = 24 evenly"),
-        ({"D": torch.zeros(1)}, "D must be"),
+        ({"dt": torch.zeros(2, 1)}, r"dt must be the shape of u, .* = \(2, 24\), got \(2, 1\)"),
+        ({"z": torch.zeros(2, 1)}, r"z must be the shape of u, .* = \(2, 24\), got \(2, 1\)"),
+        ({"A": torch.zeros(1, 16)}, r"A must be \(d_inner, d_state\) with d_inner = 24, got \(1, 16\)"),
+        ({"D": torch.zeros(1)}, r"D must be \(d_inner,\) = \(24,\), got \(1,\)"),
+        ({"dt_bias": torch.zeros(1)}, r"dt_bias must be \(d_inner,\) = \(24,\), got \(1,\)"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -141,13 +145,23 @@ def test_a_block_step_says_what_is_wrong():
     )
     weights = MambaBlockWeights(*(torch.zeros(shape) for shape in shapes))
     x, conv_state, ssm_state = torch.zeros(2, 4), torch.zeros(2, 3, 6), torch.zeros(2, 6, 3)
-    assert mamba_block_step(x, conv_state, ssm_state, weights).shape == (2, 4)
+    learned = weights._replace(dt_bias=torch.zeros(d_inner, requires_grad=True))
+    y = mamba_block_step(x, conv_state, ssm_state, learned)
+    assert y.shape == (2, 4)
+    assert not any(t.requires_grad for t in (y, conv_state, ssm_state))
     assert mamba_block_step(x[:0], conv_state[:0], ssm_state[:0], weights).shape == (0, 4)
     with pytest.raises(
         ValueError, match=r"conv_state must be \(batch, taps - 1, d_inner\) = \(2, 3, 6\), got \(2, 4, 6\)"
     ):
         mamba_block_step(x, torch.zeros(2, 4, 6), ssm_state, weights)
+    with pytest.raises(
+        ValueError, match=r"ssm_state must be \(batch, d_inner, d_state\) = \(2, 6, 3\), got \(1, 6, 3\)"
+    ):
+        mamba_block_step(x, conv_state, ssm_state[:1], weights)
     with pytest.raises(ValueError, match=r"weights.x_proj must be of the block's sizes = \(8, 6\), got \(7, 6\)"):
         mamba_block_step(x, conv_state, ssm_state, weights._replace(x_proj=torch.zeros(7, 6)))
+    for name in ("norm", "conv_bias", "dt_bias", "D"):  # one number would do for all channels
+        with pytest.raises(ValueError, match=rf"weights.{name} must be of the block's sizes = .*, got \(1,\)"):
+            mamba_block_step(x, conv_state, ssm_state, weights._replace(**{name: torch.zeros(1)}))
     with pytest.raises(ValueError, match=r"x must be \(batch, d_model\), got \(4,\)"):
         mamba_block_step(x[0], conv_state, ssm_state, weights)
