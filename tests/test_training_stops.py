@@ -20,6 +20,7 @@ from whole_runs import config, interrupt, one_thread  # noqa: F401  (the fixture
 
 from vim.data import DataConfig, TrainImages
 from vim.training import InterruptedRunError, RunError, train
+from vim.training import interruption as interruption_module
 from vim.training.checkpoint import load_checkpoint
 from vim.training.classification import Classification
 from vim.training.cli import end_children
@@ -225,7 +226,9 @@ def test_a_signal_waits_for_the_end_of_what_postpones_it():
     assert reached == ["not asked", "asked", "end", "not asked"]
 
 
-def test_the_first_signal_says_how_a_run_ended():
+def test_the_first_signal_says_how_a_run_ended(monkeypatch):
+    monkeypatch.setattr(interruption_module, "SECONDS_OF_AN_ECHO", 1000.0)  # however long this process has to wait
+
     def go(interruption):
         with interruption.postponed():
             os.kill(os.getpid(), signal.SIGTERM)
