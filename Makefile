@@ -53,14 +53,11 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini tests
 
-# A file is one process's, for what its tests share; conftest.py says which files begin.
-PYTEST = -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-
 test: lint types
-	$(BIN)/python $(PYTEST)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-min: $(INSTALLED_MIN)
-	$(VENV_MIN)/bin/python $(PYTEST)
+	$(VENV_MIN)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Nearly all its time is compilation, on the CPU.
 test-gpu: $(INSTALLED)

@@ -18,19 +18,8 @@ from vim_kernels import available_backends
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
-# Files of a minute and more. They go first, so that at the end no process works alone on one of them.
-LONG = (
-    "test_triton_interpreted.py",
-    "test_training_distributed.py",
-    "test_training_run.py",
-    "test_features.py",
-    "test_training_stops.py",
-    "test_export.py",
-)
-
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
