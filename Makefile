@@ -19,7 +19,7 @@ help:
 	@echo "make test            lint, type-check and test"
 	@echo "make test-min        test with the lowest versions of all dependencies, in $(VENV_MIN) (several GB)"
 	@echo "make test-gpu        the tests that need a CUDA device, in $(GPU_WORKERS) processes (4 minutes on 16 cores)"
-	@echo "make mutants         small wrong versions of the code, each of which a test must fail (a quarter of an hour on two cores)"
+	@echo "make mutants         small wrong versions of the code, each of which a test must fail (about half an hour)"
 	@echo "make sanitize        random calls of the C kernels under gcc's address and undefined-behaviour sanitizers"
 	@echo "make test-timm       timm's own model tests on vim_nano (fetches timm's source distribution)"
 	@echo "make test-timm-tiny  the same on vim_tiny, without the quadratic prune test"

@@ -303,7 +303,7 @@ def test_a_probe_is_saved_once_a_minute(monkeypatch, tmp_path):
     def linear_probe(*args, after_update, **options):
         for update in range(1, 11):
             now[0] += 25
-            after_update(lambda: {"update": update})  # noqa: B023
+            after_update(lambda update=update: {"update": update})
         return {}
 
     monkeypatch.setattr(unfinished, "time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -20,7 +20,6 @@ from whole_runs import config, interrupt, one_thread  # noqa: F401  (the fixture
 
 from vim.data import DataConfig, TrainImages
 from vim.training import InterruptedRunError, RunError, train
-from vim.training import interruption as interruption_module
 from vim.training.checkpoint import load_checkpoint
 from vim.training.classification import Classification
 from vim.training.cli import end_children
@@ -227,7 +226,7 @@ def test_a_signal_waits_for_the_end_of_what_postpones_it():
 
 
 def test_the_first_signal_says_how_a_run_ended(monkeypatch):
-    monkeypatch.setattr(interruption_module, "SECONDS_OF_AN_ECHO", 1000.0)  # however long this process has to wait
+    monkeypatch.setattr("vim.training.interruption.SECONDS_OF_AN_ECHO", 1000.0)  # however long this process has to wait
 
     def go(interruption):
         with interruption.postponed():

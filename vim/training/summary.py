@@ -54,9 +54,8 @@ def peak_memory_mib(device: torch.device) -> float | None:
         return torch.cuda.max_memory_allocated(device) / 2**20
     if sys.platform == "win32":
         return None
-    status = Path(
-        "/proc/self/status"
-    )  # Linux; getrusage's peak there is also that of the program that started this one
+    # Linux, where getrusage also counts the program that started this one.
+    status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(found[1]) / 2**10
     import resource  # not on Windows
