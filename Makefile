@@ -1,13 +1,16 @@
-# The two commands: `make quickstart` and `make test`. Both make .venv and install the project into it first.
+# The two commands: `make quickstart` and `make test`. Both create .venv and install the project into it first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Index to install torch from, in place of PyPI: on Linux PyPI's wheels bring CUDA, several GB.
+# CPU only: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 # The lowest versions that pyproject.toml allows, of all but the development tools.
 VENV_MIN ?= .venv-min
 GPU_WORKERS ?= 14
 INSTALLED_MIN := $(VENV_MIN)/.installed
-RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+RUN ?= runs/quickstart
 
 # Threads that spin while they wait starve each other where something else runs on the same few cores.
 export OMP_WAIT_POLICY ?= passive
@@ -28,7 +31,8 @@ help:
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[quickstart,features,detection,export,demo,lm,dev]'
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch torchvision --index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --editable '.[quickstart,features,detection,export,demo,lm,docs,dev]'
 	@touch $@
 
 $(INSTALLED_MIN): pyproject.toml
@@ -43,7 +47,7 @@ install: $(INSTALLED)
 
 quickstart: $(INSTALLED)
 	$(BIN)/python tools/prepare_mnist.py data/mnist5k
-	$(BIN)/python tools/train.py --config configs/quickstart.yaml --run_dir $(RUN)
+	$(BIN)/python tools/train.py --config configs/quickstart.yaml --run_dir $(RUN) $(if $(wildcard $(RUN)/config.yaml),--resume)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,4 +6,4 @@
 
 from . import models  # noqa: F401  (registers with timm)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
