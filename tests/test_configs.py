@@ -6,9 +6,10 @@ import pytest
 import timm
 
 import vim  # noqa: F401  (registers the models)
+from vim.console import ConfigParser
 from vim.detection import DetectionTrainConfig
-from vim.training import ConfigParser, TrainConfig
-from vim.training.config import CompareConfig
+from vim.experiments.comparison import CompareConfig
+from vim.training import TrainConfig
 
 FOLDER = Path(__file__).parent.parent / "configs"
 COMPARISONS = sorted(FOLDER.glob("compare_*.yaml"))

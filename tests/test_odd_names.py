@@ -17,12 +17,14 @@ from rich.console import Console
 from test_house import imports, package_files
 from whole_runs import config, one_thread  # noqa: F401  (the fixture)
 
+from vim.console.progress import Progress
 from vim.data import DataConfig
 from vim.data.names import plain_name
+from vim.publish.config import PushConfig
+from vim.publish.model_card import FinishedRun, model_card, read_run
 from vim.training import train
-from vim.training.config import EmaConfig, PushConfig, ScheduleConfig
-from vim.training.model_card import FinishedRun, model_card, read_run
-from vim.training.progress import Progress
+from vim.training.averaging import EmaConfig
+from vim.training.optim import ScheduleConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
@@ -90,7 +92,7 @@ def test_pages_of_odd_runs(tmp_path):
 def test_plots_show_names_as_they_are(tmp_path):
     """The texts that matplotlib draws, after it has read them: those of the names, and nothing left out."""
     figure_module = pytest.importorskip("matplotlib.figure")
-    from vim.training.plots import plain_text, save_figure
+    from vim.figures import plain_text, save_figure
 
     figure = figure_module.Figure()
     axes = figure.subplots()
@@ -110,7 +112,7 @@ def test_plots_take_a_font_that_has_the_characters():
     pytest.importorskip("matplotlib")
     from matplotlib.font_manager import findfont, get_font
 
-    from vim.training.plots import _fonts_for
+    from vim.figures import _fonts_for
 
     assert _fonts_for(set("abc_1…")) == []
     (name,) = _fonts_for({"a", "ⓐ"})  # DejaVu Sans, matplotlib's own, has no letters in circles; its STIX has
@@ -162,7 +164,7 @@ def test_only_plain_consoles_write():
     files = [*package_files("vim"), *(ROOT / "tools").glob("*.py")]
     writers = {f.name for f in files if imports(f, f.stem) & {"rich", "rich.console"}}
     assert writers == {"progress.py"}
-    from vim.training.progress import plain_console
+    from vim.console.progress import plain_console
 
     console = plain_console(file=io.StringIO())
     assert isinstance(console, Console)
@@ -171,7 +173,7 @@ def test_only_plain_consoles_write():
 
 
 def test_visible():
-    from vim.training.progress import visible
+    from vim.console.escapes import visible
 
     assert visible("a b\t中 é_🐕") == r"a b\t中 é_🐕"
     for text in [*map(chr, range(32)), "\x7f", "\x9b", "\udcff", "\ud800", "\u202e", "\u2028", "\u200b", "\xa0"]:
@@ -193,7 +195,8 @@ def test_a_terminal_that_lacks_the_characters(encoding):
 
 def test_benchmarks_and_comparisons_with_odd_names(tmp_path):
     pytest.importorskip("matplotlib")
-    from vim.training.plots import plot_comparison, plot_confusion
+    from vim.experiments.plots import plot_comparison
+    from vim.training.plots import plot_confusion
 
     result = {"choosing": {"0.001": 5.0, "0.01": 7.0}, "test": [1.0, 2.0], "mean": 1.5}
     with warnings.catch_warnings():

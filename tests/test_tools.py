@@ -13,7 +13,7 @@ import pytest
 import yaml
 from image_tree import write_image_tree
 
-from vim.training.kill_test import Killed
+from vim.experiments.kill_test import Killed
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {
@@ -101,7 +101,9 @@ def test_compare_shows_every_seed_and_rates_at_the_end_of_the_grid(call, monkeyp
     result = {"parameters": 1234567, "test": [10.0, 14.0], "mean": 12.0, "deviation": 8**0.5}
     found = {name: result | {"lr": lr} for name, lr in (("low", 0.1), ("middle", 0.2), ("high", 0.4))}
     given = []
-    monkeypatch.setattr("vim.training.comparison.compare", lambda config: given.append(config) or {"contenders": found})
+    monkeypatch.setattr(
+        "vim.experiments.comparison.compare", lambda config: given.append(config) or {"contenders": found}
+    )
     monkeypatch.setenv("COLUMNS", "160")
     call("compare", "--contenders", '{"low": {}}', "--lrs", "[0.2, 0.1, 0.4]", "--seeds", "[1, 2]")
     ends = {"low": "0.1 (end of the grid)", "middle": "0.2", "high": "0.4 (end of the grid)"}
@@ -117,7 +119,7 @@ def test_benchmark_loader_tries_each_number_of_workers(call, monkeypatch, capsys
         given.append((config.data.root, workers, seconds))
         return 90.0 * (workers + 1)
 
-    monkeypatch.setattr("vim.training.loader_speed.loader_speed", speed)
+    monkeypatch.setattr("vim.experiments.loader_speed.loader_speed", speed)
     call("benchmark_loader", "--data.root", "there", "--workers", 0, 2, "--seconds", 3)
     assert given == [("there", 0, 3), ("there", 2, 3)]
     assert cells(capsys.readouterr().out) == [["0", "90", "90"], ["2", "270", "135"]]
@@ -136,7 +138,7 @@ def test_kill_and_resume_counts_runs_and_fails_for_one_that_differs(call, monkey
             given.extend(args)
             return [Killed(["steps", "start"], 1.5, []), Killed(["steps"], 2.5, differences)]
 
-    monkeypatch.setattr("vim.training.kill_test.KillTest", Test)
+    monkeypatch.setattr("vim.experiments.kill_test.KillTest", Test)
     options = ["--signal", name, "--runs", 2, "--jobs", 3, "--kills", 4, "--seed", 5]
     with pytest.raises(SystemExit) as exit_:
         call("kill_and_resume", "runs/killed", *options, "--", "tools/train.py", "--config", "x.yaml")
@@ -198,7 +200,7 @@ def test_a_tool_hands_its_arguments_on(call, monkeypatch, capsys, tool, function
     ("output", "said"), [([], "pushed to there"), (["--output", "x"], "written to there, nothing was pushed")]
 )
 def test_push_to_hub_says_whether_it_did(call, monkeypatch, capsys, output, said):
-    monkeypatch.setattr("vim.training.push_to_hub", lambda config: "there")
+    monkeypatch.setattr("vim.publish.push_to_hub", lambda config: "there")
     call("push_to_hub", "--run_dir", "run", "--repo", "ann/digits", "--license", "mit", *output)
     assert capsys.readouterr().out == f"{said}\n"
 

@@ -7,11 +7,13 @@ import signal
 import pytest
 import torch
 
+from vim.checkpoint import load_checkpoint
 from vim.data import AugmentConfig, DataConfig
+from vim.experiments.kill_test import TIME_FIELDS
+from vim.timm_models.config import ModelConfig
 from vim.training import TrainConfig
-from vim.training.checkpoint import load_checkpoint
-from vim.training.config import EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
-from vim.training.kill_test import TIME_FIELDS
+from vim.training.averaging import EmaConfig
+from vim.training.optim import OptimConfig, ScheduleConfig
 
 TINY = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 

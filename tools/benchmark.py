@@ -5,8 +5,10 @@ python tools/benchmark.py --config configs/benchmark_cpu.yaml --models '[vim_tin
 """
 
 import vim  # noqa: F401  (registers the vim_* models)
-from vim.training import BenchmarkConfig, ConfigParser, benchmark, benchmark_table, plain_errors
-from vim.training.progress import plain_console
+from vim.console import ConfigParser, plain_errors
+from vim.console.progress import plain_console
+from vim.experiments.benchmark import benchmark, benchmark_table
+from vim.experiments.benchmark_config import BenchmarkConfig
 
 
 def main() -> None:

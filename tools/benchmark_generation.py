@@ -16,12 +16,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from vim.console.environment import device_name, versions
+from vim.console.progress import plain_console
 from vim.files import write_json
 from vim.models.lm_checkpoint import official_name
 from vim.models.mamba_lm import MambaLM
-from vim.training.benchmark import DTYPES
-from vim.training.environment import device_name, versions
-from vim.training.progress import plain_console
+from vim.timm_models.precision import DTYPES
 
 PROMPT = 16
 Generate = Callable[[Tensor, int], Tensor]

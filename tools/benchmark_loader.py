@@ -6,9 +6,10 @@ python tools/benchmark_loader.py --config configs/vim_tiny_in1k.yaml --data.root
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
-from vim.training import ConfigParser, TrainConfig, plain_errors
-from vim.training.loader_speed import loader_speed
-from vim.training.progress import plain_console
+from vim.console import ConfigParser, plain_errors
+from vim.console.progress import plain_console
+from vim.experiments.loader_speed import loader_speed
+from vim.training import TrainConfig
 
 
 def main() -> None:

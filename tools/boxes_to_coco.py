@@ -6,8 +6,8 @@ python tools/boxes_to_coco.py boxes.csv photographs/ annotations.json
 import argparse
 import os
 
+from vim.console import plain_errors
 from vim.detection import boxes_to_coco
-from vim.training import plain_errors
 
 
 def main() -> None:

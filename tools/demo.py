@@ -8,8 +8,8 @@ import signal
 import sys
 
 import vim  # noqa: F401  (registers the vim_* models)
+from vim.console import ConfigParser, plain_errors
 from vim.demo import DemoConfig, serve
-from vim.training import ConfigParser, plain_errors
 
 
 def main() -> None:

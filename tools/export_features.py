@@ -9,9 +9,9 @@ Read them back: vim.features.load("runs/features_train").
 """
 
 import vim  # noqa: F401  (registers the vim_* models)
+from vim.console import ConfigParser, plain_errors
 from vim.data.names import plain_name
 from vim.features import FeaturesConfig, export_features
-from vim.training import ConfigParser, plain_errors
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ model.pt2 runs with torch alone: torch.export.load("model.pt2").module()(images)
 """
 
 import vim  # noqa: F401  (registers the vim_* models)
+from vim.console import ConfigParser, plain_errors
 from vim.export import ExportConfig, export_model
-from vim.training import ConfigParser, plain_errors
 
 
 def main() -> None:

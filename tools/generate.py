@@ -8,13 +8,12 @@ import time
 
 import torch
 
+from vim.console import ConfigParser, plain_errors
+from vim.console.errors import ConfigError
 from vim.models.lm_checkpoint import checkpoint_folder
 from vim.models.mamba_lm import MambaLM
-from vim.models.text import AUTHORS_TOKENIZER, load_tokenizer, stream_text
-from vim.training import ConfigParser, plain_errors
-from vim.training.benchmark import DTYPES
-from vim.training.config import GenerateConfig
-from vim.training.errors import ConfigError
+from vim.models.text import AUTHORS_TOKENIZER, GenerateConfig, load_tokenizer, stream_text
+from vim.timm_models.precision import DTYPES
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from vim.training import plain_errors
-from vim.training.interruption import NAMES
-from vim.training.kill_test import KillTest
+from vim.console import plain_errors
+from vim.console.interruption import NAMES
+from vim.experiments.kill_test import KillTest
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ One that was stopped goes on where it was when the same command is given again.
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
+from vim.console import ConfigParser, plain_errors
+from vim.console.progress import plain_console
 from vim.data.names import plain_name
 from vim.features import LinearProbeConfig, probe
-from vim.training import ConfigParser, plain_errors
-from vim.training.progress import plain_console
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ python tools/split_folder.py data/elpv --split all --parts train=0.6 val=0.2 tes
 import argparse
 import os
 
+from vim.console import plain_errors
 from vim.data.elpv import EDGE, write_elpv
-from vim.training import plain_errors
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ python tools/prepare_jpegs.py data/jpegs --classes 1000 --images 4096
 import argparse
 import os
 
+from vim.console import plain_errors
 from vim.data.synthetic import write_jpegs
-from vim.training import plain_errors
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ python tools/prepare_trees.py data/trees
 import argparse
 import os
 
+from vim.console import plain_errors
 from vim.detection import CocoData, write_trees
-from vim.training import plain_errors
 
 
 def main() -> None:

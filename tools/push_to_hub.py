@@ -6,7 +6,8 @@ python tools/push_to_hub.py --run_dir runs/quickstart --repo me/vim-digits --lic
 The first only writes the files to a folder. The second needs `hf auth login`, or HF_TOKEN.
 """
 
-from vim.training import ConfigParser, PushConfig, plain_errors, push_to_hub
+from vim.console import ConfigParser, plain_errors
+from vim.publish import PushConfig, push_to_hub
 
 
 def main() -> None:

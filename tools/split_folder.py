@@ -6,9 +6,9 @@ python tools/split_folder.py data/mnist5k --split train --parts fit=0.8 choose=0
 import argparse
 import os
 
+from vim.console import plain_errors
 from vim.data.names import plain_name
 from vim.data.splits import split_folder
-from vim.training import plain_errors
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ python tools/visualize.py --model vim_small --images photographs/ --blocks [5,11
 """
 
 import vim  # noqa: F401  (registers the vim_* models)
-from vim.training import ConfigParser, plain_errors
+from vim.console import ConfigParser, plain_errors
 from vim.visualize import VisualizeConfig, visualize
 
 

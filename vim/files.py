@@ -1,9 +1,11 @@
-"""Files that are whole or not there, and JSON that every reader takes."""
+"""Files and folders that are whole or not there, and JSON that every reader takes."""
 
 import errno
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +38,21 @@ def whole_file(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(root: Path) -> Iterator[Path]:
+    """A folder to write to; it becomes `root`, which must not exist, when all is written. A failure leaves nothing."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)  # a temporary folder is its owner's alone
+        unfinished.rename(root)
+        sync_folder(root.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
 def move_durably(source: Path, path: Path) -> None:
     """Rename a file that is written; when this returns, a loss of power loses neither its content nor its name."""
     with source.open("r+b") as file:
@@ -53,6 +70,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(source: str | Path, path: str | Path) -> None:
+    """Give a file, which nobody will change in place, another name."""
+    try:
+        os.link(source, path)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, path)
 
 
 def to_json(content: Any, indent: int | None = None) -> str:

@@ -20,10 +20,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torch.testing import assert_close
 
+from vim.console import ConfigError
 from vim.data import DataError, ImageFolder
 from vim.detection import CocoData, boxes_to_coco, coco_metrics
 from vim.detection.training import _record
-from vim.training import ConfigError
 from vim.training.data_record import names_within, record_data
 
 WIDTH, HEIGHT = 20, 12

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import sys
 
 import pytest
 import timm
@@ -18,25 +17,26 @@ from torchvision.transforms.functional import pil_to_tensor
 from whole_runs import one_thread  # noqa: F401  (the fixture)
 
 import vim  # noqa: F401  (registers the models)
+from vim.console.progress import Progress
 from vim.data import DataError, SampleKey
 from vim.detection import (
     Detection,
-    DetectionBenchmarkConfig,
     DetectionTrainConfig,
     DetectionValidateConfig,
     Detector,
     DetectorConfig,
-    benchmark,
-    build_detector_step,
     training,
     validate,
 )
+from vim.detection import validation as validation_module
 from vim.detection.config import DetectionDataConfig, DetectionEvalDataConfig, JitterConfig
 from vim.detection.store import StoredDetector, load_detector, save_detector
-from vim.training.config import BenchmarkConfig, Contender, RunConfig, Workload
-from vim.training.progress import Progress
+from vim.experiments import detection_benchmark as benchmark
+from vim.experiments.benchmark_config import BenchmarkConfig, Contender, Workload
+from vim.experiments.detection_benchmark import DetectionBenchmarkConfig, build_detector_step
+from vim.timm_models.accelerator import create_accelerator
+from vim.training.config import RunConfig
 from vim.training.run_folder import RunFolder
-from vim.training.trainer import create_accelerator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -336,7 +336,7 @@ def stored(boxes, tmp_path_factory):
 @pytest.fixture
 def validation(boxes, stored, tmp_path, monkeypatch):
     """validation(data changes, changes): results, predictions and the loader that gave the images."""
-    module = sys.modules["vim.detection.validate"]
+    module = validation_module
     loaders, eval_loader = [], module.eval_loader
     monkeypatch.setattr(module, "eval_loader", lambda *args: loaders.append(eval_loader(*args)) or loaders[-1])
 

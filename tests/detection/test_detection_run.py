@@ -16,12 +16,14 @@ from torch.testing import assert_close
 from whole_runs import interrupt, one_thread, timeless  # noqa: F401  (the fixture)
 
 import vim  # noqa: F401  (registers the models)
+from vim.checkpoint import load_checkpoint
+from vim.console import ConfigError, InterruptedRunError, RunError
 from vim.detection import METRICS, Detection, DetectionTrainConfig, DetectionValidateConfig, load_detector, validate
 from vim.detection.config import DetectionDataConfig, DetectionEvalDataConfig, DetectorConfig, JitterConfig
 from vim.detection.detector import Detector
-from vim.training import ConfigError, InterruptedRunError, RunError, train
-from vim.training.checkpoint import load_checkpoint
-from vim.training.config import EmaConfig, OptimConfig, ScheduleConfig
+from vim.training import train
+from vim.training.averaging import EmaConfig
+from vim.training.optim import OptimConfig, ScheduleConfig
 from vim.training.run_folder import RunFolder
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # on a CPU, equal means equal to the last bit

@@ -11,13 +11,13 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 
 import vim  # noqa: F401  (registers the models)
+from vim.console import ConfigError
 from vim.detection import Detector, DetectorConfig
 from vim.detection.cascade import CascadePredictor
 from vim.detection.pyramid import PyramidBackbone, SimpleFeaturePyramid
-from vim.training import ConfigError
-from vim.training.config import ModelConfig, OptimConfig
+from vim.timm_models.config import ModelConfig
 from vim.training.graphs import capture_training
-from vim.training.optim import create_optimizer
+from vim.training.optim import OptimConfig, create_optimizer
 
 TINY = {"class_token": "none", "global_pool": "avg", "depth": 3, "embed_dim": 16}
 SMALL = {"img_size": 64, "regions": 16}

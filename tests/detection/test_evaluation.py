@@ -14,11 +14,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import Subset
 
+from vim.console import RunError
+from vim.console.progress import Progress
 from vim.detection import CocoData, evaluation, plots, sheet
 from vim.detection.evaluation import METRICS, Evaluation, as_results, coco_metrics, evaluate
 from vim.detection.loaders import EvalImages, eval_loader
-from vim.training import RunError
-from vim.training.progress import Progress
 
 
 def random_case(seed, images=12, categories=(2, 5, 11), size=200):

@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from vim.console.errors import ConfigError
+from vim.console.escapes import visible
 from vim.data import DataError
-from vim.training.errors import ConfigError
-from vim.training.progress import visible
 
 from .config import DemoConfig
 from .predict import MAX_BYTES, Captioned, Predictor

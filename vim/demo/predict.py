@@ -10,14 +10,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vim.console.errors import ConfigError
+from vim.console.escapes import visible
 from vim.data import DataError, EvalDataConfig, ImageSource, eval_transform
 from vim.data.decode import decode_image
 from vim.features import Features, load
 from vim.features.extract import FeatureExtractor, weights_hash
 from vim.features.judge import nearest
-from vim.training.errors import ConfigError
-from vim.training.model import label_names, load_model, resolve_input, weights_from
-from vim.training.progress import visible
+from vim.timm_models.create import label_names, load_model, weights_from
+from vim.timm_models.input import resolve_input
 from vim.visualize import CLASS_MAP, as_pixels, block_maps, has_scans
 
 from .config import DemoConfig

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vim.console.output import make_output
 from vim.data import DataError
 from vim.data.decode import image_size
 from vim.files import write_json
-from vim.training.output import make_output
 
 from .coco import annotation, leads_out
 

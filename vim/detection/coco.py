@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vim.console.escapes import visible
 from vim.data import DataError
 from vim.data.decode import decode_image
 from vim.data.names import plain_name
-from vim.training.progress import visible
 
 LIMIT = 2**31  # of the edges and coordinates of images and boxes, in pixels
 FARTHEST = 16  # times the longer edge of its image; a decoder takes memory for every pixel along a polygon

@@ -1,11 +1,12 @@
 """The configurations of detection; every field is read, and explained in `--help`."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from vim.data.config import BadImages, check_loading
-from vim.training.config import BenchmarkConfig, ModelConfig, Precision, RunConfig, Workload
-from vim.training.errors import ConfigError
+from vim.timm_models.config import ModelConfig
+from vim.timm_models.precision import Precision
+from vim.training.config import RunConfig
 
 SIZE_STEP = 64  # pixels between the cells of the pyramid's top level
 
@@ -152,30 +153,3 @@ class DetectionValidateConfig:
     def __post_init__(self):
         if self.sheet < 0:
             raise ValueError(f"sheet must be 0 or more, got {self.sheet}")
-
-
-@dataclass
-class DetectionBenchmarkConfig(BenchmarkConfig):
-    """The benchmark: training steps of detectors on backbones beside each other."""
-
-    workloads: list[Workload] = field(default_factory=lambda: [Workload("train", 1024, 4)])
-    """What they do: list of mode (train), img_size (pixels), batch_size (images), models (null: all)."""
-    detector: Heads = "cascade_mask_rcnn"
-    """Heads of all."""
-    kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Arguments of backbones, by the model's name."""
-    classes: int = 80
-    """Classes of objects, without the background."""
-    boxes: int = 7
-    """Objects in an image, of random places and sizes; 7 is COCO's average."""
-    output: str = "runs/detection_benchmark"
-    """Folder for benchmark.json and benchmark.png; those of an earlier benchmark are overwritten."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        for workload in self.workloads:
-            if workload.mode != "train":
-                raise ConfigError("mode must be train: what untrained heads find, and so their inference, is by chance")
-        for name in ("classes", "boxes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -11,9 +11,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vim.console.errors import ConfigError, RunError
+from vim.console.progress import Progress
 from vim.data.loaders import batches_of
-from vim.training.errors import ConfigError, RunError
-from vim.training.progress import Progress
 
 from .coco import CocoData
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vim.training.plots import plain_text, save_figure
+from vim.figures import plain_text, save_figure
 
 from .coco import decode_mask
 

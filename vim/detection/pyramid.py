@@ -9,9 +9,9 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
-from vim.training.config import ModelConfig
-from vim.training.errors import ConfigError
-from vim.training.model import create_model_at, enable_grad_checkpointing
+from vim.console.errors import ConfigError
+from vim.timm_models.config import ModelConfig
+from vim.timm_models.create import create_model_at, enable_grad_checkpointing
 
 STRIDES = (4, 8, 16, 32)
 COLOURS = 3

@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vim.training.errors import RunError
-from vim.training.store import CONFIG, load_trained, read_about, save_trained
+from vim.console.errors import RunError
+from vim.timm_models.name import CONFIG
+from vim.training.store import load_trained, read_about, save_trained
 
 from .config import DetectionTrainConfig, DetectorConfig
 from .detector import Detector

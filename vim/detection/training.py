@@ -8,15 +8,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from vim.console.errors import ConfigError
+from vim.console.progress import Progress
 from vim.data import KeyedSampler
 from vim.files import write_json
+from vim.timm_models.create import weights_from
+from vim.timm_models.precision import AUTOCAST
 from vim.training.data_record import names_within, record_data
-from vim.training.errors import ConfigError
 from vim.training.graphs import capture_training, wants_cuda_graph
-from vim.training.model import weights_from
-from vim.training.progress import Progress
 from vim.training.run_folder import RunFolder
-from vim.training.trainer import AUTOCAST, Trainer
+from vim.training.trainer import Trainer
 
 from .coco import CocoData
 from .config import DetectionDataConfig, DetectionTrainConfig

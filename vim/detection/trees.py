@@ -15,8 +15,7 @@ from PIL import Image
 
 from vim.data import DataError
 from vim.data.decode import decode_image
-from vim.data.whole_folder import whole_folder
-from vim.files import write_json
+from vim.files import whole_folder, write_json
 
 from .coco import annotation
 

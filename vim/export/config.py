@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from vim.training.config import LoadedModelConfig
+from vim.timm_models.config import LoadedModelConfig
 
 from .programs import FORMATS
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from vim.console.environment import versions
+from vim.console.errors import RunError
+from vim.console.output import make_output
+from vim.console.progress import Progress
 from vim.data import EvalDataConfig, ImageSource, eval_transform
 from vim.files import whole_file, write_json
-from vim.training.environment import versions
-from vim.training.errors import RunError
-from vim.training.model import label_names, load_model, resolve_input, weights_from
-from vim.training.output import make_output
-from vim.training.progress import Progress
+from vim.timm_models.create import label_names, load_model, weights_from
+from vim.timm_models.input import resolve_input
 
 from .config import ExportConfig
 from .programs import FORMATS, Format, Runner, export_program

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from vim.training.errors import ConfigError
+from vim.console.errors import ConfigError
 from vim_kernels.decompositions import decompositions
 
 Runner = Callable[[Tensor], Tensor]

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from vim.training.config import LoadedModelConfig, Precision
+from vim.timm_models.config import LoadedModelConfig
+from vim.timm_models.precision import Precision
 
 POOLS = ("token", "avg", "map")
 

@@ -13,14 +13,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vim.console.environment import versions
+from vim.console.errors import InterruptedRunError, RunError
+from vim.console.interruption import Interruption, interruptible
+from vim.console.progress import Progress
 from vim.data import EvalDataConfig, ImageSource, Transform, eval_transform
 from vim.data.loaders import batches_of, leave_signals_to_the_parent
-from vim.training.environment import versions
-from vim.training.errors import InterruptedRunError, RunError
-from vim.training.interruption import Interruption, interruptible
-from vim.training.model import load_model, resolve_input, weights_from
-from vim.training.progress import Progress
-from vim.training.trainer import create_accelerator
+from vim.timm_models.accelerator import create_accelerator
+from vim.timm_models.create import load_model, weights_from
+from vim.timm_models.input import resolve_input
 
 from .config import FeaturesConfig
 from .extract import FeatureExtractor, weights_hash

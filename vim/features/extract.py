@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vim.training.errors import ConfigError
+from vim.console.errors import ConfigError
 
 
 class FeatureExtractor(nn.Module):

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from vim.data import ImageSource
-from vim.training.plots import plain_text, save_figure
+from vim.figures import plain_text, save_figure
 
 from .store import Features
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vim.console.errors import ConfigError, RunError, did_you_mean
+from vim.console.interruption import Interruption, interruptible
+from vim.console.progress import Progress
 from vim.data import DataError, ImageSource
 from vim.files import whole_file, write_json
-from vim.training.errors import ConfigError, RunError, did_you_mean
-from vim.training.interruption import Interruption, interruptible
-from vim.training.progress import Progress
 
 from .config import KnnConfig, LinearProbeConfig
 from .judge import Probe, accuracy, few_shot, knn_scores, nearest

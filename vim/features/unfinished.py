@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vim.training.checkpoint import load_checkpoint, save_checkpoint
-from vim.training.errors import RunError
-from vim.training.interruption import Interruption
+from vim.checkpoint import load_checkpoint, save_checkpoint
+from vim.console.errors import RunError
+from vim.console.interruption import Interruption
 
 from .judge import accuracy, linear_probe
 

@@ -1,10 +1,28 @@
 """The moving average of the weights."""
 
+from dataclasses import dataclass
+
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 Tensors = list[Tensor]
+
+
+@dataclass
+class EmaConfig:
+    """Exponential moving average of the weights, evaluated and saved beside them."""
+
+    decay: float = 0.0
+    """Part of the average that an update keeps; 0 for no average."""
+    warmup: bool = False
+    """Keep less at first, 1 - n ** (-2/3) at update n up to decay, so that a short run's average forgets its start."""
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay must be at least 0 and below 1, got {self.decay}")
+        if self.warmup and not self.decay:
+            raise ValueError("ema.warmup belongs to an average; give an ema.decay above 0 too, or leave it out")
 
 
 class AveragedWeights(ModelEmaV3):

@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from vim.checkpoint import remove, save_checkpoint, save_shard
+from vim.console.errors import InterruptedRunError
+from vim.console.interruption import Interruption
 from vim.files import write_json
 
-from .checkpoint import remove, save_checkpoint, save_shard
 from .config import CheckpointConfig
-from .errors import InterruptedRunError
-from .interruption import Interruption
 from .run_folder import RunFolder
 from .state import TrainingState
 

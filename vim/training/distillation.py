@@ -1,17 +1,49 @@
 """Distillation: a trained model, the teacher, is asked about the images that another one learns from."""
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from vim.console.errors import ConfigError
 from vim.data import EvalDataConfig
+from vim.timm_models.config import LoadedModelConfig
+from vim.timm_models.create import label_names, load_model
+from vim.timm_models.input import resolve_input
 
-from .config import DistillConfig, LoadedModelConfig
-from .errors import ConfigError
-from .model import label_names, load_model, resolve_input
+
+@dataclass
+class DistillConfig:
+    """A trained model as teacher. The loss is (1 - alpha) x that of the labels + alpha x that of the teacher."""
+
+    teacher: str | None = None
+    """Any timm model, a run folder (runs/quickstart), local-dir:<folder> or hf-hub:<repository>; null for none."""
+    checkpoint: str | None = None
+    """File of the teacher's weights; null for its released weights, or those of the folder."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of timm.create_model for the teacher, for example img_size."""
+    mode: Literal["soft", "hard"] = "hard"
+    """Learn the teacher's probabilities (soft: Hinton et al. 2015), or its most probable class (hard: DeiT)."""
+    alpha: float = 0.5
+    """Weight of the teacher, 0..1."""
+    temperature: float = 3.0
+    """soft: logits of both models are divided by it; above 1 more is learned of the less probable classes."""
+
+    def __post_init__(self):
+        if "num_classes" in self.kwargs:
+            raise ValueError(
+                "distill.kwargs.num_classes could give the teacher a new head that knows nothing; leave it out, and "
+                "train the teacher on the data set's classes first"
+            )
+        if self.teacher is None and (self.checkpoint or self.kwargs):
+            raise ValueError("distill.checkpoint and distill.kwargs belong to a distill.teacher; name one")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"distill.alpha must be in 0 .. 1, got {self.alpha}")
+        if not self.temperature > 0:
+            raise ValueError(f"distill.temperature must be positive, got {self.temperature}")
 
 
 class Teacher:

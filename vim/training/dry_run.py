@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from vim.console.errors import ConfigError
+from vim.console.interruption import Interruption
+from vim.console.progress import Progress
 from vim.data import DataError
+from vim.timm_models.accelerator import create_accelerator
 
 from .checkpointer import Checkpointer
 from .classification import Classification
 from .config import CheckpointConfig, RunConfig, TrainConfig
-from .errors import ConfigError
-from .interruption import Interruption
-from .progress import Progress
 from .run_folder import RunFolder
 from .summary import peak_memory_mib
-from .trainer import Trainer, create_accelerator
+from .trainer import Trainer
 
 STEPS_OF_A_TRIAL = 3
 

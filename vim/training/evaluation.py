@@ -9,11 +9,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vim.console.errors import RunError
+from vim.console.progress import Progress
 from vim.data import DataError
 from vim.data.loaders import NO_LABEL, batches_of
-
-from .errors import RunError
-from .progress import Progress
 
 
 @dataclass

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .config import ModelConfig
-from .errors import ConfigError
+from vim.console.errors import ConfigError
+from vim.timm_models.config import ModelConfig
 
 
 def wants_cuda_graph(model: nn.Module, config: ModelConfig, accelerator: Accelerator, sharded: bool) -> bool:

@@ -6,18 +6,18 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from vim.console.errors import ConfigError
 from vim.data import LabelledImages
 from vim.data.loaders import NO_LABEL
+from vim.timm_models.create import label_names
 
-from .config import LabelSet
-from .errors import ConfigError
-from .model import label_names
+LabelSet = Literal["folder", "imagenet-v2", "imagenet-real", "imagenet-a", "imagenet-r"]
 
 
 @dataclass

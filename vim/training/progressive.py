@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import ModelConfig
-from .errors import ConfigError
-from .model import create_model_at
+from vim.console.errors import ConfigError
+from vim.timm_models.config import ModelConfig
+from vim.timm_models.create import create_model_at
 
 
 def create_model_of_sizes(

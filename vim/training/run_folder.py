@@ -15,12 +15,12 @@ import yaml
 from timm.models import save_for_hf
 from torch import nn
 
+from vim.checkpoint import duplicate, load_checkpoint, remove, replace
+from vim.console.environment import device_name, git_revision, versions
+from vim.console.errors import RunError
 from vim.files import to_json, whole_file, why, write_json
 
-from .checkpoint import duplicate, load_checkpoint, remove, replace
-from .config import RunConfig
-from .environment import device_name, git_revision, versions
-from .errors import RunError
+from .config import CONFIG_FILE, STARTS_FILE, RunConfig
 from .run_lock import RunLock
 
 # Where the data lie and how they are loaded does not change results, so that a resumed run may change it.
@@ -36,9 +36,9 @@ class RunFolder:
     def __init__(self, path: str | Path, tool: str):
         self.path, self.tool = Path(path), tool
         self.lock = RunLock(self.path)
-        self.config = self.path / "config.yaml"
+        self.config = self.path / CONFIG_FILE
         self.log = self.path / "log.jsonl"
-        self.starts = self.path / "starts.jsonl"
+        self.starts = self.path / STARTS_FILE
         self.summary = self.path / "summary.json"
         self.bad_images = self.path / "bad_images.txt"
         self.checkpoints = self.path / "checkpoints"

@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from .errors import RunError
+from vim.console.errors import RunError
 
 NAME = ".lock"
 

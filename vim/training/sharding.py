@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .checkpoint import Piece
+from vim.checkpoint import Piece
+
 from .diagnosis import block_of
 
 

@@ -11,8 +11,9 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from vim.console.errors import RunError
+
 from .data_record import check_same_data
-from .errors import RunError
 from .sharding import gathered, load_whole, own_pieces, scatter_optimizer_state
 
 

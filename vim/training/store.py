@@ -1,6 +1,5 @@
 """A trained model that is none of timm's, as files: model.safetensors and config.json in its run folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +7,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vim.checkpoint import load_weights
+from vim.console.errors import ConfigError, RunError
 from vim.files import whole_file, write_json
-
-from .checkpoint import load_weights
-from .errors import ConfigError, RunError
-from .weights import FOLDER_WEIGHTS, check_file, put, unreadable
-
-CONFIG = "config.json"
+from vim.timm_models.name import CONFIG, read_json
+from vim.timm_models.weights import FOLDER_WEIGHTS, check_file, put, unreadable
 
 
 def save_trained(model: nn.Module, about: dict[str, Any], folder: Path) -> None:
@@ -35,20 +32,6 @@ def read_about(folder: Path, kind: str, tool: str) -> dict[str, Any]:
     about = read_json(folder / CONFIG)
     if kind not in about:
         raise RunError(f"{folder} holds another model than a {kind}; train one with {tool}")
-    return about
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a configuration.
-
-    Raises: RunError for a file that is damaged, or holds none.
-    """
-    try:
-        about = json.loads(path.read_text())
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise RunError(f"{path} is damaged: {error}; take the folder from a backup, or train again") from error
-    if not isinstance(about, dict):
-        raise RunError(f"{path} holds no model's configuration; give the folder of a finished run")
     return about
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .environment import device_name, versions
+from vim.console.environment import device_name, versions
+
 from .state import TrainingState
 
 

@@ -1,9 +1,11 @@
 """What the training tools have in common: from a command line to a run."""
 
-from .cli import ConfigParser, plain_errors
+from vim.console.config_parser import ConfigParser
+from vim.console.exits import plain_errors
+
 from .config import RunConfig
 from .dry_run import dry_run, find_batch_size
-from .train import train
+from .run import train
 from .trainer import Trainer
 
 

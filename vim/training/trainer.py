@@ -3,67 +3,36 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
 from itertools import count
 from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, send_to_device, set_seed
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from vim.console.errors import InterruptedRunError, RunError
+from vim.console.progress import Progress
 from vim.data import DataError, KeyedSampler, SampleKey, derive_seed
 from vim.data.errors import WorkerError
 from vim.data.loaders import batches_of
+from vim.timm_models.create import weights_from
 
 from .averaging import AveragedWeights
 from .checkpointer import Checkpointer
-from .config import Precision, RunConfig
+from .config import RunConfig
 from .diagnosis import first_not_finite, gradient_norms, largest_activations
-from .errors import ConfigError, InterruptedRunError, RunError
 from .graphs import average_gradients
-from .model import weights_from
 from .optim import create_optimizer, create_schedule
-from .progress import Progress
 from .run_folder import RunFolder
 from .sharding import shard
 from .state import TrainingState, UpdateSplit
 from .summary import summarise
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def create_accelerator(
-    precision: Precision, accumulate: int = 1, trackers: Sequence[str] = (), run_dir: str | None = None
-) -> Accelerator:
-    """An accelerator for these options.
-
-    Args:
-        trackers: names of accelerate's; they write below `run_dir`.
-
-    Raises: ConfigError for what this machine has not.
-    """
-    available = [str(tracker.value) for tracker in get_available_trackers()]
-    for name in trackers:
-        if name not in available:
-            have = ", ".join(available) or "none"
-            raise ConfigError(f"no tracker {name!r}: installed are {have}; pip install its package")
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        # As a plugin, for a number alone gives way to the variable ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate),
-        log_with=list(trackers) or None,
-        project_dir=run_dir,
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-    )
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError("precision fp16 needs a GPU; on a CPU accelerate would run fp32 without a word; choose bf16")
-    return accelerator
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vim.training.config import LoadedModelConfig
+from vim.timm_models.config import LoadedModelConfig
 
 
 @dataclass

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vim.console.errors import ConfigError
+from vim.console.output import make_output
+from vim.console.progress import Progress
 from vim.data import EvalDataConfig, ImageSource, eval_transform
-from vim.training.errors import ConfigError
-from vim.training.model import label_names, load_model, resolve_input, weights_from
-from vim.training.output import make_output
-from vim.training.plots import MAX_LINE, plain_text, save_figure
-from vim.training.progress import Progress
+from vim.figures import MAX_LINE, plain_text, save_figure
+from vim.timm_models.create import label_names, load_model, weights_from
+from vim.timm_models.input import resolve_input
 
 from .config import VisualizeConfig
 from .maps import as_pixels, block_maps, has_scans, receptive_field

@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from vim.figures import save_figure
 from vim.layers.discretize import RULES, discretize_diagonal
 from vim.layers.hippo import diagonal
 from vim.layers.linear_system import LinearSystem
-from vim.training.plots import save_figure
 
 INITS = ("lin", "inv", "legs", "real")
 SLOWEST = 4  # states drawn of each
