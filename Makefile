@@ -15,18 +15,20 @@ RUN ?= runs/quickstart
 # Threads that spin while they wait starve each other where something else runs on the same few cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install quickstart test test-min test-gpu mutants sanitize lint types test-timm test-timm-tiny clean
+.PHONY: help install quickstart test test-min test-gpu mutants sanitize lint types docs docs-check test-timm test-timm-tiny clean
 
 help:
-	@echo "make quickstart      train and evaluate a Vision Mamba on real digits (a few minutes on two CPU cores)"
-	@echo "make test            lint, type-check and test"
+	@echo "make quickstart      train and evaluate a Vision Mamba on digits (a few minutes on two CPU cores), or resume"
+	@echo "make test            lint, types, documentation, tests (about ten minutes on two cores)"
+	@echo "make install         create $(VENV) and install into it; TORCH_INDEX=URL takes torch from there"
+	@echo "make docs            build the documentation in build/site"
+	@echo "make docs-check      run every command of the documentation in a copy of the repository"
 	@echo "make test-min        test with the lowest versions of all dependencies, in $(VENV_MIN) (several GB)"
 	@echo "make test-gpu        the tests that need a CUDA device, in $(GPU_WORKERS) processes (4 minutes on 16 cores)"
-	@echo "make mutants         small wrong versions of the code, each of which a test must fail (about half an hour)"
+	@echo "make mutants         wrong versions of the code, each of which a test must fail (about half an hour)"
 	@echo "make sanitize        random calls of the C kernels under gcc's address and undefined-behaviour sanitizers"
 	@echo "make test-timm       timm's own model tests on vim_nano (fetches timm's source distribution)"
 	@echo "make test-timm-tiny  the same on vim_tiny, without the quadratic prune test"
-	@echo "make install         only make $(VENV) and install into it"
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -57,7 +59,14 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini tests
 
-test: lint types
+# Material announces its successor at every build.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-check: $(INSTALLED)
+	$(BIN)/python tests/docs_check.py
+
+test: lint types docs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-min: $(INSTALLED_MIN)

@@ -44,14 +44,14 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def reference_pages() -> dict[str, str]:
-    """Pages of the API reference by module: each package's public names, and the modules of vim.models by themselves."""
-    packages = ["vim_kernels", *sorted(f"vim.{path.parent.name}" for path in (ROOT / "vim").glob("*/__init__.py"))]
-    models = sorted(f"vim.models.{path.stem}" for path in (ROOT / "vim/models").glob("[!_]*.py"))
+    """Pages of the API reference by module: packages, and the modules of a package that exports little itself."""
     pages = {}
-    for module in (*packages, *models):
-        if module != "vim.models" and (names := _public_names(module)):
-            parts = [f"# {module}", ast.get_docstring(ast.parse(_source(module).read_text())) or ""]
-            pages[module] = "\n\n".join((*parts, *(f"::: {name}" for name in names))) + "\n"
+    for package in ["vim_kernels", *sorted(f"vim.{path.parent.name}" for path in (ROOT / "vim").glob("*/__init__.py"))]:
+        modules = [package] if package != "vim.models" and _public_names(package) else _modules(package)
+        for module in modules:
+            if names := _public_names(module):
+                about = ast.get_docstring(ast.parse(_source(module).read_text())) or ""
+                pages[module] = "\n\n".join([f"# {module}", about, *(f"::: {name}" for name in names)]) + "\n"
     return pages
 
 
@@ -94,6 +94,10 @@ def _in_repository(uri: str) -> str:
 def _source(module: str) -> Path:
     path = ROOT / ("kernels" if module.startswith("vim_kernels") else ".") / module.replace(".", "/")
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _modules(package: str) -> list[str]:
+    return sorted(f"{package}.{path.stem}" for path in _source(package).parent.glob("[!_]*.py"))
 
 
 def _public_names(module: str) -> list[str]:

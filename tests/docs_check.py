@@ -33,7 +33,7 @@ NEEDS = ("browser", "coco", "gpu", "hub", "imagenet", "network", "time")
 MARKER = re.compile(r"<!-- docs-check: needs (?P<needs>[\w, ]+?)( \([\w ]+\))? -->")
 FENCE = re.compile(r"```(?P<language>\w*)")
 # Programs that a check of the form calls in place of the real ones: each notes its arguments.
-STUBS = ("accelerate", "cp", "hf", "make", "pip", "pre-commit", "python", "python3", "tar")
+STUBS = ("accelerate", "cp", "hf", "make", "pip", "pre-commit", "pytest", "python", "python3", "tar")
 STUB = '#!/bin/sh\nprintf "%s\\0" "$(basename "$0")" "$@" >> "$RECORD"\nprintf "\\n\\0" >> "$RECORD"\n'
 
 
@@ -119,10 +119,13 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def check_command(words: list[str]) -> None:
-    """Raises: ValueError for options that a program does not have."""
+    """Raises: ValueError for files that are not there and options that a program does not have."""
     if words[:2] == ["accelerate", "launch"]:
         words = ["python", *words[2:]]
     program, *arguments = words
+    for path in arguments:
+        if re.fullmatch(r"(configs|kernels|tests|tools)/[\w/.]+", path) and not (ROOT / path).exists():
+            raise ValueError(f"there is no {path}")
     if program == "python" and arguments[0].endswith(".py"):
         parse(*arguments)
     elif program == "pip":
@@ -142,7 +145,7 @@ class _Parsed(Exception):
 
 def parse(script: str, *arguments: str) -> None:
     """Read a script's command line, and nothing more, in this process. Raises: ValueError if it is refused."""
-    from vim.training import ConfigParser
+    from vim.console import ConfigParser
 
     words = list(arguments)
     for i, word in enumerate(words):
