@@ -31,6 +31,8 @@ GUIDES = ("index", "data", "training", "features", "detection", "export", "state
 PAGES = ("README.md", *(f"docs/{name}.md" for name in GUIDES), "ARCHITECTURE.md", "CONTRIBUTING.md")
 NEEDS = ("browser", "coco", "gpu", "hub", "imagenet", "network", "time")
 MARKER = re.compile(r"<!-- docs-check: needs (?P<needs>[\w, ]+?)( \([\w ]+\))? -->")
+# A command within a sentence. Only its form is checked.
+INLINE = re.compile(r"`((?:accelerate launch|make|pip install|pytest|python) [^`]+)`")
 FENCE = re.compile(r"```(?P<language>\w*)")
 # Programs that a check of the form calls in place of the real ones: each notes its arguments.
 STUBS = ("accelerate", "cp", "hf", "make", "pip", "pre-commit", "pytest", "python", "python3", "tar")
@@ -49,12 +51,16 @@ class Block(NamedTuple):
 
 
 def blocks(page: str, text: str) -> Iterator[Block]:
-    """The blocks in bash and Python. Raises: ValueError for a block in no known language, or an unknown need."""
+    """The blocks in bash and Python, and the commands within sentences.
+
+    Raises: ValueError for a block in no known language, or an unknown need.
+    """
     lines = text.splitlines()
     start = language = None
     for number, line in enumerate(lines, 1):
         if start is None:
             if (fence := FENCE.match(line)) is None:
+                yield from (Block(page, number, "bash", text, ("a block",)) for text in INLINE.findall(line))
                 continue
             start, language = number, fence["language"]
             if language not in ("bash", "python", "text", "yaml"):
@@ -94,7 +100,7 @@ def check_imports(tree: ast.Module) -> None:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The commands that bash would run for a block, by their words. Raises: ValueError for one that it does not know."""
+    """The commands that bash would run for a block, by their words. Raises: ValueError for an unknown one."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "bin").mkdir()
@@ -139,7 +145,7 @@ def check_command(words: list[str]) -> None:
             raise ValueError(f"the Makefile has no target {unknown[0]}")
 
 
-class _Parsed(Exception):
+class _ParsedError(Exception):
     pass
 
 
@@ -156,7 +162,7 @@ def parse(script: str, *arguments: str) -> None:
     def stop_after(method):
         def call(self, *args, **kwargs):
             method(self, *args, **kwargs)
-            raise _Parsed
+            raise _ParsedError
 
         return call
 
@@ -167,7 +173,7 @@ def parse(script: str, *arguments: str) -> None:
     try:
         with patch.object(sys, "argv", [script, *words]), patches[0], patches[1]:
             runpy.run_path(str(ROOT / script), run_name="__main__")
-    except _Parsed:
+    except _ParsedError:
         return
     except SystemExit as error:
         raise ValueError(f"{script} refuses its arguments (its message is on stderr)") from error
@@ -199,7 +205,7 @@ def copy_repository(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", help="all if left out")
-    parser.add_argument("--with", dest="have", nargs="+", choices=NEEDS, default=[], help="needs that this machine meets")
+    parser.add_argument("--with", dest="have", nargs="+", choices=NEEDS, default=[], help="needs that are met here")
     parser.add_argument("--folder", type=Path, help="copy of the repository to make, or to go on with; stays")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

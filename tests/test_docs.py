@@ -68,7 +68,7 @@ def test_quickstart_writes_where_the_readme_looks_and_resumes(tmp_path, begun):
     assert "runs/quickstart" in read("README.md")
 
 
-PAGE = """# A page
+PAGE = """Use `make docs` or `build/site`.
 <!-- docs-check: needs gpu, hub -->
 ```bash
 python tools/train.py \\
@@ -87,6 +87,7 @@ not run
 
 def test_blocks_have_their_needs_and_lines():
     assert list(blocks("a.md", PAGE)) == [
+        Block("a.md", 1, "bash", "make docs", ("a block",)),
         Block("a.md", 3, "bash", "python tools/train.py \\\n    --steps 3", ("gpu", "hub")),
         Block("a.md", 8, "python", "import vim", ()),
     ]
@@ -94,7 +95,7 @@ def test_blocks_have_their_needs_and_lines():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("```\nls\n```", "a.md:1: a block is bash, python"), ("<!-- docs-check: needs luck -->\n```bash\nls\n```", "luck")],
+    [("```\nls\n```", "a.md:1: a block is bash"), ("<!-- docs-check: needs luck -->\n```bash\nls\n```", "luck")],
 )
 def test_a_block_in_no_language_or_with_an_unknown_need_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
