@@ -1,6 +1,6 @@
 """Print the lowest version of each dependency that pyproject.toml allows, as constraints for pip (`make test-min`).
 
-The development tools are left out: of them the newest will do.
+The tools of development and documentation are left out: of them the newest will do.
 """
 
 import re
@@ -13,7 +13,8 @@ BOUND = re.compile(r"(?P<name>[\w-]+)(\[\w+\])?>=(?P<version>[\w.]+)(;.*)?")
 def lowest_versions() -> dict[str, str]:
     """The lowest version by name. Raises ValueError for a dependency without one, or with two."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    extras = [entry for name, group in project["optional-dependencies"].items() if name != "dev" for entry in group]
+    groups = project["optional-dependencies"].items()
+    extras = [entry for name, group in groups if name not in ("dev", "docs") for entry in group]
     lowest: dict[str, str] = {}
     for entry in project["dependencies"] + extras:
         bound = BOUND.fullmatch(entry)
