@@ -68,6 +68,16 @@ def test_quickstart_writes_where_the_readme_looks_and_resumes(tmp_path, begun):
     assert "runs/quickstart" in read("README.md")
 
 
+@pytest.mark.parametrize("index", ["", "https://example.org/cpu"])
+def test_torch_can_come_from_another_index_than_the_rest(tmp_path, index):
+    (tmp_path / "pyproject.toml").touch()
+    make = ["make", "-n", "-f", str(ROOT / "Makefile"), "install", f"TORCH_INDEX={index}"]
+    done = subprocess.run(make, cwd=tmp_path, check=True, text=True, capture_output=True)
+    installs = [line for line in done.stdout.splitlines() if "pip install" in line and "--upgrade pip" not in line]
+    assert "--index-url" not in installs[-1]
+    assert [line.endswith(f" torch torchvision --index-url {index}") for line in installs[:-1]] == [True] * bool(index)
+
+
 PAGE = """Use `make docs` or `build/site`.
 <!-- docs-check: needs gpu, hub -->
 ```bash
