@@ -221,7 +221,10 @@ def main() -> None:
                     continue
                 print(f"== {block}", flush=True)
                 begin = time.perf_counter()
-                run(block, folder)
+                try:
+                    run(block, folder)
+                except subprocess.CalledProcessError as error:
+                    sys.exit(f"== {block} failed with exit code {error.returncode}")
                 print(f"== {block} took {time.perf_counter() - begin:.0f} s", flush=True)
     print(f"every block of {', '.join(args.pages or PAGES)} is sound; {time.perf_counter() - start:.0f} s")
 
