@@ -152,7 +152,7 @@ class CascadeRoIHeads(RoIHeads):
         if self.training and len(self.coders) > 1:
             fixed = pooled.detach()
             pooled = fixed + (pooled - fixed) / len(self.coders)  # adds an exact zero; two shares would round in bf16
-        return self.box_predictor[k](self.box_head[k](pooled))  # type: ignore[index]
+        return self.box_predictor[k](self.box_head[k](pooled))
 
     def _refined(self, k: int, deltas: Tensor, boxes: list[Tensor], image_shapes) -> list[Tensor]:
         """The boxes that stage k makes of its own, within the images."""

@@ -41,9 +41,9 @@ class Detector(OnBackbone):
         super().__init__()
         backbone = PyramidBackbone(config, config.img_size, config.channels)
         self.name = config.name
-        self.arrived = backbone.body.arrived  # of the backbone's weights; the rest is new
+        self.loaded_weights = backbone.body.loaded_weights  # of the backbone's weights; the rest is new
         self.network = _NETWORKS[config.detector](backbone, config, num_classes)
-        cfg: dict[str, Any] = backbone.body.pretrained_cfg  # type: ignore[assignment]
+        cfg = backbone.body.pretrained_cfg
         self.network.transform = _FitSquare(config.img_size, cfg["mean"], cfg["std"])
 
     def forward(

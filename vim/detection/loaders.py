@@ -95,7 +95,7 @@ def train_transform(augment: JitterConfig, size: int) -> Transform:
     def transform(image: Image.Image, target: Target) -> tuple[Tensor, Target]:
         pixels = v2.functional.to_image(image)
         canvas = (image.height, image.width)
-        boxes = BoundingBoxes(target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=canvas)  # type: ignore[call-overload]
+        boxes = BoundingBoxes(target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=canvas)
         masks = {"masks": Mask(target["masks"])} if "masks" in target else {}
         return compose(pixels, target | {"boxes": boxes} | masks)
 

@@ -12,6 +12,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from vim.console.errors import ConfigError
 from vim.timm_models.config import ModelConfig
 from vim.timm_models.create import create_model_at, enable_grad_checkpointing
+from vim.timm_models.timm_model import TimmModel
 
 STRIDES = (4, 8, 16, 32)
 COLOURS = 3
@@ -70,7 +71,7 @@ class PyramidBackbone(nn.Module):
         self.body = _create_body(config, img_size)
         self.out_channels = out_channels
         info = self.body.feature_info
-        channels, strides = info.channels(), info.reduction()  # type: ignore[union-attr, operator]
+        channels, strides = info.channels(), info.reduction()
         self.plain = len(set(strides)) == 1
         if self.plain:
             if strides[-1] not in STRIDES:
@@ -109,10 +110,12 @@ class OnBackbone(nn.Module):
 
     @property
     def backbone(self) -> PyramidBackbone:
-        return self.get_submodule(self.BACKBONE)  # type: ignore[return-value]
+        backbone = self.get_submodule(self.BACKBONE)
+        assert isinstance(backbone, PyramidBackbone)
+        return backbone
 
     @property
-    def body(self) -> nn.Module:
+    def body(self) -> TimmModel:
         """The timm model, as features_only gives it."""
         return self.backbone.body
 
@@ -147,7 +150,7 @@ class OnBackbone(nn.Module):
         return f"{self.BACKBONE}.body." + ("model." if hasattr(self.body, "model") else "")
 
 
-def _create_body(config: ModelConfig, img_size: int) -> nn.Module:
+def _create_body(config: ModelConfig, img_size: int) -> TimmModel:
     kwargs = {"features_only": True, "in_chans": COLOURS} | config.kwargs
     if kwargs["in_chans"] != COLOURS:
         raise ConfigError(f"model.kwargs.in_chans must be {COLOURS}, detectors see colours, got {kwargs['in_chans']}")

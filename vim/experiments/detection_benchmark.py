@@ -74,7 +74,7 @@ def build_detector_step(
 
     def step() -> Tensor:
         with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-            loss = sum(model(images, targets).values(), torch.zeros((), device=device))  # type: ignore[union-attr]
+            loss = sum(model(images, targets).values(), torch.zeros((), device=device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

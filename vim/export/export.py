@@ -37,7 +37,7 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
     progress.line(f"weights: {weights_from(model)}")
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
     images, folder = _images(config, data_config), make_output(config.output)
-    eager: Runner = torch.inference_mode()(model)  # type: ignore[assignment]
+    eager: Runner = torch.inference_mode()(model)
     expected = eager(images)
     report: dict[str, Any] = {
         "model": config.model,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vim.console.errors import ConfigError
+from vim.timm_models.timm_model import TimmModel
 
 
 class FeatureExtractor(nn.Module):
@@ -23,30 +24,30 @@ class FeatureExtractor(nn.Module):
     Raises: ConfigError for what the model does not have.
     """
 
-    def __init__(self, model: nn.Module, pools: Sequence[str], blocks: Sequence[int] | None = None, l2: bool = False):
+    def __init__(self, model: TimmModel, pools: Sequence[str], blocks: Sequence[int] | None = None, l2: bool = False):
         super().__init__()
         self.model, self.pools, self.l2 = model.eval(), tuple(pools), l2
-        self.prefix: int = getattr(model, "num_prefix_tokens", 0)  # type: ignore[assignment]
+        self.prefix: int = getattr(model, "num_prefix_tokens", 0)
         registers = getattr(model, "reg_token", None)  # which timm counts among the prefix, behind the class token
         self.class_tokens = self.prefix - (registers.shape[1] if isinstance(registers, Tensor) else 0)
         if "token" in pools and not self.class_tokens:
             raise ConfigError(f"{type(model).__name__} has no class token; take pools avg or map")
         self.blocks = None
         if blocks is not None:
-            count = len(model.feature_info)  # type: ignore[arg-type]
+            count = len(model.feature_info)
             if wrong := [b for b in blocks if not -count <= b < count]:
                 raise ConfigError(f"{type(model).__name__} has blocks 0 to {count - 1}, got {wrong[0]}")
             self.blocks = sorted({b % count for b in blocks})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         if self.blocks is None:
-            tokens = self.model.forward_features(images)  # type: ignore[operator]
+            tokens = self.model.forward_features(images)
             if tokens.dim() == 4:  # a map, of whichever layout
                 channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
                 tokens = tokens.flatten(1, 2) if channels_last else tokens.flatten(2).transpose(1, 2)
             return self._pooled("", tokens[:, : self.prefix], tokens[:, self.prefix :])
         with_prefix = {"return_prefix_tokens": True} if self.prefix else {}
-        found = self.model.forward_intermediates(  # type: ignore[operator]
+        found = self.model.forward_intermediates(
             images, indices=self.blocks, norm=True, intermediates_only=True, **with_prefix
         )
         columns: dict[str, Tensor] = {}

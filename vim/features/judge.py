@@ -130,10 +130,9 @@ def linear_probe(
         order = torch.randperm(len(train_labels), generator=generator).to(device)
         for batch in order.split(batch_size)[update % per_epoch :]:
             inputs = {name: features[batch] for name, (features, _) in scaled.items()}
-            # A sum: each head has the gradient of its own loss, also beside one that diverges.
-            loss = sum(F.cross_entropy(h(inputs[probe.inputs]), train_labels[batch]) for probe, h in heads.items())
+            losses = [F.cross_entropy(h(inputs[probe.inputs]), train_labels[batch]) for probe, h in heads.items()]
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[union-attr]
+            torch.autograd.backward(losses)  # each head gets the gradient of its own loss alone
             optimizer.step()
             schedule.step()
             update += 1

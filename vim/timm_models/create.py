@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -19,12 +19,13 @@ from vim.console.errors import ConfigError, RunError
 
 from .config import LoadedModelConfig, ModelConfig
 from .name import HUB, timm_name
-from .weights import Arrived, TimmLoading, check_file
+from .timm_model import TimmModel
+from .weights import TimmLoading, check_file
 
 CONNECT_SECONDS = 5
 
 
-def create_model(config: ModelConfig, num_classes: int | None, section: str = "model.") -> nn.Module:
+def create_model(config: ModelConfig, num_classes: int | None, section: str = "model.") -> TimmModel:
     """A timm model with the weights that the configuration names; `weights_from` tells which.
 
     Args:
@@ -51,7 +52,7 @@ def create_model(config: ModelConfig, num_classes: int | None, section: str = "m
     pretrained = takes_weights(config)
     try:
         with loading.in_place(), _quick_without_network(name, pretrained and config.checkpoint is None):
-            model = timm.create_model(name, pretrained=pretrained, **kwargs)
+            model = cast(TimmModel, timm.create_model(name, pretrained=pretrained, **kwargs))
     except (ConfigError, RunError):
         raise
     except TypeError as error:
@@ -69,16 +70,15 @@ def create_model(config: ModelConfig, num_classes: int | None, section: str = "m
         values = ", ".join(f"{key}: {value}" for key, value in kwargs.items())
         given = f" with {section}kwargs {{{values}}}" if kwargs else ""
         raise ConfigError(f"cannot make {config.name}{given}: {one_line(error)}") from error
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     if num_classes is not None:
-        cfg.pop("label_names", None)  # of the data that the weights are from
-    model.arrived = loading.arrived  # type: ignore[assignment]
+        model.pretrained_cfg.pop("label_names", None)  # of the data that the weights are from
+    model.loaded_weights = loading.loaded
     return model
 
 
 def create_model_at(
     config: ModelConfig, num_classes: int | None, img_size: int | None
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[TimmModel, dict[str, Any]]:
     """`create_model` of a model for images of img_size pixels to the edge, where it wants to know; None: its own.
 
     Returns: the model, and its arguments of timm.create_model.
@@ -100,7 +100,7 @@ def takes_weights(config: ModelConfig) -> bool:
     return ":" in timm_name(config.name) if config.pretrained is None else config.pretrained
 
 
-def load_model(source: LoadedModelConfig, section: str = "", needs_head: bool = True) -> nn.Module:
+def load_model(source: LoadedModelConfig, section: str = "", needs_head: bool = True) -> TimmModel:
     """A timm model with its own classes, and weights from the checkpoint, or else its released ones or its folder's.
 
     Args:
@@ -112,10 +112,10 @@ def load_model(source: LoadedModelConfig, section: str = "", needs_head: bool = 
     checkpoint = source.checkpoint
     config = ModelConfig(source.model, pretrained=checkpoint is None, checkpoint=checkpoint, kwargs=source.kwargs)
     model = create_model(config, None, section)
-    arrived: Arrived | None = model.arrived  # type: ignore[assignment]
-    if needs_head and arrived is not None and arrived.new_head:
+    loaded = model.loaded_weights
+    if needs_head and loaded is not None and loaded.new_head:
         raise ConfigError(
-            f"{arrived.source} has no classifier for {source.model} ({'; '.join(arrived.changes)}): it would answer at "
+            f"{loaded.source} has no classifier for {source.model} ({'; '.join(loaded.changes)}): it would answer at "
             f"random; set {section}kwargs.num_classes to the classes that the weights were trained on"
         )
     return model
@@ -123,14 +123,13 @@ def load_model(source: LoadedModelConfig, section: str = "", needs_head: bool = 
 
 def weights_from(model: nn.Module) -> str | None:
     """Where the weights of a created model are from, how many, and what is new; None for random ones."""
-    arrived = getattr(model, "arrived", None)
-    return None if arrived is None else str(arrived)
+    loaded = getattr(model, "loaded_weights", None)
+    return None if loaded is None else str(loaded)
 
 
-def label_names(model: nn.Module) -> list[str] | None:
+def label_names(model: TimmModel) -> list[str] | None:
     """Names of the model's classes, which run folders keep; None where the weights come without."""
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    return cfg.get("label_names")
+    return model.pretrained_cfg.get("label_names")
 
 
 def enable_grad_checkpointing(model: nn.Module, name: str) -> None:

@@ -4,23 +4,23 @@ import copy
 from typing import Any
 
 from timm.data import resolve_data_config
-from torch import nn
 
 from vim.console.errors import ConfigError
 from vim.data import EvalDataConfig
 from vim.data.decode import IMAGE_MODES
 
 from .config import LoadedModelConfig
+from .timm_model import TimmModel
 
 
-def resolve_input(model: nn.Module, model_kwargs: dict[str, Any], data: EvalDataConfig) -> dict[str, Any]:
+def resolve_input(model: TimmModel, model_kwargs: dict[str, Any], data: EvalDataConfig) -> dict[str, Any]:
     """How images become the model's input: timm's data_config, with input_size (C, H, W), mean, std, interpolation,
     crop_pct and crop_mode. What `data` leaves open comes from the model; some of timm's have a crop of their own for a
     larger size to test at.
 
     Raises: ConfigError for a model that images do not have the channels for.
     """
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    cfg = model.pretrained_cfg
     channels, height, width = cfg["input_size"]
     channels = model_kwargs.get("in_chans", channels)
     if channels not in IMAGE_MODES:
@@ -41,13 +41,13 @@ def resolve_input(model: nn.Module, model_kwargs: dict[str, Any], data: EvalData
     )
 
 
-def check_size(model: nn.Module, name: str, kwargs: dict[str, Any], data_config: dict[str, Any]) -> None:
+def check_size(model: TimmModel, name: str, kwargs: dict[str, Any], data_config: dict[str, Any]) -> None:
     """Raise ConfigError for a model that keeps its size, if images have another.
 
     Args:
         name, kwargs: of the model. data_config: of `resolve_input`.
     """
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    cfg = model.pretrained_cfg
     if not cfg["fixed_input_size"] or kwargs.get("dynamic_img_size") or kwargs.get("strict_img_size") is False:
         return
     size = kwargs.get("img_size") or cfg["input_size"][1:]
@@ -59,7 +59,7 @@ def check_size(model: nn.Module, name: str, kwargs: dict[str, Any], data_config:
         )
 
 
-def at_size(model: nn.Module, config: LoadedModelConfig, size: int | None) -> nn.Module:
+def at_size(model: TimmModel, config: LoadedModelConfig, size: int | None) -> TimmModel:
     """The model for images of size x size pixels: itself where it takes any size or has this one, else a copy with its
     position tables resampled. None: its own size.
 
@@ -74,10 +74,10 @@ def at_size(model: nn.Module, config: LoadedModelConfig, size: int | None) -> nn
     if hasattr(model, "set_input_size"):
         model = copy.deepcopy(model)
         try:
-            model.set_input_size(img_size=(size, size))  # type: ignore[operator]
+            model.set_input_size(img_size=(size, size))
         except (AssertionError, RuntimeError, ValueError) as error:  # timm has models of each kind
             raise ConfigError(f"{config.model} cannot take images of {size} x {size} pixels: {error}") from error
-    elif model.pretrained_cfg["fixed_input_size"]:  # type: ignore[index]
+    elif model.pretrained_cfg["fixed_input_size"]:
         raise ConfigError(
             f"{config.model} takes images of {own[0]} x {own[1]} pixels and cannot change to {size}; some models can "
             f"when they are created: try kwargs.img_size"

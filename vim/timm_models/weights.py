@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from vim.checkpoint import check_archive, load_weights, one_line, unsafe_or_foreign
 from vim.console.errors import ConfigError, RunError
 
+from .timm_model import LoadedWeights, TimmModel
+
 # Under which keys training code keeps weights in its checkpoints; averaged ones first, as timm's own loader has it.
 CONTAINERS = (
     "state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "module", "net", "network",
@@ -23,24 +25,6 @@ CONTAINERS = (
 PREFIXES = ("module", "_orig_mod", "model", "backbone", "net", "network")
 FOLDER_WEIGHTS = "model.safetensors"
 NAMED = 3  # names of tensors in a message
-
-
-@dataclass
-class Arrived:
-    """What came of loading: `arrived` of `tensors` in the model are from `source`.
-
-    changes: what was made to fit: "new: head 10 -> 2".
-    """
-
-    source: str
-    arrived: int = 0
-    tensors: int = 0
-    changes: list[str] = field(default_factory=list)
-    new_head: bool = False
-
-    def __str__(self) -> str:
-        counted = [f"{self.arrived} of {self.tensors} tensors"] if self.tensors else []
-        return f"{self.source} ({'; '.join(counted + self.changes)})" if counted or self.changes else self.source
 
 
 def unwrapped(state: Any, own: Iterable[str], source: str) -> dict[str, Tensor]:
@@ -67,7 +51,7 @@ def unwrapped(state: Any, own: Iterable[str], source: str) -> dict[str, Tensor]:
     return _without_wrappers(weights, own)
 
 
-def put(model: nn.Module, state: Any, source: str, name: str, remedy: str) -> Arrived:
+def put(model: nn.Module, state: Any, source: str, name: str, remedy: str) -> LoadedWeights:
     """Put the weights of a checkpoint into a model: every one of them, and no others.
 
     Args:
@@ -86,7 +70,7 @@ def put(model: nn.Module, state: Any, source: str, name: str, remedy: str) -> Ar
             raise unfit(source, name, found, _other_shapes(weights, own), len(own), remedy, error) from error
     if found.missing or found.unexpected:
         raise unfit(source, name, found, [], len(own), remedy)
-    return Arrived(source, len(own), len(own))
+    return LoadedWeights(source, len(own), len(own))
 
 
 @dataclass
@@ -107,7 +91,7 @@ class TimmLoading:
 
     def __init__(self, name: str, checkpoint: str | None, remedy: str):
         self.name, self.checkpoint, self.remedy = name, checkpoint, remedy
-        self.arrived: Arrived | None = None
+        self.loaded: LoadedWeights | None = None
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -125,7 +109,7 @@ class TimmLoading:
 
     def __call__(
         self,
-        model: nn.Module,
+        model: TimmModel,
         *,
         pretrained_cfg: dict[str, Any],
         num_classes: int,
@@ -141,12 +125,12 @@ class TimmLoading:
         cfg = dict(pretrained_cfg)  # the model keeps the one that was given
         source, file = self._locate(cfg)
         if self.checkpoint is not None:  # filters look there for the images that the weights are for
-            model.pretrained_cfg["source"] = ""  # type: ignore[index, operator, assignment]
+            model.pretrained_cfg["source"] = ""
         own = model.state_dict()
         heads = _classifiers(cfg)
         head_names = {name for name in own if name.startswith(tuple(f"{head}." for head in heads))}
         classes = num_classes if head_names else 0  # a trunk has no head
-        arrived = self.arrived = Arrived(source)
+        loaded = self.loaded = LoadedWeights(source)
         filtered: dict[str, Tensor] = {}
 
         def fit(state: dict, model: nn.Module) -> dict[str, Tensor]:
@@ -157,7 +141,7 @@ class TimmLoading:
             filtered.update(self._filtered(filter_fn, state, model, source, own))
             if file:
                 _describe(cfg, filtered, model, in_chans, heads)
-            arrived.changes += _changes(cfg, filtered, model, in_chans, classes, heads)
+            loaded.changes += _changes(cfg, filtered, model, in_chans, classes, heads)
             return dict(filtered)
 
         def spared() -> set[str]:  # once timm knows the classes of the file
@@ -186,13 +170,13 @@ class TimmLoading:
                 raise
         if not found.loaded:  # timm reads a few models' released files by code of their own
             return
-        arrived.new_head = bool(spared()) and classes > 0
+        loaded.new_head = bool(spared()) and classes > 0
         found.missing = [name for name in found.missing if name not in spared()]
         found.unexpected = found.unexpected if strict else []
         if found.missing or found.unexpected:
             raise unfit(source, self.name, found, [], len(own), self.remedy)
-        arrived.tensors = len(own) - (len(head_names) if num_classes == 0 else 0)
-        arrived.arrived = arrived.tensors - (len(head_names) if arrived.new_head else 0)
+        loaded.total = len(own) - (len(head_names) if num_classes == 0 else 0)
+        loaded.loaded = loaded.total - (len(head_names) if loaded.new_head else 0)
 
     def _locate(self, cfg: dict[str, Any]) -> tuple[str, bool]:
         """What to call the source, and whether it is a file here; then timm is told to read that."""

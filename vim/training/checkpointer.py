@@ -72,7 +72,7 @@ class Checkpointer:
         One that stopped alone would leave the others waiting for it.
         """
         asked = torch.tensor(float(self.interruption.asked is not None), device=self.accelerator.device)
-        if self.accelerator.reduce(asked, "sum") > 0:  # type: ignore[operator]
+        if self.accelerator.reduce(asked, "sum") > 0:
             self.stop()
 
     def stop(self) -> NoReturn:

@@ -69,7 +69,7 @@ class Classification(Trainer):
             self.teacher = Teacher(config.distill, self.classes, self.data_config, accelerator)
             progress.line(f"the teacher's weights: {weights_from(self.teacher.model)}")
             if hasattr(model, "set_distilled_training"):
-                model.set_distilled_training(True)  # type: ignore[operator]  # logits of both heads
+                model.set_distilled_training(True)  # logits of both heads
 
         total_batch = self.images_per_update(data.batch_size)
         lengths, ahead = (train.shards.lengths, FetchAhead(train.shards.fetch)) if train.shards else (None, None)

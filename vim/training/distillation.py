@@ -69,7 +69,7 @@ class Teacher:
         self.model = model.eval().requires_grad_(False).to(accelerator.device)
         self.accelerator = accelerator
         own = resolve_input(self.model, config.kwargs, EvalDataConfig())
-        _check(config.teacher, self.model.num_classes, label_names(self.model), classes)  # type: ignore[arg-type]
+        _check(config.teacher, self.model.num_classes, label_names(self.model), classes)
         (channels, *size), student_channels = own["input_size"], data_config["input_size"][0]
         if channels != student_channels:
             raise ConfigError(

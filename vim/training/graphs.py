@@ -48,7 +48,7 @@ def capture_training(model: nn.Module, images: Tensor, dtype: torch.dtype | None
             f"{type(model).__name__} cannot be captured as a CUDA graph; set model.cuda_graph to false: {error}"
         ) from error
     replay, shape = model.forward, images.shape
-    model.forward = lambda batch: (replay if batch.shape == shape else before)(batch)  # type: ignore[method-assign]
+    model.forward = lambda batch: (replay if batch.shape == shape else before)(batch)
     model.train(training)
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # the warm-up of a capture moves running statistics

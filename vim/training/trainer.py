@@ -260,7 +260,7 @@ class Trainer(ABC):
         # Filled in on the GPU: a copy of a tensor from the CPU would wait for all that the GPU has to do.
         wishes = (loss.new_full((), float(wish)) for wish in checkpointer.wishes())
         mine = torch.stack([loss, norm.to(loss), *wishes])
-        found: Tensor = accelerator.reduce(mine, "mean")  # type: ignore[assignment]
+        found: Tensor = accelerator.reduce(mine, "mean")
         finite = found[:2].isfinite().all()
         if accelerator.scaler is not None:  # of fp16: it leaves out what is not finite itself, and learns of it
             state.optimizer.step()

@@ -60,7 +60,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     model = load_model(config).to(accelerator.device)
     progress.line(f"weights: {weights_from(model)}")
     labels = map_labels(config.labels, source, split, model, config.model)
-    if len(source.classes) < model.num_classes:  # type: ignore[operator]
+    if len(source.classes) < model.num_classes:
         others = "may be predicted too" if labels.candidates is None else "take no part"
         progress.line(f"{split} has {len(source.classes)} of {model.num_classes} classes; the others {others}")
 
