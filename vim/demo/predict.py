@@ -58,14 +58,14 @@ class Predictor:
     def __init__(self, config: DemoConfig):
         self.model = load_model(config).eval()
         self.weights = weights_from(self.model)
-        classes: int = self.model.num_classes  # type: ignore[assignment]
+        classes = self.model.num_classes
         if not classes:
             raise ConfigError(f"{config.model} has no classes to tell; choose a classifier")
         self.data_config = resolve_input(self.model, config.kwargs, EvalDataConfig())
         self.transform = eval_transform(self.data_config)
         names = label_names(self.model)
         self.names = _labels(names, classes, config.model)
-        self.blocks = len(self.model.blocks) if has_scans(self.model) else 0  # type: ignore[arg-type]
+        self.blocks = len(self.model.blocks) if has_scans(self.model) else 0
         self.features: Features | None = None
         self._turn = threading.Lock()
         if config.features is not None:
@@ -96,7 +96,7 @@ class Predictor:
         classes = dict(zip(self.names, probabilities.tolist(), strict=True))
         seen = self._as_seen(batch)
         maps = [(seen, "what the model gets")]
-        if self.blocks:
+        if has_scans(self.model):
             label = probabilities.argmax()
             for name, values in block_maps(self.model, batch, label[None], int(block)).items():
                 caption = f"{name} of “{self.names[int(label)]}”" if name == CLASS_MAP else name

@@ -6,14 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Scan = dict[str, Any]
+from .scanning_model import Scan, ScanningModel
 
 CLASS_MAP = "class map"  # its name among the maps of a block
-
-
-def has_scans(model: nn.Module) -> bool:
-    """Whether the model is a Vision Mamba, with blocks to look into."""
-    return hasattr(model, "blocks") and hasattr(getattr(model.blocks[0], "mixer", None), "scan_inputs")  # type: ignore[index]
 
 
 def as_pixels(images: Tensor, data_config: dict[str, Any]) -> Tensor:
@@ -23,7 +18,7 @@ def as_pixels(images: Tensor, data_config: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def block_maps(model: nn.Module, images: Tensor, classes: Tensor, block: int) -> dict[str, Tensor]:
+def block_maps(model: ScanningModel, images: Tensor, classes: Tensor, block: int) -> dict[str, Tensor]:
     """All maps (B, rows, columns) of one block, by name: means over the channels, and the map of `classes` (B,)."""
     scan = scan_of_block(model, images, block)
     directions = ("forward", "backward")
@@ -38,16 +33,16 @@ def block_maps(model: nn.Module, images: Tensor, classes: Tensor, block: int) ->
 
 
 @torch.no_grad()
-def scan_of_block(model: nn.Module, images: Tensor, block: int) -> Scan:
+def scan_of_block(model: ScanningModel, images: Tensor, block: int) -> Scan:
     """What the scan of a block gets for images (B, C, H, W): arguments of `bidirectional_selective_scan`."""
-    mixer = model.blocks[block].mixer  # type: ignore[index,union-attr]
+    mixer = model.blocks[block].mixer
     seen: list[Tensor] = []
-    handle = mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))  # type: ignore[union-attr]
+    handle = mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
         model(images)
     finally:
         handle.remove()
-    return mixer.scan_inputs(seen[0])  # type: ignore[union-attr,operator]
+    return mixer.scan_inputs(seen[0])
 
 
 def step_sizes(scan: Scan) -> tuple[Tensor, Tensor]:
@@ -94,19 +89,19 @@ def implicit_attention(scan: Scan, rows: Tensor | list[int]) -> tuple[Tensor, Te
     return found[0], found[1]
 
 
-def image_maps(model: nn.Module, values: Tensor) -> Tensor:
+def image_maps(model: ScanningModel, values: Tensor) -> Tensor:
     """Values of tokens in sequence order (B, L) -> those of the patches as a map (B, rows, columns)."""
-    patches = model.prefix_first(values.unsqueeze(2))[:, model.num_prefix_tokens :, 0]  # type: ignore[operator,index]
-    return patches.unflatten(1, model.patch_embed.grid_size)  # type: ignore[union-attr,arg-type]
+    patches = model.prefix_first(values.unsqueeze(2))[:, model.num_prefix_tokens :, 0]
+    return patches.unflatten(1, model.patch_embed.grid_size)
 
 
-def class_tokens(model: nn.Module, length: int) -> Tensor:
+def class_tokens(model: ScanningModel, length: int) -> Tensor:
     """Positions of the class tokens in a sequence."""
-    order = model.prefix_first(torch.arange(length)[None, :, None])[0, :, 0]  # type: ignore[operator]
-    return order[: model.num_prefix_tokens]  # type: ignore[misc]
+    order = model.prefix_first(torch.arange(length)[None, :, None])[0, :, 0]
+    return order[: model.num_prefix_tokens]
 
 
-def class_map(model: nn.Module, images: Tensor, classes: Tensor, block: int) -> Tensor:
+def class_map(model: ScanningModel, images: Tensor, classes: Tensor, block: int) -> Tensor:
     """Grad-CAM on the tokens that a block reads: (B, rows, columns), 0 and up.
 
     Those, not what it writes: behind the last block a class token alone decides.
@@ -122,34 +117,34 @@ def class_map(model: nn.Module, images: Tensor, classes: Tensor, block: int) -> 
         seen.append(inputs[0].detach().requires_grad_())
         return (seen[0],)
 
-    handle = model.blocks[block].register_forward_pre_hook(keep)  # type: ignore[index,union-attr]
+    handle = model.blocks[block].register_forward_pre_hook(keep)
     try:
         with torch.enable_grad():
             score = model(images).gather(1, classes[:, None]).sum()
             (gradient,) = torch.autograd.grad(score, seen)
     finally:
         handle.remove()
-    prefix: int = model.num_prefix_tokens  # type: ignore[assignment]
-    value, gradient = (model.prefix_first(t)[:, prefix:] for t in (seen[0].detach(), gradient))  # type: ignore[operator]
+    prefix = model.num_prefix_tokens
+    value, gradient = (model.prefix_first(t)[:, prefix:] for t in (seen[0].detach(), gradient))
     weights = gradient.mean(1, keepdim=True)  # of a channel, over the image
-    return (value * weights).sum(2).relu().unflatten(1, model.patch_embed.grid_size)  # type: ignore[union-attr,arg-type]
+    return (value * weights).sum(2).relu().unflatten(1, model.patch_embed.grid_size)
 
 
-def receptive_field(model: nn.Module, images: Tensor, block: int) -> Tensor:
+def receptive_field(model: ScanningModel, images: Tensor, block: int) -> Tensor:
     """How much each pixel moves the patch in the middle of the image behind a block: (H, W), mean over the images.
 
     Source: Luo et al. 2016, arXiv 1701.04128, section 2.
     """
     images = images.detach().clone().requires_grad_()
     seen: list[Tensor] = []
-    handle = model.blocks[block].register_forward_hook(lambda *args: seen.append(args[-1]))  # type: ignore[index,union-attr]
+    handle = model.blocks[block].register_forward_hook(lambda *args: seen.append(args[-1]))
     try:
         with torch.enable_grad():
             model(images)
     finally:
         handle.remove()
-    patches = model.prefix_first(seen[0])[:, model.num_prefix_tokens :]  # type: ignore[operator,misc]
-    rows, columns = model.patch_embed.grid_size  # type: ignore[union-attr,misc]
+    patches = model.prefix_first(seen[0])[:, model.num_prefix_tokens :]
+    rows, columns = model.patch_embed.grid_size
     middle = patches[:, rows // 2 * columns + columns // 2]
     (gradient,) = torch.autograd.grad(middle.sum(), images)
     return gradient.abs().sum(1).mean(0)

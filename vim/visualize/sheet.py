@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vim.console.errors import ConfigError
 from vim.console.output import make_output
@@ -15,7 +15,8 @@ from vim.timm_models.create import label_names, load_model, weights_from
 from vim.timm_models.input import resolve_input
 
 from .config import VisualizeConfig
-from .maps import as_pixels, block_maps, has_scans, receptive_field
+from .maps import as_pixels, block_maps, receptive_field
+from .scanning_model import ScanningModel, has_scans
 
 
 def visualize(config: VisualizeConfig) -> list[Path]:
@@ -57,8 +58,8 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     return files
 
 
-def _chosen_blocks(model: nn.Module, blocks: list[int] | None) -> list[int]:
-    count = len(model.blocks)  # type: ignore[arg-type]
+def _chosen_blocks(model: ScanningModel, blocks: list[int] | None) -> list[int]:
+    count = len(model.blocks)
     if blocks is None:
         return sorted({0, count // 2, count - 1})
     if wrong := [b for b in blocks if not -count <= b < count]:

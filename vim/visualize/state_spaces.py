@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import torch
 from matplotlib.axes import Axes
@@ -9,11 +10,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vim.figures import save_figure
-from vim.layers.discretize import RULES, discretize_diagonal
-from vim.layers.hippo import diagonal
+from vim.layers.discretize import Rule, discretize_diagonal
+from vim.layers.hippo import Diagonal, diagonal
 from vim.layers.linear_system import LinearSystem
 
-INITS = ("lin", "inv", "legs", "real")
+INITS: tuple[Diagonal, ...] = ("lin", "inv", "legs", "real")
 SLOWEST = 4  # states drawn of each
 
 
@@ -24,7 +25,7 @@ def plot_state_spaces(path: str | Path) -> str:
     Returns: a line that says where it is.
     """
     figure = Figure(figsize=(13, 6), layout="constrained")
-    above, below = figure.subfigures(2, 1)  # type: ignore[misc]
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for axes, init in zip(above.subplots(1, len(INITS), sharey=True), INITS, strict=True):
         _plot_states(axes, init)
     views, differences, errors = below.subplots(1, 3)
@@ -34,19 +35,19 @@ def plot_state_spaces(path: str | Path) -> str:
     return f"plot: {path}"
 
 
-def _plot_states(axes: Axes, init: str) -> None:
+def _plot_states(axes: Axes, init: Diagonal) -> None:
     time = torch.arange(1000, dtype=torch.float64) * 0.005
-    A, _ = diagonal(init, 64)  # type: ignore[arg-type]
+    A, _ = diagonal(init, 64)
     for state in (A.real.abs() if init == "real" else A.imag.abs()).argsort()[:SLOWEST]:
         axes.plot(time, (A[state] * time).exp().real, linewidth=1)
     axes.set(title=f"S4D, {init}: slowest states", xlabel="time")
     axes.grid(alpha=0.3)
 
 
-def _system(delta: float, rule: str) -> LinearSystem:
+def _system(delta: float, rule: Rule) -> LinearSystem:
     A, B = diagonal("lin", 16)
     C = torch.polar(torch.ones(8), torch.arange(8.0)).to(A.dtype)
-    dA, dB = discretize_diagonal(A, B, torch.tensor(delta, dtype=torch.float64), rule)  # type: ignore[arg-type]
+    dA, dB = discretize_diagonal(A, B, torch.tensor(delta, dtype=torch.float64), rule)
     return LinearSystem(dA[None], dB[None], 2 * C[None])
 
 
@@ -72,14 +73,14 @@ def _plot_views(views: Axes, differences: Axes) -> None:
 def _plot_errors(axes: Axes) -> None:
     """At time 2, by the number of steps; the truth is zero-order hold with very many."""
 
-    def at_the_end(steps: int, rule: str) -> float:
+    def at_the_end(steps: int, rule: Rule) -> float:
         delta = 2 / steps
         middles = (torch.arange(steps, dtype=torch.float64) + 0.5) * delta
         return _system(delta, rule).convolution(_input(middles))[0, -1, 0].item()
 
     truth = at_the_end(2**17, "zoh")
     steps = [2**k for k in range(7, 13)]
-    for rule in RULES:
+    for rule in get_args(Rule):
         errors = [abs(at_the_end(n, rule) - truth) for n in steps]
         order = math.log2(errors[-2] / errors[-1])
         axes.loglog([2 / n for n in steps], errors, marker="o", label=f"{rule}: order {order:.2f}")
