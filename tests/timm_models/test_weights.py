@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_refused_by_name(model, saved):
         with pytest.raises(ConfigError, match=r"vim_nano: 1 have another shape \(norm.weight \(8,\) for \(16,\)\)"):
             loaded(saved(weights | {"norm.weight": torch.ones(8)}), classes)
     with pytest.raises(
-        ConfigError, match=r"model.kwargs.checkpoint_path is not taken; name the file as model.checkpoint"
+        ConfigError, match=r"model.kwargs.checkpoint_path is not supported; give the file as model.checkpoint"
     ):
         create_model(ModelConfig("vim_nano", kwargs=KWARGS | {"checkpoint_path": path}), CLASSES)
     with pytest.raises(ConfigError, match=r"1 of \d+ tensors are missing \(head.bias\)"):
@@ -213,7 +213,7 @@ def test_damaged_and_unfinished_run_folders_are_refused_in_a_line(folder, tmp_pa
     with pytest.raises(ConfigError, match=r"no model in .*config.json is missing"):
         timm_name(str(unfinished))
     (unfinished / "config.yaml").write_text("run_dir: x")
-    with pytest.raises(ConfigError, match=r"is not finished.*last.pt as file"):
+    with pytest.raises(ConfigError, match=r"is not finished.*last.pt as checkpoint"):
         timm_name(str(unfinished))
     with pytest.raises(ConfigError, match=r"is a file of weights, not a model; give the model's name"):
         timm_name(f"{folder}/model.safetensors")
