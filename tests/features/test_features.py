@@ -295,7 +295,7 @@ def test_a_killed_export_goes_on_to_the_same_bytes(setting, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     (tmp_path / "killed" / "features-00003.parquet").unlink(missing_ok=True)  # however far it came
-    with pytest.raises(DataError, match=r"is not finished: \d of 5 shards are missing, .*; run it again to go on"):
+    with pytest.raises(DataError, match=r"is not finished: \d of 5 shards are missing, .*; run it again to continue"):
         vim.features.load(tmp_path / "killed")
     finished(start(setting, tmp_path / "killed"))
     whole, killed = bytes_of(tmp_path / "whole"), bytes_of(tmp_path / "killed")
@@ -315,7 +315,7 @@ def test_a_stopped_export_says_so_and_goes_on_to_the_same_bytes(setting, tmp_pat
         check(*args)
 
     monkeypatch.setattr(export, "_check_finite", stop)
-    where = f"stopped by {number.name} with {shards} of 5 shards in {tmp_path / 'out'}; run it again to go on"
+    where = f"stopped by {number.name} with {shards} of 5 shards in {tmp_path / 'out'}; run it again to continue"
     with pytest.raises(InterruptedRunError, match=f"^{re.escape(where)}$") as stopped:
         export_features(config(setting, tmp_path / "out"))
     assert stopped.value.exit_code == 128 + number
@@ -468,7 +468,7 @@ def test_an_export_does_not_go_on_where_one_of_other_options_was(exported, monke
         (b"", "Expecting value"),
         (b"\xff", "can't decode byte"),
         (b"[" * 100_000, "maximum recursion depth"),
-        (b"[]", "it holds list, no mapping"),
+        (b"[]", "it holds list, not a mapping"),
         ({"shards": "5"}, "shards is '5'"),
         ({"shards": 4}, "23 rows in 4 shards of 5"),
         ({"rows": True, "rows_per_shard": 0}, "rows in 5 shards of 0"),

@@ -134,7 +134,7 @@ def test_the_plot_of_nearest_neighbours_shows_the_mean_and_the_span_of_draws(tmp
     plots.plot_knn(rows, tmp_path / "x.png")
     (axes,) = figures[0].axes
     shown = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert shown == {"all images": [[1, 8], [20, 9]], "2 a class": [[1, 4]]}
+    assert shown == {"all images": [[1, 8], [20, 9]], "2 per class": [[1, 4]]}
     assert [np.ptp(span.get_paths()[0].vertices[:, 1]) for span in axes.collections] == [1, 7]
 
 
@@ -291,7 +291,7 @@ def test_a_probe_does_not_go_on_where_one_of_other_options_was(chosen, monkeypat
             chosen()
     assert set(OTHERS) == {field.name for field in fields(LinearProbeConfig)} - {"output"}
     for option, other in OTHERS.items():
-        with pytest.raises(RunError, match=rf"had another {option}; choose another --output, or remove it"):
+        with pytest.raises(RunError, match=rf"with another {option}; choose another --output, or remove it"):
             chosen(**{option: other})
     assert chosen()
 
@@ -350,7 +350,7 @@ def test_labels_of_noise_are_not_learned(tmp_path, monkeypatch):
         ({"weights_sha256": "1"}, "cannot be compared: weights_sha256 is 0 in one, 1 in the other"),
         ({"preprocessing": {"mean": [0.4]}}, "cannot be compared: preprocessing is"),
         ({"l2": True}, "cannot be compared: l2 is False in one, True in the other"),
-        ({}, "val has images without a label, 1.png first; export folders"),
+        ({}, "val has images without a label, first 1.png; export folders"),
     ],
     ids=str,
 )
@@ -371,6 +371,6 @@ def test_classes_that_no_image_has_need_no_match_and_names_of_several_have_none(
     write_export(tmp_path / "twice", [0, 1, 2], columns, classes="aba")
     assert classify(train="twice", val="twice", k=[1]) == [100]
     with pytest.raises(
-        DataError, match="val has classes that twice has not: names that several classes have cannot be"
+        DataError, match="val has classes that twice lacks, and names shared by several classes cannot be"
     ):
         classify(train="twice")
