@@ -149,7 +149,7 @@ def test_maps_of_a_block(setting, predictor, block):
     want = [image_maps(model, values) for values in (*(delta.mean(2) for delta in step_sizes(scan)), *reads)]
     want.append(class_map(model, batch, torch.tensor([1]), block))
     (seen, first), *maps = predictor(setting / "val" / "b" / "1.png", block).maps
-    assert (first, [name for _, name in maps]) == ("what the model gets", [*MAPS, "class map of “b”"])
+    assert (first, [name for _, name in maps]) == ("model input", [*MAPS, "class map of “b”"])
     assert (np.array(seen)[9::19, 9::19][:12, :12, 0] / 255 - 0.4) / 0.2 == pytest.approx(batch[0, 0].numpy(), abs=0.02)
     middles = np.s_[37::75, 37::75]  # of the patches, in 224 pixels
     for (image, _), values in zip(maps, want, strict=True):
@@ -185,9 +185,9 @@ def test_another_timm_model_has_no_maps(setting, tmp_path):
     predictor = Predictor(DemoConfig("resnet10t", str(tmp_path / "resnet.safetensors"), {"num_classes": 4}))
     answer = predictor(setting / "val" / "b" / "1.png")
     assert list(answer.classes) == ["class 0", "class 1", "class 2", "class 3"]
-    assert ([name for _, name in answer.maps], answer.neighbours) == (["what the model gets"], [])
+    assert ([name for _, name in answer.maps], answer.neighbours) == (["model input"], [])
     texts = [str(getattr(part, "value", "")) for part in page(predictor, "resnet10t").blocks.values()]
-    assert any("resnet10t is no Vision Mamba (vim_*): it has no scan to look into." in text for text in texts)
+    assert any("resnet10t is no Vision Mamba (vim_*): it has no scans to show." in text for text in texts)
 
 
 def test_the_page_begins_with_the_last_of_all_blocks(predictor):
@@ -228,10 +228,12 @@ def test_what_it_refuses(setting, tmp_path):
         Predictor(DemoConfig("vim_nan"))
     with pytest.raises(DataError, match="no features in"):
         Predictor(DemoConfig(run, features=str(tmp_path)))
-    with pytest.raises(ConfigError, match=r"untrained are of another model, .*; make them anew: tools/export_features"):
+    with pytest.raises(
+        ConfigError, match=r"untrained are of another model, .*; export them again: tools/export_features"
+    ):
         Predictor(DemoConfig(run, features=str(setting / "untrained")))
     wrong = DemoConfig(run, kwargs={"pretrained_cfg_overlay": {"crop_pct": 0.9}}, features=features)
-    with pytest.raises(ConfigError, match=r"went in as .*'mean': \[0.4\].*, here as .*'crop_pct': 0.9"):
+    with pytest.raises(ConfigError, match=r"have another preprocessing: .*'mean': \[0.4\].*, here .*'crop_pct': 0.9"):
         Predictor(wrong)
     shutil.copytree(setting, tmp_path / "moved")
     manifest = tmp_path / "moved" / "features" / "manifest.json"
@@ -240,7 +242,7 @@ def test_what_it_refuses(setting, tmp_path):
     with pytest.raises(DataError, match="no longer holds the images of"):
         Predictor(DemoConfig(run, features=str(manifest.parent)))
     for name, kwargs, message in [
-        ("classes", KWARGS | {"num_classes": 0}, "has no classes to tell; choose a classifier"),
+        ("classes", KWARGS | {"num_classes": 0}, "has no classes to predict; choose a classifier"),
         ("channels", KWARGS | {"in_chans": 2}, "takes 2 channels; images have 1 or 3"),
     ]:
         save_file(timm.create_model("vim_nano", **kwargs).state_dict(), tmp_path / f"{name}.safetensors")
@@ -315,7 +317,7 @@ class Api:
             return f.read().decode()
 
 
-NOT_UPLOADED = "this image is not, or no longer, among those uploaded here; drop it again"
+NOT_UPLOADED = "this image is not, or no longer, among the uploads; drop it again"
 
 
 def test_only_uploaded_files_are_read(setting, url, uploads):
@@ -338,7 +340,7 @@ def test_only_uploaded_files_are_read(setting, url, uploads):
     for upload in ({"path": "http://127.0.0.1:1/a.png", "meta": ours["meta"]}, "a", [1], {"url": str(image)}):
         found = api.answer(api.ask(upload))
         assert "base64" not in found
-        assert ("this page takes files, no addresses" in found) == ("http:" in str(upload))
+        assert ("this page takes files, not URLs" in found) == ("http:" in str(upload))
     assert "pipe.png is no file" in api.answer(api.ask({"path": str(folder / "pipe.png")}))
     (folder / "<b>x.png").write_bytes(b"no image")
     assert "&lt;b&gt;x.png cannot be read as an image" in api.answer(api.ask({"path": str(folder / "<b>x.png")}))

@@ -187,7 +187,7 @@ def test_maps_lie_on_the_whole_image_each_under_its_name_beside_its_block(tmp_pa
         assert np.array_equal(below.get_array(), image)
         assert np.array_equal(above.get_array(), want)
         assert above.get_extent() == below.get_extent()
-    assert fields.axes[0].get_title() == "behind block 7"
+    assert fields.axes[0].get_title() == "after block 7"
     assert (fields.axes[0].images[0].get_array() == 0.5).all()  # the square root
 
 
@@ -208,10 +208,10 @@ def test_the_figure_of_state_spaces_shows_what_is_known_of_them(tmp_path, monkey
     assert first.abs().max() > 1
     for other in others:
         assert_close(other, first, atol=1e-12, rtol=0)
-    for line in axes["difference to the recurrence"].lines:
+    for line in axes["difference from the recurrence"].lines:
         assert line.get_ydata().max() < 1e-12
     orders = {}
-    for line in axes["error by size of steps"].lines:
+    for line in axes["error by step size"].lines:
         steps, errors = (torch.tensor(data).log() for data in (line.get_xdata(), line.get_ydata()))
         rule, order = line.get_label().split(": order ")
         orders[rule] = float(order)

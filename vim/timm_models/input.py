@@ -14,7 +14,7 @@ from .timm_model import TimmModel
 
 
 def resolve_input(model: TimmModel, model_kwargs: dict[str, Any], data: EvalDataConfig) -> dict[str, Any]:
-    """timm's data_config: input_size (C, H, W), mean, std, interpolation, crop_pct and crop_mode.
+    """Resolve timm's data_config: input_size (C, H, W), mean, std, interpolation, crop_pct and crop_mode.
 
     What `data` leaves open comes from the model. Some timm models have another crop_pct at their larger test size.
 

@@ -1,4 +1,4 @@
-"""What a Vision Mamba looks at: step sizes, implicit attention, class maps and receptive fields."""
+"""Look inside a Vision Mamba: step sizes, implicit attention, class maps and receptive fields."""
 
 from .config import VisualizeConfig
 from .maps import (

@@ -1,4 +1,7 @@
-"""Numbers behind the pictures. B batch, L tokens, P patches, E channels of a scan, N its states, D model width."""
+"""Compute the maps.
+
+Shapes: B batch, L tokens, P patches, E channels of a scan, N states of a channel, D model width.
+"""
 
 from typing import Any
 
@@ -8,18 +11,18 @@ from torch import Tensor, nn
 
 from .scanning_model import Scan, ScanningModel
 
-CLASS_MAP = "class map"  # its name among the maps of a block
+CLASS_MAP = "class map"  # its key in block_maps
 
 
 def as_pixels(images: Tensor, data_config: dict[str, Any]) -> Tensor:
-    """What a model gets, (B, 1 or 3, H, W), as pixels in 0..1: (B, H, W) or (B, H, W, 3)."""
+    """Undo the normalisation of model inputs (B, 1 or 3, H, W): pixels (B, H, W) or (B, H, W, 3) in 0..1."""
     mean, std = (torch.tensor(data_config[key])[:, None, None] for key in ("mean", "std"))
     return (images.cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).squeeze(-1)
 
 
 @torch.no_grad()
 def block_maps(model: ScanningModel, images: Tensor, classes: Tensor, block: int) -> dict[str, Tensor]:
-    """All maps (B, rows, columns) of one block, by name: means over the channels, and the map of `classes` (B,)."""
+    """All maps (B, rows, columns) of one block by name: means over channels, and the class map of `classes` (B,)."""
     scan = scan_of_block(model, images, block)
     directions = ("forward", "backward")
     values = {f"step size, {d}": v.mean(2) for d, v in zip(directions, step_sizes(scan), strict=True)}
@@ -34,7 +37,7 @@ def block_maps(model: ScanningModel, images: Tensor, classes: Tensor, block: int
 
 @torch.no_grad()
 def scan_of_block(model: ScanningModel, images: Tensor, block: int) -> Scan:
-    """What the scan of a block gets for images (B, C, H, W): arguments of `bidirectional_selective_scan`."""
+    """Inputs of a block's scan for images (B, C, H, W): arguments of `bidirectional_selective_scan`."""
     mixer = model.blocks[block].mixer
     seen: list[Tensor] = []
     handle = mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -46,7 +49,7 @@ def scan_of_block(model: ScanningModel, images: Tensor, block: int) -> Scan:
 
 
 def step_sizes(scan: Scan) -> tuple[Tensor, Tensor]:
-    """delta (B, L, E) of the forward and the backward direction: how much of a token enters the state."""
+    """delta (B, L, E), forward and backward: how strongly a token enters the state."""
     forward, backward = (
         F.softplus(dt.float() + bias.float()) for dt, bias in zip(scan["dt"], scan["dt_bias"], strict=True)
     )
@@ -54,18 +57,18 @@ def step_sizes(scan: Scan) -> tuple[Tensor, Tensor]:
 
 
 def implicit_attention(scan: Scan, rows: Tensor | list[int]) -> tuple[Tensor, Tensor]:
-    """Of each direction, how much each token writes to the scan's output at chosen tokens, before D and the gate.
+    """How much each token contributes to the scan's output at chosen tokens, before D and the gate.
 
-    A selective scan is a matrix over tokens for each channel: y[t] = sum over s of attention[t, s] u[s], with
+    For each channel, a selective scan is a matrix over tokens: y[t] = sum over s of attention[t, s] u[s], with
 
         attention[t, s] = sum over n of C[t, n] exp(A[n] (delta[s + 1] + ... + delta[t])) delta[s] B[s, n]
 
     for s <= t in the forward direction and s >= t in the backward one, else 0.
 
     Args:
-        scan: of `scan_of_block`. rows: tokens t, in sequence order.
+        scan: from `scan_of_block`. rows: the tokens t, in sequence order.
 
-    Returns: (B, rows, L, E) of the forward and the backward direction.
+    Returns: (B, rows, L, E), forward and backward.
 
     Source: Ali et al. 2024, arXiv 2403.01590, equation 12.
     """
@@ -90,7 +93,7 @@ def implicit_attention(scan: Scan, rows: Tensor | list[int]) -> tuple[Tensor, Te
 
 
 def image_maps(model: ScanningModel, values: Tensor) -> Tensor:
-    """Values of tokens in sequence order (B, L) -> those of the patches as a map (B, rows, columns)."""
+    """Values of tokens in sequence order (B, L) -> map of the patches (B, rows, columns)."""
     patches = model.prefix_first(values.unsqueeze(2))[:, model.num_prefix_tokens :, 0]
     return patches.unflatten(1, model.patch_embed.grid_size)
 
@@ -102,12 +105,12 @@ def class_tokens(model: ScanningModel, length: int) -> Tensor:
 
 
 def class_map(model: ScanningModel, images: Tensor, classes: Tensor, block: int) -> Tensor:
-    """Grad-CAM on the tokens that a block reads: (B, rows, columns), 0 and up.
+    """Grad-CAM on the input tokens of a block: (B, rows, columns), non-negative.
 
-    Those, not what it writes: behind the last block a class token alone decides.
+    Not on its output: after the last block, only the class token affects the logits.
 
     Args:
-        images: (B, C, H, W). classes: (B,), whose logits to explain.
+        images: (B, C, H, W). classes: (B,), to explain.
 
     Source: Selvaraju et al. 2017, arXiv 1610.02391, equations 1 and 2.
     """
@@ -126,12 +129,12 @@ def class_map(model: ScanningModel, images: Tensor, classes: Tensor, block: int)
         handle.remove()
     prefix = model.num_prefix_tokens
     value, gradient = (model.prefix_first(t)[:, prefix:] for t in (seen[0].detach(), gradient))
-    weights = gradient.mean(1, keepdim=True)  # of a channel, over the image
+    weights = gradient.mean(1, keepdim=True)  # per channel, mean over the image
     return (value * weights).sum(2).relu().unflatten(1, model.patch_embed.grid_size)
 
 
 def receptive_field(model: ScanningModel, images: Tensor, block: int) -> Tensor:
-    """How much each pixel moves the patch in the middle of the image behind a block: (H, W), mean over the images.
+    """Gradient of the centre patch after a block with respect to the pixels: (H, W), magnitude, mean over the images.
 
     Source: Luo et al. 2016, arXiv 1701.04128, section 2.
     """

@@ -1,4 +1,4 @@
-"""Sheets of maps as PNG files. matplotlib is optional, and imported only here."""
+"""Sheets of maps as PNG files. matplotlib is optional: imported only here."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .scanning_model import ScanningModel, has_scans
 
 
 def visualize(config: VisualizeConfig) -> list[Path]:
-    """Write a sheet for each image, a row a block, and one of receptive fields.
+    """Write a sheet per image, with a row per block, and a sheet of receptive fields.
 
     Returns: the files.
     Raises: DataError, ConfigError, with a message for the user.
@@ -31,7 +31,9 @@ def visualize(config: VisualizeConfig) -> list[Path]:
         raise ConfigError(f"{config.model} has no classes to explain; choose a classifier")
     Progress().line(f"weights: {weights_from(model)}")
     if not has_scans(model):
-        raise ConfigError(f"{config.model} is no Vision Mamba: its blocks have no selective scan to look into")
+        raise ConfigError(
+            f"{config.model} is no Vision Mamba: its blocks have no selective scan to show; choose a vim_* model"
+        )
     blocks = _chosen_blocks(model, config.blocks)
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
     transform, in_chans = eval_transform(data_config), data_config["input_size"][0]
@@ -80,7 +82,7 @@ def _draw(path: Path, title: str, image: np.ndarray, rows: list[dict[str, Tensor
         axes[0].set_ylabel(f"block {block}")
         for place, name in zip(axes[1:], names, strict=True):
             place.imshow(image, cmap="gray", vmin=0, vmax=1)
-            # Each map in its own scale, from its least to its greatest value.
+            # Each map has its own scale, from its minimum to its maximum.
             drawn = place.imshow(
                 row[name].numpy(), cmap="magma", alpha=0.75, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
             )
@@ -96,8 +98,8 @@ def _draw_fields(path: Path, fields: list[Tensor], blocks: list[int]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.6 * len(fields), 3), layout="constrained")
-    figure.suptitle("what moves the patch in the middle (square root)")
+    figure.suptitle("gradient of the centre patch (square root)")
     for axes, field, block in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields, blocks, strict=True):
         axes.imshow(field.sqrt().numpy(), cmap="magma")
-        axes.set(xticks=[], yticks=[], title=f"behind block {block}")
+        axes.set(xticks=[], yticks=[], title=f"after block {block}")
     save_figure(figure, path, 110)

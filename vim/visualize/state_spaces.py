@@ -1,4 +1,4 @@
-"""A figure of linear state spaces: how they start, one system run in three ways, and what steps of time cost."""
+"""A figure of linear state spaces: initialisations, three ways to run a system, and discretisation errors."""
 
 import math
 from pathlib import Path
@@ -15,14 +15,17 @@ from vim.layers.hippo import Diagonal, diagonal
 from vim.layers.linear_system import LinearSystem
 
 INITS: tuple[Diagonal, ...] = ("lin", "inv", "legs", "real")
-SLOWEST = 4  # states drawn of each
+SLOWEST = 4  # states drawn per initialisation
 
 
 def plot_state_spaces(path: str | Path) -> str:
-    """Write a PNG: the slowest states of S4D's initialisations after an impulse; recurrence, sum and convolution of one
-    system, with what they differ by; and the error of each rule of discretisation by the size of its steps.
+    """Write a PNG with three parts.
 
-    Returns: a line that says where it is.
+    - Impulse responses of the slowest states of each S4D initialisation.
+    - One system as recurrence, sum and convolution, and their differences.
+    - The error of each discretisation rule by step size.
+
+    Returns: a line that names the file.
     """
     figure = Figure(figsize=(13, 6), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
@@ -64,14 +67,14 @@ def _plot_views(views: Axes, differences: Axes) -> None:
         views.plot(time, y[0, :, 0], style, label=name)
         differences.semilogy(time, (y[0, :, 0] - recurrence).abs().clamp(min=1e-18), label=name, linewidth=1)
     views.set(title="one system, three ways to run it", xlabel="time", ylim=(-5, 8))
-    differences.set(title="difference to the recurrence", xlabel="time", ylim=(1e-18, 1e-12))
+    differences.set(title="difference from the recurrence", xlabel="time", ylim=(1e-18, 1e-12))
     for axes in (views, differences):
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
 
 
 def _plot_errors(axes: Axes) -> None:
-    """At time 2, by the number of steps; the truth is zero-order hold with very many."""
+    """Errors at time 2 by step size, against zero-order hold with 2^17 steps."""
 
     def at_the_end(steps: int, rule: Rule) -> float:
         delta = 2 / steps
@@ -84,6 +87,6 @@ def _plot_errors(axes: Axes) -> None:
         errors = [abs(at_the_end(n, rule) - truth) for n in steps]
         order = math.log2(errors[-2] / errors[-1])
         axes.loglog([2 / n for n in steps], errors, marker="o", label=f"{rule}: order {order:.2f}")
-    axes.set(title="error by size of steps", xlabel="step")
+    axes.set(title="error by step size", xlabel="step size")
     axes.legend()
     axes.grid(alpha=0.3)
