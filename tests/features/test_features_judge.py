@@ -1,4 +1,4 @@
-"""Nearest neighbours and linear probe against scikit-learn, and their runs over exports."""
+"""Nearest neighbours and linear probe against scikit-learn, and their runs on exports."""
 
 import json
 import os
@@ -29,7 +29,7 @@ sklearn = pytest.importorskip("sklearn")
 
 @pytest.fixture(scope="module")
 def digits():
-    """Real handwritten digits: 1,200 to learn from, 597 to classify, 64 pixels each."""
+    """Handwritten digits of 64 pixels: 1,200 to train on, 597 to classify."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -98,8 +98,8 @@ def test_the_probe_is_as_good_as_logistic_regression(digits):
 
 
 def test_where_training_ends_is_the_optimum_of_logistic_regression(digits):
-    """Standardised by the training images alone: those held out are of another distribution. One feature is constant
-    but for rounding."""
+    """Only the training images standardise: held-out images have another distribution. One feature is constant up to
+    rounding."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -142,7 +142,7 @@ def test_each_epoch_and_each_seed_has_an_order_and_weights_of_its_own(digits, mo
 
 
 class Killed(BaseException):
-    """The process is no more."""
+    """Stands for the end of the process."""
 
 
 @pytest.mark.parametrize("update", [1, 7, 8, 15])
@@ -162,7 +162,7 @@ def test_a_training_goes_on_to_the_same_bits_from_any_update(digits, tmp_path, u
 
     with pytest.raises(Killed):
         judge.linear_probe(train, y, held_out, 10, after_update=stop, **options)
-    torch.manual_seed(99)  # whatever the process drew before does not matter
+    torch.manual_seed(99)  # earlier random numbers of the process must not matter
     rest = judge.linear_probe(train, y, held_out, 10, saved=load_checkpoint(tmp_path / "state.pt"), **options)
     assert whole.keys() == rest.keys()
     for which in whole:
@@ -184,7 +184,7 @@ KWARGS = {"img_size": 12, "patch_size": 4, "in_chans": 1, "depth": 2, "num_class
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Folder with the exports train and val, of both blocks, and plain, of the last features."""
+    """Folder with the exports train and val of both blocks, and plain of the final features."""
     import timm
 
     path = tmp_path_factory.mktemp("judge")
@@ -239,7 +239,7 @@ def test_the_probe_chooses_without_the_images_it_reports_on(exports, tmp_path):
     assert result["lr"] == 0.1
     assert result["top1"] > 90
     assert (tmp_path / "out" / "linear_probe.png").is_file()
-    # Without a look at val: the training images in its place leave the choice as it is.
+    # val does not influence the choice: with the training images in its place, the choice is the same.
     swapped = LinearProbeConfig(str(exports / "train"), str(exports / "train"), output=str(tmp_path / "b"), **settings)
     again = probe(swapped)["results"][0]
     assert (again["inputs"], again["lr"], again["grid"]) == (result["inputs"], result["lr"], result["grid"])
@@ -249,19 +249,19 @@ SHORT = {"learning_rates": [1e-3, 0.1], "epochs": 4, "batch_size": 16, "select":
 
 
 def short(exports, output, **changes):
-    """Of 32 updates: 3 x 4 of the grid, 3 x 4 of the choice, and 1 x 4 of each with 2 images a class."""
+    """A probe of 32 updates: 3 x 4 for the grid, 3 x 4 for the winner, and 1 x 4 for each with 2 images per class."""
     return LinearProbeConfig(str(exports / "train"), str(exports / "val"), output=str(output), **SHORT | changes)
 
 
 @pytest.fixture(scope="module")
 def whole(exports, tmp_path_factory):
-    """Results of a probe that was left alone."""
+    """Results of an uninterrupted probe."""
     return probe(short(exports, tmp_path_factory.mktemp("whole")))["results"]
 
 
 @pytest.fixture
 def before_update(monkeypatch):
-    """before_update(n, act): call act when update n, counted from 1 over all trainings, is done and not yet saved."""
+    """before_update(n, act): call act after update n (from 1, over all trainings), before it is saved."""
 
     def before_update(n, act):
         count, after_update = 0, unfinished.UnfinishedProbe._after_update
@@ -386,7 +386,7 @@ def test_clear_errors(exports, tmp_path):
 
 
 def export(exports, images, output, **changes):
-    """Of the fixture's model."""
+    """An export with the fixture's model."""
     given = {"checkpoint": str(exports / "weights.safetensors"), "kwargs": KWARGS, "num_workers": 0, **changes}
     export_features(FeaturesConfig("vim_nano", images=str(images), output=output and str(output), **given))
 
@@ -398,7 +398,7 @@ def _on_the_cpu(monkeypatch):
 
 @pytest.mark.usefixtures("_on_the_cpu")
 def test_classes_are_matched_by_name(exports, tmp_path):
-    """Val has no image of the first class, and what it has stands at other places in its list."""
+    """val has no image of the first class, and other positions of the others in its list of classes."""
     for name in "bc":
         (tmp_path / "val").mkdir(exist_ok=True)
         (tmp_path / "val" / name).symlink_to(exports / "images" / "val" / name)

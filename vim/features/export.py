@@ -131,21 +131,21 @@ def _export_shards(
         worker_init_fn=leave_signals_to_the_parent,
     )
     parts: list[dict[str, np.ndarray]] = []
-    held, todo = 0, iter(zip(shards, ranges, strict=True))
+    collected, remaining = 0, iter(zip(shards, ranges, strict=True))
     writing: Future | None = None
     with ThreadPoolExecutor(1) as writer, progress.bar("features", len(batches)) as advance:
-        shard, rows = next(todo, (0, range(0)))
+        shard, rows = next(remaining, (0, range(0)))
         for index, found in _features(loader, extractor, config, accelerator):
             _check_finite(found, index, images.source, config)
             parts.append(found)
-            held += len(index)
-            if held == len(rows):
+            collected += len(index)
+            if collected == len(rows):
                 if writing is not None:
                     writing.result()  # raises if the disk is full; keeps one shard at most waiting in memory
                 file = shard_file(_folder(config), shard, config.format)
                 writing = writer.submit(write_shard, file, _joined(parts, rows, images.source), config.format)
-                parts, held = [], 0
-                shard, rows = next(todo, (0, range(0)))
+                parts, collected = [], 0
+                shard, rows = next(remaining, (0, range(0)))
             advance("")
             interruption.obey()  # the writer thread finishes its shard first
         if writing is not None:
