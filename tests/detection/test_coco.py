@@ -80,7 +80,7 @@ def test_boxes_are_clipped_and_those_without_area_counted(data):
     found = [(a["bbox"], a["area"]) for a in boxes.truth()["annotations"]]
     assert found == [([0, 0, 3, 4], 12), ([18.5, 10, 1.5, 2], 3)]
     assert (boxes.boxes, boxes.dropped) == (2, 4)
-    assert boxes.describe() == "2 images, 2 classes, 2 boxes; 4 boxes without area left out"
+    assert boxes.describe() == "2 images, 2 classes, 2 boxes; dropped 4 boxes without area"
 
 
 def test_crowds_are_for_the_metrics_alone(data):
@@ -242,14 +242,14 @@ PICTURE = {"id": 5, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
         ({"annotations": [thing(8, [1, 2, -3, 4])]}, r"annotation 8 of a.png has the box \[1, 2, -3, 4\]"),
         ({"annotations": [thing(8, [1, 2, True, 4])]}, r"annotation 8 of a.png has the box \[1, 2, True, 4\]"),
         ({"annotations": [thing(8, [1, 2, 3, 10**400])]}, r"annotation 8 of a.png has the box \[1, 2, 3, 1000"),
-        ({"annotations": [thing(8, None)]}, "one of annotations has None for bbox, want list: id 8"),
+        ({"annotations": [thing(8, None)]}, "an entry of annotations has None for bbox, want list: id 8"),
         (
             {"annotations": [{"segmentation": 99 * [0]} | thing(8, [1, 2, 3, 4], "7")]},
-            "one of annotations has '7' for category_id, want int: id 8",
+            "an entry of annotations has '7' for category_id, want int: id 8",
         ),
         ({"annotations": [thing(8, [1, 2, 3, 4], True)]}, "has True for category_id, want int: id 8"),
-        ({"annotations": [thing(8.0, [1, 2, 3, 4])]}, r"one of annotations has 8\.0 for id, want int: id 8\.0"),
-        ({"annotations": [thing(2**63, [1, 2, 3, 4])]}, f"has {2**63} for id, want an integer of 64 bits"),
+        ({"annotations": [thing(8.0, [1, 2, 3, 4])]}, r"an entry of annotations has 8\.0 for id, want int: id 8\.0"),
+        ({"annotations": [thing(2**63, [1, 2, 3, 4])]}, f"has {2**63} for id, want a 64-bit integer"),
         ({"annotations": [thing(10**400, [1, 2, 3, 4])]}, "has an integer of more than 100 digits for id"),
         *[
             (
@@ -263,26 +263,29 @@ PICTURE = {"id": 5, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
             ({"annotations": [thing(8, [1, 2, 3, 4], area=v)]}, f"annotation 8 of a.png has area {v!r}; want pixels")
             for v in ("12", -1, float("nan"), True)
         ],
-        ({"annotations": [thing(8, [1, 2, 3, 4], image=1)]}, "annotation 8 is of image 1, which is not among"),
-        ({"annotations": [thing(8, [1, 2, 3, 4], 9)]}, "annotation 8 is of category 9, which is not among"),
-        ({"annotations": [thing(8, [1, 2, 3, 4]), thing(8, [1, 2, 3, 5])]}, "annotation id 8 stands there twice"),
-        ({"annotations": [{"id": 1, "image_id": 5, "bbox": [0, 0, 1, 1]}]}, "one of annotations has no category_id"),
+        ({"annotations": [thing(8, [1, 2, 3, 4], image=1)]}, "annotation 8 has image_id 1, which is not in"),
+        ({"annotations": [thing(8, [1, 2, 3, 4], 9)]}, "annotation 8 has category_id 9, which is not in"),
+        ({"annotations": [thing(8, [1, 2, 3, 4]), thing(8, [1, 2, 3, 5])]}, "annotation id 8 occurs twice"),
+        (
+            {"annotations": [{"id": 1, "image_id": 5, "bbox": [0, 0, 1, 1]}]},
+            "an entry of annotations has no category_id",
+        ),
         ({"annotations": None}, "not in COCO's format: it has no list of annotations"),
-        ({"categories": [CAT, CAT]}, "category id 7 stands there twice"),
-        ({"categories": [CAT, {"id": "3", "name": "bird"}]}, "one of categories has '3' for id, want int"),
-        ({"categories": [CAT, {"id": 3, "name": "cat"}]}, "category name cat stands there twice"),
+        ({"categories": [CAT, CAT]}, "category id 7 occurs twice"),
+        ({"categories": [CAT, {"id": "3", "name": "bird"}]}, "an entry of categories has '3' for id, want int"),
+        ({"categories": [CAT, {"id": 3, "name": "cat"}]}, "category name cat occurs twice"),
         ({"categories": []}, "has 2 images and 0 categories; want at least one"),
         ({"images": []}, "has 0 images and 2 categories; want at least one"),
-        ({"images": [PICTURE, PICTURE]}, "image id 5 stands there twice"),
-        ({"images": [5]}, "one of images has no id: 5"),
-        ({"images": [{"id": 5, "file_name": "a.png"}]}, "one of images has no width"),
+        ({"images": [PICTURE, PICTURE]}, "image id 5 occurs twice"),
+        ({"images": [5]}, "an entry of images has no id: 5"),
+        ({"images": [{"id": 5, "file_name": "a.png"}]}, "an entry of images has no width"),
         ({"images": [PICTURE | {"file_name": 5000 * "a"}]}, "1 of 1 images of .* are not in .*, the first is aaaa"),
-        ({"images": [PICTURE | {"width": 0}]}, "one of images has 0 for width, want pixels: id 5"),
+        ({"images": [PICTURE | {"width": 0}]}, "an entry of images has 0 for width, want pixels: id 5"),
         ({"images": [PICTURE | {"height": 10**400}]}, "has an integer of more than 100 digits for height, want pixels"),
-        ({"images": [PICTURE | {"width": 20.0}]}, r"one of images has 20\.0 for width, want int: id 5"),
-        ({"images": [PICTURE | {"file_name": "../a.png"}]}, r"file name '../a\.png' leads out of the folder"),
-        ({"images": [PICTURE | {"file_name": "b/../../a.png"}]}, r"file name 'b/\.\./\.\./a\.png' leads out of the"),
-        ({"images": [PICTURE | {"file_name": "/a.png"}]}, r"file name '/a\.png' leads out of the folder"),
+        ({"images": [PICTURE | {"width": 20.0}]}, r"an entry of images has 20\.0 for width, want int: id 5"),
+        ({"images": [PICTURE | {"file_name": "../a.png"}]}, r"file name '../a\.png' leaves the folder"),
+        ({"images": [PICTURE | {"file_name": "b/../../a.png"}]}, r"file name 'b/\.\./\.\./a\.png' leaves the"),
+        ({"images": [PICTURE | {"file_name": "/a.png"}]}, r"file name '/a\.png' leaves the folder"),
         (
             {"images": [PICTURE, PICTURE | {"id": 1, "file_name": "x.png"}, PICTURE | {"id": 2, "file_name": "y.png"}]},
             r"2 of 3 images of .*boxes\.json are not in .*images, the first is x\.png",
@@ -328,7 +331,7 @@ def test_any_value_in_any_place_is_taken_or_refused_in_a_line(data):
         (b"[]", "is not in COCO's format: want images, annotations and categories"),
         (b"[" * 200_000, "is not in COCO's format: it is nested too deeply"),
         (b'{"images": ' + b"9" * 5000 + b"}", "is not JSON: Exceeds the limit"),
-        (None, "no annotations .*; give a JSON file in COCO's format"),
+        (None, "no annotation file .*; give a JSON file in COCO's format"),
     ],
 )
 def test_a_file_of_another_kind(tmp_path, content, message):
@@ -434,7 +437,7 @@ def test_classes_are_in_the_order_of_their_names(table, tmp_path):
         ("a.png,4,2,4,6,Oak,", r"line 4: want xmin < xmax"),
         ("a.png,1,6,4,2,Oak,", r"line 4: want xmin < xmax"),
         ("a.png,1,2,nan,6,Oak,", r"line 4: want xmin < xmax"),
-        ("a.png,1,2,4,6", r"line 4: a box has no label"),
+        ("a.png,1,2,4,6", r"line 4: the box has no label"),
         ("a.png,1,2,4,6,Oak,1,red", r"line 4: more values than the header has columns"),
         ("a.png,1,2,1_0,6,Oak,", r"line 4: want xmin < xmax"),
         ("pipe.png,1,2,4,6,Oak,", r"line 4: cannot read image .*pipe\.png: no such file"),
@@ -467,7 +470,7 @@ def test_an_output_that_cannot_be_written(table, tmp_path):
         ),
         (HEADER, "", "has no rows"),
         (f"label,{HEADER}", "Ash,a.png,1,2,4,6,Oak,\n", "has the column 'label' twice"),
-        (HEADER, "a.png,,,,,,\n", "has no box, only images without one"),
+        (HEADER, "a.png,,,,,,\n", "has no box, only images without boxes"),
     ],
 )
 def test_a_table_that_cannot_be_used(table, tmp_path, header, rows, message):
@@ -476,7 +479,7 @@ def test_a_table_that_cannot_be_used(table, tmp_path, header, rows, message):
 
 
 def test_a_table_that_is_none(tmp_path):
-    with pytest.raises(DataError, match=r"no file .*boxes\.csv of boxes"):
+    with pytest.raises(DataError, match=r"no file .*boxes\.csv; give a CSV file of boxes"):
         boxes_to_coco(tmp_path / "boxes.csv", tmp_path, tmp_path / "boxes.json")
     (tmp_path / "boxes.csv").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(DataError, match=r"cannot read .*boxes\.csv: .*; want comma-separated text in UTF-8"):

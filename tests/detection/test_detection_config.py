@@ -29,8 +29,9 @@ from vim.detection import (
     validate,
 )
 from vim.detection import validation as validation_module
-from vim.detection.config import DetectionDataConfig, DetectionEvalDataConfig, JitterConfig
+from vim.detection.loaders import DetectionDataConfig, DetectionEvalDataConfig
 from vim.detection.store import StoredDetector, load_detector, save_detector
+from vim.detection.transforms import JitterConfig
 from vim.experiments import detection_benchmark as benchmark
 from vim.experiments.benchmark_config import BenchmarkConfig, Contender, Workload
 from vim.experiments.detection_benchmark import DetectionBenchmarkConfig, build_detector_step

@@ -19,8 +19,9 @@ import vim  # noqa: F401  (registers the models)
 from vim.checkpoint import load_checkpoint
 from vim.console import ConfigError, InterruptedRunError, RunError
 from vim.detection import METRICS, Detection, DetectionTrainConfig, DetectionValidateConfig, load_detector, validate
-from vim.detection.config import DetectionDataConfig, DetectionEvalDataConfig, DetectorConfig, JitterConfig
-from vim.detection.detector import Detector
+from vim.detection.detector import Detector, DetectorConfig
+from vim.detection.loaders import DetectionDataConfig, DetectionEvalDataConfig
+from vim.detection.transforms import JitterConfig
 from vim.training import train
 from vim.training.averaging import EmaConfig
 from vim.training.optim import OptimConfig, ScheduleConfig
@@ -179,7 +180,7 @@ def test_what_does_not_fit_is_refused(finished, boxes, tmp_path):
     (boxes / "renamed.json").write_text(json.dumps(content))
     other = config(boxes, tmp_path / "no")
     other.data.val_annotations = "renamed.json"
-    with pytest.raises(ConfigError, match=r"train.json and renamed.json have other categories: .*red.* and .*rot"):
+    with pytest.raises(ConfigError, match=r"train.json and renamed.json have different categories: .*red.* and .*rot"):
         train(other, task=Detection)
     assert not (tmp_path / "no").exists()
     wrong = validation(boxes, run_dir, tmp_path / "no")

@@ -299,7 +299,7 @@ def test_what_does_not_fit_is_refused():
         DetectorConfig(kwargs={"img_size": 64})
     with pytest.raises(ConfigError, match=r"no model 'vim_nona' .*did you mean"):
         detector(name="vim_nona", kwargs={})
-    with pytest.raises(ConfigError, match=r"has maps of stride 14, a pyramid wants one of \(4, 8, 16, 32\)"):
+    with pytest.raises(ConfigError, match=r"has a map of stride 14, a pyramid needs one of \(4, 8, 16, 32\)"):
         detector(name="vit_small_patch14_dinov2", kwargs={"depth": 3})
     with pytest.raises(ConfigError, match=r"vim_nano has 7 x 7 patches in 64 pixels, .*every 8 pixels .*not overlap"):
         detector(kwargs=TINY | {"patch_stride": 8})
@@ -311,7 +311,7 @@ def test_what_does_not_fit_is_refused():
         ValueError, match=r"model.channels must be at least 64 for fcos at img_size 64, .*; got 32, take 64"
     ):
         DetectorConfig(detector="fcos", channels=32, img_size=64)
-    with pytest.raises(ConfigError, match=r"resnet10t does not name its layers as a backbone"):
+    with pytest.raises(ConfigError, match=r"resnet10t has no layer groups as a backbone"):
         create_optimizer(detector(name="resnet10t", kwargs={}), OptimConfig(layer_decay=0.9), 8)
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     with pytest.raises(ValueError, match=r"training images must fit into 64 pixels, got 65 x 20"):

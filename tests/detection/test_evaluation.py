@@ -185,9 +185,9 @@ def test_each_image_counts_once_for_any_number_of_processes(tmp_path, monkeypatc
         loader = eval_loader(Subset(images, places), 2, 0)
         return evaluate(model, loader, data, bf16, Progress(), lambda: steps.append(len(model.calls)))
 
-    with pytest.raises(RunError, match="evaluation saw 2 images of 5"):
+    with pytest.raises(RunError, match="evaluation saw 2 of 5 images"):
         of_process(Perfect(images, float("nan")), 4, 2)
-    assert "warning: the model has weights that are not finite; it will find nothing" in capsys.readouterr().out
+    assert "warning: the model has non-finite weights and will detect nothing" in capsys.readouterr().out
     steps.clear()
     model = Perfect(images, 1.0)
     result = of_process(model, 3, 1, 0, 4, 1)

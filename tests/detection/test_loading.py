@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from vim.data import SampleKey
 from vim.detection.coco import CocoData
-from vim.detection.config import JitterConfig
-from vim.detection.loaders import EvalImages, TrainImages, train_transform
+from vim.detection.loaders import EvalImages, TrainImages
+from vim.detection.transforms import JitterConfig, train_transform
 
 SIZE = 64
 

@@ -140,7 +140,7 @@ def test_what_is_there_stays_or_is_refused(tmp_path, source):
     [
         (".png", None, r"no .*OSBS_029\.png; want the data folder of deepforest"),
         (".xml", None, r"no .*OSBS_029\.xml; want the data folder of deepforest"),
-        (".png", "x", r"cannot read image .*OSBS_029\.png: .*install deepforest anew"),
+        (".png", "x", r"cannot read image .*OSBS_029\.png: .*reinstall deepforest"),
         (".xml", "<annotation>", r"cannot read the boxes of .*OSBS_029\.xml: no element found"),
         (".xml", voc((4, 1, 4, 9)), r"cannot read the boxes of .*OSBS_029\.xml: a box from 4, 1 to 4, 9"),
         (".xml", voc((1, 1, "inf", 9)), r"cannot read the boxes of .*OSBS_029\.xml: a box from 1, 1 to inf, 9"),
