@@ -1,4 +1,4 @@
-"""COCO's format: what is read, clipped and left out, what the evaluators get, and each way that a file can be wrong."""
+"""Reading COCO's format: boxes, masks, ground truth for the evaluators, errors for bad files; and boxes from CSV."""
 
 import contextlib
 import io
@@ -35,7 +35,7 @@ def thing(number, box, category=7, image=5, **more):
 
 @pytest.fixture
 def data(tmp_path):
-    """data(annotations, masks=False, **other parts of the file): two images, 5 and 2, and the categories 7 and 3."""
+    """data(annotations, masks=False, **other lists of the file) with images 5 and 2 and categories 7 and 3."""
     (tmp_path / "images" / "deep").mkdir(parents=True)
     for name in ("a.png", "deep/b.png"):
         Image.new("RGB", (WIDTH, HEIGHT), (10, 20, 30)).save(tmp_path / "images" / name)
@@ -72,7 +72,7 @@ def test_boxes_are_clipped_and_those_without_area_counted(data):
             thing(2, [18.5, 10, 10, 10]),
             thing(3, [4, 4, 0, 3]),
             thing(4, [4, 4, 3, 0]),
-            thing(5, [WIDTH, 0, 5, 5]),  # only touches the image
+            thing(5, [WIDTH, 0, 5, 5]),  # touches the image from outside
             thing(6, [0, -5, 5, 5], iscrowd=1),
         ]
     )
@@ -128,7 +128,7 @@ def test_both_evaluators_read_the_truth(tmp_path):
 
 
 def test_an_object_with_the_id_0_counts(data):
-    """Evaluators take 0 for "no object": without new numbers the precision would be 0."""
+    """Evaluators use the id 0 for "no object": without renumbering, the precision would be 0."""
     found = {"image_id": 5, "category_id": 7, "bbox": [1, 1, 6, 6], "score": 0.9}
     assert coco_metrics(data([thing(0, [1, 1, 6, 6])]).truth(), [found], "bbox")[0]["AP"] == pytest.approx(1)
 
@@ -148,7 +148,7 @@ def compressed(mask):
 
 
 def uncompressed(mask):
-    """Lengths of the runs of 0, 1, 0 ... down the columns."""
+    """Lengths of the runs of 0, 1, 0 ... in column-major order."""
     flat = mask.flatten(order="F")
     ends = [*(np.flatnonzero(np.diff(flat)) + 1).tolist(), flat.size]
     counts = np.diff([0, *ends]).tolist()
@@ -161,7 +161,7 @@ def test_masks_of_polygons_and_run_length_codes(data):
         "polygon": ([polygon(2, 3, 9, 8)], rectangle(2, 3, 9, 8)),
         "two": ([polygon(2, 3, 9, 8), polygon(0, 0, 2, 2)], notched),
         "beyond the image": ([polygon(15, 8, 16 * WIDTH, 40)], rectangle(15, 8, WIDTH, HEIGHT)),
-        # Four numbers in front would make decoders read boxes and forget the rest.
+        # Decoders would take the four numbers in front as a box and ignore the rest.
         "with a line": ([[1, 1, 5, 5], polygon(2, 3, 9, 8)], rectangle(2, 3, 9, 8)),
         "compressed": (compressed(notched), notched),
         "uncompressed": (uncompressed(notched), notched),
@@ -191,7 +191,7 @@ def test_masks_of_polygons_and_run_length_codes(data):
         ({"segmentation": [[1, 1, 5, 5, 3, float("nan")]]}, "no usable segmentation"),
         ({"segmentation": [[1, 1, 5, 5, 3, "7"]]}, "no usable segmentation"),
         ({"segmentation": [[1, 1, 5, 5, 3, 10**400]]}, "no usable segmentation"),
-        ({"segmentation": [[1, 1, 5, 5, 3, 1e9]]}, "no usable segmentation"),  # gigabytes, pixel by pixel
+        ({"segmentation": [[1, 1, 5, 5, 3, 1e9]]}, "no usable segmentation"),  # decoding would take gigabytes
         ({"segmentation": [[1, 1, 5, 5, 3, 16 * WIDTH + 1]]}, "no usable segmentation"),
         ({"segmentation": [[1, 1, 5, 5, 3, -1e9]]}, "no usable segmentation"),
         ({"segmentation": [{}]}, "no usable segmentation"),
@@ -353,7 +353,7 @@ def test_images_that_are_not_what_the_file_says(data, tmp_path):
 
 
 def test_images_stay_as_their_pixels_lie(data, tmp_path):
-    """EXIF says "turn it", COCO's boxes say otherwise."""
+    """COCO's boxes refer to the stored pixels, whatever the EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: a quarter turn
     Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "images" / "a.png", exif=exif)
@@ -363,7 +363,7 @@ def test_images_stay_as_their_pixels_lie(data, tmp_path):
 
 @pytest.mark.parametrize("name", ["plain", "x\ny", "\udcff\\n"])
 def test_where_images_lie_is_no_part_of_their_names(tmp_path, name):
-    """A folder may be renamed between the parts of a run, whatever its name is made of."""
+    """The image folder, whatever its name, may be renamed before a run is resumed."""
     content = write_boxes(tmp_path, "boxes", 2)
     content["annotations"][0]["area"] += 1
     (tmp_path / "others.json").write_text(json.dumps(content))
@@ -387,7 +387,7 @@ HEADER = "image_path,xmin,ymin,xmax,ymax,label,score\n"
 
 @pytest.fixture
 def table(tmp_path):
-    """table(rows): a CSV file beside two images, one of them in a folder."""
+    """table(rows): write a CSV file beside two images, one of them in a subfolder."""
     (tmp_path / "deep").mkdir()
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "a.png")
     Image.new("RGB", (30, 40)).save(tmp_path / "deep" / "b.png")

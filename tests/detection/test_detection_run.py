@@ -1,4 +1,4 @@
-"""Whole runs of a tiny detector with masks: from data to a predictions file, resumed, loaded, evaluated, refused."""
+"""Whole runs of a tiny detector with masks: training, resuming, loading, evaluation, predictions, errors."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from vim.training.averaging import EmaConfig
 from vim.training.optim import OptimConfig, ScheduleConfig
 from vim.training.run_folder import RunFolder
 
-os.environ["ACCELERATE_USE_CPU"] = "true"  # on a CPU, equal means equal to the last bit
+os.environ["ACCELERATE_USE_CPU"] = "true"  # runs are bit-identical on a CPU
 BODY = {"depth": 3, "embed_dim": 32, "patch_size": 8, "class_token": "none", "global_pool": "avg"}
 
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def boxes(tmp_path_factory):
-    """17 and 6 images of three sizes, some without any box; a class that never comes up."""
+    """17 training and 6 evaluation images of three sizes, some without boxes; one class has no objects."""
     root = tmp_path_factory.mktemp("data")
     write_boxes(root, "train", 17)
     write_boxes(root, "val", 6, seed=1)
@@ -44,7 +44,7 @@ def boxes(tmp_path_factory):
 
 
 def config(boxes, run_dir, **changes):
-    """A run with everything random in it: jitter, erasing, sampling of boxes, drop path, and averaged weights."""
+    """A run with every source of randomness (jitter, erasing, box sampling, drop path), and with EMA."""
     defaults = {
         "run_dir": str(run_dir),
         "model": DetectorConfig(
@@ -73,7 +73,7 @@ def validation(boxes, model, output, **changes):
 
 @pytest.fixture(scope="module")
 def finished(boxes, tmp_path_factory):
-    """A run of two epochs: its folder and its summary."""
+    """The folder and the summary of a run of two epochs."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     return run_dir, train(config(boxes, run_dir), task=Detection)
 
@@ -116,7 +116,7 @@ def test_a_run_folder_evaluates_as_in_training(finished, boxes, folder, prefix, 
     for name, value in stored.model.state_dict().items():
         assert torch.equal(value, weights[name]), name
     results = validate(validation(boxes, run_dir / folder, tmp_path / "out"))
-    for name in ("AP", "AR100", "mask_AP", "mask_AP50"):  # batches of another size round in another order
+    for name in ("AP", "AR100", "mask_AP", "mask_AP50"):  # another batch size changes rounding
         assert results[name] == pytest.approx(summary[prefix + name], abs=1e-3)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "results.json", "predictions.json", "detections.png",
@@ -140,7 +140,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, boxes,
     with pytest.raises(InterruptedRunError, match=r"stopped by SIGINT; go on with: python tools/train_detection.py"):
         train(config(boxes, run_dir), task=Detection)
     monkeypatch.undo()
-    torch.manual_seed(99)  # whatever the process drew before does not matter
+    torch.manual_seed(99)  # the state of the global generator must not matter
     train(config(boxes, run_dir), resume=True, task=Detection)
     whole, cut = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (finished[0], run_dir))
     assert timeless(whole["history"]) == timeless(cut["history"])
@@ -151,9 +151,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, boxes,
 
 
 def test_eight_images_are_learnt_by_heart(boxes, tmp_path):
-    """Without chance in the images, and the same images to evaluate."""
+    """Without augmentation, evaluated on the training images."""
     content = json.loads((boxes / "train.json").read_text())
-    content["images"] = [image for image in content["images"] if image["id"] % 4 != 1][:8]  # those with boxes
+    content["images"] = [image for image in content["images"] if image["id"] % 4 != 1][:8]  # only images with boxes
     kept = {image["id"] for image in content["images"]}
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
     (boxes / "eight.json").write_text(json.dumps(content))
@@ -220,7 +220,7 @@ def test_a_run_folder_of_a_classifier_is_a_backbone(tmp_path, changes):
 
 
 def test_an_official_checkpoint_is_a_backbone(golden, tmp_path):
-    """The golden weights, under the authors' names, of patches of 16 in images of 64 pixels."""
+    """Golden weights under the official names: patches of 16, images of 64 pixels."""
     state = golden("g1_midcls_p16_img64", "state_dict.")
     torch.save({"model": state}, tmp_path / "official.pth")
     kwargs = {"depth": 3, "embed_dim": 48, "class_token": "none", "global_pool": "avg"}

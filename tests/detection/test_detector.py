@@ -1,4 +1,4 @@
-"""Backbones, pyramids and detectors: sizes, strides, layers, where boxes end up, and what is refused."""
+"""Backbones, pyramids and detectors: sizes, strides, layers, positions of boxes, and errors."""
 
 import pytest
 import timm
@@ -35,7 +35,7 @@ def test_a_pyramid_from_one_map(stride):
     maps = pyramid(torch.randn(2, 24, 128 // stride, 128 // stride))
     assert [tuple(m.shape) for m in maps] == [(2, 8, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
     assert sum(isinstance(m, torch.nn.ConvTranspose2d) for m in pyramid.modules()) == {4: 0, 8: 1, 16: 3, 32: 6}[stride]
-    between = {4: 0, 8: 0, 16: 1, 32: 3}[stride]  # transposed convolutions, which without it would be one
+    between = {4: 0, 8: 0, 16: 1, 32: 3}[stride]  # norms and GELUs between transposed convolutions
     assert sum(isinstance(m, LayerNorm2d) for m in pyramid.modules()) == 8 + between
     assert sum(isinstance(m, torch.nn.GELU) for m in pyramid.modules()) == between
 
@@ -57,16 +57,16 @@ def test_any_backbone_gives_five_levels_in_fp32(name, kwargs):
     assert [tuple(m.shape) for m in maps.values()] == [(1, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32, 64)]
     assert {m.dtype for m in maps.values()} == {torch.float32}
     assert torch.equal(maps["pool"], maps["3"][:, :, ::2, ::2])
-    sum(m.sum() for m in maps.values()).backward()  # DDP wants a gradient of every parameter
+    sum(m.sum() for m in maps.values()).backward()  # DDP needs a gradient for every parameter
     idle = {n for n, p in backbone.named_parameters() if p.grad is None}
-    # ViT's class token is cut off behind the last block, but has met the patches before.
+    # ViT's class token gets one too: the patches attend to it before it is dropped after the last block.
     assert idle == set()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_cell_sees_most_of_what_lies_at_its_place(name):
-    """Other pixels in the upper right corner change every map most there."""
+    """Changing the upper right corner of the image changes every map most in that corner."""
     torch.manual_seed(0)
     backbone = PyramidBackbone(ModelConfig(name, kwargs=BACKBONES[name]), 128, 16).eval()
     images = torch.randn(2, 3, 128, 128)
@@ -82,7 +82,7 @@ def test_a_cell_sees_most_of_what_lies_at_its_place(name):
 
 
 def test_the_plain_map_is_the_last_blocks_without_its_class_token():
-    """Residual plus mixer output, without the final norm."""
+    """It is residual plus mixer output, without the final norm."""
     torch.manual_seed(0)
     backbone = PyramidBackbone(ModelConfig("vim_nano", kwargs=TINY), 64, 16)
     body = backbone.body.model
@@ -94,7 +94,7 @@ def test_the_plain_map_is_the_last_blocks_without_its_class_token():
 
 
 def test_gradients_go_back_through_the_blocks_as_rows_of_tokens():
-    """A map that is copied into rows of channels sends back strided gradients, which all blocks then pay for."""
+    """A map that is copied to channels-first sends back strided gradients, which slow down all blocks."""
     backbone = PyramidBackbone(ModelConfig("vim_nano", kwargs=TINY), 64, 16)
     contiguous = []
     for block in backbone.body.model.blocks:
@@ -110,7 +110,7 @@ def test_weights_of_a_classifier_with_another_size_and_a_class_token(tmp_path):
     body = detector(checkpoint=str(tmp_path / "weights.pth")).body.model
     assert_close(body.blocks.state_dict(), classifier.blocks.state_dict())
     assert body.cls_token is None
-    # The table without the class token's entry, enlarged from 2 x 2 to 4 x 4: its mean stays.
+    # The position table loses the class token's entry and grows from 2 x 2 to 4 x 4; its mean stays.
     assert body.pos_embed.shape == (1, 16, 16)
     assert_close(body.pos_embed.mean(1), classifier.pos_embed[:, 1:].mean(1), atol=2e-3, rtol=0.1)
 
@@ -161,7 +161,7 @@ def tensors(output):
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "fcos"])
 def test_losses_and_detections_of_every_detector(kind):
-    """Images of several sizes in a batch, one without any box. What heads say of boxes is fp32 under autocast."""
+    """A batch of images of several sizes, one without boxes. The box heads' outputs are fp32 under autocast."""
     model, said = detector(kind, score_threshold=0.0), []
     parts = [m for m in model.modules() if isinstance(m, RPNHead | FastRCNNPredictor | CascadePredictor | FCOSHead)]
     for part in parts:
@@ -221,7 +221,7 @@ def test_stages_of_the_cascade_share_no_parameter():
 
 @pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn"])
 def test_regions_are_pooled_from_the_map_of_their_size_by_four_samples_a_cell(kind):
-    """Stripes of which a cell has two are grey."""
+    """Averaged over four samples per cell, stripes of 0 and 1 give 1/2."""
     heads = detector(kind).network.roi_heads
     shape = [(512, 512)]
     for pool, size in ((heads.box_roi_pool, 7), (heads.mask_roi_pool, 14)):
@@ -254,7 +254,7 @@ def test_a_captured_backbone_gives_the_losses_and_gradients_of_an_eager_one(kind
             model.set_grad_checkpointing()
         if captured:
             capture_training(model.network.backbone, torch.zeros(2, 3, 64, 64, device="cuda"), None)
-        for seed in range(2):  # the second step replays on other random numbers and the same weights
+        for seed in range(2):  # the second step replays the graph with other random numbers and the same weights
             torch.manual_seed(seed)
             model.zero_grad()
             losses = model(images, [target] * 2)
@@ -265,7 +265,7 @@ def test_a_captured_backbone_gives_the_losses_and_gradients_of_an_eager_one(kind
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 64), (128, 96), (200, 50), (17, 31)])
 def test_boxes_come_back_in_the_pixels_of_the_image(size, monkeypatch):
-    """A detector that reports the padded square's inner part as one box: back in the image that is all of it."""
+    """A fake head reports the unpadded part of the square as a box; in the input image this is the whole image."""
     model = detector().eval()
     seen = {}
 
@@ -281,7 +281,7 @@ def test_boxes_come_back_in_the_pixels_of_the_image(size, monkeypatch):
 
 
 def test_shrinking_filters_and_padding_is_zero():
-    """A fine grid of black and white, four times as large as the square, is grey when it has shrunk."""
+    """A black and white checkerboard, four times as large as the square, turns grey when it is scaled down."""
     transform = detector().eval().network.transform
     grid = (torch.arange(256)[:, None] + torch.arange(128)) % 2
     images, _ = transform([grid.float().expand(3, 256, 128)])

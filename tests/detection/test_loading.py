@@ -1,4 +1,4 @@
-"""Augmented images: boxes and masks follow the pixels, every image fits, and a key gives the same image again."""
+"""Augmentation: boxes and masks follow the pixels, images fit the square, a key reproduces its image."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def images(data, augment, passes=1, seed=0):
 
 
 def coloured(image, label):
-    """Where an image has the colour of a class."""
+    """Mask of the pixels in the colour of a class."""
     colour = torch.tensor(list(COLOURS.values())[label - 1]) / 255
     return (image - colour[:, None, None]).abs().sum(0) < 0.35
 
@@ -55,7 +55,7 @@ def test_boxes_and_masks_follow_the_pixels(data, augment, tolerance):
         assert target["masks"].shape[1:] == image.shape[1:]
         for box, label, mask in zip(target["boxes"], target["labels"], target["masks"], strict=True):
             if (box[2:] - box[:2]).min() < 6:
-                continue  # a sliver that a cut has left: bilinear edges are all it has
+                continue  # a sliver left by the crop, all blurred edge
             inside = coloured(image, label)
             rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
             found = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])[:, None].flatten()
@@ -66,7 +66,7 @@ def test_boxes_and_masks_follow_the_pixels(data, augment, tolerance):
 
 
 def test_scales_span_their_range(data):
-    """Square images: the jitter's factors are what the sizes say, until a cut."""
+    """In square images that are not cropped, the size gives the factor."""
     transformed = images(data, JitterConfig((0.25, 0.75)), passes=10)
     squares = [number for number in range(0, len(transformed), 3) if number % 24 % 3 == 0]
     edges = [transformed[SampleKey(0, number, 0)][0].shape[-1] for number in squares]
@@ -82,7 +82,7 @@ def test_a_key_gives_the_same_image_whatever_was_drawn_before(data):
     drawn = torch.rand(1)
     torch.manual_seed(7)
     again = images(data, everything)[SampleKey(3, 5, 0)]
-    assert_close(torch.rand(1), drawn, atol=0, rtol=0)  # nor does it change what others draw
+    assert_close(torch.rand(1), drawn, atol=0, rtol=0)  # the global generator is unchanged
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1]["boxes"], again[1]["boxes"])
     for other in (images(data, everything)[SampleKey(4, 5, 0)], images(data, everything, seed=1)[SampleKey(3, 5, 0)]):

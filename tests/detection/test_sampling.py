@@ -1,4 +1,4 @@
-"""The sampler beside torchvision's: how many it draws, of which, and that each has the same chance."""
+"""The sampler against torchvision's: counts, kinds, and equal chances."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_numbers_drawn_are_torchvisions(count, fraction):
 
 
 def test_each_candidate_has_the_same_chance():
-    """4,000 images alike: 3 of 10 positives and 5 of 20 negatives; limits of five standard deviations."""
+    """4,000 equal images, 3 of 10 positives and 5 of 20 negatives drawn; tolerance: five standard deviations."""
     torch.manual_seed(0)
     labels = [torch.tensor([0, 1, 0] * 10)] * 4000
     positives, negatives = BalancedSampler(8, 0.375)(labels)

@@ -1,4 +1,4 @@
-"""Trees from above: where tiles lie, which boxes they have, and a data set that is whole or not there."""
+"""The trees data set: positions of tiles, their boxes, and that it is complete or absent."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ def test_tiles_are_as_few_as_can_be(step):
         assert (starts[0], starts[-1]) == (0, length - 400)
         assert gaps.max() <= step
         assert len(gaps) == -(-(length - 400) // step)
-        assert gaps.max() - gaps.min() <= 1  # no two tiles are nearly the same
+        assert gaps.max() - gaps.min() <= 1  # evenly spread
 
 
 def test_a_tile_has_the_boxes_of_which_it_shows_half():
@@ -70,7 +70,7 @@ def voc(*boxes):
 
 @pytest.fixture
 def source(tmp_path):
-    """A folder like that of the package, with small pictures, whose colours are the places of their pixels."""
+    """A folder like that of the package, with small pictures whose colours encode pixel positions."""
     folder = tmp_path / "source"
     folder.mkdir()
     for name, (width, height) in SIZES.items():
@@ -175,11 +175,11 @@ def test_the_tool_says_what_it_wrote_or_what_to_install(tmp_path, source, monkey
 
 @pytest.mark.skipif(importlib.util.find_spec("deepforest") is None, reason="needs: pip install --no-deps deepforest")
 def test_the_real_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image.Image, "save", lambda image, path: Path(path).touch())  # to encode them takes seconds
+    monkeypatch.setattr(Image.Image, "save", lambda image, path: Path(path).touch())  # encoding takes seconds
     assert write_trees(tmp_path / "trees")
     assert "deepforest" not in sys.modules
     for split, tiles, boxes in (("train", 133, 2281), ("val", 12, 414)):
         data = CocoData(tmp_path / "trees" / f"{split}.json", tmp_path / "trees" / split)
         assert (len(data), data.boxes, data.dropped) == (tiles, boxes, 0)
         per_tile = np.unique([a["image_id"] for a in data.truth()["annotations"]], return_counts=True)[1]
-        assert per_tile.max() <= 100  # what COCO's metric counts
+        assert per_tile.max() <= 100  # the most that COCO's metric counts

@@ -36,7 +36,7 @@ class DetectorConfig(ModelConfig):
     """The detector. name, pretrained, checkpoint and kwargs are for its backbone, any timm model."""
 
     detector: Heads = "cascade_mask_rcnn"
-    """Heads: torchvision's Faster R-CNN, Mask R-CNN or FCOS, or a three-stage cascade with or without masks."""
+    """Heads: faster_rcnn, mask_rcnn or fcos of torchvision; cascade_rcnn or cascade_mask_rcnn with three stages."""
     img_size: int = 1024
     """Edge of the square input in pixels, a multiple of 64; images are scaled to fit and padded."""
     channels: int = 256

@@ -28,11 +28,11 @@ class DetectionEvalDataConfig:
     val_annotations: str = "annotations/instances_val2017.json"
     """Annotation file to evaluate on, relative to root."""
     val_images: str = "val2017"
-    """Folder of its images, relative to root."""
+    """Folder of the evaluation images, relative to root."""
     batch_size: int = 8
     """Images per process and step."""
     num_workers: int = 4
-    """Worker processes per training process; 0 loads in the training process. Results do not depend on it."""
+    """Dataloader workers per process; 0 loads in the process itself. Results do not depend on it."""
 
     def __post_init__(self):
         check_loading(self.batch_size, self.num_workers)
@@ -45,7 +45,7 @@ class DetectionDataConfig(DetectionEvalDataConfig):
     train_annotations: str = "annotations/instances_train2017.json"
     """Annotation file to train on, relative to root."""
     train_images: str = "train2017"
-    """Folder of its images, relative to root."""
+    """Folder of the training images, relative to root."""
     passes: int = 1
     """Passes over the training set per epoch, each with new augmentation; raise it for small sets."""
     bad_images: BadImages = "raise"

@@ -45,7 +45,7 @@ class DetectionTrainConfig(RunConfig):
 
 
 class Detection(Trainer):
-    """Training of a detector; see `Trainer`."""
+    """The training run of a detector; see `Trainer`."""
 
     METRIC = "AP"
     config: DetectionTrainConfig

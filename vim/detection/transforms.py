@@ -23,13 +23,13 @@ class JitterConfig:
     """Random augmentation of the training images, with their boxes and masks."""
 
     scale: tuple[float, float] = (0.1, 2.0)
-    """Large-scale jitter: range of the random zoom; at 1 the image just fits the square, beyond it is cropped."""
+    """Large-scale jitter: range of the random zoom. 1 fits the image to the square; larger images are cropped."""
     hflip: float = 0.5
     """Probability of a left-right flip."""
     vflip: float = 0.0
     """Probability of a top-bottom flip; useful for aerial images."""
     color_jitter: float = 0.0
-    """Random change of brightness, contrast and saturation by up to this factor; 0 for none."""
+    """Maximum relative change of brightness, contrast and saturation; 0 for none."""
     erasing: float = 0.0
     """Probability of erasing a rectangle with one random colour; drops boxes that are more than half hidden."""
 

@@ -28,7 +28,7 @@ class DetectionValidateConfig:
     """Weight file, for example runs/<name>/checkpoints/best.pt; null takes the weights of the run folder."""
     data: DetectionEvalDataConfig = field(default_factory=DetectionEvalDataConfig)
     precision: Precision = "fp32"
-    """Autocast precision of the forward pass; weights stay in fp32."""
+    """Autocast precision of the forward pass: fp32, bf16 or fp16; weights stay in fp32."""
     output: str = "runs/detection_results"
     """Folder for results.json, predictions.json (COCO's result format) and detections.png."""
     sheet: int = 8
