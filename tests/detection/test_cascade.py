@@ -96,7 +96,7 @@ def test_one_stage_is_torchvisions_head(masks):
 
 
 @pytest.mark.parametrize("true_boxes", [(3, 2), (3, 0), (0, 0)])
-def test_filling_up_the_mask_heads_boxes_changes_nothing(true_boxes, monkeypatch):
+def test_padding_the_mask_heads_batch_changes_nothing(true_boxes, monkeypatch):
     found, counts = [], []
     for step in (1, 64):
         monkeypatch.setattr("vim.detection.cascade.MASK_STEP", step)
@@ -112,7 +112,7 @@ def test_filling_up_the_mask_heads_boxes_changes_nothing(true_boxes, monkeypatch
     assert 1 <= counts[0] < 64
 
 
-def test_each_stage_matches_by_its_own_threshold():
+def test_each_stage_matches_at_its_own_threshold():
     """Boxes with IoU 0.45, 0.55, 0.65 and 0.75 to a true box of 10 x 10."""
     heads = cascade()
     target = {"boxes": torch.tensor([[40.0, 40, 50, 50], [0.0, 0, 10, 10]]), "labels": torch.tensor([1, 2])}
@@ -150,7 +150,7 @@ def test_loss_by_hand(stage):
     assert [loss.item() for loss in found] == pytest.approx([want_class / 2, want_box / 2], rel=1e-5)
 
 
-def test_each_stage_trains_by_its_own_threshold_and_weights_and_masks_by_the_first():
+def test_each_stage_trains_at_its_own_threshold_and_masks_at_the_first():
     """Constant predictions: probability 3/4 for the class, zero deltas, mask logit 2. The true box is 10 x 10 and its
     left half is the object. Proposals cover its left 55, 65 and 75 %, so 4, 3 and 2 of the 4 boxes are foreground."""
     heads = cascade(classes=2, masks=True).train()
@@ -201,7 +201,7 @@ def test_refined_boxes_are_detached_and_clipped(monkeypatch):
         assert not after.requires_grad
 
 
-def test_three_equal_stages_teach_the_features_as_much_as_one():
+def test_three_equal_stages_give_the_features_the_gradient_of_one():
     """Three stages with equal weights and thresholds and zero deltas: each passes on a third of its gradient."""
     one = cascade(stages=1)
     three = cascade()
@@ -242,7 +242,7 @@ def test_scores_are_the_mean_of_the_stages():
 
 
 @pytest.mark.parametrize("true_boxes", [(0, 0), (0, 3)])
-def test_images_without_boxes_teach_the_background(true_boxes):
+def test_images_without_boxes_train_the_background(true_boxes):
     heads = cascade(masks=True).train()
     features, proposals, shapes, targets = scene(true_boxes=true_boxes, masks=True)
     losses = heads(features, proposals, shapes, targets)[1]
@@ -282,7 +282,7 @@ def test_boxes_keep_their_precision_under_autocast(monkeypatch):
     assert {value.dtype for name, value in found[0].items() if name != "labels"} == {torch.float32}
 
 
-def test_the_gradient_share_leaves_values_alone():
+def test_scaling_the_gradient_keeps_the_values():
     """In bf16, x / 3 + 2 * x / 3 is not always x."""
     heads, seen = cascade().train(), []
     heads.box_roi_pool.forward = lambda features, boxes, shapes: features["0"]

@@ -65,7 +65,7 @@ def test_order_of_images_and_labels(data):
     assert boxes.describe() == "2 images, 2 classes, 3 boxes"
 
 
-def test_boxes_are_clipped_and_those_without_area_counted(data):
+def test_boxes_are_clipped_and_those_without_area_dropped(data):
     boxes = data(
         [
             thing(1, [-2, -3, 5, 7]),
@@ -83,7 +83,7 @@ def test_boxes_are_clipped_and_those_without_area_counted(data):
     assert boxes.describe() == "2 images, 2 classes, 2 boxes; dropped 4 boxes without area"
 
 
-def test_crowds_are_for_the_metrics_alone(data):
+def test_only_the_metrics_see_crowds(data):
     rows = [thing(1, [1, 1, 4, 4], iscrowd=1, area=9), thing(2, [2, 2, 5, 5]), thing(3, [8, 2, 5, 5], area=0)]
     rows += [thing(4, [0, 0, 1, 1], iscrowd=True), thing(5, [8, 2, 5, 5], iscrowd=False)]
     rows += [thing(6, [8, 2, 5, 5], iscrowd=None, area=None)]
@@ -100,7 +100,7 @@ def test_an_image_without_a_box(data):
     assert (target["masks"].shape, target["masks"].dtype) == ((0, HEIGHT, WIDTH), torch.uint8)
 
 
-def test_a_digest_tells_other_objects_from_the_same(data):
+def test_the_digest_changes_with_the_annotations(data):
     first = thing(1, [1, 1, 4, 4])
     changes = [{"bbox": [1, 1, 4, 5]}, {"category_id": 3}, {"image_id": 2}, {"iscrowd": 1}, {"area": 11.0}]
     digests = [data([first | change]).digest() for change in ({}, *changes)]
@@ -221,7 +221,7 @@ def test_a_damaged_run_length_code(data, counts, crowd):
         boxes.load(0)
 
 
-def test_masks_say_what_to_install(data, monkeypatch):
+def test_masks_without_their_package_say_what_to_install(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
     data([])
     with pytest.raises(DataError, match=r"pip install 'vim-mamba\[detection\]'"):
@@ -292,7 +292,7 @@ PICTURE = {"id": 5, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
         ),
     ],
 )
-def test_a_file_that_contradicts_itself(data, parts, message):
+def test_an_inconsistent_file(data, parts, message):
     with pytest.raises(DataError, match=rf"boxes\.json.*{message}" if message[0] not in "12" else message):
         data(**{"annotations": [], **parts})
 
@@ -302,7 +302,7 @@ HOSTILE += [[], {}, [None], [[1, 2]], [[1e300] * 6], [0, 0, 10**400, 1], {"size"
 HOSTILE += [{"size": [HEIGHT, WIDTH], "counts": [-1, 241]}, {"size": [HEIGHT, WIDTH], "counts": [2**32, 240]}]
 
 
-def test_any_value_in_any_place_is_taken_or_refused_in_a_line(data):
+def test_any_value_is_accepted_or_refused_in_one_line(data):
     shape = {"size": [HEIGHT, WIDTH], "counts": [10, 20, 210]}
     rows = [thing(1, [1, 1, 4, 4], segmentation=[polygon(2, 3, 9, 8)], area=9), thing(2, [1, 1, 4, 4], iscrowd=1)]
     rows[1]["segmentation"] = shape
@@ -334,14 +334,14 @@ def test_any_value_in_any_place_is_taken_or_refused_in_a_line(data):
         (None, "no annotation file .*; give a JSON file in COCO's format"),
     ],
 )
-def test_a_file_of_another_kind(tmp_path, content, message):
+def test_a_file_that_is_not_in_coco_format(tmp_path, content, message):
     if content is not None:
         (tmp_path / "boxes.json").write_bytes(content)
     with pytest.raises(DataError, match=message):
         CocoData(tmp_path / "boxes.json", tmp_path)
 
 
-def test_images_that_are_not_what_the_file_says(data, tmp_path):
+def test_images_that_contradict_the_annotations(data, tmp_path):
     boxes = data([])
     path = tmp_path / "images" / "a.png"
     Image.new("RGB", (HEIGHT, WIDTH)).save(path)
@@ -352,7 +352,7 @@ def test_images_that_are_not_what_the_file_says(data, tmp_path):
         boxes.load(0)
 
 
-def test_images_stay_as_their_pixels_lie(data, tmp_path):
+def test_exif_orientation_is_ignored(data, tmp_path):
     """COCO's boxes refer to the stored pixels, whatever the EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: a quarter turn
@@ -362,7 +362,7 @@ def test_images_stay_as_their_pixels_lie(data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["plain", "x\ny", "\udcff\\n"])
-def test_where_images_lie_is_no_part_of_their_names(tmp_path, name):
+def test_image_names_do_not_contain_their_folder(tmp_path, name):
     """The image folder, whatever its name, may be renamed before a run is resumed."""
     content = write_boxes(tmp_path, "boxes", 2)
     content["annotations"][0]["area"] += 1
@@ -400,7 +400,7 @@ def table(tmp_path):
     return table
 
 
-def test_boxes_of_a_table(table, tmp_path, monkeypatch, capsys):
+def test_boxes_from_a_csv_file(table, tmp_path, monkeypatch, capsys):
     file = table("a.png,1,2,4,6,Oak,0.9\ndeep/b.png,,,,,,,,\na.png,0.5,0,2,2,Ash,1\n")
     tool = Path(__file__).parents[2] / "tools" / "boxes_to_coco.py"
     monkeypatch.setattr(sys, "argv", [tool.name, str(file), str(tmp_path), str(tmp_path / "new" / "boxes.json")])
@@ -417,12 +417,12 @@ def test_boxes_of_a_table(table, tmp_path, monkeypatch, capsys):
     assert len(boxes.load(1)[1]["boxes"]) == 0
 
 
-def test_zeros_are_no_box(table, tmp_path):
+def test_a_row_of_zeros_is_an_image_without_boxes(table, tmp_path):
     content = boxes_to_coco(table("a.png,0,0,0,0,Oak,\ndeep/b.png,1,1,2,2,Oak,\n"), tmp_path, tmp_path / "boxes.json")
     assert [(len(content["images"]), a["image_id"]) for a in content["annotations"]] == [(2, 2)]
 
 
-def test_classes_are_in_the_order_of_their_names(table, tmp_path):
+def test_classes_are_sorted_by_name(table, tmp_path):
     rows = "".join(f"a.png,1,1,2,2,{label},\n" for label in "ecfadb")
     content = boxes_to_coco(table(rows), tmp_path, tmp_path / "boxes.json")
     assert content["categories"] == [{"id": place, "name": name} for place, name in enumerate("abcdef", 1)]
@@ -448,7 +448,7 @@ def test_classes_are_in_the_order_of_their_names(table, tmp_path):
         (",1,2,4,6,Oak,", r"line 4: want an image_path inside .*, got ''"),
     ],
 )
-def test_a_bad_row(table, tmp_path, row, message):
+def test_a_bad_csv_row(table, tmp_path, row, message):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(DataError, match=rf"boxes\.csv, {message}"):
         boxes_to_coco(table(f"a.png,1,2,4,6,Oak,\n\n{row}\n"), tmp_path, tmp_path / "boxes.json")
@@ -473,12 +473,12 @@ def test_an_output_that_cannot_be_written(table, tmp_path):
         (HEADER, "a.png,,,,,,\n", "has no box, only images without boxes"),
     ],
 )
-def test_a_table_that_cannot_be_used(table, tmp_path, header, rows, message):
+def test_an_unusable_csv_file(table, tmp_path, header, rows, message):
     with pytest.raises(DataError, match=message):
         boxes_to_coco(table(rows, header), tmp_path, tmp_path / "boxes.json")
 
 
-def test_a_table_that_is_none(tmp_path):
+def test_a_missing_or_binary_csv_file(tmp_path):
     with pytest.raises(DataError, match=r"no file .*boxes\.csv; give a CSV file of boxes"):
         boxes_to_coco(tmp_path / "boxes.csv", tmp_path, tmp_path / "boxes.json")
     (tmp_path / "boxes.csv").write_bytes(b"\xff\xfe\xff")

@@ -102,7 +102,7 @@ def pixels(path):
 
 @sees(DetectorConfig, "name", "kwargs", "channels", "img_size", "regions")
 @pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn"])
-def test_the_parts_of_a_detector_are_as_large_as_it_says(kind):
+def test_a_detector_has_the_sizes_of_its_config(kind):
     model = Detector(about(kind, channels=16, img_size=128, regions=5, kwargs=BODY | {"depth": 4}), 2).train()
     assert len(model.body.model.blocks) == 4
     assert not Detector(about(name="resnet10t", kwargs={}), 2).backbone.plain
@@ -124,7 +124,7 @@ def test_the_parts_of_a_detector_are_as_large_as_it_says(kind):
 
 @sees(DetectorConfig, "pretrained", "checkpoint")
 @pytest.mark.parametrize("given", ["pretrained", "checkpoint", "neither"])
-def test_a_backbone_begins_with_the_weights_that_were_given(tmp_path, given):
+def test_a_backbone_starts_from_the_given_weights(tmp_path, given):
     torch.manual_seed(0)
     first = Detector(about(), 2)
     save_detector(StoredDetector(first, about(), ["a", "b"], [1, 2]), tmp_path)
@@ -160,7 +160,7 @@ KINDS["cascade_mask_rcnn"] = KINDS["cascade_rcnn"] | {"loss_mask"}
 
 @sees(DetectorConfig, "detector", "score_threshold", "nms_threshold", "max_boxes")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_detector_reports_what_its_thresholds_leave(kind):
+def test_a_detector_applies_its_thresholds(kind):
     torch.manual_seed(0)
     first = Detector(about(kind), 2)
     if kind == "fcos":  # larger boxes, which overlap their neighbours
@@ -194,7 +194,7 @@ def test_a_detector_reports_what_its_thresholds_leave(kind):
 
 @sees(DetectorConfig, "grad_checkpointing", "compile", "cuda_graph")
 @pytest.mark.parametrize("option", ["grad_checkpointing", "compile", "cuda_graph"])
-def test_a_backbone_runs_as_the_model_says(boxes, monkeypatch, option):
+def test_only_the_backbone_is_checkpointed_compiled_or_captured(boxes, monkeypatch, option):
     captured, compiled = [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     monkeypatch.setattr(training, "wants_cuda_graph", lambda model, config, *_: config.cuda_graph)
@@ -231,7 +231,7 @@ def test_training_and_evaluation_read_their_own_images(boxes):
     assert [batches.num_workers for batches in (more.train_batches, more.val_batches)] == [2, 2]
 
 
-def test_the_seed_is_of_order_and_changes_and_an_epoch_has_whole_updates(boxes):
+def test_the_seed_sets_order_and_augmentation_and_an_epoch_has_whole_updates(boxes):
     jitter = JitterConfig((0.5, 1.5))
     runs = [task(boxes, augment=jitter, run={"seed": seed, "accumulate": 2}, passes=3) for seed in (0, 0, 1)]
     orders = [[t["image_id"] for _, targets, _ in run.train_batches for t in targets] for run in runs]
@@ -243,7 +243,7 @@ def test_the_seed_is_of_order_and_changes_and_an_epoch_has_whole_updates(boxes):
 
 @sees(DetectionDataConfig, "bad_images")
 @pytest.mark.parametrize("bad_images", ["raise", "skip"])
-def test_images_that_cannot_be_read_stop_a_run_or_are_listed(tmp_path, bad_images):
+def test_unreadable_images_stop_a_run_or_are_listed(tmp_path, bad_images):
     for split in ("train", "val"):
         write_boxes(tmp_path, split, 4, sizes=((SIZE, SIZE),))
     bad = [tmp_path / "train" / name for name in ("001.png", "002.png")]
@@ -269,7 +269,7 @@ def augmented(boxes, number=1, draws=1, **changes):
 
 @sees(JitterConfig, "hflip", "vflip")
 @pytest.mark.parametrize(("flip", "axis"), [("hflip", 2), ("vflip", 1)])
-def test_a_flip_turns_pixels_and_boxes_about_its_axis_alone(boxes, flip, axis):
+def test_a_flip_mirrors_pixels_and_boxes_along_its_axis_only(boxes, flip, axis):
     ((image, target),), ((plain, want),) = augmented(boxes, **{flip: 1.0}), augmented(boxes)
     assert torch.equal(image, plain.flip(axis))
     moved = want["boxes"].clone()
@@ -294,14 +294,14 @@ def test_scales_are_drawn_from_their_range(boxes):
 
 
 @sees(JitterConfig, "erasing")
-def test_erasing_comes_with_its_probability(boxes):
+def test_erasing_has_its_probability(boxes):
     ((plain, _),) = augmented(boxes)
     changed = [not torch.equal(image, plain) for image, _ in augmented(boxes, draws=40, erasing=0.5)]
     assert 8 < sum(changed) < 32
 
 
 @sees(JitterConfig, "color_jitter")
-def test_colours_change_in_brightness_contrast_and_saturation_up_to_the_factor(tmp_path):
+def test_brightness_contrast_and_saturation_change_up_to_the_factor(tmp_path):
     """In an image of two halves, brightness scales the mean; brightness and contrast scale the difference of the
     halves; all three scale the difference of red and green."""
     for split in ("train", "val"):
@@ -356,7 +356,7 @@ def validation(boxes, stored, tmp_path, monkeypatch):
 
 @sees(DetectionValidateConfig, "model", "checkpoint", "precision", "output", "sheet")
 @sees(DetectionEvalDataConfig, "root", "val_annotations", "val_images", "batch_size", "num_workers")
-def test_a_validation_is_of_the_model_and_the_data_that_it_names(validation, boxes, stored, tmp_path):
+def test_validation_uses_the_model_and_data_of_its_config(validation, boxes, stored, tmp_path):
     results, one, loader = validation()
     assert (results["images"], loader.batch_size, loader.num_workers) == (3, 2, 0)
     assert not (tmp_path / "out" / "detections.png").exists()
@@ -379,7 +379,7 @@ def test_a_validation_is_of_the_model_and_the_data_that_it_names(validation, box
 
 
 @sees(DetectionBenchmarkConfig, "detector", "kwargs", "classes", "boxes")
-def test_a_benchmark_steps_as_it_says(monkeypatch):
+def test_a_benchmark_step_follows_its_config(monkeypatch):
     seen, detector = [], benchmark.Detector
 
     def recorded(config, classes):

@@ -95,7 +95,7 @@ def test_the_folder_holds_what_it_should(finished):
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_the_predictions_file_scores_as_the_summary_says(finished, boxes, kind):
+def test_the_predictions_file_scores_like_the_summary(finished, boxes, kind):
     run_dir, summary = finished
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(boxes / "val.json"))
@@ -108,7 +108,7 @@ def test_the_predictions_file_scores_as_the_summary_says(finished, boxes, kind):
 
 
 @pytest.mark.parametrize(("folder", "prefix"), [("", ""), ("ema", "ema_")])
-def test_a_run_folder_evaluates_as_in_training(finished, boxes, folder, prefix, tmp_path):
+def test_a_run_folder_evaluates_like_the_training_run(finished, boxes, folder, prefix, tmp_path):
     run_dir, summary = finished
     weights = load_checkpoint(run_dir / "checkpoints" / "last.pt")["model_ema" if folder else "model"]
     stored = load_detector(run_dir / folder)
@@ -150,7 +150,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, boxes,
     assert (run_dir / "predictions.json").read_text() == (finished[0] / "predictions.json").read_text()
 
 
-def test_eight_images_are_learnt_by_heart(boxes, tmp_path):
+def test_a_detector_overfits_eight_images(boxes, tmp_path):
     """Without augmentation, evaluated on the training images."""
     content = json.loads((boxes / "train.json").read_text())
     content["images"] = [image for image in content["images"] if image["id"] % 4 != 1][:8]  # only images with boxes
@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused(finished, boxes, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"class_token": "none", "global_pool": "avg"}])
-def test_a_run_folder_of_a_classifier_is_a_backbone(tmp_path, changes):
+def test_a_classifiers_run_folder_serves_as_backbone(tmp_path, changes):
     torch.manual_seed(0)
     kwargs = BODY | {"img_size": 32, "class_token": "middle", "global_pool": "token"}
     classifier = timm.create_model("vim_nano", num_classes=5, **kwargs)
@@ -219,7 +219,7 @@ def test_a_run_folder_of_a_classifier_is_a_backbone(tmp_path, changes):
     assert_close(detector.network.transform.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
 
 
-def test_an_official_checkpoint_is_a_backbone(golden, tmp_path):
+def test_an_official_checkpoint_serves_as_backbone(golden, tmp_path):
     """Golden weights under the official names: patches of 16, images of 64 pixels."""
     state = golden("g1_midcls_p16_img64", "state_dict.")
     torch.save({"model": state}, tmp_path / "official.pth")
@@ -230,7 +230,7 @@ def test_an_official_checkpoint_is_a_backbone(golden, tmp_path):
     assert body.pos_embed.shape[1] == 8 * 8
 
 
-def test_fields_are_kept_in_the_folder(finished):
+def test_the_folder_keeps_the_config(finished):
     stored = load_detector(finished[0])
     assert dataclasses.asdict(stored.config)["regions"] == 16
     assert not stored.model.training

@@ -65,7 +65,7 @@ def test_any_backbone_gives_five_levels_in_fp32(name, kwargs):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_cell_sees_most_of_what_lies_at_its_place(name):
+def test_a_cell_depends_most_on_its_part_of_the_image(name):
     """Changing the upper right corner of the image changes every map most in that corner."""
     torch.manual_seed(0)
     backbone = PyramidBackbone(ModelConfig(name, kwargs=BACKBONES[name]), 128, 16).eval()
@@ -93,7 +93,7 @@ def test_the_plain_map_is_the_last_blocks_without_its_class_token():
     assert_close(backbone.body(images)[-1], want)
 
 
-def test_gradients_go_back_through_the_blocks_as_rows_of_tokens():
+def test_gradients_reach_the_blocks_contiguous():
     """A map that is copied to channels-first sends back strided gradients, which slow down all blocks."""
     backbone = PyramidBackbone(ModelConfig("vim_nano", kwargs=TINY), 64, 16)
     contiguous = []
@@ -115,7 +115,7 @@ def test_weights_of_a_classifier_with_another_size_and_a_class_token(tmp_path):
     assert_close(body.pos_embed.mean(1), classifier.pos_embed[:, 1:].mean(1), atol=2e-3, rtol=0.1)
 
 
-def test_layers_of_the_backbone_and_all_above_them():
+def test_layer_decay_and_weight_decay_cover_backbone_and_heads():
     model = detector()
     optimizer = create_optimizer(model, OptimConfig(lr=1.0, layer_decay=0.5), 8)
     scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
@@ -137,7 +137,7 @@ def test_layers_of_the_backbone_and_all_above_them():
     assert decay[id(named[f"{body}blocks.0.mixer.in_proj.weight"])] > 0
 
 
-def test_checkpointing_of_the_backbone_is_what_a_graph_can_or_cannot_hold():
+def test_gradient_checkpointing_keeps_gradients_and_is_graph_safe_for_vim():
     assert detector().graph_safe_checkpointing
     assert not detector(name="deit_tiny_patch16_224", kwargs={"depth": 3}).graph_safe_checkpointing
     images, nothing = [torch.rand(3, 64, 64)], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long()}]
@@ -198,7 +198,7 @@ def test_losses_and_detections_of_every_detector(kind):
 
 
 @pytest.mark.parametrize(("kind", "factor", "ratios"), [("cascade_rcnn", 8, (0.5, 1, 2)), ("fcos", 1, (1,))])
-def test_anchors_stand_at_every_cell_in_the_size_of_its_level(kind, factor, ratios):
+def test_every_cell_has_anchors_of_the_size_of_its_level(kind, factor, ratios):
     network = detector(kind).network
     generator = network.anchor_generator if kind == "fcos" else network.rpn.anchor_generator
     strides = (4, 8, 16, 32, 64)
@@ -220,7 +220,7 @@ def test_stages_of_the_cascade_share_no_parameter():
 
 
 @pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn"])
-def test_regions_are_pooled_from_the_map_of_their_size_by_four_samples_a_cell(kind):
+def test_regions_are_pooled_from_the_map_of_their_size_with_four_samples_per_cell(kind):
     """Averaged over four samples per cell, stripes of 0 and 1 give 1/2."""
     heads = detector(kind).network.roi_heads
     shape = [(512, 512)]
@@ -264,7 +264,7 @@ def test_a_captured_backbone_gives_the_losses_and_gradients_of_an_eager_one(kind
 
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 64), (128, 96), (200, 50), (17, 31)])
-def test_boxes_come_back_in_the_pixels_of_the_image(size, monkeypatch):
+def test_boxes_are_in_pixels_of_the_input_image(size, monkeypatch):
     """A fake head reports the unpadded part of the square as a box; in the input image this is the whole image."""
     model = detector().eval()
     seen = {}
@@ -280,7 +280,7 @@ def test_boxes_come_back_in_the_pixels_of_the_image(size, monkeypatch):
     assert_close(boxes, torch.tensor([[0.0, 0, size[1], size[0]]]))
 
 
-def test_shrinking_filters_and_padding_is_zero():
+def test_downscaling_is_antialiased_and_padding_is_zero():
     """A black and white checkerboard, four times as large as the square, turns grey when it is scaled down."""
     transform = detector().eval().network.transform
     grid = (torch.arange(256)[:, None] + torch.arange(128)) % 2

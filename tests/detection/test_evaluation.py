@@ -116,7 +116,7 @@ def test_the_best_f1_and_its_threshold_by_hand():
     assert found["F1"] == pytest.approx(2 * 0.75 * 0.75 / 1.5)  # recall 3/4, precision 3/4
 
 
-def test_nothing_found_and_nothing_to_find():
+def test_no_detections_and_no_objects():
     truth, predictions = random_case(0)
     assert coco_metrics(truth, [], "bbox")[0]["AP"] == 0
     empty = truth | {"annotations": []}
@@ -124,7 +124,7 @@ def test_nothing_found_and_nothing_to_find():
     assert set(coco_metrics(empty, predictions, "bbox")[0].values()) == {-1.0}
 
 
-def test_perfect_predictions_score_one_and_are_left_as_they_are():
+def test_perfect_predictions_score_one_and_stay_unchanged():
     truth, _ = random_case(1)
     things = [a for a in truth["annotations"] if not a["iscrowd"]]
     predictions = [{key: a[key] for key in ("image_id", "category_id", "bbox", "segmentation")} for a in things]
@@ -230,7 +230,7 @@ def test_pictures_of_detections_show_truth_and_predictions_in_the_colours_of_the
     assert [(len(axes.patches), len(axes.texts)) for axes in (crowded, full)] == [(41, 0), (40, 40)]
 
 
-def test_the_learning_curve_is_of_each_precision_under_its_name(tmp_path, monkeypatch):
+def test_the_learning_curve_plots_every_average_precision(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path, dpi: figures.append(figure))

@@ -74,7 +74,7 @@ def test_scales_span_their_range(data):
     assert 0.65 * SIZE < max(edges) <= 0.75 * SIZE + 1
 
 
-def test_a_key_gives_the_same_image_whatever_was_drawn_before(data):
+def test_a_key_gives_the_same_image_for_any_generator_state(data):
     everything = JitterConfig((0.3, 2.0), vflip=0.5, color_jitter=0.4, erasing=0.5)
     first = images(data, everything)[SampleKey(3, 5, 0)]
     torch.manual_seed(7)
@@ -124,7 +124,7 @@ def test_erasing_hides_pixels_and_takes_hidden_boxes_with_it(data):
     assert kept > 20
 
 
-def test_boxes_thinner_than_a_pixel_go_with_their_labels_and_masks():
+def test_boxes_thinner_than_a_pixel_are_dropped_with_their_labels_and_masks():
     boxes = torch.tensor([[9.0, 9, 9.9, 30], [9, 9, 10.1, 30], [9, 9, 30, 9.9], [9, 9, 30, 10.1], [60, 9, 70, 30]])
     target = {
         "boxes": boxes,
@@ -137,7 +137,7 @@ def test_boxes_thinner_than_a_pixel_go_with_their_labels_and_masks():
     assert left["boxes"][-1].tolist() == [60, 9, 64, 30]  # clipped
 
 
-def test_images_to_evaluate_are_left_as_they_are(data):
+def test_evaluation_images_are_unchanged(data):
     for number in range(4):
         image, target = EvalImages(data)[number]
         pixels, _ = data.load(number)

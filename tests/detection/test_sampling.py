@@ -11,7 +11,7 @@ IMAGES = [[1] * 30 + [0] * 50 + [-1] * 20, [0] * 7 + [3, 5] + [-1] * 4, [-1] * 5
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(16, 0.25), (16, 0.5), (8, 0.0), (500, 0.25), (1, 0.5)])
-def test_numbers_drawn_are_torchvisions(count, fraction):
+def test_counts_equal_torchvisions(count, fraction):
     labels = [torch.tensor(of_image, dtype=torch.float32) for of_image in IMAGES]
     mine = BalancedSampler(count, fraction)(labels)
     theirs = BalancedPositiveNegativeSampler(count, fraction)(labels)

@@ -34,7 +34,7 @@ def test_tiles_cover_an_edge_and_stay_inside(length, step, want):
 
 
 @pytest.mark.parametrize("step", [200, 400])
-def test_tiles_are_as_few_as_can_be(step):
+def test_tiles_are_as_few_as_possible(step):
     for length in range(401, 2600, 37):
         starts = tile_starts(length, step)
         gaps = np.diff(starts)
@@ -44,7 +44,7 @@ def test_tiles_are_as_few_as_can_be(step):
         assert gaps.max() - gaps.min() <= 1  # evenly spread
 
 
-def test_a_tile_has_the_boxes_of_which_it_shows_half():
+def test_a_tile_keeps_boxes_that_are_at_least_half_visible():
     tile = (100, 200, 500, 600)
     boxes = [
         (110.0, 220.0, 130.0, 250.0),  # inside
@@ -108,7 +108,7 @@ def test_tiles_and_their_boxes(tmp_path, source):
     assert {name for name in places if name.startswith(val)} == {f"{val}_{x}_0.png" for x in (0, 205, 410)}
 
 
-def test_what_is_there_stays_or_is_refused(tmp_path, source):
+def test_an_existing_folder_is_kept_or_refused(tmp_path, source):
     root = tmp_path / "trees"
     write_trees(root, source)
     tile = next((root / "val").glob("*.png"))
