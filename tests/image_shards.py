@@ -42,13 +42,10 @@ def write_parquet(
 
 
 class LocalHub(ThreadingHTTPServer):
-    """Serves a folder as the data set org/name, with the parts of the hub's API that reading needs.
+    """Serves a folder as the data set org/name, by those parts of the hub's API that reading one takes.
 
-    Attributes:
-        asked: requested paths.
-        failures: number of coming file requests to fail with 503.
-        commit: of the branch main.
-        tags: commits by tag name.
+    asked: paths that were asked for. failures: of so many files to come. commit: of the branch main. tags: commits by
+    name.
     """
 
     def __init__(self, folder: Path):
