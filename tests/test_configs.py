@@ -38,7 +38,7 @@ def test_the_header_says_command_cost_result_and_source(path):
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_a_comparison_is_fair(path):
-    """Parameters within one percent; what a contender changes is its model, nothing else."""
+    """Contenders differ only in their model, and their parameter counts by less than one percent."""
     comparison, _ = ConfigParser(CompareConfig, "").parse_config(["--config", str(path)])
     base = load(FOLDER.parent / comparison.train)
     parameters = []
@@ -51,7 +51,7 @@ def test_a_comparison_is_fair(path):
     assert comparison.test_split not in (base.data.train_split, base.data.val_split)
 
 
-# GPUs x batch, peak learning rate, weight decay, drop path, epochs: the table of the authors' scripts.
+# GPUs, batch per GPU, peak learning rate, weight decay, drop path, epochs: from the authors' scripts.
 OFFICIAL = {
     "vim_tiny_in1k": (8, 128, 1e-3, 0.1, 0.0, 300),
     "vim_small_in1k": (8, 64, 1e-3, 0.05, 0.05, 300),
@@ -75,7 +75,7 @@ def test_official_recipes(name):
 
 @pytest.mark.parametrize("name", ["detection_coco_vim_tiny", "detection_coco_deit_tiny"])
 def test_the_coco_recipe(name):
-    """64 images an update, 184,375 updates, steps at 163,889 and 177,546."""
+    """64 images per update, 184,375 updates, steps at 163,889 and 177,546."""
     config = load(FOLDER / f"{name}.yaml")
     updates = 118_287 // 64
     assert config.data.batch_size * 8 * config.accumulate == 64

@@ -1,4 +1,4 @@
-"""The scripts in tools/, as a user runs them."""
+"""The scripts in tools/, run as a user runs them."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def setting(tmp_path_factory):
 def call(monkeypatch):
     """call(tool, *args): run a tool in this process."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("COLUMNS", "80")  # of tables
+    monkeypatch.setenv("COLUMNS", "80")  # width of tables
 
     def call(tool, *args):
         monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, args)])
@@ -52,11 +52,11 @@ def test_train_resume_and_validate(setting, monkeypatch, capsys, call):
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=setting, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert "epoch 1/2  train loss" in done.stdout  # plain lines where there is no terminal
+    assert "epoch 1/2  train loss" in done.stdout  # plain lines, because stdout is no terminal
     assert "\x1b" not in done.stdout
     assert f"plots: {Path('runs/one/learning_curve.png')}" in done.stdout
 
-    # The rest in this process, which spares the imports.
+    # The rest runs in this process, to save the imports.
     monkeypatch.chdir(setting)
     with pytest.raises(SystemExit) as exit_:
         call("train", "--config", "runs/one/config.yaml")
@@ -93,7 +93,7 @@ def test_trying_a_run_out_trains_none(setting, monkeypatch, capsys, call, argume
 
 
 def cells(out):
-    """Of the rows of a table, as far as they have text."""
+    """The cells of the rows of a printed table."""
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
 
 
@@ -206,13 +206,13 @@ def test_push_to_hub_says_whether_it_did(call, monkeypatch, capsys, output, said
 
 
 def test_benchmark_generation_reports_the_median_of_rounds_behind_the_first(call, monkeypatch, tmp_path, capsys):
-    """Of a model that takes half a second, and for each token 10, 20 and 60 ms in rounds, by a clock of its own."""
+    """A fake model advances a fake clock: 0.5 s for the prompts, 10, 20 and 60 ms per token in the three rounds."""
     now, calls = [0.0], [0]
 
     def generate(ids, new):
         assert ids.shape == (4, 16)
         calls[0] += 1
-        now[0] += 0.5 + new * (1.0, 0.01, 0.02, 0.06)[calls[0] // 3]  # (the first has no prompts alone)
+        now[0] += 0.5 + new * (1.0, 0.01, 0.02, 0.06)[calls[0] // 3]  # round 0 has no prompt-only call
 
     model = SimpleNamespace(generate=generate)
     model.to = model.eval = lambda *_: model

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from vim.console.errors import ConfigError
-from vim.detection.config import DetectorConfig, Heads
-from vim.detection.detector import Detector
+from vim.detection.detector import Detector, DetectorConfig, Heads
 from vim.timm_models.precision import DTYPES, Precision
 from vim.training.graphs import capture_training
 
