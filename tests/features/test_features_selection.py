@@ -157,7 +157,7 @@ def test_the_plot_of_a_probe_has_a_ring_around_the_choice(tmp_path, monkeypatch)
     plots.plot_linear_probe({"grid": grid, "inputs": "b", "lr": 0.1, "top1": 66.6}, tmp_path / "x.png")
     (axes,) = figures[0].axes
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[0.1, 50], [1, 60]], [[0.1, 70]], [[0.1, 70]]]
-    assert axes.get_title() == "chosen: b, 0.1; 66.6 % on val"
+    assert axes.get_title() == "chosen: b, learning rate 0.1; 66.6 % on val"
 
 
 def test_each_draw_is_another(tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def plot_linear_probe(result: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="learning rate for a batch of 256", ylabel="top-1 on held-out training images (%)")
     axes.set_xscale("log")
     chosen = plain_text(result["inputs"])
-    axes.set_title(f"chosen: {chosen}, {result['lr']:g}; {result['top1']:.1f} % on val", fontsize=10)
+    axes.set_title(f"chosen: {chosen}, learning rate {result['lr']:g}; {result['top1']:.1f} % on val", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_figure(figure, path, 120)

@@ -98,7 +98,7 @@ def _draw_fields(path: Path, fields: list[Tensor], blocks: list[int]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.6 * len(fields), 3), layout="constrained")
-    figure.suptitle("gradient of the centre patch (square root)")
+    figure.suptitle("gradient of the centre patch\n(square root)")
     for axes, field, block in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields, blocks, strict=True):
         axes.imshow(field.sqrt().numpy(), cmap="magma")
         axes.set(xticks=[], yticks=[], title=f"after block {block}")
