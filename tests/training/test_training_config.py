@@ -67,14 +67,18 @@ def test_a_single_model_keyword_is_added_to_those_of_the_file(file):
 @pytest.mark.parametrize(
     ("content", "hint"),
     [
-        ({"optim": {"weight_decy": 1}}, "unknown key 'optim.weight_decy'; did you mean 'optim.weight_decay'"),
-        ({"optm": {"lr": 1}}, "unknown key 'optm.lr'; did you mean 'optim.lr'"),
-        ({"seeed": 1}, "unknown key 'seeed'; did you mean 'seed'"),
-        ({"zzzzzz": 1}, "unknown key 'zzzzzz'; see --help"),
+        ({"optim": {"weight_decy": 1}}, "unknown key 'optim.weight_decy' in {}; did you mean 'optim.weight_decay'"),
+        ({"optm": {"lr": 1}}, "unknown key 'optm.lr' in {}; did you mean 'optim.lr'"),
+        ({"seeed": 1}, "unknown key 'seeed' in {}; did you mean 'seed'"),
+        ({"zzzzzz": 1}, "unknown key 'zzzzzz' in {}; see --help"),
     ],
 )
 def test_an_unknown_key_in_a_file_fails_with_a_hint(file, capsys, content, hint):
-    assert hint in error_of(capsys, "--config", file(**content))
+    path = file(**content)
+    assert hint.format(path) in error_of(capsys, "--config", path)
+    derived = path.with_name("derived.yaml")
+    derived.write_text(f"base: {path.name}")
+    assert hint.format(path) in error_of(capsys, "--config", derived)
 
 
 @pytest.mark.parametrize("argument", ["--optim.weight_decy=1", "--optim.weight=1", "--optim.weight 1"])
