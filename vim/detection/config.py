@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from vim.console.free_on_resume import FREE_ON_RESUME
 from vim.data.config import BadImages, check_loading
 from vim.timm_models.config import ModelConfig
 from vim.timm_models.precision import Precision
@@ -63,15 +64,15 @@ class DetectorConfig(ModelConfig):
 class DetectionEvalDataConfig:
     """Data in COCO's format."""
 
-    root: str = "data/coco"
+    root: str = field(default="data/coco", metadata=FREE_ON_RESUME)
     """Folder of the data set."""
     val_annotations: str = "annotations/instances_val2017.json"
     """Annotations to evaluate on, below root."""
     val_images: str = "val2017"
     """Their images, a folder below root."""
-    batch_size: int = 8
+    batch_size: int = field(default=8, metadata=FREE_ON_RESUME)  # the total batch is checked with the checkpoint
     """Images per process and step."""
-    num_workers: int = 4
+    num_workers: int = field(default=4, metadata=FREE_ON_RESUME)
     """Processes that load images, for each training process; 0: it loads itself. Results do not depend on it."""
 
     def __post_init__(self):
@@ -88,7 +89,7 @@ class DetectionDataConfig(DetectionEvalDataConfig):
     """Their images, a folder below root."""
     passes: int = 1
     """Times that an epoch passes over the training images, each time with other augmentation; small sets want many."""
-    bad_images: BadImages = "raise"
+    bad_images: BadImages = field(default="raise", metadata=FREE_ON_RESUME)
     """Training images that cannot be read: raise stops at the first; skip goes on without, counts and lists them."""
 
     def __post_init__(self):
