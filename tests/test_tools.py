@@ -1,7 +1,10 @@
 """The scripts in tools/, as a user runs them."""
 
+import argparse
+import ast
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -160,7 +163,7 @@ def test_split_folder_deals_out_by_share_and_seed(call, tmp_path, capsys):
     assert parts[0] != parts[1]
     with pytest.raises(SystemExit):
         call("split_folder", root, "--parts", "fit")
-    assert "want NAME=SHARE, as val=0.2, got 'fit'" in capsys.readouterr().err
+    assert "want NAME=SHARE, for example val=0.2, got 'fit'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -228,27 +231,27 @@ def test_benchmark_generation_reports_the_median_of_rounds_behind_the_first(call
     assert cells(capsys.readouterr().out) == [["4", "vim", "20.00", "200", "520.0"]]
 
 
-@pytest.mark.parametrize(
-    "tool",
-    [
-        "train",
-        "validate",
-        "prepare_mnist",
-        "export_features",
-        "knn",
-        "linear_probe",
-        "visualize",
-        "export_model",
-        "push_to_hub",
-        "demo",
-        "kill_and_resume",
-    ],
-)
-def test_help(tool, call, capsys):
+@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))
+def test_help(tool, call, monkeypatch, capsys):
+    """What the tool does, in a line; a command to copy; and a text for every option."""
+    shown = []
+    print_help = argparse.ArgumentParser.print_help
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda self: shown.append(self) or print_help(self))
     with pytest.raises(SystemExit) as exit_:
         call(tool, "--help")
     assert exit_.value.code == 0
-    assert f"python tools/{tool}.py" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    first = ast.get_docstring(ast.parse((ROOT / "tools" / f"{tool}.py").read_text())).splitlines()[0]
+    assert re.fullmatch(r"[A-Z][a-z]+ .*\.", first)
+    assert re.search(rf"^usage: {tool}\.py .*?\n\n{re.escape(first)}\n", out, re.DOTALL)
+    assert f"\npython tools/{tool}.py " in out
+    actions = shown[0]._actions
+    for action in actions:
+        section = any(other.dest.startswith(f"{action.dest}.") for other in actions)
+        if action.help != argparse.SUPPRESS and not section:
+            assert re.search(r"\w", action.help or ""), f"{action.dest} has no text"
+            words = r"\s+".join(map(re.escape, action.help.split()[:3]))  # argparse breaks lines
+            assert re.search(words, out)
 
 
 def test_generate(call, tmp_path, capsys):

@@ -100,7 +100,7 @@ class ConfigParser(ArgumentParser):
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """One line per key: argparse's own layout takes three."""
         sections = {f.name for f in fields(self.config_class) if _section(f)}
-        lines = [self.format_usage(), self.description or ""]
+        lines = [self.format_usage(), (self.description or "").strip()]
         for group in self._action_groups:
             lines += ["", f"{group.title}:"] if group._group_actions else []
             for action in group._group_actions:
@@ -109,7 +109,7 @@ class ConfigParser(ArgumentParser):
                 if action.option_strings and not hidden:
                     default = "" if action.default in (None, argparse.SUPPRESS) else f"[{action.default}]"
                     option = action.option_strings[-1].removesuffix("+")  # the form that appends to a list
-                    lines.append(f"  {option:<26} {action.help} {default}")
+                    lines.append(f"  {option:<26} {' '.join(str(action.help).split())} {default}".rstrip())
         return "\n".join(lines) + "\n"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
