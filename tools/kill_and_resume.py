@@ -1,4 +1,4 @@
-"""Kill training runs at random moments, resume them, and compare them with an undisturbed run, on the CPU.
+"""Kill training runs at random moments, resume them, and compare them with an uninterrupted run, on the CPU.
 
 python tools/prepare_mnist.py data/mnist5k
 python tools/kill_and_resume.py runs/killed --signal SIGKILL -- tools/train.py --config configs/kill_test.yaml
@@ -32,7 +32,7 @@ def main() -> None:
         parser.error(f"{args.signal} is ignored in this process, as under nohup, and in its children; do without nohup")
     with plain_errors():
         test = KillTest(args.command, Path(args.folder), signal.Signals[args.signal], args.kills, args.seed)
-        print(f"undisturbed run: {test.start_seconds:.1f} s to start, {test.run_seconds:.1f} s to run", flush=True)
+        print(f"uninterrupted run: {test.start_seconds:.1f} s to start, {test.run_seconds:.1f} s to run", flush=True)
         killed = test.run_all(args.runs, args.jobs)
     for index, run in enumerate(killed):
         print(f"run {index}: {args.signal} during {', '.join(run.moments)}: {run.differences or 'identical'}")
