@@ -55,11 +55,11 @@ def test_train_resume_and_validate(setting, monkeypatch, capsys, call):
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=setting, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert "epoch 1/2  train loss" in done.stdout  # plain lines where there is no terminal
+    assert "epoch 1/2  train loss" in done.stdout  # plain lines without a terminal
     assert "\x1b" not in done.stdout
     assert f"plots: {Path('runs/one/learning_curve.png')}" in done.stdout
 
-    # The rest in this process, which spares the imports.
+    # The rest runs in this process, to save the imports.
     monkeypatch.chdir(setting)
     with pytest.raises(SystemExit) as exit_:
         call("train", "--config", "runs/one/config.yaml")
@@ -87,7 +87,7 @@ def test_train_resume_and_validate(setting, monkeypatch, capsys, call):
     ("argument", "message"),
     [(("--steps", 0), "--steps must be at least 1, got 0"), (("--find_batch_size",), "needs one process with a GPU")],
 )
-def test_trying_a_run_out_trains_none(setting, monkeypatch, capsys, call, argument, message):
+def test_trying_out_a_run_trains_nothing(setting, monkeypatch, capsys, call, argument, message):
     monkeypatch.chdir(setting)
     with pytest.raises(SystemExit):
         call("train", "--config", "config.yaml", "--run_dir", "runs/tried", *argument)
@@ -96,7 +96,7 @@ def test_trying_a_run_out_trains_none(setting, monkeypatch, capsys, call, argume
 
 
 def cells(out):
-    """Of the rows of a table, as far as they have text."""
+    """Texts in the cells of a table, by row."""
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
 
 
@@ -153,7 +153,7 @@ def test_kill_and_resume_counts_runs_and_fails_for_one_that_differs(call, monkey
     assert ("longest time from the signal to the end: 2.5 s" in out) == (name == "SIGTERM")
 
 
-def test_split_folder_deals_out_by_share_and_seed(call, tmp_path, capsys):
+def test_split_folder_divides_by_share_and_seed(call, tmp_path, capsys):
     parts = []
     for seed in (1, 2):
         root = write_image_tree(tmp_path / str(seed), {"all": 24}, classes=3)
@@ -190,7 +190,7 @@ def test_split_folder_deals_out_by_share_and_seed(call, tmp_path, capsys):
         ),
     ],
 )
-def test_a_tool_hands_its_arguments_on(call, monkeypatch, capsys, tool, function, arguments, given, returned, said):
+def test_a_tool_passes_its_arguments_on(call, monkeypatch, capsys, tool, function, arguments, given, returned, said):
     monkeypatch.setenv("HOME", "/home/ann")
     seen = []
     monkeypatch.setattr(function, lambda *args: seen.extend(args) or returned)
@@ -208,14 +208,14 @@ def test_push_to_hub_says_whether_it_did(call, monkeypatch, capsys, output, said
     assert capsys.readouterr().out == f"{said}\n"
 
 
-def test_benchmark_generation_reports_the_median_of_rounds_behind_the_first(call, monkeypatch, tmp_path, capsys):
-    """Of a model that takes half a second, and for each token 10, 20 and 60 ms in rounds, by a clock of its own."""
+def test_benchmark_generation_reports_the_median_of_rounds_after_the_first(call, monkeypatch, tmp_path, capsys):
+    """The model sets the clock: half a second a call, and 10, 20 and 60 ms a token in rounds 1 to 3."""
     now, calls = [0.0], [0]
 
     def generate(ids, new):
         assert ids.shape == (4, 16)
         calls[0] += 1
-        now[0] += 0.5 + new * (1.0, 0.01, 0.02, 0.06)[calls[0] // 3]  # (the first has no prompts alone)
+        now[0] += 0.5 + new * (1.0, 0.01, 0.02, 0.06)[calls[0] // 3]  # the warm-up times no prompt
 
     model = SimpleNamespace(generate=generate)
     model.to = model.eval = lambda *_: model
