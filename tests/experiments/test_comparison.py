@@ -36,7 +36,8 @@ def config(tmp_path, monkeypatch):
     """Two models on images that can be learned, in this process; the functions called, and names of their logs."""
     write_image_tree(tmp_path / "images", {"train": 66, "choose": 15, "test": 9}, classes=3)
     base = BASE | {"data": BASE["data"] | {"root": str(tmp_path / "images")}}
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "derived.yaml").write_text("base: recipe.yaml\n")
     calls, logs = [], set()
 
     def here(function, argument, log):
@@ -48,7 +49,7 @@ def config(tmp_path, monkeypatch):
     contenders = {"vit": {}, "vim": {"model.name": "vim_nano", "model.kwargs": SIZE}}
     return (
         CompareConfig(
-            train=str(tmp_path / "base.yaml"),
+            train=str(tmp_path / "derived.yaml"),
             contenders=contenders,
             lrs=[1e-9, 1e-2],
             seeds=[0, 1],

@@ -6,7 +6,8 @@ from dataclasses import asdict, fields, is_dataclass
 import pytest
 import yaml
 
-from vim.console import ConfigParser
+from vim.console import ConfigParser, RunError
+from vim.console.free_on_resume import free_keys
 from vim.detection import DetectionTrainConfig, DetectionValidateConfig
 from vim.experiments.benchmark_config import BenchmarkConfig
 from vim.experiments.comparison import CompareConfig
@@ -16,6 +17,7 @@ from vim.training.averaging import EmaConfig
 from vim.training.config import CheckpointConfig
 from vim.training.distillation import DistillConfig
 from vim.training.optim import OptimConfig, ScheduleConfig
+from vim.training.run_folder import RunFolder
 
 
 def parse(*args, config_class=TrainConfig):
@@ -67,14 +69,18 @@ def test_a_single_model_keyword_is_added_to_those_of_the_file(file):
 @pytest.mark.parametrize(
     ("content", "hint"),
     [
-        ({"optim": {"weight_decy": 1}}, "unknown key 'optim.weight_decy'; did you mean 'optim.weight_decay'"),
-        ({"optm": {"lr": 1}}, "unknown key 'optm.lr'; did you mean 'optim.lr'"),
-        ({"seeed": 1}, "unknown key 'seeed'; did you mean 'seed'"),
-        ({"zzzzzz": 1}, "unknown key 'zzzzzz'; see --help"),
+        ({"optim": {"weight_decy": 1}}, "unknown key 'optim.weight_decy' in {}; did you mean 'optim.weight_decay'"),
+        ({"optm": {"lr": 1}}, "unknown key 'optm.lr' in {}; did you mean 'optim.lr'"),
+        ({"seeed": 1}, "unknown key 'seeed' in {}; did you mean 'seed'"),
+        ({"zzzzzz": 1}, "unknown key 'zzzzzz' in {}; see --help"),
     ],
 )
 def test_an_unknown_key_in_a_file_fails_with_a_hint(file, capsys, content, hint):
-    assert hint in error_of(capsys, "--config", file(**content))
+    path = file(**content)
+    assert hint.format(path) in error_of(capsys, "--config", path)
+    derived = path.with_name("derived.yaml")
+    derived.write_text(f"base: {path.name}")
+    assert hint.format(path) in error_of(capsys, "--config", derived)
 
 
 @pytest.mark.parametrize("argument", ["--optim.weight_decy=1", "--optim.weight=1", "--optim.weight 1"])
@@ -216,6 +222,40 @@ def test_mixing_needs_pairs(capsys):
 )
 def test_a_bad_evaluation_fails_before_anything_runs(capsys, args, message):
     assert message in error_of(capsys, *args, config_class=ValidateConfig)
+
+
+FREE_ON_RESUME = {
+    "run_dir",
+    "accumulate",
+    "trackers",
+    "max_skipped",
+    "checkpoint.every_minutes",
+    "checkpoint.every_updates",
+    "checkpoint.keep",
+    "data.root",
+    "data.batch_size",
+    "data.num_workers",
+    "data.bad_images",
+}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "free"),
+    [(TrainConfig, FREE_ON_RESUME | {"data.cache_gib"}), (DetectionTrainConfig, FREE_ON_RESUME)],
+)
+def test_a_resumed_run_may_change_what_leaves_results_alone(tmp_path, config_class, free):
+    assert free_keys(config_class) == free
+    folder, config = RunFolder(tmp_path, config_class.TOOL), config_class()
+    folder.write_config(config)
+    for key in leaves(config_class):
+        changed = config_class()
+        *section, name = key.split(".")
+        setattr(getattr(changed, section[0]) if section else changed, name, "changed")
+        if key in free:
+            folder.check(changed, resume=True)
+        else:
+            with pytest.raises(RunError, match=f"a resumed run keeps its configuration, but {key} was .*'changed'"):
+                folder.check(changed, resume=True)
 
 
 def leaves(config_class, prefix=""):

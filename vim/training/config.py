@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from vim.console.free_on_resume import FREE_ON_RESUME
 from vim.data import AugmentConfig, DataConfig
 from vim.timm_models.config import ModelConfig
 from vim.timm_models.precision import Precision
@@ -44,13 +45,13 @@ class RunConfig:
 
     TOOL: ClassVar[str]  # that reads this configuration
 
-    run_dir: str = "runs/train"
+    run_dir: str = field(default="runs/train", metadata=FREE_ON_RESUME)
     """Folder to write; must be new, or hold the run to resume."""
     seed: int = 0
     """Of initial weights, order, augmentation, mixing and dropout."""
     precision: Precision = "fp32"
     """Of the forward pass, by autocast; weights stay fp32. fp16 needs a GPU, and may overflow where bf16 does not."""
-    accumulate: int = 1
+    accumulate: int = field(default=1, metadata=FREE_ON_RESUME)  # the total batch is checked with the checkpoint
     """Steps whose gradients make one update."""
     fsdp: bool = False
     """Divide parameters, gradients and the optimizer's state among the processes (FSDP2), for models that one GPU
@@ -60,10 +61,10 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    trackers: list[str] = field(default_factory=list)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE_ON_RESUME)
+    trackers: list[str] = field(default_factory=list, metadata=FREE_ON_RESUME)
     """Where to log epochs besides log.jsonl, by accelerate: tensorboard (into the run folder), wandb, trackio ..."""
-    max_skipped: int = 20
+    max_skipped: int = field(default=20, metadata=FREE_ON_RESUME)
     """Updates in a row that may be left out because loss or gradient are not finite; one more stops the run."""
 
     def __post_init__(self):

@@ -1,6 +1,5 @@
 """The folder of a run: configuration, log, checkpoints, summary, and the trained model as timm loads it."""
 
-import re
 import shlex
 import sys
 import tempfile
@@ -18,16 +17,11 @@ from torch import nn
 from vim.checkpoint import duplicate, load_checkpoint, remove, replace
 from vim.console.environment import device_name, git_revision, versions
 from vim.console.errors import RunError
+from vim.console.free_on_resume import free_keys
 from vim.files import to_json, whole_file, why, write_json
 
 from .config import CONFIG_FILE, STARTS_FILE, RunConfig
 from .run_lock import RunLock
-
-# Where the data lie and how they are loaded does not change results, so that a resumed run may change it.
-# (The batch is divided among processes and steps; their product is checked with the checkpoint.)
-FREE_ON_RESUME = re.compile(
-    r"run_dir|data\.(root|num_workers|batch_size|bad_images|cache_gib)|accumulate|checkpoint\..*|max_skipped|trackers"
-)
 
 
 class RunFolder:
@@ -65,8 +59,8 @@ class RunFolder:
         if not self.config.is_file():
             raise RunError(f"no run to resume in {self.path}: {self.config} is missing; start it without --resume")
         saved, given = (flat(c) for c in (yaml.safe_load(self.config.read_text()), plain(config)))
-        changed = [key for key in sorted(saved | given) if saved.get(key) != given.get(key)]
-        if changed := [key for key in changed if not FREE_ON_RESUME.fullmatch(key)]:
+        kept = sorted((saved | given).keys() - free_keys(type(config)))
+        if changed := [key for key in kept if saved.get(key) != given.get(key)]:
             was = ", ".join(f"{key} was {saved.get(key)!r}, is {given.get(key)!r}" for key in changed)
             raise RunError(f"a resumed run keeps its configuration, but {was}; resume with: {self.resume_command}")
 

@@ -194,18 +194,28 @@ class TrainingState:
         Returns: warnings.
         Raises: RunError for one of other data or other updates, or that does not fit the model.
         """
-        if missing := sorted({"split", "data", "model", "optimizer", "update", "so_far", "history"} - state.keys()):
+        record = {"total_batch"} if "total_batch" in state else {"split", "data"}
+        if missing := sorted((record | {"model", "optimizer", "update", "so_far", "history"}) - state.keys()):
             raise RunError(
                 f"the checkpoint has no {', '.join(missing)}: it is damaged, or of an earlier version of this package, "
                 "which can resume it"
             )
-        check_same_data(state["data"], self.data)
-        warning = self.split.check(UpdateSplit(**state["split"]))
+        warning = self._check_same_run(state)
         try:
             self._load(state)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise RunError(f"the checkpoint does not fit the run: {' '.join(str(error).split())}") from error
         return [] if warning is None else [warning]
+
+    def _check_same_run(self, state: dict[str, Any]) -> str | None:
+        """Returns: a warning. Raises: RunError for other data or other updates."""
+        if "total_batch" not in state:
+            check_same_data(state["data"], self.data)
+            return self.split.check(UpdateSplit(**state["split"]))
+        # Checkpoints of the first version record the total batch, but neither its split nor the data.
+        same = state["total_batch"] == self.total_batch
+        self.split.check(self.split if same else UpdateSplit(state["total_batch"], 1, 1))
+        return "warning: the checkpoint, of an earlier version, has no record of the data; make sure they are the same"
 
     def _load(self, state: dict[str, Any]) -> None:
         load_whole(self.model, state["model"])
