@@ -183,7 +183,7 @@ def test_visible():
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_a_terminal_that_lacks_the_characters(encoding):
     code = (
-        "from vim.training import plain_errors\nfrom vim.training.progress import Progress\n"
+        "from vim.console import plain_errors\nfrom vim.console.progress import Progress\n"
         "with plain_errors(): Progress().line('中 \\udcff')\nprint('é \\udcff')"
     )
     env = os.environ | {"PYTHONIOENCODING": encoding}
