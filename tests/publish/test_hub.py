@@ -90,8 +90,8 @@ def test_the_card_has_the_numbers_of_the_published_weights(finished, tmp_path, w
         assert result.metric_value == pytest.approx(summary[prefix + key] / 100, abs=1e-6)
         of = (result.dataset_type, result.dataset_name, result.dataset_split)
         assert of == (datasets[0] if datasets else "corners", "corners", "val")
-    for key, name in {"": "last epoch", "ema_": "exponential moving average (EMA)"}.items():
-        here = " (this repository)" if key == prefix else ""
+    for key, name in {"": "last epoch", "ema_": "EMA (exponential moving average)"}.items():
+        here = ", in this repository" if key == prefix else ""
         assert f"| {name}{here} | {summary[key + 'top1']:.2f} | {summary[key + 'top5']:.2f} |" in card.text
     assert "| epochs | 2 |" in card.text
     assert "| initial weights | first.safetensors |" in card.text

@@ -162,9 +162,9 @@ classes = model.pretrained_cfg["label_names"]
 
 def _results(run: FinishedRun, weights: str) -> str:
     """Accuracy with the last weights and the EMA, and the plots, which are of the last weights."""
-    names = {"last": ("", "last epoch"), "ema": ("ema_", "exponential moving average (EMA)")}
+    names = {"last": ("", "last epoch"), "ema": ("ema_", "EMA (exponential moving average)")}
     lines = [
-        f"| {name}{' (this repository)' * (key == weights)} | {run.summary[prefix + 'top1']:.2f} | "
+        f"| {name}{', in this repository' * (key == weights)} | {run.summary[prefix + 'top1']:.2f} | "
         f"{run.summary[prefix + 'top5']:.2f} |"
         for key, (prefix, name) in names.items()
         if f"{prefix}top1" in run.summary
@@ -172,7 +172,7 @@ def _results(run: FinishedRun, weights: str) -> str:
     split = _plain(f"{_dataset(run)}/{run.config['data']['val_split']}")
     about = f"On the {run.summary['val_images']:,} images of {split}:"
     plots = [f"![{PLOTS[plot.name]}]({plot.name})" for plot in run.plots]
-    table = "\n".join(["| weights | top-1 % | top-5 % |", "|---|---|---|", *lines])
+    table = "\n".join(["| weights | top-1 (%) | top-5 (%) |", "|---|---|---|", *lines])
     caption = ["The plots show the weights of the last epoch."] if plots and weights == "ema" else []
     return "\n\n".join(["## Results", about, table, *caption, *plots])
 
