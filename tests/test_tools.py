@@ -64,7 +64,7 @@ def test_train_resume_and_validate(setting, monkeypatch, capsys, call):
     with pytest.raises(SystemExit) as exit_:
         call("train", "--config", "runs/one/config.yaml")
     assert exit_.value.code == 1
-    message = "error: run folder runs/one exists; go on with it: python tools/train.py --config runs/one/config.yaml"
+    message = "error: run folder runs/one exists; resume it: python tools/train.py --config runs/one/config.yaml"
     assert capsys.readouterr().err.startswith(message)
 
     call("train", "--config", "runs/one/config.yaml", "--resume")
