@@ -1,7 +1,10 @@
 """The scripts in tools/, run as a user runs them."""
 
+import argparse
+import ast
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -61,7 +64,7 @@ def test_train_resume_and_validate(setting, monkeypatch, capsys, call):
     with pytest.raises(SystemExit) as exit_:
         call("train", "--config", "runs/one/config.yaml")
     assert exit_.value.code == 1
-    message = "error: run folder runs/one exists; go on with it: python tools/train.py --config runs/one/config.yaml"
+    message = "error: run folder runs/one exists; resume it: python tools/train.py --config runs/one/config.yaml"
     assert capsys.readouterr().err.startswith(message)
 
     call("train", "--config", "runs/one/config.yaml", "--resume")
@@ -84,7 +87,7 @@ def test_train_resume_and_validate(setting, monkeypatch, capsys, call):
     ("argument", "message"),
     [(("--steps", 0), "--steps must be at least 1, got 0"), (("--find_batch_size",), "needs one process with a GPU")],
 )
-def test_trying_a_run_out_trains_none(setting, monkeypatch, capsys, call, argument, message):
+def test_trying_out_a_run_trains_nothing(setting, monkeypatch, capsys, call, argument, message):
     monkeypatch.chdir(setting)
     with pytest.raises(SystemExit):
         call("train", "--config", "config.yaml", "--run_dir", "runs/tried", *argument)
@@ -150,7 +153,7 @@ def test_kill_and_resume_counts_runs_and_fails_for_one_that_differs(call, monkey
     assert ("longest time from the signal to the end: 2.5 s" in out) == (name == "SIGTERM")
 
 
-def test_split_folder_deals_out_by_share_and_seed(call, tmp_path, capsys):
+def test_split_folder_divides_by_share_and_seed(call, tmp_path, capsys):
     parts = []
     for seed in (1, 2):
         root = write_image_tree(tmp_path / str(seed), {"all": 24}, classes=3)
@@ -160,7 +163,7 @@ def test_split_folder_deals_out_by_share_and_seed(call, tmp_path, capsys):
     assert parts[0] != parts[1]
     with pytest.raises(SystemExit):
         call("split_folder", root, "--parts", "fit")
-    assert "want NAME=SHARE, as val=0.2, got 'fit'" in capsys.readouterr().err
+    assert "want NAME=SHARE, for example val=0.2, got 'fit'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -187,7 +190,7 @@ def test_split_folder_deals_out_by_share_and_seed(call, tmp_path, capsys):
         ),
     ],
 )
-def test_a_tool_hands_its_arguments_on(call, monkeypatch, capsys, tool, function, arguments, given, returned, said):
+def test_a_tool_passes_its_arguments_on(call, monkeypatch, capsys, tool, function, arguments, given, returned, said):
     monkeypatch.setenv("HOME", "/home/ann")
     seen = []
     monkeypatch.setattr(function, lambda *args: seen.extend(args) or returned)
@@ -205,8 +208,8 @@ def test_push_to_hub_says_whether_it_did(call, monkeypatch, capsys, output, said
     assert capsys.readouterr().out == f"{said}\n"
 
 
-def test_benchmark_generation_reports_the_median_of_rounds_behind_the_first(call, monkeypatch, tmp_path, capsys):
-    """A fake model advances a fake clock: 0.5 s for the prompts, 10, 20 and 60 ms per token in the three rounds."""
+def test_benchmark_generation_reports_the_median_of_rounds_after_the_first(call, monkeypatch, tmp_path, capsys):
+    """The model sets the clock: half a second a call, and 10, 20 and 60 ms a token in rounds 1 to 3."""
     now, calls = [0.0], [0]
 
     def generate(ids, new):
@@ -228,27 +231,27 @@ def test_benchmark_generation_reports_the_median_of_rounds_behind_the_first(call
     assert cells(capsys.readouterr().out) == [["4", "vim", "20.00", "200", "520.0"]]
 
 
-@pytest.mark.parametrize(
-    "tool",
-    [
-        "train",
-        "validate",
-        "prepare_mnist",
-        "export_features",
-        "knn",
-        "linear_probe",
-        "visualize",
-        "export_model",
-        "push_to_hub",
-        "demo",
-        "kill_and_resume",
-    ],
-)
-def test_help(tool, call, capsys):
+@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))
+def test_help(tool, call, monkeypatch, capsys):
+    """What the tool does, in a line; a command to copy; and a text for every option."""
+    shown = []
+    print_help = argparse.ArgumentParser.print_help
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda self: shown.append(self) or print_help(self))
     with pytest.raises(SystemExit) as exit_:
         call(tool, "--help")
     assert exit_.value.code == 0
-    assert f"python tools/{tool}.py" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    first = ast.get_docstring(ast.parse((ROOT / "tools" / f"{tool}.py").read_text())).splitlines()[0]
+    assert re.fullmatch(r"[A-Z][a-z]+ .*\.", first)
+    assert re.search(rf"^usage: {tool}\.py .*?\n\n{re.escape(first)}\n", out, re.DOTALL)
+    assert f"\npython tools/{tool}.py " in out
+    actions = shown[0]._actions
+    for action in actions:
+        section = any(other.dest.startswith(f"{action.dest}.") for other in actions)
+        if action.help != argparse.SUPPRESS and not section:
+            assert re.search(r"\w", action.help or ""), f"{action.dest} has no text"
+            words = r"\s+".join(map(re.escape, action.help.split()[:3]))  # argparse breaks lines
+            assert re.search(words, out)
 
 
 def test_generate(call, tmp_path, capsys):

@@ -137,7 +137,7 @@ def test_a_checkpoint_evaluates_with_its_averaged_weights(finished, boxes, tmp_p
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, boxes, tmp_path, monkeypatch):
     run_dir = tmp_path / "cut"
     interrupt(monkeypatch, Detection, 14)
-    with pytest.raises(InterruptedRunError, match=r"stopped by SIGINT; go on with: python tools/train_detection.py"):
+    with pytest.raises(InterruptedRunError, match=r"stopped by SIGINT; resume with: python tools/train_detection.py"):
         train(config(boxes, run_dir), task=Detection)
     monkeypatch.undo()
     torch.manual_seed(99)  # the state of the global generator must not matter
@@ -173,7 +173,7 @@ def test_a_detector_overfits_eight_images(boxes, tmp_path):
 
 def test_what_does_not_fit_is_refused(finished, boxes, tmp_path):
     run_dir = finished[0]
-    with pytest.raises(RunError, match=r"run folder .* exists; go on with it: python tools/train_detection.py"):
+    with pytest.raises(RunError, match=r"run folder .* exists; resume it: python tools/train_detection.py"):
         train(config(boxes, run_dir), task=Detection)
     content = json.loads((boxes / "val.json").read_text())
     content["categories"][0]["name"] = "rot"
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused(finished, boxes, tmp_path):
     with pytest.raises(RunError, match=r"no detector in .*; give the folder of a finished run"):
         load_detector(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "vim_nano"}')
-    with pytest.raises(RunError, match=r"holds another model than a detector; train one with tools/train_detection.py"):
+    with pytest.raises(RunError, match=r"the model in .* is not a detector; train one with tools/train_detection.py"):
         load_detector(tmp_path)
     about = json.loads((run_dir / "config.json").read_text())
     about["classes"].append("more")

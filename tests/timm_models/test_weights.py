@@ -318,7 +318,7 @@ def test_detectors_load_by_the_same_rule(tmp_path, folder):
         load_detector(run, str(tmp_path / "half.safetensors"))
     with pytest.raises(ConfigError, match=r"holds a detector, not a classifier"):
         load_model(LoadedModelConfig(str(run)))
-    with pytest.raises(RunError, match=r"holds another model than a detector"):
+    with pytest.raises(RunError, match=r"is not a detector"):
         load_detector(folder)
     (run / "config.json").write_text('{"detector": {"name"')
     with pytest.raises(RunError, match=r"config.json is damaged"):
@@ -422,7 +422,7 @@ def test_a_run_says_where_its_weights_are_from_and_a_resumed_one_reads_none(fold
     (tmp_path / "first.pth").unlink()
     train(again, resume=True)
     out = capsys.readouterr().out
-    assert "\nweights: those of the run's checkpoint\n" in out
+    assert "\nweights: from the run's checkpoint\n" in out
     assert "initial weights" not in out
 
 

@@ -1,4 +1,4 @@
-"""Trying a run out: a few updates that leave nothing behind, and the speed of its loader."""
+"""Dry runs: a few updates that leave nothing on disk, and the speed of the dataloader."""
 
 import os
 from dataclasses import replace
@@ -37,7 +37,7 @@ def config(tmp_path):
 
 
 def test_a_dry_run_crosses_epochs_and_leaves_nothing(config, tmp_path, capsys):
-    report = dry_run(config, 12)  # and one to warm up, of five in an epoch
+    report = dry_run(config, 12)  # and one warm-up update; an epoch has five
     assert report["images_per_second"] > 0
     assert 0 <= report["data_wait"] < 1
     assert report["loss"] == pytest.approx(0.7, abs=0.5)
@@ -54,7 +54,7 @@ def test_the_largest_batch_needs_a_gpu(config):
 
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("of memory"), DataError("an update takes 16 images")])
 def test_the_largest_batch_is_the_last_that_fits(config, monkeypatch, error):
-    """Here without a GPU, of which a dry run only has the memory."""
+    """Without a GPU: the dry run is replaced by one that only runs out of memory."""
     tried, most = [], [8]
 
     def trial(config, steps, task):
@@ -71,13 +71,13 @@ def test_the_largest_batch_is_the_last_that_fits(config, monkeypatch, error):
     assert find_batch_size(config) == 8
     assert (tried, config.data.batch_size) == ([2, 4, 8, 16], 4)
     most[0] = 1
-    with pytest.raises(ConfigError, match="not even 2 images fit"):
+    with pytest.raises(ConfigError, match=r"not even data\.batch_size 2 fits"):
         find_batch_size(config)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Its time in seconds, of which a batch takes one, the first ten, and a step of training two."""
+    """A fake clock: loading a batch takes 1 s, the first one 10 s, a training step 2 s."""
     clock = SimpleNamespace(now=0.0, batches=0)
     collate, batch_loss = TrainImages.collate, Classification.batch_loss
 
@@ -98,20 +98,20 @@ def clock(monkeypatch):
 
 
 def test_a_dry_run_times_what_comes_after_its_first_update(config, clock):
-    """Two epochs and a part of the next: twelve updates of two steps."""
+    """Twelve updates of two steps: two epochs and part of a third."""
     report = dry_run(replace(config, accumulate=2), 12)
     assert report["images_per_second"] == pytest.approx(12 * 8 / (12 * 2 * (1 + 2)))
     assert report["data_wait"] == pytest.approx(1 / 3)
-    assert report["first_update_seconds"] == 10 + 1 + 1 + 2 * 2  # the loader looks a batch ahead
+    assert report["first_update_seconds"] == 10 + 1 + 1 + 2 * 2  # the dataloader loads one batch ahead
 
 
 @pytest.mark.parametrize("seconds", [20, 80])
-def test_loader_speed_counts_images_behind_the_first_batch(config, clock, seconds):
+def test_loader_speed_counts_images_after_the_first_batch(config, clock, seconds):
     assert loader_speed(config, 0, seconds) == pytest.approx(4, rel=5 / seconds)
     assert seconds <= clock.batches <= seconds + 10
 
 
-def test_loader_speed_is_that_of_so_many_workers_and_the_full_size(config, monkeypatch):
+def test_loader_speed_uses_the_given_workers_and_the_full_size(config, monkeypatch):
     loaders, set_up = [], Classification.__init__
     config.data.progressive = [(8, 1)]
 

@@ -1,12 +1,13 @@
 """Datasets and dataloaders: augmented images with boxes and masks to train on, plain images to evaluate."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
+from vim.console.free_on_resume import FREE_ON_RESUME
 from vim.data import SampleKey
 from vim.data.config import BadImages, check_loading
 from vim.data.loaders import load_or_replace, loader
@@ -23,15 +24,15 @@ Batch = tuple[list[Tensor], list[Target], list[str]]
 class DetectionEvalDataConfig:
     """Data in COCO's format."""
 
-    root: str = "data/coco"
+    root: str = field(default="data/coco", metadata=FREE_ON_RESUME)
     """Folder of the data set."""
     val_annotations: str = "annotations/instances_val2017.json"
     """Annotation file to evaluate on, relative to root."""
     val_images: str = "val2017"
     """Folder of the evaluation images, relative to root."""
-    batch_size: int = 8
+    batch_size: int = field(default=8, metadata=FREE_ON_RESUME)  # the total batch is checked with the checkpoint
     """Images per process and step."""
-    num_workers: int = 4
+    num_workers: int = field(default=4, metadata=FREE_ON_RESUME)
     """Dataloader workers per process; 0 loads in the process itself. Results do not depend on it."""
 
     def __post_init__(self):
@@ -48,7 +49,7 @@ class DetectionDataConfig(DetectionEvalDataConfig):
     """Folder of the training images, relative to root."""
     passes: int = 1
     """Passes over the training set per epoch, each with new augmentation; raise it for small sets."""
-    bad_images: BadImages = "raise"
+    bad_images: BadImages = field(default="raise", metadata=FREE_ON_RESUME)
     """Unreadable training images: raise stops at the first; skip replaces each by another, counts and lists them."""
 
     def __post_init__(self):
