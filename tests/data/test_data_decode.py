@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
-from vim.data import DataError, ImageFolder, ImageSource, decode
+from vim.data import DataError, decode, open_images
 from vim.data.decode import decode_image, image_size
 from vim.data.image_files import image_suffixes
-from vim.data.tar_shards import TarImages
+from vim.data.places import class_tree
+from vim.data.tar_shards import read_labelled_tar
 
 
 def pixel(path, in_chans=3, place=(0, 0)):
@@ -142,8 +143,8 @@ def test_images_of_every_kind_are_in_folders_tars_and_lists(tmp_path, caplog):
         link.type, link.linkname = tarfile.LNKTYPE, "a/x.PNG"
         tar.addfile(link)
     (tmp_path / "list.txt").write_text("\n".join(f"val/{name}" for name in names))
-    sources = ImageFolder(tmp_path, "val"), ImageSource(tmp_path / "val"), ImageSource(tmp_path / "list.txt")
-    tars = TarImages([tmp_path / "val.tar"], tmp_path, "val.tar"), ImageSource(tmp_path / "val.tar")
+    sources = class_tree(tmp_path, "val"), open_images(tmp_path / "val"), open_images(tmp_path / "list.txt")
+    tars = read_labelled_tar([tmp_path / "val.tar"], "val.tar", tmp_path), open_images(tmp_path / "val.tar")
     for source in (*sources, *tars):
         assert len(source) == len(kinds)
         for index in range(len(source)):
@@ -175,15 +176,15 @@ def test_folders_that_cannot_be_walked(tmp_path):
     (tmp_path / "val" / "a").mkdir(parents=True)
     Image.new("L", (2, 2)).save(tmp_path / "val" / "a" / "x.png")
     (tmp_path / "val" / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
-    source = ImageSource(tmp_path / "val")
+    source = open_images(tmp_path / "val")
     with pytest.raises(DataError, match=r"cannot read image a/gone.png: .*No such file"):
         source.load(0)
     (tmp_path / "val" / "a" / "itself").symlink_to(tmp_path / "val" / "a" / "itself")
     with pytest.raises(DataError, match=r"cannot read .*val/a/itself: Too many levels of symbolic links"):
-        ImageSource(tmp_path / "val")
+        open_images(tmp_path / "val")
     (tmp_path / "val" / "a" / "itself").unlink()
     (tmp_path / "val" / "a" / "loop").symlink_to(tmp_path / "val")
-    for reader in (lambda: ImageSource(tmp_path / "val"), lambda: ImageFolder(tmp_path, "val")):
+    for reader in (lambda: open_images(tmp_path / "val"), lambda: class_tree(tmp_path, "val")):
         with pytest.raises(DataError, match=r"folder .*a/loop is a link to one that it is in; remove it"):
             reader()
 

@@ -12,13 +12,12 @@ import torch
 from image_shards import write_parquet
 from PIL import Image
 
-import vim.training.classification
 from vim.console.progress import Progress
 from vim.data import AugmentConfig, DataConfig, DataError, parquet_shards
 from vim.data.loaders import batches_of
 from vim.timm_models.accelerator import create_accelerator
 from vim.timm_models.config import ModelConfig
-from vim.training import TrainConfig
+from vim.training import TrainConfig, classification_data
 from vim.training.classification import Classification
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -328,7 +327,7 @@ def bad_images(runs):
 def in_shards(runs, monkeypatch):
     """Data of 32 images in four Parquet shards, one a class; and the list of what is asked for ahead."""
     asked = []
-    monkeypatch.setattr(vim.training.classification, "FetchAhead", lambda fetch: asked.append)
+    monkeypatch.setattr(classification_data, "FetchAhead", lambda fetch: asked.append)
     monkeypatch.setattr(parquet_shards, "shard_folder", lambda: runs.root / "cache")
     files = [(path, label) for label in range(CLASSES) for path in runs.root.glob(f"train/class{label}/*")]
     (runs.root / "train").rename(runs.root / "tree")

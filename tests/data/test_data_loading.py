@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from image_tree import write_image_tree
+from image_tree import samples, write_image_tree
 from PIL import Image
 from torch.utils.data import BatchSampler
 
@@ -14,13 +14,13 @@ from vim.data import (
     AugmentConfig,
     DataError,
     EvalImages,
-    ImageFolder,
     KeyedSampler,
     SampleKey,
     TrainImages,
     derive_seed,
     eval_loader,
     eval_transform,
+    open_split,
     train_loader,
     train_transform,
 )
@@ -37,7 +37,7 @@ EVERYTHING = AugmentConfig(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return ImageFolder(write_image_tree(tmp_path_factory.mktemp("tree"), {"train": 21}), "train")
+    return open_split(write_image_tree(tmp_path_factory.mktemp("tree"), {"train": 21}), "train")
 
 
 class Numbered:
@@ -61,7 +61,10 @@ class Numbered:
         self.loaded.append(index)
         if index in self.bad:
             raise DataError(f"cannot read image {index}.png")
-        return Image.new("L", (12, 12), 200), index
+        return Image.new("L", (12, 12), 200)
+
+    def label(self, index):
+        return index
 
 
 def train_images(folder, seed=0, augment=EVERYTHING):
@@ -231,7 +234,7 @@ def test_a_data_set_smaller_than_an_update_is_refused():
 def test_without_augmentation_a_pixel_is_only_normalised(folder):
     images = TrainImages(folder, train_transform(AugmentConfig(**WHOLE), GREY), 0, 1)
     image, label = tensor(images, SampleKey(0, 3, 0)), images[SampleKey(0, 3, 0)][1]
-    path, want_label = folder.samples[3]
+    path, want_label = folder.name(3), folder.label(3)
     want = (np.asarray(Image.open(path)) / 255 - 0.2) / 0.5
     torch.testing.assert_close(image[0].double(), torch.from_numpy(want), atol=1e-6, rtol=0)
     assert label == want_label
@@ -254,7 +257,7 @@ def test_policies_survive_their_extremes(policy, mode, channels):
 def test_evaluation_batches_hold_every_image_once_in_order(folder):
     batches = list(eval_loader(EvalImages(folder, eval_transform(GREY), 1), batch_size=4))
     assert [len(labels) for _, labels, _ in batches] == [4, 4, 4, 4, 4, 1]
-    assert torch.cat([labels for _, labels, _ in batches]).tolist() == [label for _, label in folder.samples]
+    assert torch.cat([labels for _, labels, _ in batches]).tolist() == [label for _, label in samples(folder)]
 
 
 def test_seeds_are_spread_and_fixed_for_all_time():

@@ -13,7 +13,7 @@ from whole_runs import interrupt, log, one_thread, state, timeless  # noqa: F401
 import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigError, InterruptedRunError
 from vim.console.progress import Progress
-from vim.data import AugmentConfig, DataConfig, EvalDataConfig, ImageFolder, SampleKey, TrainImages, train_transform
+from vim.data import AugmentConfig, DataConfig, EvalDataConfig, SampleKey, TrainImages, open_split, train_transform
 from vim.timm_models.accelerator import create_accelerator
 from vim.timm_models.config import ModelConfig
 from vim.training import TrainConfig, ValidateConfig, train, validate
@@ -107,7 +107,7 @@ def test_a_stopped_run_equals_the_uninterrupted_one(finished, tree, tmp_path, mo
 
 
 def test_a_sample_is_that_of_its_epochs_size(tree):
-    folder = ImageFolder(tree, "train")
+    folder = open_split(tree, "train")
     inputs = {"mean": (0.2,), "std": (0.5,), "interpolation": "bilinear"}
     small, large = (train_transform(AUGMENT, inputs | {"input_size": (1, size, size)}) for size in (8, 16))
     both = TrainImages(folder, large, 0, 1, early=[small, small])

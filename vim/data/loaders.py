@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from .config import BadImages
 from .decode import IMAGE_MODES
 from .errors import DataError, ShardError, WorkerError
-from .labelled_images import LabelledImages
 from .packed import Augmented, PackedImages
 from .randomness import derive_seed, preserved_generators, seed_cpu_generators
 from .sampler import KeyedSampler, SampleKey
+from .sources import ImageSource, load_labelled
 from .transforms import TrainTransform, Transform
 
 # Image, label, and the paths of files that could not be read.
@@ -49,7 +49,7 @@ class TrainImages(Dataset[TrainSample]):
 
     def __init__(
         self,
-        source: LabelledImages,
+        source: ImageSource,
         transform: TrainTransform,
         seed: int,
         in_chans: int = 3,
@@ -85,7 +85,7 @@ class TrainImages(Dataset[TrainSample]):
         return transform(image), label, bad
 
     def _load(self, index: int) -> tuple[Image.Image, int]:
-        return self.source.load(index, self.in_chans)
+        return load_labelled(self.source, index, self.in_chans)
 
 
 class EvalImages(Dataset[Sample]):
@@ -94,9 +94,7 @@ class EvalImages(Dataset[Sample]):
     With bad_images "skip", one that cannot be read is black and has NO_LABEL.
     """
 
-    def __init__(
-        self, source: LabelledImages, transform: Transform, in_chans: int = 3, bad_images: BadImages = "raise"
-    ):
+    def __init__(self, source: ImageSource, transform: Transform, in_chans: int = 3, bad_images: BadImages = "raise"):
         self.source, self.transform, self.in_chans, self.bad_images = source, transform, in_chans, bad_images
 
     def __len__(self) -> int:
@@ -104,7 +102,7 @@ class EvalImages(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            image, label = self.source.load(index, self.in_chans)
+            image, label = load_labelled(self.source, index, self.in_chans)
         except ShardError:
             raise
         except DataError:

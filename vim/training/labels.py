@@ -13,7 +13,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from vim.console.errors import ConfigError
-from vim.data import LabelledImages
+from vim.data import ImageSource
 from vim.data.loaders import NO_LABEL
 from vim.timm_models.create import label_names
 
@@ -24,16 +24,19 @@ LabelSet = Literal["folder", "imagenet-v2", "imagenet-real", "imagenet-a", "imag
 class LabelMap:
     """images: those that count. answers, candidates: what their labels mean, see `evaluate`."""
 
-    images: "LabelledImages | RealImages"
+    images: ImageSource
     answers: Tensor | None = None
     candidates: Tensor | None = None
 
 
 class RealImages:
-    """Some of a split's images; the label of each is its position."""
+    """Some images of a split. The label of each is its position."""
 
-    def __init__(self, split: LabelledImages, chosen: list[int]):
+    shards = None
+
+    def __init__(self, split: ImageSource, chosen: list[int]):
         self.split, self.chosen = split, chosen
+        self.path, self.classes = split.path, split.classes
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -41,11 +44,14 @@ class RealImages:
     def name(self, index: int) -> str:
         return self.split.name(self.chosen[index])
 
-    def load(self, index: int, in_chans: int = 3) -> tuple[Any, int]:
-        return self.split.load(self.chosen[index], in_chans)[0], index
+    def label(self, index: int) -> int:
+        return index
+
+    def load(self, index: int, in_chans: int = 3) -> Any:
+        return self.split.load(self.chosen[index], in_chans)
 
 
-def map_labels(labels: LabelSet, split: LabelledImages, where: str, model: nn.Module, name: str) -> LabelMap:
+def map_labels(labels: LabelSet, split: ImageSource, where: str, model: nn.Module, name: str) -> LabelMap:
     """What the labels of a split mean to a model.
 
     Classes are found by their names: those that the model keeps, or WordNet's numbers (n01440764), in timm's order, for
@@ -93,7 +99,7 @@ def map_labels(labels: LabelSet, split: LabelledImages, where: str, model: nn.Mo
     return LabelMap(split, answers[:, None], candidates)
 
 
-def _real_labels(split: LabelledImages, where: str, positions: list[int]) -> LabelMap:
+def _real_labels(split: ImageSource, where: str, positions: list[int]) -> LabelMap:
     """Beyer et al. 2020, arXiv 2006.07159: a set of right labels for each image of ImageNet's val; images with none do
     not count.
 
@@ -121,7 +127,7 @@ def _real_labels(split: LabelledImages, where: str, positions: list[int]) -> Lab
     return LabelMap(RealImages(split, chosen), torch.tensor(answers))
 
 
-def _check_folders(split: LabelledImages, where: str, labels: LabelSet, folders: Iterable[str]) -> None:
+def _check_folders(split: ImageSource, where: str, labels: LabelSet, folders: Iterable[str]) -> None:
     want, have = set(folders), set(split.classes)
     if have != want:
         wrong, missing = sorted(have - want), sorted(want - have)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vim.console.progress import Progress
-from vim.data import EvalDataConfig, EvalImages, eval_loader, eval_transform, open_images
+from vim.data import EvalDataConfig, EvalImages, eval_loader, eval_transform, open_split
 from vim.files import write_json
 from vim.timm_models.accelerator import create_accelerator
 from vim.timm_models.config import LoadedModelConfig
@@ -55,7 +55,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     """
     accelerator = create_accelerator(config.precision)
     progress = Progress(accelerator.is_main_process)
-    source = open_images(config.data, config.data.val_split)
+    source = open_split(config.data.root, config.data.val_split, cache_gib=config.data.cache_gib)
     split = str(source.path)
     model = load_model(config).to(accelerator.device)
     progress.line(f"weights: {weights_from(model)}")
@@ -73,7 +73,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
         data = replace(config.data, img_size=size, crop_pct=crop_pct)
         data_config = resolve_input(model, config.kwargs, data)
         in_chans = data_config["input_size"][0]
-        images = EvalImages(labels.images, eval_transform(data_config), in_chans, data.bad_images)  # type: ignore[arg-type]
+        images = EvalImages(labels.images, eval_transform(data_config), in_chans, data.bad_images)
         batches = accelerator.prepare(eval_loader(images, data.batch_size, data.num_workers))
         evaluation = evaluate(models[size], batches, accelerator, progress, labels.answers, labels.candidates)
         accelerator.free_memory()  # and with the loader its processes
