@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import fsspec
-import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -291,12 +290,7 @@ def test_what_is_fetched_ahead_waits_for_nobody(parquet, cache):
 def test_the_hub(files, folder, tmp_path, cache, monkeypatch):
     """Its own client, and a server on this machine."""
     write_parquet(files, folder.classes, tmp_path / "hub" / "data", SHARDS)
-    constants = huggingface_hub.constants
-    with local_hub(tmp_path / "hub") as hub:
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with local_hub(tmp_path / "hub", monkeypatch) as hub:
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
         source = open_split("hf://datasets/org/name", "train")
         assert source.path == f"hf://datasets/org/name@{hub.commit}/data/train*.parquet"
