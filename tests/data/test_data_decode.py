@@ -154,7 +154,7 @@ def test_images_of_every_kind_are_in_folders_tars_and_lists(tmp_path, caplog):
     where, tar = tmp_path / "val", tmp_path / "val.tar"
     of_folder = "6 (a/0.json, a/1.json, a/2.json, a/.hidden.png, a/notes.txt, ...)"
     of_tar = "2 (val.tar/a/notes.txt, val.tar/a/link.png)"
-    left_out = "files left out, hidden or no images:"
+    left_out = "files left out, hidden or not images:"
     assert caplog.messages == [
         f"{where}: {left_out} {of_folder}", f"val.tar: {left_out} {of_tar}", f"{tar}: {left_out} {of_tar}"
     ]  # fmt: skip
@@ -165,7 +165,7 @@ def test_only_the_formats_of_images_are_opened(tmp_path, monkeypatch):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.eps")
     (tmp_path / "x.png").write_bytes((tmp_path / "x.eps").read_bytes())
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("run by Ghostscript"))
-    with pytest.raises(DataError, match=r"cannot read image x: it holds none of the formats JPEG, PNG, .*; repair"):
+    with pytest.raises(DataError, match=r"cannot read image x: it has none of the formats JPEG, PNG, .*; repair"):
         decode_image(tmp_path / "x.png", 3, "x")
     Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "y.png")
     (tmp_path / "y.jpg").write_bytes((tmp_path / "y.png").read_bytes())
@@ -185,7 +185,7 @@ def test_folders_that_cannot_be_walked(tmp_path):
     (tmp_path / "val" / "a" / "itself").unlink()
     (tmp_path / "val" / "a" / "loop").symlink_to(tmp_path / "val")
     for reader in (lambda: open_images(tmp_path / "val"), lambda: class_tree(tmp_path, "val")):
-        with pytest.raises(DataError, match=r"folder .*a/loop is a link to one that it is in; remove it"):
+        with pytest.raises(DataError, match=r"folder .*a/loop is a link to a folder that contains it; remove it"):
             reader()
 
 

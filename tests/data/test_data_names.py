@@ -132,7 +132,7 @@ def test_lists_hold_the_bytes_of_file_names(tmp_path):
     assert source.classes == ["0", "1", "2", "3"]
     assert source.load(0).size == (2, 2)
     names.write_text("val/x.png\n", encoding="utf-16")
-    with pytest.raises(DataError, match=r"names.txt is no text in UTF-8: it has null bytes, as UTF-16 has; save it"):
+    with pytest.raises(DataError, match=r"names.txt is not UTF-8: it has null bytes, as UTF-16 does; save it"):
         open_images(names)
     for label in ("9" * 5000, "99999999999", "-1", "²"):
         names.write_text(f"val/x.png\t{label}\n")

@@ -160,7 +160,7 @@ def test_a_tree_with_parquet_files_beside_its_images_stays_a_tree(tree, tmp_path
     write_parquet(files, list("abc"), tree, {"labels.parquet": 12})
     assert len(open_images(tree)) == 12
     assert open_images(tree).name(0) == "a/0.png"
-    assert caplog.messages == [f"{tree}: files left out, hidden or no images: 1 (labels.parquet)"]
+    assert caplog.messages == [f"{tree}: files left out, hidden or not images: 1 (labels.parquet)"]
     with pytest.raises(DataError, match=r"no images at .*train-\*.parquet: it does not exist; give a folder, a list"):
         open_images(tree / "train-*.parquet")
     (tmp_path / "mixed").mkdir()

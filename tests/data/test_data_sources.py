@@ -81,7 +81,7 @@ def test_numbers_in_tar_shards_have_the_names_beside_them(tree, tmp_path, caplog
     (shards / "classnames.txt").write_text("cat\nbird\n")
     (shards / "more.png").write_bytes(b"")
     assert open_images(shards).classes == ["cat", "bird"]
-    assert caplog.messages == [f"{shards}: files left out, hidden or no images: 1 (more.png)"]
+    assert caplog.messages == [f"{shards}: files left out, hidden or not images: 1 (more.png)"]
 
 
 def test_clear_errors(tree, tmp_path):

@@ -142,7 +142,7 @@ def test_what_cannot_be_is_refused(tree, tmp_path):
     refused(r"mixer_s16_224 does not take images of 16 pixels, .* \(32\).*; choose other sizes", *mixer)
     refused("does not take images of 8 pixels", kwargs=TINY | {"dynamic_img_size": False})
     refused("does not take images of 10 pixels, .* divisible", progressive=[(8, 1), (10, 1)])
-    refused("grow to their full size, 16 x 16 pixels; they cannot begin with 16", progressive=[(8, 1), (16, 1)])
+    refused("grow to their full size, 16 x 16 pixels; they cannot start at 16", progressive=[(8, 1), (16, 1)])
     refused("for square images .*, 16 x 32 pixels", kwargs=TINY | {"img_size": (16, 32)})
 
 

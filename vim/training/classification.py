@@ -1,4 +1,4 @@
-"""Image classification: its parts of a training run."""
+"""Training of image classifiers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +40,7 @@ class Classification(Trainer):
         self.classes = data.classes
         if len(self.classes) == 1:
             progress.line(
-                f"warning: {data.train.path} has one class, {self.classes[0]!r}: any answer is right, and nothing is "
+                f"warning: {data.train.path} has one class, {self.classes[0]!r}: every answer is right, and nothing is "
                 "learned"
             )
 
@@ -77,7 +77,7 @@ class Classification(Trainer):
             channels, height, width = self.data_config["input_size"]
             shapes = {(height, width): None} | {(size, size): None for size, _ in config.data.progressive}
             memory = torch.cuda.graph_pool_handle()
-            for shape in shapes:  # the largest first, in whose memory the others find room
+            for shape in shapes:  # the largest first: the others fit into its memory
                 sample = torch.zeros(config.data.batch_size, channels, *shape, device=device)
                 capture_training(model, sample, AUTOCAST[config.precision], memory)
         return captured
@@ -120,7 +120,7 @@ class Classification(Trainer):
         return f"{size}val loss {record['loss']:.3f}  top-1 {record['top1']:.2f} %{ema}"
 
     def summary(self) -> dict[str, Any]:
-        """Accuracies in percent, of the weights after the last epoch and of the best one."""
+        """Accuracies in percent, after the last epoch and of the best one."""
         last = self.state.history[-1]
         keys = ("top1", "top5", "ema_top1", "ema_top5")
         accuracies = {key: last[key] for key in keys if key in last}
@@ -138,7 +138,7 @@ class Classification(Trainer):
 
 
 def create_mixup(augment: AugmentConfig, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix of a batch, which smooths the targets too; None where both are off."""
+    """timm's mixup and CutMix of a batch, with label smoothing; None if both are off."""
     if not (augment.mixup or augment.cutmix):
         return None
     return Mixup(

@@ -1,4 +1,4 @@
-"""What the labels of a split mean to a model: by the names of its folders, or as ImageNet's other test sets have it."""
+"""From the labels of a split to the classes of a model: by name, or by the rules of an ImageNet test set."""
 
 import json
 import pkgutil
@@ -22,7 +22,7 @@ LabelSet = Literal["folder", "imagenet-v2", "imagenet-real", "imagenet-a", "imag
 
 @dataclass
 class LabelMap:
-    """images: those that count. answers, candidates: what their labels mean, see `evaluate`."""
+    """images: the images to evaluate on. answers, candidates: meaning of their labels, see `evaluate`."""
 
     images: ImageSource
     answers: Tensor | None = None
@@ -52,16 +52,16 @@ class RealImages:
 
 
 def map_labels(labels: LabelSet, split: ImageSource, where: str, model: nn.Module, name: str) -> LabelMap:
-    """What the labels of a split mean to a model.
+    """Find the classes of a model that the labels of a split stand for.
 
-    Classes are found by their names: those that the model keeps, or WordNet's numbers (n01440764), in timm's order, for
-    a model of as many classes as ImageNet. A model without names and folders that are not ImageNet's are matched by
+    Classes are matched by name. The names of a model are its own, or for as many classes as ImageNet has, WordNet's
+    numbers (n01440764) in timm's order. Without names, and with classes that are not ImageNet's, they are matched by
     order.
 
     Args:
-        where, name: of the split and the model, for messages.
+        where, name: names of the split and the model, for messages.
 
-    Raises: ConfigError for folders or images that do not fit the model or the set, with their number and names.
+    Raises: ConfigError for classes or images that do not fit the model or the test set, with their number and names.
     """
     names = label_names(model)
     if names is None and (subset := infer_imagenet_subset({"num_classes": model.num_classes})) is not None:
@@ -100,11 +100,11 @@ def map_labels(labels: LabelSet, split: ImageSource, where: str, model: nn.Modul
 
 
 def _real_labels(split: ImageSource, where: str, positions: list[int]) -> LabelMap:
-    """Beyer et al. 2020, arXiv 2006.07159: a set of right labels for each image of ImageNet's val; images with none do
-    not count.
+    """Beyer et al. 2020, arXiv 2006.07159: a set of correct labels per image of ImageNet's val. Images without any are
+    left out.
 
     Args:
-        positions: of ImageNet's classes among the model's.
+        positions: position of each ImageNet class among the model's classes.
     """
     sets: list[list[int]] = json.loads(_timm_info("imagenet_real_labels.json"))
     numbers, others = [], []
@@ -118,7 +118,7 @@ def _real_labels(split: ImageSource, where: str, positions: list[int]) -> LabelM
     if others:
         raise ConfigError(
             f"labels imagenet-real are for the {len(sets):,} images ILSVRC2012_val_<number>.JPEG of ImageNet's val; "
-            f"{len(others)} of {len(split)} images of {where} are others: {_some(others)}"
+            f"{len(others)} of {len(split)} images of {where} have other names: {_some(others)}"
         )
     right = [[positions[label] for label in sets[number - 1]] for number in numbers]
     chosen = [index for index, classes in enumerate(right) if classes]
@@ -139,7 +139,7 @@ def _check_folders(split: ImageSource, where: str, labels: LabelSet, folders: It
 
 
 def _timm_info(name: str) -> str:
-    """A file about ImageNet that timm carries."""
+    """A file about ImageNet from timm's package."""
     content = pkgutil.get_data("timm.data", f"_info/{name}")
     assert content is not None
     return content.decode()
