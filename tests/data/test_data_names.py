@@ -1,4 +1,4 @@
-"""The order of classes and files, and how names are written: the same in every reader and every process."""
+"""Order of classes and files, and spelling of names: the same in every reader and process."""
 
 import io
 import json

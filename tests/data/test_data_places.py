@@ -1,4 +1,4 @@
-"""The same places for --images and data.root: lists as splits, Parquet shards as images."""
+"""--images and data.root take the same places: lists as splits, Parquet shards as images."""
 
 import numpy as np
 import pyarrow as pa
@@ -73,7 +73,7 @@ def test_a_run_on_lists_is_bound_to_their_paths(tree, files):
 
 
 def test_a_list_counts_only_without_a_tree_or_shards(tree, files, caplog):
-    """ImageNet's val.txt, for one, stands beside the tree and has spaces for tabs."""
+    """ImageNet's val.txt, for example, comes with the tree and has spaces instead of tabs."""
     write_list(tree.parent / "val.txt", files, separator=" ")
     assert open_split(tree.parent, "val").path == tree
     flat = tree.parent / "flat"

@@ -1,4 +1,4 @@
-"""Images in tar and Parquet shards: the same as in folders, fetched when wanted, and clear when something is wrong."""
+"""Tar and Parquet shards give the same images as folders, are fetched when needed, and fail with clear errors."""
 
 import json
 import pickle
@@ -73,7 +73,7 @@ def fetched(cache):
 
 
 def write_tars(files, root, members):
-    """Two shards; members(path, label, number) gives the (name, content) pairs of an image."""
+    """Write two shards; members(path, label, number) returns the (name, content) pairs of an image."""
     root.mkdir(parents=True)
     for shard, part in enumerate((files[:10], files[10:])):
         with tarfile.open(root / f"train-{shard:04}.tar", "w") as tar:
@@ -172,7 +172,7 @@ def test_a_shard_that_changes_while_it_is_in_use_is_told(parquet, files, folder,
 
 
 def test_what_was_fetched_of_other_columns_is_not_taken(tmp_path, cache, files, monkeypatch):
-    """As another version of the project may choose them."""
+    """Another version of the project may choose other columns."""
     image, zero = pa.array([files[0][0].read_bytes()]), pa.array([0])
     pq.write_table(pa.table({"image": image, "label": zero, "labels": pa.array([1])}), tmp_path / "val.parquet")
     assert load_labelled(open_split(tmp_path, "val"), 0, 1)[1] == 0
@@ -288,7 +288,7 @@ def test_what_is_fetched_ahead_waits_for_nobody(parquet, cache):
 
 
 def test_the_hub(files, folder, tmp_path, cache, monkeypatch):
-    """Its own client, and a server on this machine."""
+    """The hub's own client, with a server on this machine."""
     write_parquet(files, folder.classes, tmp_path / "hub" / "data", SHARDS)
     with local_hub(tmp_path / "hub", monkeypatch) as hub:
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
@@ -333,7 +333,7 @@ def test_another_file_system(files, folder, cache):
         assert source.load(16, 1).tobytes() == folder.load(0, 1).tobytes()
         with fs.open("/set/val-0.tar", "wb") as file:
             file.write(b"")
-        with pytest.raises(DataError, match="tar shards must lie on a local disk"):
+        with pytest.raises(DataError, match="tar shards must be on a local disk"):
             open_split("memory://set", "val")
     finally:
         fs.rm("/set", recursive=True)
@@ -432,12 +432,12 @@ def test_a_tar_file_that_ends_early(files, tmp_path):
     write_tars(files, tmp_path / "tars", in_folders)
     tar = tmp_path / "tars" / "train-0001.tar"
     whole = tar.read_bytes()
-    span = read_labelled_tar([tar], "", tmp_path).entries[4].span
-    damaged = whole[: span.offset - 500] + b"?" + whole[span.offset - 499 :]  # in a header
-    early = [whole[: span.offset + end] for end in (20, -200, -512)]  # in an image, in a header, before one
+    _, offset, _ = read_labelled_tar([tar], "", tmp_path).spans[4]
+    damaged = whole[: offset - 500] + b"?" + whole[offset - 499 :]  # in a header
+    early = [whole[: offset + end] for end in (20, -200, -512)]  # in an image, in a header, before one
     for content in (*early, damaged):
         tar.write_bytes(content)
-        with pytest.raises(DataError, match=r"cannot read .*train-0001.tar: .*; shards are plain tar files"):
+        with pytest.raises(DataError, match=r"cannot read .*train-0001.tar: .*; shards must be plain tar files"):
             open_split(tmp_path / "tars", "train")
 
 
@@ -446,7 +446,7 @@ def test_a_tar_file_with_a_size_that_no_file_has(tmp_path, kind):
     member = tarfile.TarInfo("a/x.png")
     member.size, member.type = 2**70, kind
     (tmp_path / "train.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    with pytest.raises(DataError, match=r"cannot read .*train.tar: .*; shards are plain tar files"):
+    with pytest.raises(DataError, match=r"cannot read .*train.tar: .*; shards must be plain tar files"):
         open_split(tmp_path, "train")
 
 
@@ -544,7 +544,7 @@ def test_numbers_of_classes_are_counted_over_all_row_groups_and_shards(tmp_path,
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_of_unequal_sizes_give_each_image_once(tmp_path, cache, files, folder, workers):
-    """A large one among some of one image."""
+    """One large shard among shards of one image."""
     sizes = dict(zip(("train-0", "train-1", "train-2"), (1, 19, 1), strict=True))
     write_parquet(files, folder.classes, tmp_path, {f"{name}.parquet": size for name, size in sizes.items()})
     source = open_split(tmp_path, "train", window=2)
@@ -561,7 +561,7 @@ def test_shards_of_unequal_sizes_give_each_image_once(tmp_path, cache, files, fo
 
 @pytest.mark.parametrize("numbered", [False, True])
 def test_tar_files_of_unequal_sizes_and_classes(tmp_path, files, numbered):
-    """Classes that only one shard has, one of them the last in the first shard; and images of many sizes."""
+    """Some classes are in one shard alone; images have many sizes."""
     shards = (["c", "b"], ["a"], ["b", "a", "b", "a"])
     want = []
     for number, names in enumerate(shards):
@@ -622,22 +622,36 @@ def test_classes_in_tar_files_are_the_nearest_folders_and_nothing_hidden(tmp_pat
 
 
 def test_compressed_tar_files_are_refused(tmp_path, files):
-    """Nothing in them lies where its header says."""
+    """Their members are not where the headers say."""
     for mode in ("w:gz", "w:bz2", "w:xz"):
         with tarfile.open(tmp_path / "train.tar", mode) as tar:
             add(tar, "a/x.png", files[0][0].read_bytes())
-        with pytest.raises(DataError, match=r"cannot read .*train.tar: .*; shards are plain tar files, not compressed"):
+        with pytest.raises(
+            DataError, match=r"cannot read .*train.tar: .*; shards must be plain tar files, not compressed"
+        ):
             open_split(tmp_path, "train")
 
 
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (["dir/x.jpg", "x.json"], r"train.tar/x.json is for no image, only for dir/x.jpg: want one of the same path"),
-        (["dir/x.jpg", "x.cls"], r"train.tar/x.cls is for no image, only for dir/x.jpg: "),
-        (["images/x.jpg", "labels/x.txt"], r"train.tar/labels/x.txt is for no image, only for images/x.jpg"),
-        (["a/x.jpg", "b/y.cls"], r"train.tar/b/y.cls is for no image: want one of the same path up to the first dot"),
-        (["x.1.jpg", "x.2.jpg", "x.1.cls"], r"train.tar/x.1.cls is for 2 images, x.1.jpg and x.2.jpg: what follows"),
+        (
+            ["dir/x.jpg", "x.json"],
+            r"train.tar/x.json belongs to no image of its path, only to dir/x.jpg: want one with the same",
+        ),
+        (["dir/x.jpg", "x.cls"], r"train.tar/x.cls belongs to no image of its path, only to dir/x.jpg: "),
+        (
+            ["images/x.jpg", "labels/x.txt"],
+            r"train.tar/labels/x.txt belongs to no image of its path, only to images/x.jpg",
+        ),
+        (
+            ["a/x.jpg", "b/y.cls"],
+            r"train.tar/b/y.cls belongs to no image: want one with the same path up to the first dot",
+        ),
+        (
+            ["x.1.jpg", "x.2.jpg", "x.1.cls"],
+            r"train.tar/x.1.cls belongs to 2 images, x.1.jpg and x.2.jpg: a key ends at",
+        ),
         (["x.jpg", "x.cls", "x.b.cls"], r"train.tar/x.b.cls is a second label of x.jpg; want one"),
         (["a/x.jpg", "a/x.cls", "a/y.jpg"], r"image train.tar/a/y.jpg has no .cls file beside it, others have"),
     ],

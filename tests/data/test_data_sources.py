@@ -99,7 +99,7 @@ def test_clear_errors(tree, tmp_path):
     with pytest.raises(DataError, match=r"names.tsv, line 2: a label is a number from 0 up, got 'cat'"):
         open_images(names)
     (tmp_path / "bad.tar").write_bytes(b"garbage" * 100)
-    with pytest.raises(DataError, match=r"cannot read .*bad.tar: .*; shards are plain tar files"):
+    with pytest.raises(DataError, match=r"cannot read .*bad.tar: .*; shards must be plain tar files"):
         open_images(tmp_path / "bad.tar")
     with tarfile.open(tmp_path / "gone.tar", "w") as tar:
         add(tar, "x.png", b"x")

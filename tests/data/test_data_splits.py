@@ -1,4 +1,4 @@
-"""Image folder trees dealt out to parts, and the tree of the solar cells."""
+"""Image folder trees divided into parts, and the tree of the solar cells."""
 
 import os
 import random
@@ -43,7 +43,7 @@ def test_shares_that_do_not_divide_a_class_lose_no_image(tree):
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_seed_the_class_and_the_names_decide_and_nothing_else(tree, seed):
-    """Written down: another choice would silently change every result on images that were held out."""
+    """Fixed: another choice would silently change every result on held-out images."""
     split_folder(tree, "all", {"train": 0.4, "val": 0.6}, seed)
     want = set()
     for label, count, share in (("a", 10, 4), ("b", 25, 10)):

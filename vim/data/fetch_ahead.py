@@ -28,20 +28,20 @@ class FetchAhead:
     def __init__(self, fetch: Callable[[int], None]):
         self.fetch = fetch
         self.process: BaseProcess | None = None
-        self._wanted: Any = None
+        self._requests: Any = None
 
     def __call__(self, shards: Sequence[int]) -> None:
         """Request shards, to be fetched in this order."""
         if self.process is None:
             context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
-            self._wanted = context.SimpleQueue()
-            self.process = context.Process(target=_fetch_wanted, args=(self.fetch, self._wanted), daemon=True)
+            self._requests = context.SimpleQueue()
+            self.process = context.Process(target=_fetch_requested, args=(self.fetch, self._requests), daemon=True)
             self.process.start()
             weakref.finalize(self, self.process.terminate)
-        self._wanted.put(list(shards))
+        self._requests.put(list(shards))
 
 
-def _fetch_wanted(fetch: Callable[[int], None], wanted: Any) -> None:
+def _fetch_requested(fetch: Callable[[int], None], requests: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and this one ends with its parent
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
@@ -51,7 +51,7 @@ def _fetch_wanted(fetch: Callable[[int], None], wanted: Any) -> None:
 
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         while True:
-            list(pool.map(attempt, wanted.get()))
+            list(pool.map(attempt, requests.get()))
 
 
 def _end_with_the_parent() -> None:

@@ -71,8 +71,8 @@ class Shard(NamedTuple):
 class ParquetImages:
     """An `ImageSource` of the rows of Parquet shards.
 
-    Columns are found by their types: images are structures with `bytes`, or bytes; labels are whole numbers, those with
-    names of classes if there are such. IMAGE_NAMES and LABEL_NAMES decide between several candidates.
+    Columns are found by type. Images are structures with `bytes`, or bytes. Labels are whole numbers, preferably with
+    names of classes. IMAGE_NAMES and LABEL_NAMES decide between several candidates.
 
     A shard is fetched when its first image is needed, unless that was done before. Parquet has no access to single
     rows, so a shard is rewritten once as an uncompressed Arrow file. All processes of the machine share these files.
@@ -82,7 +82,7 @@ class ParquetImages:
 
     Args:
         urls: the files, in order.
-        path: of all files together, for messages.
+        path: place of all files, for messages.
         window: number of shards in use at a time.
         cache_gib: GiB of disk space for fetched shards; None for no limit.
         labelled: require a label for every image. Otherwise labels are optional, and a column of whole numbers counts

@@ -10,11 +10,11 @@ from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HTTPError  # of whichever library the hub's client uses
 
-from .entries import CLASS_NAMES, EntryImages
 from .errors import DataError, reason
 from .folder import read_class_tree, read_tree
 from .image_files import find_images, report_left_out
 from .lists import LIST_SUFFIXES, read_list
+from .local_images import CLASS_NAMES, LocalImages
 from .names import plain_name
 from .sources import ImageSource
 from .tar_shards import read_labelled_tar, read_tar
@@ -34,7 +34,7 @@ def open_images(where: str | Path) -> ImageSource:
             A folder of images at any depth; classes are labels if every path is <class>/<image>.
             A list (.txt, .tsv): a path per line, relative to the list, and optionally a tab and a label.
             Tar shards: a .tar file, a folder of them, or a pattern such as train-*.tar. <key>.cls in a shard is the
-            label of <key>.jpg; classnames.txt beside the shards, or beside their folder, has the names of the classes.
+            label of <key>.jpg; classnames.txt in the shards' folder, or the one above, has the names of the classes.
             Parquet shards: a .parquet file, a folder of them or a pattern, on this machine or at a URL that fsspec
             knows, as hf://datasets/<organisation>/<name>[@<revision>][/<folder, file or pattern>].
 
@@ -89,7 +89,7 @@ def open_split(root: str | Path, split: str, window: int = 1, cache_gib: float |
     classes = local and tree.is_dir() and any(p.is_dir() and p.name[0] != "." for p in tree.iterdir())
     forms = [f"{tree}/<class>"] * classes + list(shards)
     lists = []
-    if local and not forms:  # trees may have lists of other kinds beside them
+    if local and not forms:  # many trees come with other lists of this name
         lists = [Path(folder, f"{split}{suffix}") for suffix in LIST_SUFFIXES if f"{split}{suffix}" in found]
         forms = [str(file) for file in lists]
     if len(forms) > 1:
@@ -110,11 +110,11 @@ def open_split(root: str | Path, split: str, window: int = 1, cache_gib: float |
         urls = [fs.unstrip_protocol(file) for file in files]
         return _parquet(urls, fs.unstrip_protocol(path), window, cache_gib)
     if not local:
-        raise DataError(f"tar shards must lie on a local disk, to read single images from them; copy {path} there")
+        raise DataError(f"tar shards must be on a local disk, to read single images from them; copy {path} there")
     return read_labelled_tar([Path(file) for file in files], path, Path(folder, CLASS_NAMES))
 
 
-def class_tree(root: str | Path, split: str) -> EntryImages:
+def class_tree(root: str | Path, split: str) -> LocalImages:
     """The images of a folder tree root/<split>/<class>/<image>.
 
     Raises: DataError for a folder that is missing, holds no images, or does not have this form.

@@ -5,32 +5,33 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from .entries import EntryImages, ImageEntry, Span, classes_of_numbers
 from .errors import DataError, reason
 from .image_files import is_image, no_images, report_left_out
+from .local_images import LocalImages, Span, classes_of_numbers
 from .names import LONGEST_LABEL, class_positions, parse_label, plain_name
 
 
-def read_tar(shards: Sequence[Path], path: str | Path, names: Path | None, others: Sequence[str] = ()) -> EntryImages:
+def read_tar(shards: Sequence[Path], path: str | Path, names: Path | None, others: Sequence[str] = ()) -> LocalImages:
     """Images of plain tar files, in order, with the numbers in .cls files as labels.
 
     <key>.cls holds the label of <key>.jpg, as in WebDataset. A key is the path up to the first dot of the file name.
 
     Args:
-        path: of all shards together, for messages.
+        path: place of all shards, for messages.
         names: file with the names of the classes, one per line.
-        others: files beside the shards to report as left out.
+        others: other files near the shards, to report as left out.
 
     Raises: DataError for shards that are damaged or empty, and for labels without an image.
     """
-    entries, inside = _tar_entries(shards)
-    if not entries:
+    found, inside = _read(shards)
+    if not found.paths:
         raise no_images(path, [*inside, *others], "files")
     report_left_out(path, [*inside, *others])
-    return EntryImages(path, entries, classes_of_numbers(entries, names, path))
+    classes = classes_of_numbers(found.paths, found.labels, names, path)
+    return LocalImages(path, found.paths, found.labels, classes, spans=found.spans)
 
 
-def read_labelled_tar(shards: Sequence[Path], path: str | Path, names: Path) -> EntryImages:
+def read_labelled_tar(shards: Sequence[Path], path: str | Path, names: Path) -> LocalImages:
     """As `read_tar`, with a label for every image. Without .cls files, the folder of an image in its tar file is its
     class.
 
@@ -39,53 +40,65 @@ def read_labelled_tar(shards: Sequence[Path], path: str | Path, names: Path) -> 
 
     Raises: DataError as `read_tar`, and for images without a class.
     """
-    entries, others = _tar_entries(shards)
-    if not entries:
+    found, others = _read(shards)
+    if not found.paths:
         raise no_images(path, others, "<class>/<image> or <key>.jpg with <key>.cls")
-    unlabelled = [entry for entry in entries if entry.label is None]
-    if len(unlabelled) == len(entries):
-        source = _by_folder(entries, path)
-    elif unlabelled:
-        bad = plain_name(unlabelled[0].path)
+    labels = found.labels
+    if labels.count(None) == len(labels):
+        classes, labels = _folder_labels(found.paths, path)
+    elif None in labels:
+        bad = plain_name(found.paths[labels.index(None)])
         raise DataError(f"image {bad} has no .cls file beside it, others have; all or none may have one")
     else:
-        source = EntryImages(path, entries, classes_of_numbers(entries, names, path))
+        classes = classes_of_numbers(found.paths, labels, names, path)
     report_left_out(path, others)
-    return source
+    return LocalImages(path, found.paths, labels, classes, spans=found.spans)
 
 
-def _by_folder(entries: list[ImageEntry], path: str | Path) -> EntryImages:
-    folders = [PurePosixPath(plain_name(entry.path)).parts[1:-1] for entry in entries]
+def _folder_labels(paths: Sequence[str], where: str | Path) -> tuple[list[str], list[int | None]]:
+    """Classes, and the label of each path."""
+    folders = [PurePosixPath(plain_name(path)).parts[1:-1] for path in paths]
     if () in folders:
-        bad = plain_name(entries[folders.index(())].path)
+        bad = plain_name(paths[folders.index(())])
         raise DataError(f"image {bad} has no class: want a .cls file beside it, or <class>/<image> in the tar file")
-    classes, labels = class_positions((parts[-1] for parts in folders), path)
-    pairs = zip(entries, folders, strict=True)
-    return EntryImages(path, [entry._replace(label=labels[parts[-1]]) for entry, parts in pairs], classes)
+    classes, positions = class_positions((parts[-1] for parts in folders), where)
+    return classes, [positions[parts[-1]] for parts in folders]
 
 
-def _tar_entries(shards: Iterable[Path]) -> tuple[list[ImageEntry], list[str]]:
+class _Found(NamedTuple):
+    """Images of tar files: paths <shard>/<member>, labels and spans."""
+
+    paths: list[str]
+    labels: list[int | None]
+    spans: list[Span]
+
+
+def _read(shards: Iterable[Path]) -> tuple[_Found, list[str]]:
     """Images of tar files, and the names of the other files in them.
 
     Raises: DataError for a file that is no tar file, is compressed or ends early, and for labels that belong to no
         image or to several.
     """
-    entries: list[ImageEntry] = []
+    found = _Found([], [], [])
     others: list[str] = []
     for shard in shards:
-        members = _members(shard)
-        entries += _with_labels(shard, members)
-        others += [f"{shard.name}/{name}" for name in (*members.beside, *members.left_out)]
-    return entries, others
+        members, file = _members(shard), str(shard)
+        labels = _labels(shard, members)
+        for member in members.images:
+            found.paths.append(f"{shard.name}/{member.name}")
+            found.labels.append(labels.get(_key(member.name)))
+            found.spans.append((file, member.offset_data, member.size))
+        others += [f"{shard.name}/{name}" for name in (*members.others, *members.hidden)]
+    return found, others
 
 
 class _Members(NamedTuple):
-    """Contents of a shard: images, label texts by file name, names of other files, and of hidden files and links."""
+    """Contents of a shard: images, texts of labels by file name, names of other files, and of hidden files and links."""
 
     images: list[tarfile.TarInfo]
     labels: dict[str, str]
-    beside: list[str]
-    left_out: list[str]
+    others: list[str]
+    hidden: list[str]
 
 
 def _members(shard: Path) -> _Members:
@@ -97,38 +110,44 @@ def _members(shard: Path) -> _Members:
                 if member.isdir():
                     continue
                 if not member.isfile() or any(part.startswith(".") for part in path.parts if part != ".."):
-                    found.left_out.append(member.name)
+                    found.hidden.append(member.name)
                 elif is_image(path.name):
                     found.images.append(member)
                 elif path.suffix.lower() == ".cls":
                     content = tar.extractfile(member).read(LONGEST_LABEL + 1)  # type: ignore[union-attr]
                     found.labels[member.name] = content.decode(errors="replace")
                 else:
-                    found.beside.append(member.name)
+                    found.others.append(member.name)
             _check_end(tar)
-    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # the last three of sizes
+    except (
+        tarfile.TarError,
+        OSError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ) as error:  # the last three for wrong sizes
         what = f"cannot read {shard}: {reason(error)}"
-        raise DataError(f"{what}; shards are plain tar files, not compressed ones") from error
+        raise DataError(f"{what}; shards must be plain tar files, not compressed") from error
     return found
 
 
-def _with_labels(shard: Path, members: _Members) -> list[ImageEntry]:
-    """Images of a shard, with the labels of .cls files.
+def _labels(shard: Path, members: _Members) -> dict[str, int]:
+    """Labels in the .cls files of a shard, by key.
 
-    Each label must belong to one image. No other file may lie in another folder than the image of its name: such
-    folders divide the files of a sample, so they are no classes.
+    Each label must belong to one image. No file may have the name of an image in another folder: such folders divide
+    the files of a sample, so they are not classes.
     """
     of_key: dict[str, list[str]] = {}
     for image_name in dict.fromkeys(member.name for member in members.images):
         of_key.setdefault(_key(image_name), []).append(image_name)
     by_name = {key.rpartition("/")[2]: names[0] for key, names in of_key.items()}
-    for name in (*members.labels, *members.beside):
+    for name in (*members.labels, *members.others):
         image = by_name.get(_key(name).rpartition("/")[2])
         if _key(name) not in of_key and (image is not None or name in members.labels):
-            found = f", only for {plain_name(image)}" if image is not None else ""
+            found = f" of its path, only to {plain_name(image)}" if image is not None else ""
             raise DataError(
-                f"{shard}/{plain_name(name)} is for no image{found}: want one of the same path up to the first dot of "
-                "the name, as <key>.cls for <key>.jpg"
+                f"{shard}/{plain_name(name)} belongs to no image{found}: want one with the same path up to the first "
+                "dot of the name, as <key>.cls for <key>.jpg"
             )
     numbers: dict[str, int] = {}
     for name, text in members.labels.items():
@@ -137,17 +156,11 @@ def _with_labels(shard: Path, members: _Members) -> list[ImageEntry]:
             raise DataError(f"{where} is a second label of {plain_name(of_key[key][0])}; want one")
         if len(of_key[key]) > 1:
             raise DataError(
-                f"{where} is for {len(of_key[key])} images, {plain_name(' and '.join(of_key[key][:2]))}: what follows "
-                "the first dot of a name is no part of the key; want one image a label"
+                f"{where} belongs to {len(of_key[key])} images, {plain_name(' and '.join(of_key[key][:2]))}: a key "
+                "ends at the first dot of a name; want one image per label"
             )
         numbers[key] = parse_label(text, where)
-    file = str(shard)
-    return [
-        ImageEntry(
-            f"{shard.name}/{member.name}", numbers.get(_key(member.name)), Span(file, member.offset_data, member.size)
-        )
-        for member in members.images
-    ]
+    return numbers
 
 
 def _key(name: str) -> str:
