@@ -93,7 +93,7 @@ def _read(shards: Iterable[Path]) -> tuple[_Found, list[str]]:
 
 
 class _Members(NamedTuple):
-    """Contents of a shard: images, texts of labels by file name, names of other files, and of hidden files and links."""
+    """Contents of a shard: images, texts of labels by file name, names of other files, of hidden files and of links."""
 
     images: list[tarfile.TarInfo]
     labels: dict[str, str]
