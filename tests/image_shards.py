@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -44,14 +46,15 @@ def write_parquet(
 class LocalHub(ThreadingHTTPServer):
     """Serves a folder as the data set org/name, by those parts of the hub's API that reading one takes.
 
-    asked: paths that were asked for. failures: of so many files to come. commit: of the branch main. tags: commits by
-    name.
+    asked: paths of all requests. sent: bytes of files. failures: number of coming requests for files that fail.
+    commit: of the branch main. tags: commits by name.
     """
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.asked, self.failures, self.commit = folder, [], 0, "0123abcd" * 5
         self.tags: dict[str, str] = {}
+        self.sent = 0
 
     @property
     def address(self) -> str:
@@ -97,6 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "Range" in self.headers:
             first, last = self.headers["Range"].removeprefix("bytes=").split("-")
             content, status = content[int(first) : int(last) + 1], 206
+        self.server.sent += len(content) if "/resolve/" in self.path else 0
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -107,8 +111,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def local_hub(folder: Path) -> Iterator[LocalHub]:
+def local_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """A hub on this machine, to which the hub's client is pointed."""
     hub = LocalHub(folder)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     try:
         yield hub

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vim.data import ImageSource
+
 CORNERS = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
@@ -23,3 +25,8 @@ def write_image_tree(root: Path, counts: dict[str, int], classes: int = 2, size:
             pixels = pixels.astype(np.uint8).squeeze()
             Image.fromarray(pixels, mode).save(folder / f"{index}.png")
     return root
+
+
+def samples(source: ImageSource) -> list[tuple[str, int | None]]:
+    """Name and label of every image."""
+    return [(source.name(index), source.label(index)) for index in range(len(source))]

@@ -93,7 +93,7 @@ def test_a_run_resumed_or_repeated_ends_like_the_finished_one(folder, call, caps
 def test_an_old_run_resumes_only_with_its_total_batch(folder, call, capsys):
     with pytest.raises(SystemExit):
         call("train", "--config", "unfinished/config.yaml", "--resume", "--data.batch_size", 4)
-    assert "the run has 8 images an update, now they would be 4" in capsys.readouterr().err
+    assert "the run has 8 images per update, but would resume with 4" in capsys.readouterr().err
     call("train", "--config", "unfinished/config.yaml", "--resume", "--data.batch_size", 4, "--accumulate", 2)
 
 

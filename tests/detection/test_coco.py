@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 from torch.testing import assert_close
 
 from vim.console import ConfigError
-from vim.data import DataError, ImageFolder
+from vim.data import DataError, open_split
 from vim.detection import CocoData, boxes_to_coco, coco_metrics
 from vim.detection.training import _record
 from vim.training.data_record import names_within, record_data
@@ -369,7 +369,7 @@ def test_image_names_do_not_contain_their_folder(tmp_path, name):
     (tmp_path / "others.json").write_text(json.dumps(content))
     (tmp_path / name).mkdir()
     folder = (tmp_path / "boxes").rename(tmp_path / name / "a")
-    boxes, classified = CocoData(tmp_path / "boxes.json", folder), ImageFolder(tmp_path, name)
+    boxes, classified = CocoData(tmp_path / "boxes.json", folder), open_split(tmp_path, name)
     assert list(names_within(classified.path, classified)) == ["a/000.png", "a/001.png"]
     want = record_data([], {"training": ["000.png", "001.png"]})["splits"]["training"]["hash"]
     record = _record(boxes, boxes)

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import vim  # (registers the models)
 import vim.export.export
 from vim.console.errors import ConfigError, RunError
-from vim.data import DataError, ImageSource, eval_transform
+from vim.data import DataError, eval_transform, open_images
 from vim.export import ExportConfig, export_model, programs
 
 KWARGS = {"img_size": [20, 12], "patch_size": 4, "in_chans": 1, "depth": 1, "num_classes": 5}
@@ -255,7 +255,7 @@ def test_a_report_says_how_images_become_the_input(setting, made):
     (mean,), (std,) = (report["input"][key] for key in ("mean", "std"))
     assert (mean, std) == tuple(pytest.approx(sum(model.pretrained_cfg[key]) / 3) for key in ("mean", "std"))
     settings = {key: report["input"][key] for key in report["input"].keys() - {"name", "shape", "dtype"}}
-    source, transform = ImageSource(path / "images"), eval_transform(settings)
+    source, transform = open_images(path / "images"), eval_transform(settings)
     every = torch.stack([transform(source.load(i, 1)) for i in range(6)])
     found = [(every == seen).flatten(1).all(1).nonzero().item() for seen in made.seen["images"]]
     assert found[0] == 0

@@ -26,7 +26,7 @@ from torch.testing import assert_close
 import vim
 import vim.features
 from vim.console import ConfigError, InterruptedRunError, RunError
-from vim.data import DataError, ImageSource, eval_transform
+from vim.data import DataError, eval_transform, image_names, open_images
 from vim.features import FeaturesConfig, export, export_features
 from vim.features.extract import FeatureExtractor, weights_hash
 
@@ -70,7 +70,7 @@ def model_and_images(setting):
     cfg = timm.data.resolve_data_config({"input_size": (1, 12, 12)}, pretrained_cfg=model.pretrained_cfg)
     mean, std = (sum(cfg[key]) / 3 for key in ("mean", "std"))
     transform = eval_transform({**cfg, "mean": (mean,), "std": (std,)})
-    source = ImageSource(setting / "images" / "val")
+    source = open_images(setting / "images" / "val")
     return model, torch.stack([transform(source.load(i, 1)) for i in range(len(source))]), source
 
 
@@ -88,8 +88,8 @@ def test_features_are_those_of_the_model_row_by_row(setting, tmp_path):
     for name, want in {"token": tokens[:, 0], "avg": tokens[:, 1:].mean(1), "map": tokens[:, 1:]}.items():
         assert features[name].dtype == np.float32
         assert_close(torch.from_numpy(features[name].copy()), want, rtol=1e-5, atol=1e-5)
-    assert features.paths == [entry.path for entry in source.entries]
-    assert features.labels.tolist() == [entry.label for entry in source.entries]
+    assert features.paths == image_names(source)
+    assert features.labels.tolist() == [source.label(index) for index in range(len(source))]
     assert features.index.tolist() == list(range(23))
     # The classifier turns them into the model's logits.
     logits = model.head(torch.from_numpy(features["token"].copy()))

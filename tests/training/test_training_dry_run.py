@@ -1,23 +1,28 @@
 """Dry runs: a few updates that leave nothing on disk, and the speed of the dataloader."""
 
+import json
 import os
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from image_tree import write_image_tree
 from PIL import Image
 from whole_runs import one_thread  # noqa: F401  (the fixture)
 
 from vim.console import ConfigError
-from vim.data import AugmentConfig, DataConfig, DataError, ImageFolder, TrainImages
+from vim.console.progress import Progress
+from vim.data import AugmentConfig, DataConfig, DataError, TrainImages, open_split
 from vim.data.synthetic import write_jpegs
 from vim.experiments import loader_speed as loader_speed_module
 from vim.experiments.loader_speed import loader_speed
+from vim.timm_models.accelerator import create_accelerator
 from vim.timm_models.config import ModelConfig
 from vim.training import Classification, TrainConfig, trainer
 from vim.training import dry_run as dry_run_module
+from vim.training.classification_data import ClassificationData
 from vim.training.dry_run import dry_run, find_batch_size
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -112,29 +117,72 @@ def test_loader_speed_counts_images_after_the_first_batch(config, clock, seconds
 
 
 def test_loader_speed_uses_the_given_workers_and_the_full_size(config, monkeypatch):
-    loaders, set_up = [], Classification.__init__
+    loaders, batches = [], ClassificationData.train_batches
     config.data.progressive = [(8, 1)]
 
     def noted(self, *args):
-        set_up(self, *args)
-        loaders.append((self.train_batches.num_workers, self.config.data.early_sizes))
+        loaders.append(batches(self, *args))
+        return loaders[-1]
 
-    monkeypatch.setattr(Classification, "__init__", noted)
+    monkeypatch.setattr(ClassificationData, "train_batches", noted)
     for workers in (0, 2):
         assert loader_speed(config, workers, 1e-9) > 0
-    assert loaders == [(0, []), (2, [])]
+    assert [loader.num_workers for loader in loaders] == [0, 2]
+    assert [next(iter(loader))[0].pixels.shape for loader in loaders] == [(4, 12, 12, 1)] * 2
     assert (config.data.num_workers, config.data.progressive) == (0, [(8, 1)])
+
+
+def same_input(config):
+    """The images that the speed is measured with are those of the training."""
+    seen, batches = [], ClassificationData.train_batches
+
+    def noted(self, augment, data_config, *others):
+        seen.append((data_config, *others))
+        return batches(self, augment, data_config, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClassificationData, "train_batches", noted)
+        Classification(config, create_accelerator("fp32"), Progress(False))
+        loader_speed(config, 0, 1e-9)
+    assert seen[0] == seen[1]
+    return seen[1][0]
+
+
+def test_loader_speed_needs_no_model(config, tmp_path, monkeypatch):
+    vim, resnet = (
+        ModelConfig("vim_nano", kwargs={"img_size": 12, "patch_size": 4, "in_chans": 1}),
+        ModelConfig("resnet18"),
+    )
+    assert same_input(replace(config, model=vim))["input_size"] == (1, 12, 12)
+    assert same_input(replace(config, model=resnet, data=replace(config.data, img_size=40)))["input_size"] == (
+        3,
+        40,
+        40,
+    )
+    about = {"input_size": [1, 14, 14], "mean": [0.25], "std": [0.5], "crop_pct": 0.75, "fixed_input_size": True}
+    folder = tmp_path / "finished"
+    folder.mkdir()
+    arguments = {"img_size": 14, "patch_size": 7, "in_chans": 1}
+    document = {"architecture": "vim_nano", "num_classes": 2, "pretrained_cfg": about, "model_args": arguments}
+    (folder / "config.json").write_text(json.dumps(document))
+    local = ModelConfig(str(folder), pretrained=False, kwargs={"in_chans": 1})
+    found = same_input(replace(config, model=local))
+    assert (found["input_size"], found["mean"], found["crop_pct"]) == ((1, 14, 14), (0.25,), 0.75)
+    monkeypatch.setattr(timm, "create_model", None)
+    assert loader_speed(config, 0, 1e-9) > 0
+    with pytest.raises(ConfigError, match=r"no model 'vim_smal' in timm.*did you mean 'vim_small'"):
+        loader_speed(replace(config, model=ModelConfig("vim_smal")), 0, 1e-9)
 
 
 def test_made_up_photographs(tmp_path):
     write_jpegs(tmp_path / "jpegs", classes=3, images=6)
-    folder = ImageFolder(tmp_path / "jpegs", "train")
+    folder = open_split(tmp_path / "jpegs", "train")
     assert (len(folder), folder.classes) == (6, ["class0000", "class0001", "class0002"])
     assert Image.open(folder.name(0)).size == (500, 375)
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         write_jpegs(tmp_path / name, 1, 1, seed)
     one, two, three = (
-        [ImageFolder(tmp_path / name, split).load(0)[0].tobytes() for split in ("train", "val")]
+        [open_split(tmp_path / name, split).load(0).tobytes() for split in ("train", "val")]
         for name in ("one", "two", "three")
     )
     assert one == two

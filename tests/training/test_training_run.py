@@ -27,7 +27,7 @@ from whole_runs import TINY, config, interrupt, log, one_thread, state, timeless
 from vim.checkpoint import load_checkpoint, save_checkpoint
 from vim.console import ConfigError, InterruptedRunError, RunError
 from vim.console.environment import git_revision
-from vim.data import AugmentConfig, DataConfig, DataError, EvalDataConfig, ImageFolder, parquet_shards
+from vim.data import AugmentConfig, DataConfig, DataError, EvalDataConfig, open_split, parquet_shards
 from vim.experiments.kill_test import KillTest
 from vim.timm_models.config import ModelConfig
 from vim.timm_models.create import create_model
@@ -377,8 +377,8 @@ def test_a_run_on_fetched_shards_resumes_bit_for_bit(tree, tmp_path, monkeypatch
     names = [f"train-{i}.parquet" for i in range(6)]
     shards = {"train": dict(zip(names, (6, 9, 12, 15, 18, 6), strict=True)), "val": {"val.parquet": 15}}
     for split, sizes in shards.items():
-        folder = ImageFolder(tree, split)
-        files = [(Path(path), label) for path, label in folder.samples]
+        folder = open_split(tree, split)
+        files = [(Path(folder.name(index)), folder.label(index)) for index in range(len(folder))]
         write_parquet(files, folder.classes, tmp_path / "set", sizes)
     monkeypatch.setattr(parquet_shards, "shard_folder", lambda: tmp_path / "cache")
 

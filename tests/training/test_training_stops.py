@@ -101,7 +101,7 @@ def block():
 @pytest.mark.parametrize(
     ("how", "what"),
     [
-        (die, "a process that loads images has failed: "),
+        (die, "a data worker has failed: "),
         (raise_an_error, "has failed: no room at all;"),
         (fill_shared_memory, "cannot hand over a batch of 0.0 MiB: /dev/shm has .* No space left on device"),
         # Nothing pickles it: the thread that hands over would drop it. The batch before may be on its way still.

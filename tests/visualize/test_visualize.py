@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import vim.visualize.sheet
 import vim.visualize.state_spaces
 from vim.console import ConfigError
-from vim.data import EvalDataConfig, ImageSource, eval_transform
+from vim.data import EvalDataConfig, eval_transform, open_images
 from vim.timm_models.input import resolve_input
 from vim.visualize import (
     VisualizeConfig,
@@ -143,14 +143,14 @@ def test_a_sheet_shows_what_the_model_makes_of_an_image(model, tmp_path, monkeyp
     files = visualize(
         VisualizeConfig("vim_nano", checkpoint=str(tmp_path / "weights.safetensors"), kwargs=KWARGS, **given)
     )
-    source = ImageSource(tmp_path / "val")
+    source = open_images(tmp_path / "val")
     data_config = resolve_input(model, KWARGS, EvalDataConfig())
     images = torch.stack([eval_transform(data_config)(source.load(i, 3)) for i in (0, 2, 4)])
     with torch.no_grad():
         probabilities, classes = model(images).softmax(1).max(1)
     assert [args[0] for args in drawn] == files[:3]
     for i, (_, title, shown, rows, named) in enumerate(drawn):
-        assert title == f"{source.entries[2 * i].path}: class {classes[i]}, {probabilities[i]:.0%}"
+        assert title == f"{source.name(2 * i)}: class {classes[i]}, {probabilities[i]:.0%}"
         mean, std = (torch.tensor(data_config[key]) for key in ("mean", "std"))
         assert_close(torch.from_numpy(shown), (images[i].movedim(0, 2) * std + mean).clamp(0, 1))
         assert named == chosen

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vim.console.errors import ConfigError
 from vim.console.escapes import visible
-from vim.data import DataError, EvalDataConfig, ImageSource, eval_transform
+from vim.data import DataError, EvalDataConfig, eval_transform, image_names, open_images
 from vim.data.decode import decode_image
 from vim.features import Features, load
 from vim.features.extract import FeatureExtractor, weights_hash
@@ -114,8 +114,8 @@ class Predictor:
             was = manifest["preprocessing"]
             raise ConfigError(f"the features in {folder} have another preprocessing: {was}, here {ours}; {again}")
         self.feature_classes = features.classes
-        self.source = ImageSource(manifest["images"])
-        if [entry.path for entry in self.source.entries] != features.paths:
+        self.source = open_images(manifest["images"])
+        if image_names(self.source) != features.paths:
             raise DataError(f"{manifest['images']} no longer holds the images of {folder}; {again}")
         self.extractor = FeatureExtractor(self.model, manifest["pools"], manifest["blocks"], manifest["l2"])
         self.column = next(iter(features.columns))

@@ -14,7 +14,7 @@ class ExportConfig(LoadedModelConfig):
     formats: list[str] = field(default_factory=lambda: ["pt2", "onnx"])
     """pt2: torch.export, runs with torch alone. onnx: ONNX. aoti: compiled by TorchInductor for this CPU (minutes)."""
     images: str = "data/imagenet/val"
-    """Images to check the files with: a folder at any depth, a list (.txt, .tsv), a .tar file or a folder of such."""
+    """Images for the check: a folder at any depth, a list (.txt, .tsv), .tar or .parquet shards, hf://datasets/..."""
     batch_size: int = 4
     """Images to verify and time with, evenly spaced in `images`. The exported files take any batch size."""
     threads: int = 2

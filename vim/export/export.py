@@ -12,7 +12,7 @@ from vim.console.environment import versions
 from vim.console.errors import RunError
 from vim.console.output import make_output
 from vim.console.progress import Progress
-from vim.data import EvalDataConfig, ImageSource, eval_transform
+from vim.data import EvalDataConfig, eval_transform, open_images, spread
 from vim.files import whole_file, write_json
 from vim.timm_models.create import label_names, load_model, weights_from
 from vim.timm_models.input import resolve_input
@@ -65,9 +65,9 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
 
 
 def _images(config: ExportConfig, data_config: dict[str, Any]) -> Tensor:
-    source = ImageSource(config.images)
+    source = open_images(config.images)
     transform, in_chans = eval_transform(data_config), data_config["input_size"][0]
-    return torch.stack([transform(source.load(i, in_chans)) for i in source.spread(config.batch_size)])
+    return torch.stack([transform(source.load(i, in_chans)) for i in spread(len(source), config.batch_size)])
 
 
 def _export(

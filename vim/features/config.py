@@ -1,5 +1,6 @@
 """Configurations of the feature export, kNN and the linear probe. `--help` shows the text under each field."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ class FeaturesConfig(LoadedModelConfig):
     """The export."""
 
     images: str = "data/imagenet/val"
-    """A folder of images at any depth, a list (.txt, .tsv: path, tab, label), a .tar file or a folder of such."""
+    """A folder at any depth, a list (.txt, .tsv: path, tab, label), .tar or .parquet shards, or hf://datasets/..."""
     output: str | None = None
     """Folder; null: runs/features_<name of images>. An unfinished export of the same configuration is continued."""
     pools: list[str] = field(default_factory=lambda: ["token"])
@@ -39,7 +40,7 @@ class FeaturesConfig(LoadedModelConfig):
 
     def __post_init__(self):
         if self.output is None:
-            self.output = f"runs/features_{Path(self.images).stem}"
+            self.output = f"runs/features_{re.sub(r'[-_.]*[*]', '', Path(self.images).stem)}"  # also of train-*.parquet
         for pool in self.pools:
             if pool not in POOLS:
                 raise ValueError(f"pools must be of {', '.join(POOLS)}, got {pool!r}")

@@ -17,7 +17,7 @@ from vim.console.environment import versions
 from vim.console.errors import InterruptedRunError, RunError
 from vim.console.interruption import Interruption, interruptible
 from vim.console.progress import Progress
-from vim.data import EvalDataConfig, ImageSource, Transform, eval_transform
+from vim.data import EvalDataConfig, ImageSource, Transform, eval_transform, open_images
 from vim.data.loaders import batches_of, leave_signals_to_the_parent
 from vim.timm_models.accelerator import create_accelerator
 from vim.timm_models.create import load_model, weights_from
@@ -72,7 +72,7 @@ def _export(config: FeaturesConfig, interruption: Interruption) -> dict[str, Any
     accelerator = create_accelerator(config.precision)
     progress = Progress(accelerator.is_main_process)
     check_format(config.format)
-    source = ImageSource(config.images)
+    source = open_images(config.images)
     model = load_model(config, needs_head=False).to(accelerator.device)
     progress.line(f"weights: {weights_from(model)}")
     extractor = FeatureExtractor(model, config.pools, config.blocks, config.l2)
@@ -187,18 +187,18 @@ def _check_finite(found: dict[str, np.ndarray], index: list[int], source: ImageS
     for name, values in found.items():
         finite = np.isfinite(values.reshape(len(values), -1)).all(1)
         if not finite.all():
-            path = source.entries[index[int(np.argmin(finite))]].path
+            path = source.name(index[int(np.argmin(finite))])
             hint = "; fp16 ends at 65504: choose dtype fp32" if config.dtype == "fp16" else ""
             raise RunError(f"{name} of {path} is not finite{hint}")
 
 
 def _joined(parts: list[dict[str, np.ndarray]], rows: range, source: ImageSource) -> Features:
-    entries = source.entries[rows.start : rows.stop]
+    labels = [source.label(index) for index in rows]
     return Features(
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0]},
         np.arange(rows.start, rows.stop, dtype=np.int64),
-        np.array([NO_LABEL if entry.label is None else entry.label for entry in entries], np.int64),
-        [entry.path for entry in entries],
+        np.array([NO_LABEL if label is None else label for label in labels], np.int64),
+        [source.name(index) for index in rows],
         {},
     )
 
@@ -213,7 +213,7 @@ def _manifest(
 ) -> dict[str, Any]:
     with accelerator.autocast():
         sample = extractor(torch.zeros(1, *data_config["input_size"], device=accelerator.device))
-    names = hashlib.sha256("\n".join(f"{entry.path}\t{entry.label}" for entry in source.entries).encode())
+    names = hashlib.sha256("\n".join(f"{source.name(i)}\t{source.label(i)}" for i in range(len(source))).encode())
     return {
         "model": config.model,
         "checkpoint": config.checkpoint,

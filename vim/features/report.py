@@ -12,7 +12,7 @@ from torch import Tensor
 from vim.console.errors import ConfigError, RunError, did_you_mean
 from vim.console.interruption import Interruption, interruptible
 from vim.console.progress import Progress
-from vim.data import DataError, ImageSource
+from vim.data import DataError, ImageSource, image_names, open_images
 from vim.files import whole_file, write_json
 
 from .config import KnnConfig, LinearProbeConfig
@@ -183,9 +183,9 @@ def _same_labels(train: Features, val: Features, otherwise: str) -> np.ndarray:
 
 def _images(features: Features) -> ImageSource:
     """Raises: DataError if the images that were exported are no longer there."""
-    source = ImageSource(features.manifest["images"])
-    if [entry.path for entry in source.entries] != features.paths:
-        raise DataError(f"{source.where} no longer holds the images that were exported")
+    source = open_images(features.manifest["images"])
+    if image_names(source) != features.paths:
+        raise DataError(f"{source.path} no longer holds the images that were exported")
     return source
 
 

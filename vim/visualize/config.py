@@ -12,7 +12,7 @@ class VisualizeConfig(LoadedModelConfig):
     model: str = "vim_tiny"
     """A Vision Mamba: timm's name, a run folder (runs/quickstart), local-dir:<folder> or hf-hub:<repository>."""
     images: str = "data/imagenet/val"
-    """A folder of images at any depth, a list (.txt, .tsv), a .tar file or a folder of such."""
+    """A folder at any depth, a list (.txt, .tsv), .tar or .parquet shards, or hf://datasets/..."""
     count: int = 4
     """Number of images to show, evenly spaced in `images`."""
     blocks: list[int] | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 from vim.console.errors import ConfigError
 from vim.console.output import make_output
 from vim.console.progress import Progress
-from vim.data import EvalDataConfig, ImageSource, eval_transform
+from vim.data import EvalDataConfig, eval_transform, open_images, spread
 from vim.figures import MAX_LINE, plain_text, save_figure
 from vim.timm_models.create import label_names, load_model, weights_from
 from vim.timm_models.input import resolve_input
@@ -37,8 +37,8 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     blocks = _chosen_blocks(model, config.blocks)
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
     transform, in_chans = eval_transform(data_config), data_config["input_size"][0]
-    source = ImageSource(config.images)
-    chosen = source.spread(min(config.count, len(source)))
+    source = open_images(config.images)
+    chosen = spread(len(source), min(config.count, len(source)))
     images = torch.stack([transform(source.load(i, in_chans)) for i in chosen]).to(device)
     names, folder = label_names(model), make_output(config.output)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     for i, index in enumerate(chosen):
         label = int(classes[i])
         name = plain_text(names[label] if names else f"class {label}")
-        title = f"{plain_text(source.entries[index].path, MAX_LINE)}: {name}, {parts[i]:.0%}"
+        title = f"{plain_text(source.name(index), MAX_LINE)}: {name}, {parts[i]:.0%}"
         files.append(folder / f"{i}.png")
         _draw(files[-1], title, shown[i], [{k: m[i] for k, m in row.items()} for row in maps], blocks)
     files.append(folder / "receptive_fields.png")
