@@ -1,4 +1,4 @@
-"""The images of a folder tree once more, in tar and in Parquet shards; and a hub that serves files of this machine."""
+"""Writers of tar and Parquet shards, and a local server with the API of the Hugging Face hub."""
 
 import io
 import json
@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -21,7 +23,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def parquet_table(contents: Sequence[bytes | None], labels: Sequence[int | None], classes: Sequence[str]) -> pa.Table:
-    """As the package datasets writes it."""
+    """A table with the columns and metadata that the datasets package writes."""
     images = pa.array([{"bytes": content, "path": "x.png"} for content in contents])
     features = {"image": {"_type": "Image"}, "label": {"names": list(classes), "_type": "ClassLabel"}}
     table = pa.table({"image": images, "label": pa.array(labels, pa.int64())})
@@ -31,7 +33,7 @@ def parquet_table(contents: Sequence[bytes | None], labels: Sequence[int | None]
 def write_parquet(
     files: Sequence[tuple[Path, int]], classes: Sequence[str], folder: Path, sizes: dict[str, int]
 ) -> None:
-    """Write (image file, label) pairs in turn to shards of so many rows, by their names."""
+    """Write (image file, label) pairs in order to Parquet shards; sizes: rows by shard name."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = iter(files)
     for name, size in sizes.items():
@@ -44,14 +46,15 @@ def write_parquet(
 class LocalHub(ThreadingHTTPServer):
     """Serves a folder as the data set org/name, by those parts of the hub's API that reading one takes.
 
-    asked: paths that were asked for. failures: of so many files to come. commit: of the branch main. tags: commits by
-    name.
+    asked: paths of all requests. sent: bytes of files. failures: number of coming requests for files that fail.
+    commit: of the branch main. tags: commits by name.
     """
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.asked, self.failures, self.commit = folder, [], 0, "0123abcd" * 5
         self.tags: dict[str, str] = {}
+        self.sent = 0
 
     @property
     def address(self) -> str:
@@ -61,7 +64,7 @@ class LocalHub(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: LocalHub
 
-    def do_GET(self) -> None:  # the name is the library's
+    def do_GET(self) -> None:  # http.server calls it by this name
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append(path)
         repository, commit = "/datasets/org/name", self.server.commit
@@ -97,6 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "Range" in self.headers:
             first, last = self.headers["Range"].removeprefix("bytes=").split("-")
             content, status = content[int(first) : int(last) + 1], 206
+        self.server.sent += len(content) if "/resolve/" in self.path else 0
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -107,8 +111,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def local_hub(folder: Path) -> Iterator[LocalHub]:
+def local_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """A hub on this machine, to which the hub's client is pointed."""
     hub = LocalHub(folder)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     try:
         yield hub

@@ -1,15 +1,17 @@
-"""Small image folder trees that a tiny model can learn: each class has its bright corner."""
+"""Small image folders that a tiny model can learn: each class has a bright corner."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from vim.data import ImageSource
+
 CORNERS = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def write_image_tree(root: Path, counts: dict[str, int], classes: int = 2, size: int = 12, mode: str = "L") -> Path:
-    """Write counts[split] images, dealt out to the classes a, b, c, d in turn. The same call gives the same pixels."""
+    """Write counts[split] images, in turn to the classes a, b, c, d. The pixels are deterministic."""
     rng = np.random.RandomState(0)
     for split, count in counts.items():
         for index in range(count):
@@ -23,3 +25,8 @@ def write_image_tree(root: Path, counts: dict[str, int], classes: int = 2, size:
             pixels = pixels.astype(np.uint8).squeeze()
             Image.fromarray(pixels, mode).save(folder / f"{index}.png")
     return root
+
+
+def samples(source: ImageSource) -> list[tuple[str, int | None]]:
+    """Name and label of every image."""
+    return [(source.name(index), source.label(index)) for index in range(len(source))]

@@ -1,4 +1,4 @@
-"""Speed and memory of image classifiers, any of timm's, beside each other.
+"""Compare the speed and memory of image classifiers: any timm models.
 
 python tools/benchmark.py --config configs/benchmark.yaml
 python tools/benchmark.py --config configs/benchmark_cpu.yaml --models '[vim_tiny, resnet18]'

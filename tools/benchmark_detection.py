@@ -1,4 +1,4 @@
-"""Speed and memory of detectors in training, on any timm backbones beside each other.
+"""Compare the speed and memory of detectors in training, on any timm backbones.
 
 python tools/benchmark_detection.py --config configs/benchmark_detection.yaml
 python tools/benchmark_detection.py --models '[resnet50]' --workloads '[{mode: train, img_size: 512, batch_size: 2}]'

@@ -1,4 +1,4 @@
-"""Compare how models learn: the best of a grid of learning rates for each, chosen on one split, tested on another.
+"""Compare how well models learn, each at its best learning rate of a grid, chosen on one split and tested on another.
 
 python tools/compare.py --config configs/compare_mnist5k.yaml
 """

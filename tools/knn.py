@@ -1,4 +1,4 @@
-"""Classify exported features by their nearest neighbours, weighted as DINO has it.
+"""Classify exported features by their nearest neighbours, with weighted votes as in DINO.
 
 python tools/knn.py --train runs/features_train --val runs/features_val
 python tools/knn.py --train runs/features_train --val runs/features_val --column block23.token --shots [1,10]

@@ -1,9 +1,9 @@
-"""Train linear classifiers on exported features: inputs x learning rates in one pass.
+"""Train linear classifiers on exported features, for all inputs and learning rates in one pass.
 
 python tools/linear_probe.py --train runs/features_train --val runs/features_val
 python tools/linear_probe.py --train runs/features_train --val runs/features_val --last_blocks [1,4] --shots [1,10]
 
-One that was stopped goes on where it was when the same command is given again.
+After an interruption, the same command goes on from there.
 """
 
 from rich.table import Table

@@ -1,4 +1,4 @@
-"""Write ELPV, photographs of functional and defective solar cells, as an image folder tree.
+"""Write ELPV (photographs of functional and defective solar cells) as an image folder tree.
 
 pip install elpv-dataset
 python tools/prepare_elpv.py data/elpv

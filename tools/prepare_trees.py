@@ -1,4 +1,4 @@
-"""Write aerial photographs with tree boxes, from the deepforest package, as a data set in COCO's format.
+"""Write aerial photographs with tree boxes, from the deepforest package, as a data set in COCO format.
 
 pip install --no-deps deepforest
 python tools/prepare_trees.py data/trees

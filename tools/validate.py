@@ -1,4 +1,4 @@
-"""Evaluate an image classifier, any of timm's, on one split of a data set, at one or several sizes.
+"""Evaluate an image classifier, any timm model, on one split of a data set, at one or several image sizes.
 
 python tools/validate.py --model runs/quickstart --data.root data/mnist5k
 python tools/validate.py --model vim_tiny --data.root data/imagenet

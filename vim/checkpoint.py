@@ -1,8 +1,7 @@
-"""Checkpoints: written whole or not at all, loaded without running code from them.
+"""Checkpoints: written atomically, verified and loaded without running code from them.
 
-A checkpoint is a file, or, of a model that is divided among processes, a folder with a file from each of them.
-(torch.distributed.checkpoint has such folders too, but unpickles whatever lies in their metadata, and keeps no
-checksums.)
+A checkpoint is a file. The checkpoint of a sharded model is a folder with a file from each process.
+(torch.distributed.checkpoint writes such folders too, but it unpickles arbitrary metadata and stores no checksums.)
 """
 
 import argparse
@@ -22,11 +21,21 @@ import torch
 from vim.console.errors import InterruptedRunError, RunError
 from vim.files import link_or_copy, sync_folder, whole_file, why
 
+_PIECE = {"piece", "of_shape"}  # keys of the dict that represents a Piece in a file
+
+
+@dataclass
+class Piece:
+    """One process's shard of a tensor that is split along its first dimension. shape: of the whole tensor."""
+
+    tensor: torch.Tensor
+    shape: Sequence[int]
+
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write tensors, numbers, strings and their dicts and lists. A failure leaves the earlier file as it was.
+    """Write tensors, numbers, strings, and dicts and lists of them. A failure leaves the earlier file as it was.
 
-    Raises: RunError that says what was missing, for a disk that is full or cannot be written to.
+    Raises: RunError if the disk is full or cannot be written to.
     """
     cause: BaseException | None
     try:
@@ -34,7 +43,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
             torch.save(state, file)
     except InterruptedRunError:
         raise
-    except (OSError, RuntimeError) as error:  # torch turns what the file says into an error of its own
+    except (OSError, RuntimeError) as error:  # torch hides the file's error behind its own
         cause = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
@@ -42,35 +51,19 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         reason = why(cause) if cause is not None else "the disk is full" if free < need else str(error)
         raise RunError(
             f"cannot save {path}: {reason}. It takes {need:.1f} MiB, {free:.1f} MiB are free; earlier checkpoints are "
-            "as they were"
+            "intact"
         ) from error
 
 
-def _free(folder: Path) -> float:
-    """Bytes; NaN where nobody knows."""
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return math.nan
-
-
-@dataclass
-class Piece:
-    """What a process has of a tensor that is cut along its first dimension; shape is that of the whole."""
-
-    tensor: torch.Tensor
-    shape: Sequence[int]
-
-
 def save_shard(state: dict[str, Any], folder: Path, process: int, processes: int) -> None:
-    """Write a process's part of a state to its file in a folder: as `save_checkpoint`, with pieces of tensors too."""
+    """Write a process's shard of a state to its file in a folder. Like `save_checkpoint`, but takes `Piece`s too."""
     save_checkpoint(_pieces_as_dicts(state), _shard(folder, process, processes))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, with all its tensors whole, to the CPU.
+    """Read a checkpoint to the CPU. Shards are joined to whole tensors.
 
-    Raises: RunError for one that is missing, damaged, incomplete, or holds anything but data.
+    Raises: RunError if it is missing, damaged or incomplete, or holds anything but data.
     """
     if not path.is_dir():
         return _load_file(path)
@@ -80,7 +73,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A model's state dict from a checkpoint: the averaged weights, where there are any.
+    """A model's state dict from a checkpoint: the EMA weights if there are any.
 
     Raises: as `load_checkpoint`.
     """
@@ -88,28 +81,11 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     return state.get("model_ema", state.get("model", state))
 
 
-def _shard(folder: Path, process: int, processes: int) -> Path:
-    return folder / f"shard-{process}-of-{processes}.pt"
-
-
-def _load_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise RunError(f"no checkpoint {path}")
-    check_archive(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # of others' files: plain data
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except InterruptedRunError:
-        raise
-    except Exception as error:  # torch raises almost anything on a damaged file
-        raise RunError(f"cannot load checkpoint {path}: {one_line(error)}") from error
-
-
 def check_archive(path: Path) -> None:
-    """Raise RunError for a damaged file; only of an archive, as torch writes them, can that be told here."""
+    """Raise RunError for a damaged file. Detects damage only in archives, the format that torch writes."""
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # its checksums, which torch writes and does not read
+            with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not check them
                 if (damaged := archive.testzip()) is not None:
                     raise RunError(f"cannot load checkpoint {path}: {damaged} in it is damaged")
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, zlib.error) as error:
@@ -117,19 +93,19 @@ def check_archive(path: Path) -> None:
 
 
 def one_line(error: BaseException | None) -> str:
-    """The first line of what an error says; torch and safetensors write paragraphs."""
+    """The first line of an error's message; torch and safetensors write paragraphs."""
     return str(error).strip().partition("\n")[0].rstrip(":") or type(error).__name__
 
 
 def unsafe_or_foreign(error: BaseException | None) -> bool:
-    """Whether a file was refused because it is no pickle, or one of more than data."""
+    """Whether a file was refused because it is no pickle, or a pickle of more than data."""
     while error is not None and not isinstance(error, pickle.UnpicklingError):
         error = error.__cause__
     return error is not None
 
 
 def duplicate(source: Path, path: Path) -> None:
-    """Give a checkpoint, which nobody will change in place, another name, which another may have."""
+    """Give a checkpoint a second name, replacing any checkpoint there. Nobody may change either in place."""
     unfinished = path.with_name(f".{path.name}.tmp")
     remove(unfinished)
     if source.is_dir():
@@ -140,7 +116,7 @@ def duplicate(source: Path, path: Path) -> None:
 
 
 def replace(source: Path, path: Path) -> None:
-    """Rename a checkpoint, to a name that another may have. (No folder can take the place of another at once.)"""
+    """Rename a checkpoint, replacing any checkpoint there. (For folders this is not atomic.)"""
     if source.is_dir() or path.is_dir():
         remove(path)
     source.replace(path)
@@ -155,13 +131,27 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _shard(folder: Path, process: int, processes: int) -> Path:
+    return folder / f"shard-{process}-of-{processes}.pt"
+
+
+def _load_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RunError(f"no checkpoint {path}")
+    check_archive(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data in others' checkpoints
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InterruptedRunError:
+        raise
+    except Exception as error:  # torch raises almost anything on a damaged file
+        raise RunError(f"cannot load checkpoint {path}: {one_line(error)}") from error
+
+
 def _link(source: str | Path, path: str | Path) -> None:
     link_or_copy(source, path)
     with open(path, "r+b") as file:
-        os.fsync(file.fileno())  # a copy; the rename must not reach the disk before it
-
-
-_PIECE = {"piece", "of_shape"}  # the keys of the dict that stands for one in a file
+        os.fsync(file.fileno())  # of a copy: the rename must not reach the disk before its content
 
 
 def _pieces_as_dicts(state: Any) -> Any:
@@ -173,12 +163,12 @@ def _pieces_as_dicts(state: Any) -> Any:
 
 
 def _joined(parts: list[Any]) -> Any:
-    """The state of which each process wrote a part."""
+    """Join the shards of a state."""
     first = parts[0]
     if isinstance(first, dict) and first.keys() == _PIECE:
         whole = torch.cat([part["piece"] for part in parts])
         if list(whole.shape) != first["of_shape"]:
-            raise RunError(f"shards do not belong together: they make {list(whole.shape)} of {first['of_shape']}")
+            raise RunError(f"shards do not belong together: they join to {list(whole.shape)}, not {first['of_shape']}")
         return whole
     if isinstance(first, dict):
         return {key: _joined([part[key] for part in parts]) for key in first}
@@ -187,8 +177,16 @@ def _joined(parts: list[Any]) -> Any:
     return first
 
 
+def _free(folder: Path) -> float:
+    """Free bytes; NaN if unknown."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return math.nan
+
+
 def _bytes(state: Any) -> int:
-    """Of the tensors in nested dicts and lists."""
+    """Total size of the tensors in nested dicts and lists."""
     if isinstance(state, torch.Tensor):
         return state.nbytes
     values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()

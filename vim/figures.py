@@ -1,4 +1,4 @@
-"""Figures as PNG files. matplotlib is optional, and imported only where a figure is drawn."""
+"""Figures as PNG files. matplotlib is optional: it is imported only where a figure is drawn."""
 
 import warnings
 from pathlib import Path
@@ -7,15 +7,17 @@ from typing import Any
 from vim.console.escapes import visible
 from vim.files import whole_file
 
-MAX_NAME = 32  # characters of a name in a plot
-
-
-MAX_LINE = 80  # of a title
+# Characters in a plot.
+MAX_NAME = 32
+MAX_LINE = 80
 
 
 def plain_text(text: object, most: int = MAX_NAME) -> str:
-    """A name as matplotlib shows it and does not read it: no mathematics between $, one line, at most so many
-    characters, and no underscore in front, with which matplotlib marks what a legend leaves out."""
+    """A name for matplotlib to show literally: one line of at most `most` characters.
+
+    $ is escaped, because matplotlib typesets mathematics between two. A leading underscore gets a space in front,
+    because matplotlib leaves such labels out of legends.
+    """
     shown = visible(str(text))
     shown = shown if len(shown) <= most else f"{shown[: most - 1]}…"
     return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
@@ -24,8 +26,8 @@ def plain_text(text: object, most: int = MAX_NAME) -> str:
 def save_figure(figure: Any, path: Path, dpi: int) -> None:
     """Write a matplotlib figure as a PNG file.
 
-    Where matplotlib's own font lacks characters of the texts, an installed font that has most of them helps out; what
-    no font has becomes a box, without a warning for each.
+    If matplotlib's default font lacks characters of the texts, the installed font with most of them is the fallback.
+    Characters that neither has become boxes, without warnings.
     """
     from matplotlib import rc_context, rcParams
     from matplotlib.text import Text
@@ -40,8 +42,10 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
 
 
 def _fonts_for(characters: set[str]) -> list[str]:
-    """Name of the installed font with most of the characters that matplotlib's default font lacks; none if it has all,
-    or no font has any."""
+    """Name of the installed font with most of the characters that matplotlib's default font lacks.
+
+    Empty if the default font has all, or no font has any.
+    """
     from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
     default = get_font(findfont(FontProperties()))
@@ -50,12 +54,12 @@ def _fonts_for(characters: set[str]) -> list[str]:
         return []
     found: tuple[int, str] = (0, "")
     for font in fontManager.ttflist:
-        if font.name.startswith("Last Resort"):  # has a box for every character
+        if font.name.startswith("Last Resort"):  # draws a box for every character
             continue
         try:
             file = get_font(font.fname)
-        except (OSError, RuntimeError):  # removed since matplotlib listed it, or damaged
+        except (OSError, RuntimeError):  # damaged, or removed since matplotlib listed it
             continue
-        if file.scalable:  # matplotlib cannot draw bitmaps, which colour emoji are
+        if file.scalable:  # matplotlib cannot draw bitmap fonts such as colour emoji
             found = max(found, (sum(bool(file.get_char_index(ord(c))) for c in lacking), font.name))
     return [found[1]] if found[0] else []

@@ -13,8 +13,8 @@ from vim.data import DataError
 from vim.data.loaders import loader
 
 
-def test_a_loading_process_that_has_only_begun_is_no_error(capsys):
-    """It dies of the signal, while those that have set their handlers end by themselves."""
+def test_a_worker_that_has_only_just_started_is_no_error(capsys):
+    """The signal kills it; workers that have set their handlers end by themselves."""
     process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     process.start()
     signal_handling._set_SIGCHLD_handler()
@@ -38,7 +38,7 @@ class Unreadable:
         raise DataError("cannot read image x.png: it is empty")
 
 
-def test_an_error_of_a_worker_is_told_without_its_traceback(capsys):
+def test_an_error_of_a_worker_prints_without_its_traceback(capsys):
     with pytest.raises(SystemExit), plain_errors():
         next(iter(DataLoader(Unreadable(), num_workers=1)))
     assert capsys.readouterr().err == "error: cannot read image x.png: it is empty\n"
@@ -53,8 +53,8 @@ def test_the_exit_code_tells_of_a_signal(error, code):
     assert exit_.value.code == code
 
 
-def test_an_error_leaves_no_loading_processes(capsys):
-    """Which a program with a GPU would wait for at its end."""
+def test_an_error_leaves_no_workers(capsys):
+    """A program with a GPU would wait for them at its end."""
     batches = loader(range(8), 2, num_workers=2)
     before = set(multiprocessing.active_children())
     first = next(iter(batches))

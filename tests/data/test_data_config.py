@@ -1,4 +1,4 @@
-"""The sections data and augment refuse values that mean nothing, and take the ends of each range."""
+"""The sections data and augment refuse meaningless values, and accept both ends of each range."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Files of every kind that data sets hold: each becomes the picture it is, or an error with its name."""
+"""Image files of every kind: each becomes the right picture, or an error with its name."""
 
 import os
 import re
@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
-from vim.data import DataError, ImageFolder, ImageSource, decode
+from vim.data import DataError, decode, open_images
 from vim.data.decode import decode_image, image_size
 from vim.data.image_files import image_suffixes
-from vim.data.tar_shards import TarImages
+from vim.data.places import class_tree
+from vim.data.tar_shards import read_labelled_tar
 
 
 def pixel(path, in_chans=3, place=(0, 0)):
@@ -64,7 +65,7 @@ def test_of_an_animation_the_first_frame_counts(tmp_path):
 
 
 def test_an_exif_rotation_is_not_applied(tmp_path):
-    """As in timm and torchvision, whose published results are without it."""
+    """As in timm and torchvision and in published results."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by a quarter
     Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
@@ -95,7 +96,7 @@ def test_what_is_no_picture_is_named(tmp_path, kind):
 @pytest.mark.parametrize("turned", [1, 6])
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "gif", "avif", "jp2"])
 def test_a_size_is_that_of_the_decoded_picture_without_decoding_it(tmp_path, monkeypatch, suffix, turned):
-    """Also where the pixels would be turned, as Pillow does with those of TIFF."""
+    """Also for TIFF, where Pillow would rotate the pixels."""
     path, exif = tmp_path / f"image.{suffix}", Image.Exif()
     exif[0x0112] = turned
     Image.new("RGB", (80, 40)).save(path, **{} if suffix in ("gif", "jp2") else {"exif": exif})
@@ -122,7 +123,7 @@ KINDS = {
 
 
 def test_images_of_every_kind_are_in_folders_tars_and_lists(tmp_path, caplog):
-    """Nothing vanishes: what is left out is counted and named once."""
+    """Files that are left out are counted and named once."""
     folder = tmp_path / "val" / "a"
     folder.mkdir(parents=True)
     kinds = {suffix: options for suffix, options in KINDS.items() if f".{suffix.lower()}" in image_suffixes()}
@@ -142,8 +143,8 @@ def test_images_of_every_kind_are_in_folders_tars_and_lists(tmp_path, caplog):
         link.type, link.linkname = tarfile.LNKTYPE, "a/x.PNG"
         tar.addfile(link)
     (tmp_path / "list.txt").write_text("\n".join(f"val/{name}" for name in names))
-    sources = ImageFolder(tmp_path, "val"), ImageSource(tmp_path / "val"), ImageSource(tmp_path / "list.txt")
-    tars = TarImages([tmp_path / "val.tar"], tmp_path, "val.tar"), ImageSource(tmp_path / "val.tar")
+    sources = class_tree(tmp_path, "val"), open_images(tmp_path / "val"), open_images(tmp_path / "list.txt")
+    tars = read_labelled_tar([tmp_path / "val.tar"], "val.tar", tmp_path), open_images(tmp_path / "val.tar")
     for source in (*sources, *tars):
         assert len(source) == len(kinds)
         for index in range(len(source)):
@@ -153,18 +154,18 @@ def test_images_of_every_kind_are_in_folders_tars_and_lists(tmp_path, caplog):
     where, tar = tmp_path / "val", tmp_path / "val.tar"
     of_folder = "6 (a/0.json, a/1.json, a/2.json, a/.hidden.png, a/notes.txt, ...)"
     of_tar = "2 (val.tar/a/notes.txt, val.tar/a/link.png)"
-    left_out = "files left out, hidden or no images:"
+    left_out = "files left out, hidden or not images:"
     assert caplog.messages == [
         f"{where}: {left_out} {of_folder}", f"val.tar: {left_out} {of_tar}", f"{tar}: {left_out} {of_tar}"
     ]  # fmt: skip
 
 
 def test_only_the_formats_of_images_are_opened(tmp_path, monkeypatch):
-    """EPS would be run by Ghostscript, whatever its name."""
+    """Pillow would run EPS in Ghostscript, whatever the name of the file."""
     Image.new("RGB", (4, 4)).save(tmp_path / "x.eps")
     (tmp_path / "x.png").write_bytes((tmp_path / "x.eps").read_bytes())
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("run by Ghostscript"))
-    with pytest.raises(DataError, match=r"cannot read image x: it holds none of the formats JPEG, PNG, .*; repair"):
+    with pytest.raises(DataError, match=r"cannot read image x: it has none of the formats JPEG, PNG, .*; repair"):
         decode_image(tmp_path / "x.png", 3, "x")
     Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "y.png")
     (tmp_path / "y.jpg").write_bytes((tmp_path / "y.png").read_bytes())
@@ -175,16 +176,16 @@ def test_folders_that_cannot_be_walked(tmp_path):
     (tmp_path / "val" / "a").mkdir(parents=True)
     Image.new("L", (2, 2)).save(tmp_path / "val" / "a" / "x.png")
     (tmp_path / "val" / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
-    source = ImageSource(tmp_path / "val")
+    source = open_images(tmp_path / "val")
     with pytest.raises(DataError, match=r"cannot read image a/gone.png: .*No such file"):
         source.load(0)
     (tmp_path / "val" / "a" / "itself").symlink_to(tmp_path / "val" / "a" / "itself")
     with pytest.raises(DataError, match=r"cannot read .*val/a/itself: Too many levels of symbolic links"):
-        ImageSource(tmp_path / "val")
+        open_images(tmp_path / "val")
     (tmp_path / "val" / "a" / "itself").unlink()
     (tmp_path / "val" / "a" / "loop").symlink_to(tmp_path / "val")
-    for reader in (lambda: ImageSource(tmp_path / "val"), lambda: ImageFolder(tmp_path, "val")):
-        with pytest.raises(DataError, match=r"folder .*a/loop is a link to one that it is in; remove it"):
+    for reader in (lambda: open_images(tmp_path / "val"), lambda: class_tree(tmp_path, "val")):
+        with pytest.raises(DataError, match=r"folder .*a/loop is a link to a folder that contains it; remove it"):
             reader()
 
 

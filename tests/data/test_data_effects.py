@@ -1,4 +1,4 @@
-"""Every field of the sections data and augment does what it says to the batches of a run."""
+"""Every field of the sections data and augment has its documented effect on the batches of a run."""
 
 import math
 import multiprocessing
@@ -12,13 +12,12 @@ import torch
 from image_shards import write_parquet
 from PIL import Image
 
-import vim.training.classification
 from vim.console.progress import Progress
 from vim.data import AugmentConfig, DataConfig, DataError, parquet_shards
 from vim.data.loaders import batches_of
 from vim.timm_models.accelerator import create_accelerator
 from vim.timm_models.config import ModelConfig
-from vim.training import TrainConfig
+from vim.training import TrainConfig, classification_data
 from vim.training.classification import Classification
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -35,7 +34,7 @@ def ramps(label):
 
 
 class Runs:
-    """Makes runs that differ in their configuration from one that leaves images as they are."""
+    """Makes runs; without options, images stay as they are."""
 
     def __init__(self, root):
         self.root = root
@@ -73,7 +72,7 @@ class Runs:
         return self.images(epochs, {"train_split": "others"}, **augment)
 
     def mixed(self, times, **augment):
-        """Blue (B, H, W) and targets (B, classes) of the first batch, mixed so many times; and blue before."""
+        """Blue (B, H, W) and targets (B, classes) of the first batch, mixed `times` times; and blue before."""
         run = self.make(**augment)
         ((images, labels, _),) = train_batches(run)
         results = []
@@ -98,7 +97,7 @@ def runs(tmp_path):
 
 
 def crop(images):
-    """Heights and widths of the crops that images show, in pixels of the file, to half a pixel or so."""
+    """Heights and widths of the crops that images show, in pixels of the file, to about half a pixel."""
     far, near, scale = SIZE - 6, 5, SIZE / SLOPE / (SIZE - 11)
     middle = SIZE // 2
     width = (images[:, 0, middle, far] - images[:, 0, middle, near]) * scale
@@ -107,7 +106,7 @@ def crop(images):
 
 
 def shares(changed, wanted):
-    """So many of these are true as the probability says, to three standard deviations."""
+    """The share of true values is the probability, to three standard deviations."""
     assert abs(changed.double().mean() - wanted) < 3 * math.sqrt(wanted * (1 - wanted) / len(changed))
 
 
@@ -143,7 +142,7 @@ def vflip(runs):
 
 
 def dot(runs, row, column, **augment):
-    """Where a bright square at some place of the image is moved to; (0, 0) is the centre, in pixels of the input."""
+    """Where a bright square at a place of the image moves to, in pixels of the input; (0, 0) is the centre."""
     pixels = np.zeros((SIZE, SIZE, 3), np.uint8)
     pixels[row + 9 : row + 11, column + 9 : column + 11] = 255
     images = runs.pixels(4, pixels, **augment)[:, 0]
@@ -326,9 +325,9 @@ def bad_images(runs):
 
 
 def in_shards(runs, monkeypatch):
-    """Data of 32 images in four Parquet shards, one a class; and the list of what is asked for ahead."""
+    """Write 32 images to four Parquet shards, one per class. Returns the list of prefetch requests."""
     asked = []
-    monkeypatch.setattr(vim.training.classification, "FetchAhead", lambda fetch: asked.append)
+    monkeypatch.setattr(classification_data, "FetchAhead", lambda fetch: asked.append)
     monkeypatch.setattr(parquet_shards, "shard_folder", lambda: runs.root / "cache")
     files = [(path, label) for label in range(CLASSES) for path in runs.root.glob(f"train/class{label}/*")]
     (runs.root / "train").rename(runs.root / "tree")

@@ -1,4 +1,4 @@
-"""Order and augmentation depend on the seed, the epoch and the image: not on workers, processes or what ran before."""
+"""Order and augmentation depend on seed, epoch and image alone: not on workers, processes or earlier code."""
 
 import random
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from image_tree import write_image_tree
+from image_tree import samples, write_image_tree
 from PIL import Image
 from torch.utils.data import BatchSampler
 
@@ -14,13 +14,13 @@ from vim.data import (
     AugmentConfig,
     DataError,
     EvalImages,
-    ImageFolder,
     KeyedSampler,
     SampleKey,
     TrainImages,
     derive_seed,
     eval_loader,
     eval_transform,
+    open_split,
     train_loader,
     train_transform,
 )
@@ -37,13 +37,13 @@ EVERYTHING = AugmentConfig(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return ImageFolder(write_image_tree(tmp_path_factory.mktemp("tree"), {"train": 21}), "train")
+    return open_split(write_image_tree(tmp_path_factory.mktemp("tree"), {"train": 21}), "train")
 
 
 class Numbered:
-    """Images whose labels are their numbers, of which some cannot be read.
+    """Images whose labels are their numbers; `bad` ones cannot be read.
 
-    loaded: those that were asked for.
+    loaded: numbers of requested images.
     """
 
     path, shards, classes = "numbered", None, list(map(str, range(50)))
@@ -61,7 +61,10 @@ class Numbered:
         self.loaded.append(index)
         if index in self.bad:
             raise DataError(f"cannot read image {index}.png")
-        return Image.new("L", (12, 12), 200), index
+        return Image.new("L", (12, 12), 200)
+
+    def label(self, index):
+        return index
 
 
 def train_images(folder, seed=0, augment=EVERYTHING):
@@ -75,7 +78,7 @@ def tensor(images, key):
 
 
 def epochs(folder, num_workers, count=2):
-    """All batches of some epochs, from one loader whose workers live on."""
+    """All batches of some epochs, from one loader with persistent workers."""
     sampler = KeyedSampler(len(folder), 0, multiple_of=4)
     loader, out = train_loader(train_images(folder), sampler, 4, num_workers), []
     for epoch in range(count):
@@ -175,7 +178,7 @@ def test_an_image_that_follows_itself_is_decoded_once():
 
 
 def test_a_worker_puts_the_whole_batch_into_shared_memory(folder, monkeypatch):
-    """torch would do it in a thread, which loses a batch for which there is no room."""
+    """torch would do it in a thread, which loses a batch that does not fit."""
     images = train_images(folder, augment=AugmentConfig(erasing=1.0))
     loader = train_loader(images, KeyedSampler(len(folder), 0), 4)
     monkeypatch.setattr("vim.data.loaders.get_worker_info", lambda: "a worker")
@@ -231,7 +234,7 @@ def test_a_data_set_smaller_than_an_update_is_refused():
 def test_without_augmentation_a_pixel_is_only_normalised(folder):
     images = TrainImages(folder, train_transform(AugmentConfig(**WHOLE), GREY), 0, 1)
     image, label = tensor(images, SampleKey(0, 3, 0)), images[SampleKey(0, 3, 0)][1]
-    path, want_label = folder.samples[3]
+    path, want_label = folder.name(3), folder.label(3)
     want = (np.asarray(Image.open(path)) / 255 - 0.2) / 0.5
     torch.testing.assert_close(image[0].double(), torch.from_numpy(want), atol=1e-6, rtol=0)
     assert label == want_label
@@ -241,7 +244,7 @@ def test_without_augmentation_a_pixel_is_only_normalised(folder):
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "v0", "augmix-m10"])
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
 def test_policies_survive_their_extremes(policy, mode, channels):
-    """Posterize to 0 bits, among others, which Pillow 13 refuses."""
+    """Also Posterize to 0 bits, which Pillow 13 refuses."""
     data_config = GREY | {"input_size": (channels, 12, 12), "mean": (0.2,) * channels, "std": (0.5,) * channels}
     transform = train_transform(AugmentConfig(auto_augment=policy), data_config)
     image = Image.new(mode, (12, 12), "grey")
@@ -254,7 +257,7 @@ def test_policies_survive_their_extremes(policy, mode, channels):
 def test_evaluation_batches_hold_every_image_once_in_order(folder):
     batches = list(eval_loader(EvalImages(folder, eval_transform(GREY), 1), batch_size=4))
     assert [len(labels) for _, labels, _ in batches] == [4, 4, 4, 4, 4, 1]
-    assert torch.cat([labels for _, labels, _ in batches]).tolist() == [label for _, label in folder.samples]
+    assert torch.cat([labels for _, labels, _ in batches]).tolist() == [label for _, label in samples(folder)]
 
 
 def test_seeds_are_spread_and_fixed_for_all_time():

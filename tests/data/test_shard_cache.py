@@ -1,4 +1,4 @@
-"""The cache of shards among processes: made once, whole or not there, within its limit."""
+"""The cache of shards: files are made once for all processes, are complete, and stay within the limit."""
 
 import multiprocessing
 import os

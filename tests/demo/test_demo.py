@@ -1,4 +1,4 @@
-"""The demo: its answers against the model run by hand, and the page itself in a headless browser."""
+"""The demo: its predictions against the model, and the page in a headless browser."""
 
 import json
 import os
@@ -38,7 +38,7 @@ MAPS = ["step size, forward", "step size, backward", "class token reads, forward
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """A run folder whose model tells bright corners apart, 24 images of three classes, and their features."""
+    """A run folder whose model recognises bright corners, 24 images of three classes, and their features."""
     path = tmp_path_factory.mktemp("demo")
     write_image_tree(path, {"val": 24}, classes=3, size=14)
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def predictor(setting):
 
 
 def by_hand(setting, name: str):
-    """The model, and an image as it goes in: (1, 1, 12, 12)."""
+    """The model, and an image as its input (1, 1, 12, 12)."""
     image = Image.open(setting / "val" / name).resize((12, 12), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(image) / np.float32(255))
     model = timm.create_model(f"local-dir:{setting / 'run'}", pretrained=True).eval()
@@ -96,7 +96,7 @@ def test_an_image_of_the_export_is_its_own_nearest_neighbour(setting, predictor)
 
 @pytest.mark.parametrize("options", [{}, {"blocks": [0, 2], "pools": ["avg", "token"]}, {"pools": ["map"]}], ids=str)
 def test_neighbours_are_of_any_export(setting, tmp_path, monkeypatch, options):
-    """Of six images, one of them wide, in classes that are not the model's; the last has none."""
+    """An export of six images, one of them wide, with other classes than the model's; the last has no class."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     Image.fromarray(np.indices((224, 448)).sum(0).astype(np.uint8) % 2 * 255).save(tmp_path / "wide.png")
     paths = [*(setting / "val" / name for name in ("a/0.png", "a/3.png", "b/1.png", "c/2.png")), tmp_path / "wide.png"]
@@ -114,13 +114,13 @@ def test_neighbours_are_of_any_export(setting, tmp_path, monkeypatch, options):
         assert [text.split(" (")[0] for _, text in found] == ["no class" if row == 5 else "5" for row in order]
         shown = [float(text.split("(")[1].strip(")")) for _, text in found]
         assert shown == pytest.approx(cosines[order].tolist(), abs=1e-3)
-    small = found[0][0]  # of a board of single black and white pixels: grey, and as wide as it was
+    small = found[0][0]  # a checkerboard of single pixels becomes grey and keeps its aspect ratio
     assert small.size == (224, 112)
     assert np.abs(np.asarray(small)[8:-8, 8:-8] - 127.5).max() < 32
 
 
 def test_threads_take_turns_at_the_model(setting, predictor):
-    """Another image would run into the hooks of the maps."""
+    """A second image would trigger the hooks of the first one's maps."""
     file, other = setting / "val" / "b" / "1.png", threading.Event()
     thread, together = threading.Thread(target=predictor, args=(file,)), []
 
@@ -145,13 +145,13 @@ def test_threads_take_turns_at_the_model(setting, predictor):
 def test_maps_of_a_block(setting, predictor, block):
     model, batch = by_hand(setting, "b/1.png")
     scan = scan_of_block(model, batch, block)
-    reads = [t[:, 0].abs().mean(2) for t in implicit_attention(scan, [4])]  # of nine patches the class token's place
+    reads = [t[:, 0].abs().mean(2) for t in implicit_attention(scan, [4])]  # the class token among nine patches
     want = [image_maps(model, values) for values in (*(delta.mean(2) for delta in step_sizes(scan)), *reads)]
     want.append(class_map(model, batch, torch.tensor([1]), block))
     (seen, first), *maps = predictor(setting / "val" / "b" / "1.png", block).maps
-    assert (first, [name for _, name in maps]) == ("what the model gets", [*MAPS, "class map of “b”"])
+    assert (first, [name for _, name in maps]) == ("model input", [*MAPS, "class map of “b”"])
     assert (np.array(seen)[9::19, 9::19][:12, :12, 0] / 255 - 0.4) / 0.2 == pytest.approx(batch[0, 0].numpy(), abs=0.02)
-    middles = np.s_[37::75, 37::75]  # of the patches, in 224 pixels
+    middles = np.s_[37::75, 37::75]  # centres of the patches in 224 pixels
     for (image, _), values in zip(maps, want, strict=True):
         assert image.size == (224, 224)
         heat = (np.array(image)[middles] - 0.35 * np.array(seen)[middles]) / (0.65 * 255)
@@ -185,9 +185,9 @@ def test_another_timm_model_has_no_maps(setting, tmp_path):
     predictor = Predictor(DemoConfig("resnet10t", str(tmp_path / "resnet.safetensors"), {"num_classes": 4}))
     answer = predictor(setting / "val" / "b" / "1.png")
     assert list(answer.classes) == ["class 0", "class 1", "class 2", "class 3"]
-    assert ([name for _, name in answer.maps], answer.neighbours) == (["what the model gets"], [])
+    assert ([name for _, name in answer.maps], answer.neighbours) == (["model input"], [])
     texts = [str(getattr(part, "value", "")) for part in page(predictor, "resnet10t").blocks.values()]
-    assert any("resnet10t is no Vision Mamba (vim_*): it has no scan to look into." in text for text in texts)
+    assert any("resnet10t is no Vision Mamba (vim_*): it has no scans to show." in text for text in texts)
 
 
 def test_the_page_begins_with_the_last_of_all_blocks(predictor):
@@ -214,7 +214,7 @@ def test_the_server_listens_where_the_options_say(setting, monkeypatch):
         def block_thread(self):
             pass
 
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # put back what serve sets
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # undo what serve sets
     monkeypatch.setattr(app, "page", lambda *args: Page())
     app.serve(DemoConfig(str(setting / "run"), host="127.0.0.9", port=8))
     with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1, port 7; choose another --port"):
@@ -228,10 +228,12 @@ def test_what_it_refuses(setting, tmp_path):
         Predictor(DemoConfig("vim_nan"))
     with pytest.raises(DataError, match="no features in"):
         Predictor(DemoConfig(run, features=str(tmp_path)))
-    with pytest.raises(ConfigError, match=r"untrained are of another model, .*; make them anew: tools/export_features"):
+    with pytest.raises(
+        ConfigError, match=r"untrained are of another model, .*; export them again: tools/export_features"
+    ):
         Predictor(DemoConfig(run, features=str(setting / "untrained")))
     wrong = DemoConfig(run, kwargs={"pretrained_cfg_overlay": {"crop_pct": 0.9}}, features=features)
-    with pytest.raises(ConfigError, match=r"went in as .*'mean': \[0.4\].*, here as .*'crop_pct': 0.9"):
+    with pytest.raises(ConfigError, match=r"have another preprocessing: .*'mean': \[0.4\].*, here .*'crop_pct': 0.9"):
         Predictor(wrong)
     shutil.copytree(setting, tmp_path / "moved")
     manifest = tmp_path / "moved" / "features" / "manifest.json"
@@ -240,7 +242,7 @@ def test_what_it_refuses(setting, tmp_path):
     with pytest.raises(DataError, match="no longer holds the images of"):
         Predictor(DemoConfig(run, features=str(manifest.parent)))
     for name, kwargs, message in [
-        ("classes", KWARGS | {"num_classes": 0}, "has no classes to tell; choose a classifier"),
+        ("classes", KWARGS | {"num_classes": 0}, "has no classes to predict; choose a classifier"),
         ("channels", KWARGS | {"in_chans": 2}, "takes 2 channels; images have 1 or 3"),
     ]:
         save_file(timm.create_model("vim_nano", **kwargs).state_dict(), tmp_path / f"{name}.safetensors")
@@ -273,7 +275,7 @@ def test_files_that_are_no_images_to_open(predictor, tmp_path):
 
 
 def test_label_names_are_shown_as_they_are(tmp_path):
-    """None vanishes: not one of two of the same name, nor one that is markup, or no UTF-8."""
+    """None is lost: neither duplicates nor markup nor invalid UTF-8."""
     pytest.importorskip("gradio")
     from vim.demo.app import figures
 
@@ -293,7 +295,7 @@ def test_label_names_are_shown_as_they_are(tmp_path):
 
 
 class Api:
-    """The server as a program without a browser sees it."""
+    """A client of the server without a browser."""
 
     def __init__(self, url: str):
         self.url = f"{url}gradio_api/"
@@ -315,7 +317,7 @@ class Api:
             return f.read().decode()
 
 
-NOT_UPLOADED = "this image is not, or no longer, among those uploaded here; drop it again"
+NOT_UPLOADED = "this image is not, or no longer, among the uploads; drop it again"
 
 
 def test_only_uploaded_files_are_read(setting, url, uploads):
@@ -330,7 +332,7 @@ def test_only_uploaded_files_are_read(setting, url, uploads):
     outside = [image, "/dev/zero", folder / "link.png", folder / "zero.png", folder / "loop.png", "a\0b", None]
     outside += [f"{folder}/../{image.relative_to('/')}", folder.parent, ""]
     for path in outside:
-        # Without "meta", gradio takes it for no file, and does not look where it lies.
+        # Without "meta", gradio does not treat it as a file and does not check its location.
         for upload in ({"path": path and str(path)}, {"path": path and str(path), "url": ours["path"]}):
             found = api.answer(api.ask(upload))
             assert "base64" not in found, path
@@ -338,7 +340,7 @@ def test_only_uploaded_files_are_read(setting, url, uploads):
     for upload in ({"path": "http://127.0.0.1:1/a.png", "meta": ours["meta"]}, "a", [1], {"url": str(image)}):
         found = api.answer(api.ask(upload))
         assert "base64" not in found
-        assert ("this page takes files, no addresses" in found) == ("http:" in str(upload))
+        assert ("this page takes files, not URLs" in found) == ("http:" in str(upload))
     assert "pipe.png is no file" in api.answer(api.ask({"path": str(folder / "pipe.png")}))
     (folder / "<b>x.png").write_bytes(b"no image")
     assert "&lt;b&gt;x.png cannot be read as an image" in api.answer(api.ask({"path": str(folder / "<b>x.png")}))
@@ -346,7 +348,7 @@ def test_only_uploaded_files_are_read(setting, url, uploads):
     with pytest.raises(urllib.error.HTTPError) as refused:
         api.upload(bytes(64 * 2**20 + 1))
     assert refused.value.code == 413
-    assert "class map of" in api.answer(api.ask(ours))  # nothing of all this holds up the others
+    assert "class map of" in api.answer(api.ask(ours))  # none of these block other requests
 
 
 def test_a_slow_image_holds_up_nobody(monkeypatch, tmp_path):
@@ -378,7 +380,7 @@ def test_a_slow_image_holds_up_nobody(monkeypatch, tmp_path):
 
 @pytest.fixture
 def browser_page():
-    """A page of headless Chromium: the installed one, else playwright's own."""
+    """A page in headless Chromium: the installed one, or playwright's."""
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as running:
         path = shutil.which("chromium") or shutil.which("google-chrome") or running.chromium.executable_path
@@ -393,7 +395,7 @@ def browser_page():
 
 @pytest.fixture
 def uploads(tmp_path):
-    """Where the running tool puts a folder of uploads."""
+    """Temporary folder of the running tool, where its folder of uploads is."""
     folder = tmp_path / "tmp"
     folder.mkdir()
     return folder
@@ -414,7 +416,7 @@ def url(setting, uploads):
         said = []
         while not said or f"http://127.0.0.1:{port}/" not in said[-1]:
             said.append(process.stdout.readline())
-            assert said[-1], "".join(said)  # it has ended
+            assert said[-1], "".join(said)  # empty: the tool has ended
         yield f"http://127.0.0.1:{port}/"
     finally:
         process.terminate()
@@ -423,7 +425,7 @@ def url(setting, uploads):
 
 
 def drop(page, file: Path) -> None:
-    """As a hand does it: the browser's drop event, on the zone."""
+    """Drop a file on the zone with the browser's drop event."""
     build = "bytes => { const t = new DataTransfer();" + (
         "t.items.add(new File([new Uint8Array(bytes)], 'dropped.png', {type: 'image/png'})); return t }"
     )
@@ -455,4 +457,4 @@ def test_the_page_in_a_browser(setting, url, browser_page, tmp_path):
     page.get_by_text("dropped.png cannot be read as an image").wait_for()
     assert page.locator(".figures img").count() == 0
     outside = [address for address in asked if not address.startswith((url, "data:", "blob:"))]
-    assert not outside  # it works without a network
+    assert not outside  # the page works without a network

@@ -1,4 +1,4 @@
-"""Comparisons of models: the learning rate is chosen on one split, and what counts is another."""
+"""Comparisons: the learning rate is chosen on one split, the result is measured on another."""
 
 import json
 import os
@@ -33,10 +33,11 @@ BASE = {
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """Two models on images that can be learned, in this process; the functions called, and names of their logs."""
+    """A comparison of two models in this process; lists of the functions called and of their log names."""
     write_image_tree(tmp_path / "images", {"train": 66, "choose": 15, "test": 9}, classes=3)
     base = BASE | {"data": BASE["data"] | {"root": str(tmp_path / "images")}}
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "derived.yaml").write_text("base: recipe.yaml\n")
     calls, logs = [], set()
 
     def here(function, argument, log):
@@ -48,7 +49,7 @@ def config(tmp_path, monkeypatch):
     contenders = {"vit": {}, "vim": {"model.name": "vim_nano", "model.kwargs": SIZE}}
     return (
         CompareConfig(
-            train=str(tmp_path / "base.yaml"),
+            train=str(tmp_path / "derived.yaml"),
             contenders=contenders,
             lrs=[1e-9, 1e-2],
             seeds=[0, 1],
@@ -64,13 +65,13 @@ def test_every_field_has_a_test_that_sees_its_effect():
 
 
 @sees(CompareConfig, "train", "contenders", "test_split", "output")
-def test_the_rate_is_chosen_on_its_split_and_the_test_split_counts(config, tmp_path):
+def test_the_rate_is_chosen_on_validation_and_the_result_is_on_test(config, tmp_path):
     config, calls, logs = config
     report = compare(config)
-    assert (calls.count("_train"), calls.count("validate")) == (2 * (2 + 1), 2 * 2)  # the chosen run of seed 0 is there
+    assert (calls.count("_train"), calls.count("validate")) == (2 * (2 + 1), 2 * 2)  # one of seed 0 exists
     assert logs == {"lr1e-09-seed0.txt", "lr0.01-seed0.txt", "lr0.01-seed1.txt"}
     for name, result in report["contenders"].items():
-        assert result["lr"] == 1e-2  # with the other one nothing changes
+        assert result["lr"] == 1e-2  # the other one changes nothing
         assert result["choosing"]["0.01"] > result["choosing"]["1e-09"]
         for seed, top1 in zip(config.seeds, result["test"], strict=True):
             folder = tmp_path / "out" / name / f"lr0.01-seed{seed}"
@@ -86,7 +87,7 @@ def test_the_rate_is_chosen_on_its_split_and_the_test_split_counts(config, tmp_p
 
     calls.clear()
     assert compare(config) == report
-    assert not calls  # nothing is done twice
+    assert not calls  # nothing is repeated
 
 
 REACHED = {"a": {0.1: 50.0, 0.2: 70.0, 0.4: 60.0}, "b": {0.1: 9.0, 0.2: 5.0, 0.4: 8.0}}
@@ -95,8 +96,8 @@ TESTED = {"a": {3: 10.0, 5: 14.0, 7: 15.0}, "b": {3: 90.0, 5: 90.0, 7: 60.0}}
 
 @sees(CompareConfig, "lrs", "seeds", "jobs")
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_the_first_seed_chooses_and_as_many_runs_as_asked_for_are_side_by_side(tmp_path, monkeypatch, jobs):
-    """Of runs that do nothing but say what they reached."""
+def test_the_first_seed_chooses_and_jobs_run_in_parallel(tmp_path, monkeypatch, jobs):
+    """With fake runs that only report a result."""
     trained, running, at_once, lock = [], set(), [], threading.Lock()
     together = threading.Barrier(jobs)
 
@@ -153,7 +154,7 @@ def test_the_plot_shows_rates_seeds_and_means(tmp_path, monkeypatch):
     assert (tmp_path / "c.png").exists()
 
 
-def test_a_comparison_that_was_stopped_goes_on_in_the_midst_of_a_run(config, tmp_path, monkeypatch):
+def test_a_stopped_comparison_resumes_within_a_run(config, tmp_path, monkeypatch):
     config = config[0]
     config.contenders, config.lrs, config.seeds = {"vit": {}}, [1e-2], [1]
     batch_loss = Classification.batch_loss
@@ -174,16 +175,16 @@ def test_a_comparison_that_was_stopped_goes_on_in_the_midst_of_a_run(config, tmp
 
 def test_a_run_that_fails_says_where_to_look(tmp_path):
     log = tmp_path / "logs" / "run.txt"
-    with pytest.raises(RunError, match=f"a run ended with 1; see {log}"):
+    with pytest.raises(RunError, match=f"a run failed with exit code 1; see {log}"):
         comparison._in_a_process(comparison._train, ["--data.root", str(tmp_path / "nowhere")], log)
     assert "no data set folder" in log.read_text()
 
 
 @pytest.mark.parametrize("change", [{"data.val_split": "test"}, {"data.train_split": "test"}])
-def test_nothing_is_chosen_on_the_split_that_counts(config, change):
+def test_the_test_split_is_not_used_for_choosing(config, change):
     config, calls, _ = config
     config.contenders["vit"] = change
-    with pytest.raises(ConfigError, match=rf"test_split 'test' is {next(iter(change))} of vit; nothing may be"):
+    with pytest.raises(ConfigError, match=rf"test_split 'test' is {next(iter(change))} of vit; a test split must not"):
         compare(config)
     assert not calls
 

@@ -1,4 +1,4 @@
-"""The step that the benchmark times: a training step of the detector that was named."""
+"""The detection benchmark times a training step of the configured detector."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def test_a_step_trains_the_detector(monkeypatch):
     losses = [step() for _ in range(2)]
     assert all(loss.isfinite() and loss.shape == () for loss in losses)
     assert losses[0] != losses[1]
-    assert all(p.grad is None for p in model.parameters())  # no step adds to those of the one before
+    assert all(p.grad is None for p in model.parameters())  # gradients do not accumulate over steps
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert len(moved) == len(before)
 

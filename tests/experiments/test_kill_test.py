@@ -1,4 +1,4 @@
-"""The test that kills runs tells a run that is not as the one that was left alone, and where its signals came."""
+"""The kill test reports differences from the uninterrupted run, and what the run was doing at each signal."""
 
 import json
 import signal
@@ -58,7 +58,7 @@ def test_runs_are_compared_in_all_but_their_times(tmp_path, state, want):
     assert differences(write(tmp_path / "whole", WHOLE), write(tmp_path / "cut", state)) == want
 
 
-# A training tool that waits for its signal, unless it is left alone or resumes: then it is done at once.
+# A fake training tool. It waits for a signal; uninterrupted or resumed runs finish at once.
 TOOL = """
 import shutil, signal, sys, time
 from pathlib import Path
@@ -97,7 +97,7 @@ BEGUN = {
         ("SIGKILL", 143, "checkpoint", WHOLE, []),
     ],
 )
-def test_a_signal_has_its_moment_its_exit_code_and_its_consequences(tmp_path, number, code, moment, ended, want):
+def test_a_kill_reports_moment_exit_code_and_differences(tmp_path, number, code, moment, ended, want):
     (tmp_path / "tool.py").write_text(TOOL)
     write(tmp_path / "ended", WHOLE)
     if moment == "start":

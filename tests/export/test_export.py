@@ -1,4 +1,4 @@
-"""Exported models: what other processes make of the files, and that only a right file is kept."""
+"""Exported models: the files run in other processes, and only a correct file is kept."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import vim  # (registers the models)
 import vim.export.export
 from vim.console.errors import ConfigError, RunError
-from vim.data import DataError, ImageSource, eval_transform
+from vim.data import DataError, eval_transform, open_images
 from vim.export import ExportConfig, export_model, programs
 
 KWARGS = {"img_size": [20, 12], "patch_size": 4, "in_chans": 1, "depth": 1, "num_classes": 5}
@@ -26,7 +26,7 @@ KWARGS = {"img_size": [20, 12], "patch_size": 4, "in_chans": 1, "depth": 1, "num
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """A folder with images/ and weights.safetensors, and the model of those weights, whose outputs differ by image."""
+    """A folder with images/ and weights.safetensors, and their model, whose outputs differ between images."""
     path = tmp_path_factory.mktemp("export")
     write_image_tree(path / "images", {"val": 6}, classes=3)
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def config(path, **changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def timed_in_a_moment():
-    """What a call takes is no matter here."""
+    """Shorten the timing: the times do not matter here."""
 
     class Quick(vim.export.export.Timer):  # type: ignore[name-defined]
         def blocked_autorange(self, callback=None, min_run_time=0.0):
@@ -167,10 +167,10 @@ def test_a_file_that_disagrees_is_not_kept(setting, monkeypatch):
 
 @pytest.fixture
 def made(setting, tmp_path, monkeypatch):
-    """made(wrong, **options): the report of an export to pt2, whose file answers wrong(what the model answers).
+    """made(wrong, **options): the report of an export to pt2 whose file returns wrong(outputs of the model).
 
-    made.seen: the images of the check, and the threads of each timing and of the file's calls. Nothing
-    is compiled, and little timed.
+    made.seen: the images of the check, and the threads of each timing and of the file's calls. Nothing is compiled,
+    and timing is a fake.
     """
     path, model = setting
 
@@ -205,7 +205,7 @@ def made(setting, tmp_path, monkeypatch):
 
 
 def one_wrong(at, by):
-    """Outputs of which one is wrong: of more than one image (at: all), or of one alone (at: one)."""
+    """Outputs with one wrong number, for a batch of several images (at: all) or of one (at: one)."""
 
     def wrong(outputs):
         outputs = outputs.clone()
@@ -219,7 +219,7 @@ def one_wrong(at, by):
 @pytest.mark.parametrize("at", ["one", "all"])
 @pytest.mark.parametrize("scale", [1, 50])
 def test_a_file_may_differ_by_a_ten_thousandth_of_the_largest_output_and_no_more(setting, made, tmp_path, at, scale):
-    """In one number, of several images or of one alone. Below 1 the largest counts as 1."""
+    """The error is in one number, for several images or for one. A largest output below 1 counts as 1."""
     _, model = setting
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     for name in ("head.weight", "head.bias"):
@@ -240,7 +240,7 @@ def test_a_file_may_differ_by_a_ten_thousandth_of_the_largest_output_and_no_more
 
 
 def test_a_report_says_what_comes_out_and_in_what_time(made, monkeypatch):
-    """Names of the classes, of a model whose weights say them; milliseconds of one image and of all of the check."""
+    """Class names if the weights have them; milliseconds for one image and for all."""
     monkeypatch.setattr(vim.export.export, "label_names", lambda model: list("abcde"))
     report = made(batch_size=3)
     assert report["output"] == {"shape": ["batch", 5], "label_names": list("abcde")}
@@ -249,17 +249,17 @@ def test_a_report_says_what_comes_out_and_in_what_time(made, monkeypatch):
 
 
 def test_a_report_says_how_images_become_the_input(setting, made):
-    """As the report has it, images of the whole folder are what the file was checked with."""
+    """Images preprocessed as the report says equal those that the file was checked with."""
     path, model = setting
     report = made(batch_size=3)
     (mean,), (std,) = (report["input"][key] for key in ("mean", "std"))
     assert (mean, std) == tuple(pytest.approx(sum(model.pretrained_cfg[key]) / 3) for key in ("mean", "std"))
     settings = {key: report["input"][key] for key in report["input"].keys() - {"name", "shape", "dtype"}}
-    source, transform = ImageSource(path / "images"), eval_transform(settings)
+    source, transform = open_images(path / "images"), eval_transform(settings)
     every = torch.stack([transform(source.load(i, 1)) for i in range(6)])
     found = [(every == seen).flatten(1).all(1).nonzero().item() for seen in made.seen["images"]]
     assert found[0] == 0
-    assert found[-1] > 3  # spread over all
+    assert found[-1] > 3  # evenly spaced
     assert (report["model"], report["kwargs"]) == ("vim_nano", KWARGS)
 
 
@@ -269,7 +269,7 @@ def refused(made, match, **options):
     return True
 
 
-EFFECTS = {  # of each option: what must hold for the report, and for what the file was checked and timed with
+EFFECTS = {  # option -> what must hold for the report, the check and the timing
     "model": lambda made, at: refused(made, "vim_none", model="vim_none"),
     "checkpoint": lambda made, at: refused(made, "nowhere", checkpoint=str(at / "nowhere")),
     "kwargs": lambda made, at: refused(made, "head", kwargs=KWARGS | {"num_classes": 4}),
@@ -289,7 +289,7 @@ def test_each_option_has_its_effect(made, tmp_path, option):
 
 
 def test_an_older_export_goes_as_a_whole(setting, monkeypatch):
-    """Else export.json of one model would stand beside files of another."""
+    """Otherwise export.json of one model would lie next to files of another."""
     path, _ = setting
     old = path / "old"
     old.mkdir()
@@ -312,7 +312,7 @@ def test_an_output_that_cannot_be_written(setting):
 
 
 def test_any_timm_model(setting):
-    """As it is in evaluation, without dropout."""
+    """In eval mode, without dropout."""
     path, _ = setting
     model, kwargs = timm.create_model("test_vit", num_classes=3), {"num_classes": 3, "drop_rate": 0.5}
     save_file(model.state_dict(), path / "vit.safetensors")

@@ -1,4 +1,4 @@
-"""Exported features: what they hold, in which order, for any number of processes and after any kill."""
+"""Exported features: content and order, for any number of processes and after any kill."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ from torch.testing import assert_close
 import vim
 import vim.features
 from vim.console import ConfigError, InterruptedRunError, RunError
-from vim.data import DataError, ImageSource, eval_transform
+from vim.data import DataError, eval_transform, image_names, open_images
 from vim.features import FeaturesConfig, export, export_features
 from vim.features.extract import FeatureExtractor, weights_hash
 
@@ -70,7 +70,7 @@ def model_and_images(setting):
     cfg = timm.data.resolve_data_config({"input_size": (1, 12, 12)}, pretrained_cfg=model.pretrained_cfg)
     mean, std = (sum(cfg[key]) / 3 for key in ("mean", "std"))
     transform = eval_transform({**cfg, "mean": (mean,), "std": (std,)})
-    source = ImageSource(setting / "images" / "val")
+    source = open_images(setting / "images" / "val")
     return model, torch.stack([transform(source.load(i, 1)) for i in range(len(source))]), source
 
 
@@ -88,10 +88,10 @@ def test_features_are_those_of_the_model_row_by_row(setting, tmp_path):
     for name, want in {"token": tokens[:, 0], "avg": tokens[:, 1:].mean(1), "map": tokens[:, 1:]}.items():
         assert features[name].dtype == np.float32
         assert_close(torch.from_numpy(features[name].copy()), want, rtol=1e-5, atol=1e-5)
-    assert features.paths == [entry.path for entry in source.entries]
-    assert features.labels.tolist() == [entry.label for entry in source.entries]
+    assert features.paths == image_names(source)
+    assert features.labels.tolist() == [source.label(index) for index in range(len(source))]
     assert features.index.tolist() == list(range(23))
-    # The classifier on them gives the model's logits.
+    # The classifier turns them into the model's logits.
     logits = model.head(torch.from_numpy(features["token"].copy()))
     assert_close(logits, model(images), rtol=1e-5, atol=1e-5)
 
@@ -109,7 +109,7 @@ def test_blocks_half_precision_and_unit_length(setting, tmp_path):
     assert_close(torch.from_numpy(features["block2.token"].astype(np.float32)), want, rtol=0, atol=1e-3)
     want = torch.nn.functional.normalize(tokens[:, 1:], dim=-1)
     assert_close(torch.from_numpy(features["block2.map"].astype(np.float32)), want, rtol=0, atol=1e-3)
-    # Those of the first block are what a model of this block alone ends with.
+    # Tokens of the first block equal the final tokens of a model with only that block.
     first = timm.create_model("vim_nano", **KWARGS | {"depth": 1}).eval()
     first.load_state_dict(model.state_dict(), strict=False)
     want = torch.nn.functional.normalize(first.forward_features(images)[:, 1:].mean(1), dim=-1)
@@ -118,7 +118,7 @@ def test_blocks_half_precision_and_unit_length(setting, tmp_path):
 
 @pytest.fixture
 def made(setting, tmp_path, monkeypatch):
-    """made(**options): the features of an export; made.seen: images at a time, and processes that loaded them."""
+    """made(**options): the features of an export. made.seen: batch sizes and number of workers."""
 
     def loader(*args, **kw):
         made.seen["batches"] = [len(batch) for batch in kw["batch_sampler"]]  # type: ignore[attr-defined]
@@ -141,14 +141,14 @@ def made(setting, tmp_path, monkeypatch):
 
 
 def other_weights(setting):
-    """A file of the model's weights, of which the last norm's are three times as large."""
+    """A file of the model's weights, with the last norm's scaled by three."""
     weights = load_file(setting / "weights.safetensors")
     save_file(weights | {"norm.weight": 3 * weights["norm.weight"]}, setting / "others.safetensors")
     return str(setting / "others.safetensors")
 
 
 def small_vit(setting):
-    """Changes of a configuration: another model, whose features are of another size."""
+    """Options of another model with another feature size."""
     kwargs = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 12, "num_heads": 2, "depth": 1}
     save_file(timm.create_model("vit_tiny_patch16_224", **kwargs).state_dict(), setting / "vit.safetensors")
     return {"model": "vit_tiny_patch16_224", "checkpoint": str(setting / "vit.safetensors"), "kwargs": kwargs}
@@ -158,7 +158,7 @@ def difference(a, b):
     return np.abs(a["token"].astype(np.float32) - b["token"].astype(np.float32)).max()
 
 
-EFFECTS = {  # of each option: what must hold for the features that it makes
+EFFECTS = {  # option -> what must hold for its features
     "model": lambda made, at: made(**small_vit(at))["token"].shape == (23, 12),
     "checkpoint": lambda made, at: np.allclose(made(checkpoint=other_weights(at))["token"], 3 * made()["token"], 1e-5),
     "kwargs": lambda made, at: made(kwargs=KWARGS | {"img_size": 16}, pools=["map"])["map"].shape == (23, 16, 64),
@@ -294,8 +294,8 @@ def test_a_killed_export_goes_on_to_the_same_bytes(setting, tmp_path):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    (tmp_path / "killed" / "features-00003.parquet").unlink(missing_ok=True)  # however far it came
-    with pytest.raises(DataError, match=r"is not finished: \d of 5 shards are missing, .*; run it again to go on"):
+    (tmp_path / "killed" / "features-00003.parquet").unlink(missing_ok=True)  # however far the export came
+    with pytest.raises(DataError, match=r"is not finished: \d of 5 shards are missing, .*; run it again to continue"):
         vim.features.load(tmp_path / "killed")
     finished(start(setting, tmp_path / "killed"))
     whole, killed = bytes_of(tmp_path / "whole"), bytes_of(tmp_path / "killed")
@@ -304,7 +304,7 @@ def test_a_killed_export_goes_on_to_the_same_bytes(setting, tmp_path):
 
 @pytest.mark.parametrize(("batch", "number", "shards"), [(4, signal.SIGTERM, 2), (3, signal.SIGINT, 1)])
 def test_a_stopped_export_says_so_and_goes_on_to_the_same_bytes(setting, tmp_path, monkeypatch, batch, number, shards):
-    """In the last of a shard's two batches, which is then still written, and in the first."""
+    """The signal comes in the last batch of a shard, which is still written, or in the first."""
     batches, check = 0, export._check_finite
 
     def stop(*args):
@@ -315,7 +315,7 @@ def test_a_stopped_export_says_so_and_goes_on_to_the_same_bytes(setting, tmp_pat
         check(*args)
 
     monkeypatch.setattr(export, "_check_finite", stop)
-    where = f"stopped by {number.name} with {shards} of 5 shards in {tmp_path / 'out'}; run it again to go on"
+    where = f"stopped by {number.name} with {shards} of 5 shards in {tmp_path / 'out'}; run it again to continue"
     with pytest.raises(InterruptedRunError, match=f"^{re.escape(where)}$") as stopped:
         export_features(config(setting, tmp_path / "out"))
     assert stopped.value.exit_code == 128 + number
@@ -329,7 +329,7 @@ def test_a_stopped_export_says_so_and_goes_on_to_the_same_bytes(setting, tmp_pat
 
 @pytest.mark.parametrize("full", [1, 4])
 def test_an_export_ends_with_the_error_of_a_full_disk(setting, tmp_path, monkeypatch, full):
-    """Of a shard in the midst, and of the last."""
+    """The disk is full at a middle shard, or at the last."""
 
     def write(file, *args):
         if file.name == f"features-{full:05d}.parquet":
@@ -406,7 +406,7 @@ def test_the_hash_of_weights_is_of_names_values_kinds_and_shapes_of_parameters_a
 
 def test_features_that_are_not_finite_name_their_image(setting, tmp_path):
     weights = load_file(setting / "weights.safetensors")
-    # Of one image alone, in the midst of a batch, a feature is above what fp16 holds.
+    # One image, in the middle of a batch, has a feature beyond the range of fp16.
     batches = {"rows_per_shard": 9, "batch_size": 6}
     export_features(config(setting, tmp_path / "plain", **batches))
     plain = vim.features.load(tmp_path / "plain")
@@ -438,7 +438,7 @@ def test_names_that_are_no_text_are_written_escaped(setting, tmp_path, file_form
 
 @pytest.fixture(scope="module")
 def exported(setting):
-    """A folder of exports of few rows, by their format."""
+    """A folder of small exports, one per format."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         for file_format in ("parquet", "npz", "safetensors"):
@@ -453,7 +453,7 @@ OTHERS |= {"images": "images/val", "precision": "bf16"}
 
 @pytest.mark.usefixtures("made")
 def test_an_export_does_not_go_on_where_one_of_other_options_was(exported, monkeypatch):
-    """Though the weights and the images are the same under another path."""
+    """Not even if the same weights or images are given under another path."""
     monkeypatch.chdir(exported)
     others = {option: {option: other} for option, other in OTHERS.items()} | {"model": small_vit(exported)}
     assert set(others) == {field.name for field in fields(FeaturesConfig)} - {"output", "num_workers"}
@@ -468,7 +468,7 @@ def test_an_export_does_not_go_on_where_one_of_other_options_was(exported, monke
         (b"", "Expecting value"),
         (b"\xff", "can't decode byte"),
         (b"[" * 100_000, "maximum recursion depth"),
-        (b"[]", "it holds list, no mapping"),
+        (b"[]", "it holds list, not a mapping"),
         ({"shards": "5"}, "shards is '5'"),
         ({"shards": 4}, "23 rows in 4 shards of 5"),
         ({"rows": True, "rows_per_shard": 0}, "rows in 5 shards of 0"),

@@ -1,4 +1,4 @@
-"""Nearest neighbours and linear probe against scikit-learn, and their runs over exports."""
+"""Nearest neighbours and linear probe against scikit-learn, and their runs on exports."""
 
 import json
 import os
@@ -29,7 +29,7 @@ sklearn = pytest.importorskip("sklearn")
 
 @pytest.fixture(scope="module")
 def digits():
-    """Real handwritten digits: 1,200 to learn from, 597 to classify, 64 pixels each."""
+    """Handwritten digits of 64 pixels: 1,200 to train on, 597 to classify."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -98,8 +98,8 @@ def test_the_probe_is_as_good_as_logistic_regression(digits):
 
 
 def test_where_training_ends_is_the_optimum_of_logistic_regression(digits):
-    """Standardised by the training images alone: those held out are of another distribution. One feature is constant
-    but for rounding."""
+    """Only the training images standardise: held-out images have another distribution. One feature is constant up to
+    rounding."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -142,7 +142,7 @@ def test_each_epoch_and_each_seed_has_an_order_and_weights_of_its_own(digits, mo
 
 
 class Killed(BaseException):
-    """The process is no more."""
+    """Stands for the end of the process."""
 
 
 @pytest.mark.parametrize("update", [1, 7, 8, 15])
@@ -162,7 +162,7 @@ def test_a_training_goes_on_to_the_same_bits_from_any_update(digits, tmp_path, u
 
     with pytest.raises(Killed):
         judge.linear_probe(train, y, held_out, 10, after_update=stop, **options)
-    torch.manual_seed(99)  # whatever the process drew before does not matter
+    torch.manual_seed(99)  # earlier random numbers of the process must not matter
     rest = judge.linear_probe(train, y, held_out, 10, saved=load_checkpoint(tmp_path / "state.pt"), **options)
     assert whole.keys() == rest.keys()
     for which in whole:
@@ -184,7 +184,7 @@ KWARGS = {"img_size": 12, "patch_size": 4, "in_chans": 1, "depth": 2, "num_class
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Folder with the exports train and val, of both blocks, and plain, of the last features."""
+    """Folder with the exports train and val of both blocks, and plain of the final features."""
     import timm
 
     path = tmp_path_factory.mktemp("judge")
@@ -239,7 +239,7 @@ def test_the_probe_chooses_without_the_images_it_reports_on(exports, tmp_path):
     assert result["lr"] == 0.1
     assert result["top1"] > 90
     assert (tmp_path / "out" / "linear_probe.png").is_file()
-    # Without a look at val: the training images in its place leave the choice as it is.
+    # val does not influence the choice: with the training images in its place, the choice is the same.
     swapped = LinearProbeConfig(str(exports / "train"), str(exports / "train"), output=str(tmp_path / "b"), **settings)
     again = probe(swapped)["results"][0]
     assert (again["inputs"], again["lr"], again["grid"]) == (result["inputs"], result["lr"], result["grid"])
@@ -249,19 +249,19 @@ SHORT = {"learning_rates": [1e-3, 0.1], "epochs": 4, "batch_size": 16, "select":
 
 
 def short(exports, output, **changes):
-    """Of 32 updates: 3 x 4 of the grid, 3 x 4 of the choice, and 1 x 4 of each with 2 images a class."""
+    """A probe of 32 updates: 3 x 4 for the grid, 3 x 4 for the winner, and 1 x 4 for each with 2 images per class."""
     return LinearProbeConfig(str(exports / "train"), str(exports / "val"), output=str(output), **SHORT | changes)
 
 
 @pytest.fixture(scope="module")
 def whole(exports, tmp_path_factory):
-    """Results of a probe that was left alone."""
+    """Results of an uninterrupted probe."""
     return probe(short(exports, tmp_path_factory.mktemp("whole")))["results"]
 
 
 @pytest.fixture
 def before_update(monkeypatch):
-    """before_update(n, act): call act when update n, counted from 1 over all trainings, is done and not yet saved."""
+    """before_update(n, act): call act after update n (from 1, over all trainings), before it is saved."""
 
     def before_update(n, act):
         count, after_update = 0, unfinished.UnfinishedProbe._after_update
@@ -285,7 +285,7 @@ def test_a_stopped_probe_ends_with_the_results_of_one_left_alone(
     exports, whole, tmp_path, before_update, monkeypatch, update, number
 ):
     before_update(update, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(InterruptedRunError, match=f"^stopped by {number.name}; run it again to go on$") as stopped:
+    with pytest.raises(InterruptedRunError, match=f"^stopped by {number.name}; run it again to continue$") as stopped:
         probe(short(exports, tmp_path))
     assert stopped.value.exit_code == 128 + number
     assert [file.name for file in tmp_path.iterdir()] == ["unfinished.pt"]
@@ -320,7 +320,7 @@ def test_the_tool_ends_with_143_after_sigterm(exports, tmp_path, before_update, 
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(tool), run_name="__main__")
     assert exit_.value.code == 143
-    assert capsys.readouterr().err == "error: stopped by SIGTERM; run it again to go on\n"
+    assert capsys.readouterr().err == "error: stopped by SIGTERM; run it again to continue\n"
 
 
 def test_a_damaged_file_begins_the_probe_anew_and_that_of_another_probe_is_refused(
@@ -330,9 +330,9 @@ def test_a_damaged_file_begins_the_probe_anew_and_that_of_another_probe_is_refus
     with pytest.raises(InterruptedRunError):
         probe(short(exports, tmp_path))
     monkeypatch.undo()
-    with pytest.raises(RunError, match=r"not finished and had another epochs, another seed; choose another --output"):
+    with pytest.raises(RunError, match=r"unfinished probe with another epochs, another seed; choose another --output"):
         probe(short(exports, tmp_path, epochs=5, seed=1))
-    with pytest.raises(RunError, match="had another val;"):
+    with pytest.raises(RunError, match="with another val;"):
         probe(LinearProbeConfig(str(exports / "train"), str(exports / "train"), output=str(tmp_path), **SHORT))
     file = tmp_path / "unfinished.pt"
     content = bytearray(file.read_bytes())
@@ -341,7 +341,7 @@ def test_a_damaged_file_begins_the_probe_anew_and_that_of_another_probe_is_refus
     assert probe(short(exports, tmp_path))["results"] == whole
     out = capsys.readouterr().out
     assert f"warning: cannot load checkpoint {file}" in out
-    assert "beginning anew" in out
+    assert "starting over" in out
 
 
 def test_classifiers_that_diverge_are_named_and_never_chosen(exports, tmp_path, monkeypatch, capsys):
@@ -349,9 +349,9 @@ def test_classifiers_that_diverge_are_named_and_never_chosen(exports, tmp_path, 
     for result in report["results"]:
         assert [cell["top1"] is None for cell in result["grid"]] == [True, False]
         assert result["lr"] == 0.1
-    warning = "warning: left out of the choice: 1 block, avg with learning rate 1e+38 diverged\n"
+    warning = "warning: 1 block, avg with learning rate 1e+38 diverged; excluded from the selection\n"
     assert capsys.readouterr().out.count(warning) == 2
-    with pytest.raises(RunError, match=r"1 block, avg with .* 1e\+38 diverged, and there is no other .*; give smaller"):
+    with pytest.raises(RunError, match=r"1 block, avg with .* 1e\+38 diverged, and no other is left; give smaller"):
         probe(short(exports, tmp_path, learning_rates=[1e38], pools=["avg"], last_blocks=[1]))
 
     def diverging_choice(*args, learning_rates, **options):
@@ -369,7 +369,7 @@ def test_clear_errors(exports, tmp_path):
         knn(KnnConfig(train, val, column="block1.tokn"))
     with pytest.raises(DataError, match="cannot be compared: columns is"):
         knn(KnnConfig(train, plain))
-    with pytest.raises(ConfigError, match=r"k \[100\] are more than the 48 images"):
+    with pytest.raises(ConfigError, match=r"k must name a number up to 48, the images in .*, got \[100\]"):
         knn(KnnConfig(train, val, k=[100], output=str(tmp_path)))
     with pytest.raises(ConfigError, match="'map' was not exported, only token, avg"):
         probe(LinearProbeConfig(train, val, pools=["map"]))
@@ -386,7 +386,7 @@ def test_clear_errors(exports, tmp_path):
 
 
 def export(exports, images, output, **changes):
-    """Of the fixture's model."""
+    """An export with the fixture's model."""
     given = {"checkpoint": str(exports / "weights.safetensors"), "kwargs": KWARGS, "num_workers": 0, **changes}
     export_features(FeaturesConfig("vim_nano", images=str(images), output=output and str(output), **given))
 
@@ -398,7 +398,7 @@ def _on_the_cpu(monkeypatch):
 
 @pytest.mark.usefixtures("_on_the_cpu")
 def test_classes_are_matched_by_name(exports, tmp_path):
-    """Val has no image of the first class, and what it has stands at other places in its list."""
+    """val has no image of the first class, and other positions of the others in its list of classes."""
     for name in "bc":
         (tmp_path / "val").mkdir(exist_ok=True)
         (tmp_path / "val" / name).symlink_to(exports / "images" / "val" / name)
@@ -411,7 +411,7 @@ def test_classes_are_matched_by_name(exports, tmp_path):
     assert vim.features.load(some).classes == ["b", "c"]
     short = {"learning_rates": [0.1], "epochs": 20, "batch_size": 16, "output": str(tmp_path / "probe")}
     assert probe(LinearProbeConfig(train, some, **short))["results"][0]["top1"] > 90
-    with pytest.raises(DataError, match=r"train has classes that .*some has not: 1 of 3 \(a\); export splits of the s"):
+    with pytest.raises(DataError, match=r"train has classes that .*some lacks: 1 of 3 \(a\); export splits of the s"):
         knn(KnnConfig(some, train))
 
 
@@ -428,7 +428,7 @@ def test_numbers_are_the_names_of_classes_that_have_none(exports, tmp_path):
     report = knn(KnnConfig(train, val, k=[3], sheet=0, projection=0, output=str(tmp_path / "out")))
     assert report["results"][0]["top1"] > 90
     export(exports, exports / "images" / "val", tmp_path / "named", pools=["token"])
-    with pytest.raises(DataError, match=r"named has classes that .*train has not: 3 of 3 \(a, b, c\)"):
+    with pytest.raises(DataError, match=r"named has classes that .*train lacks: 3 of 3 \(a, b, c\)"):
         knn(KnnConfig(train, str(tmp_path / "named")))
 
 
@@ -441,7 +441,7 @@ def test_the_defaults_of_export_knn_and_probe_fit_one_another(exports, tmp_path,
     assert [row["k"] for row in knn(KnnConfig())["results"]] == [10, 20]
     assert list(probe(LinearProbeConfig())["inputs"]) == ["last, token"]
     assert (tmp_path / "runs" / "knn" / "neighbours.png").is_file()
-    with pytest.raises(ConfigError, match=r"--pools: 'avg' was not exported, only token; export it, with --pools of"):
+    with pytest.raises(ConfigError, match=r"--pools: 'avg' was not exported, only token; export it with --pools of"):
         probe(LinearProbeConfig(pools=["token+avg"], output="other"))
 
 
@@ -465,7 +465,7 @@ def test_an_export_without_names_of_classes_is_read_but_not_judged(exports, tmp_
     del manifest["classes"]
     file.write_text(json.dumps(manifest))
     assert len(vim.features.load(tmp_path / "old")) == 15
-    with pytest.raises(DataError, match=r"val have no names of classes, as of an earlier version; export them anew"):
+    with pytest.raises(DataError, match=r"val are by an earlier version and have no class names; export them again"):
         knn(KnnConfig(str(exports / "train"), str(tmp_path / "old")))
 
 

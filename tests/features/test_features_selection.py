@@ -1,4 +1,4 @@
-"""Nearest neighbours and linear probe on exports made by hand: what each option changes, and that no choice leaks."""
+"""Nearest neighbours and linear probe on hand-made exports: the effect of each option, and no leak in the selection."""
 
 import math
 import sys
@@ -26,7 +26,7 @@ sklearn = pytest.importorskip("sklearn")
 
 
 def write_export(folder, labels, columns, classes="abc", **about):
-    """An export of these columns (name -> rows of numbers); returns its folder."""
+    """Write an export of these columns (name -> rows of numbers). Returns its folder."""
     arrays = {name: np.asarray(values, np.float32) for name, values in columns.items()}
     arrays = {name: values[:, None] if values.ndim == 1 else values for name, values in arrays.items()}
     rows = Features(arrays, np.arange(len(labels)), np.asarray(labels), [f"{i}.png" for i in range(len(labels))], {})
@@ -52,16 +52,16 @@ def write_export(folder, labels, columns, classes="abc", **about):
 
 
 def at(*degrees):
-    """Points of the circle of radius 3."""
+    """Points on the circle of radius 3."""
     return [(3 * math.cos(math.radians(d)), 3 * math.sin(math.radians(d))) for d in degrees]
 
 
 @pytest.fixture
 def classify(tmp_path, monkeypatch):
-    """classify(**options): top1 of each result of knn; classify.drawn: what the last sheet and projection showed.
+    """classify(**options): top1 of each result of knn. classify.drawn: arguments of the last plots.
 
-    Of the token, the first four of five images have one neighbour of class a at 10 degrees and two of b at 30 and 32;
-    the last has one of c at none, then those two. Of avg, one of b is the nearest of all.
+    token: four of five images have a neighbour of class a at 10 degrees and two of b at 30 and 32. The last has one of
+    c at 0 degrees, then those two. avg: the nearest neighbour of all is of class b.
     """
     columns = {"token": at(10, 30, 32, 80), "avg": at(90, 1, 89, 88)}
     write_export(tmp_path / "train", [0, 1, 1, 2], columns)
@@ -84,7 +84,7 @@ def classify(tmp_path, monkeypatch):
 
 
 def sheet_of(classify, **options):
-    """Images in a sheet, and the nearest of each."""
+    """Images in the sheet, and the nearest neighbour of each."""
     classify(**options)
     _, _, _, queries, found, similarities, _ = classify.drawn["neighbours"]
     assert (similarities.diff() <= 0).all()
@@ -92,7 +92,7 @@ def sheet_of(classify, **options):
 
 
 def projection_of(classify, **options):
-    """What each point of a projection is of: class, and image by its features."""
+    """Class and feature of each point in the projection."""
     classify(**options)
     features, labels, _ = classify.drawn["projection"]
     return labels.tolist(), [round(float(y), 2) for y in features[:, 1]]
@@ -120,7 +120,7 @@ def test_each_option_of_knn_has_its_effect(classify, option):
 
 
 def test_maps_are_compared_place_by_place(tmp_path, classify):
-    """Of two images that have the same vectors at swapped places."""
+    """Two images have the same vectors at swapped places."""
     maps = [[[1, 0], [0, 1]], [[0, 1], [1, 0]]]
     write_export(tmp_path / "maps", [0, 1], {"map": maps})
     assert classify(train="maps", val="maps", k=[1]) == [100]
@@ -134,7 +134,7 @@ def test_the_plot_of_nearest_neighbours_shows_the_mean_and_the_span_of_draws(tmp
     plots.plot_knn(rows, tmp_path / "x.png")
     (axes,) = figures[0].axes
     shown = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert shown == {"all images": [[1, 8], [20, 9]], "2 a class": [[1, 4]]}
+    assert shown == {"all images": [[1, 8], [20, 9]], "2 per class": [[1, 4]]}
     assert [np.ptp(span.get_paths()[0].vertices[:, 1]) for span in axes.collections] == [1, 7]
 
 
@@ -157,11 +157,11 @@ def test_the_plot_of_a_probe_has_a_ring_around_the_choice(tmp_path, monkeypatch)
     plots.plot_linear_probe({"grid": grid, "inputs": "b", "lr": 0.1, "top1": 66.6}, tmp_path / "x.png")
     (axes,) = figures[0].axes
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[0.1, 50], [1, 60]], [[0.1, 70]], [[0.1, 70]]]
-    assert axes.get_title() == "chosen: b, 0.1; 66.6 % on val"
+    assert axes.get_title() == "chosen: b, learning rate 0.1; 66.6 % on val"
 
 
 def test_each_draw_is_another(tmp_path, monkeypatch):
-    """Of features that say nothing: the same draw would be right as often."""
+    """The features are noise, so only equal draws have equal accuracies."""
     monkeypatch.setattr(report, "plot_knn", lambda results, path: None)
     rng = np.random.RandomState(0)
     for name, count in (("train", 60), ("val", 90)):
@@ -174,10 +174,10 @@ def test_each_draw_is_another(tmp_path, monkeypatch):
 
 @pytest.fixture
 def chosen(tmp_path, monkeypatch):
-    """chosen(**options): the report of a probe, and what each training of it was given; none of them is done.
+    """chosen(**options): the report of a probe, and the arguments of each training. No training is run.
 
-    token of an image of train is its number, of others 500 more, of val 1000 more; avg a quarter more. There are 20
-    images of each class.
+    The token feature of an image is its number, plus 500 in others and 1000 in val; avg is 0.25 more. Each class has
+    20 images.
     """
     for name, first in (("train", 0), ("others", 500), ("val", 1000), ("val2", 2000)):
         numbers = first + np.arange(60)
@@ -209,7 +209,7 @@ def chosen(tmp_path, monkeypatch):
 
 
 def inputs(columns):
-    """Blocks and pools of the columns of a report."""
+    """Blocks and pools of a report's columns."""
     return [name.removeprefix("block").replace(".", " ") for name in columns]
 
 
@@ -245,7 +245,7 @@ def test_each_option_of_the_probe_has_its_effect(chosen, option):
 
 
 def test_a_probe_is_chosen_on_images_that_no_classifier_trained_on(chosen):
-    """Drawn by the seed, each time others; and the choice is trained on all, for the images to report on."""
+    """The seed draws them, others each time. The winner is retrained on all and evaluated on val."""
     seen = {}
     for seed in (0, 1):
         _, calls = chosen(shots=[4], draws=3, seed=seed)
@@ -272,7 +272,7 @@ def test_of_equal_classifiers_the_smallest_learning_rate_is_chosen_and_the_first
 
 
 class Killed(BaseException):
-    """The process is no more."""
+    """Stands for the end of the process."""
 
 
 OTHERS = {"train": "others", "val": "val2", "last_blocks": [1], "pools": ["avg"], "learning_rates": [1.0], "epochs": 7}
@@ -291,7 +291,7 @@ def test_a_probe_does_not_go_on_where_one_of_other_options_was(chosen, monkeypat
             chosen()
     assert set(OTHERS) == {field.name for field in fields(LinearProbeConfig)} - {"output"}
     for option, other in OTHERS.items():
-        with pytest.raises(RunError, match=rf"had another {option}; choose another --output, or remove it"):
+        with pytest.raises(RunError, match=rf"with another {option}; choose another --output, or remove it"):
             chosen(**{option: other})
     assert chosen()
 
@@ -317,7 +317,7 @@ def test_a_probe_is_saved_once_a_minute(monkeypatch, tmp_path):
 
 
 def test_neighbours_are_framed_by_whether_they_have_the_class_of_the_query(tmp_path, monkeypatch):
-    """Rows of an export are others than those of its images; pictures have their image's number for a grey."""
+    """An export's rows are in another order than its images. An image's grey value is its number."""
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path, dpi: figures.append(figure))
     train, val = (
@@ -334,7 +334,7 @@ def test_neighbours_are_framed_by_whether_they_have_the_class_of_the_query(tmp_p
 
 
 def test_labels_of_noise_are_not_learned(tmp_path, monkeypatch):
-    """By what the classifiers were not trained on; the one chosen is trained on all, and knows these by heart."""
+    """Held-out accuracy stays at chance. The winner, retrained on all images, has memorised them."""
     monkeypatch.setattr(report, "plot_linear_probe", lambda result, path: None)
     rng = np.random.RandomState(0)
     train = write_export(tmp_path / "train", rng.randint(0, 3, 200), {"token": rng.randn(200, 256)})
@@ -350,7 +350,7 @@ def test_labels_of_noise_are_not_learned(tmp_path, monkeypatch):
         ({"weights_sha256": "1"}, "cannot be compared: weights_sha256 is 0 in one, 1 in the other"),
         ({"preprocessing": {"mean": [0.4]}}, "cannot be compared: preprocessing is"),
         ({"l2": True}, "cannot be compared: l2 is False in one, True in the other"),
-        ({}, "val has images without a label, 1.png first; export folders"),
+        ({}, "val has images without a label, first 1.png; export folders"),
     ],
     ids=str,
 )
@@ -371,6 +371,6 @@ def test_classes_that_no_image_has_need_no_match_and_names_of_several_have_none(
     write_export(tmp_path / "twice", [0, 1, 2], columns, classes="aba")
     assert classify(train="twice", val="twice", k=[1]) == [100]
     with pytest.raises(
-        DataError, match="val has classes that twice has not: names that several classes have cannot be"
+        DataError, match="val has classes that twice lacks, and names shared by several classes cannot be"
     ):
         classify(train="twice")

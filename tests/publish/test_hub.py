@@ -1,6 +1,6 @@
-"""Runs on the hub: the card parses back to the run's numbers, the files are the model, and nothing else leaves.
+"""Runs on the hub: the card has the run's numbers, the files are the model, and nothing else is published.
 
-No test reaches the hub: what would be sent to it is looked at instead.
+No test connects to the hub; they check what would be sent.
 """
 
 import json
@@ -60,7 +60,7 @@ def config(folder, **changes):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Folder with a run, and its summary. Its owner gave all paths from the root."""
+    """Folder with a run that was given absolute paths, and its summary."""
     folder = tmp_path_factory.mktemp("owner")
     write_image_tree(folder / "corners", {"train": 24, "val": 9}, classes=3)
     save_file(timm.create_model("vim_nano", **KWARGS).state_dict(), folder / "first.safetensors")
@@ -78,7 +78,7 @@ def push_config(folder, **changes):
 @sees(PushConfig, "run_dir", "license", "datasets", "weights", "output")
 @pytest.mark.parametrize(("weights", "prefix", "trained"), [("last", "", ""), ("ema", "ema_", "ema")])
 @pytest.mark.parametrize("datasets", [["ann/corners", "ann/other"], []])
-def test_the_card_has_the_numbers_of_the_weights_beside_it(finished, tmp_path, weights, prefix, trained, datasets):
+def test_the_card_has_the_numbers_of_the_published_weights(finished, tmp_path, weights, prefix, trained, datasets):
     folder, summary = finished
     output = tmp_path / "new" / "files"
     push_to_hub(push_config(folder, weights=weights, datasets=datasets, output=str(output)))
@@ -90,16 +90,16 @@ def test_the_card_has_the_numbers_of_the_weights_beside_it(finished, tmp_path, w
         assert result.metric_value == pytest.approx(summary[prefix + key] / 100, abs=1e-6)
         of = (result.dataset_type, result.dataset_name, result.dataset_split)
         assert of == (datasets[0] if datasets else "corners", "corners", "val")
-    for key, name in {"": "after the last epoch", "ema_": "their moving average"}.items():
+    for key, name in {"": "last epoch", "ema_": "EMA (exponential moving average)"}.items():
         here = ", in this repository" if key == prefix else ""
         assert f"| {name}{here} | {summary[key + 'top1']:.2f} | {summary[key + 'top5']:.2f} |" in card.text
     assert "| epochs | 2 |" in card.text
     assert "| initial weights | first.safetensors |" in card.text
     assert "train.py --config configs/corners.yaml '--data.root=c d'" in card.text
     assert "![Learning curve](learning_curve.png)" in card.text
-    assert ("The plots are of the weights after the last epoch." in card.text) == (weights == "ema")
+    assert ("The plots show the weights of the last epoch." in card.text) == (weights == "ema")
 
-    # The code on the card, with the folder in the repository's place, gives the model of the run.
+    # The code on the card loads the model of the run, with the folder instead of the repository.
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert '"hf-hub:ann/corners-vim"' in code
     names = {}
@@ -110,7 +110,7 @@ def test_the_card_has_the_numbers_of_the_weights_beside_it(finished, tmp_path, w
     assert torch.equal(names["model"](images), model(images))
 
 
-def test_no_file_says_where_its_owner_keeps_things(finished, tmp_path):
+def test_no_file_reveals_local_paths(finished, tmp_path):
     folder, _ = finished
     push_to_hub(push_config(folder, output=str(tmp_path / "files")))
     for file in (tmp_path / "files").iterdir():
@@ -156,7 +156,7 @@ def test_a_model_of_timm_needs_no_vim_and_a_run_without_its_start_still_has_a_ca
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The calls that would reach the hub; `hub.private` is what an existing repository is."""
+    """Records calls to the hub. `hub.private`: whether the existing repository is private."""
     hub = SimpleNamespace(private=True, created=[], uploaded=[])
 
     def create_repo(self, repo_id, **arguments):
@@ -176,11 +176,11 @@ def hub(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "pretrained", "first"),
     [
-        ("/home/ann/runs/digits", None, "pretrained ones of digits"),
-        ("hf-hub:ann/digits", None, "pretrained ones of hf-hub:ann/digits"),
+        ("/home/ann/runs/digits", None, "pretrained weights of digits"),
+        ("hf-hub:ann/digits", None, "pretrained weights of hf-hub:ann/digits"),
         ("hf-hub:ann/digits", False, "random"),
         ("vim_nano", None, "random"),
-        ("vim_tiny", True, "pretrained ones of vim_tiny"),
+        ("vim_tiny", True, "pretrained weights of vim_tiny"),
     ],
 )
 def test_the_card_says_which_weights_a_run_began_with(finished, tmp_path, name, pretrained, first):
@@ -210,9 +210,9 @@ def test_the_card_has_the_facts_of_all_starts(finished, tmp_path):
     text = ModelCard.load(tmp_path / "files" / "README.md").text
     facts = {
         "updates": "12,345",
-        "updates left out, not finite": 3,
-        "images that could not be read": 5,
-        "training time, without set-up": "1:02:03",
+        "skipped updates (non-finite loss or gradient)": 3,
+        "unreadable images": 5,
+        "training time (without setup)": "1:02:03",
         "images/s": "1,234",
         "device": "2 x a card, 4 x a card",
         "git revision": "abc, def",
@@ -221,8 +221,8 @@ def test_the_card_has_the_facts_of_all_starts(finished, tmp_path):
     for name, value in facts.items():
         assert f"| {name} | {value} |" in text
     assert "train.py 1\ntrain.py 2\ntrain.py 3\n" in text
-    assert "with 7,654,321 parameters, trained on corners. It takes images of 1 x 12 x 12 " in text
-    assert "and tells 3 classes apart" in text
+    assert "with 7,654,321 parameters, trained on corners. It predicts one of 3 classes " in text
+    assert "for an image of 1 x 12 x 12 (channels, height, width)." in text
     assert "On the 5,000 images of corners/val:" in text
 
 
@@ -237,12 +237,12 @@ def test_a_push_is_one_commit_of_all_files(finished, hub, private, asked):
 
 def test_private_files_do_not_go_to_a_public_repository(finished, hub):
     hub.private = False
-    with pytest.raises(RunError, match=r"ann/corners-vim is there already and public; make it private"):
+    with pytest.raises(RunError, match=r"ann/corners-vim exists and is public; make it private"):
         push_to_hub(push_config(finished[0], private=True))
     assert not hub.uploaded
 
 
-def test_a_hub_that_says_no_or_is_out_of_reach(finished, hub, monkeypatch):
+def test_a_hub_that_refuses_or_cannot_be_reached(finished, hub, monkeypatch):
     def refuse(self, **arguments):
         raise ValueError('Invalid metadata in README.md.\n- "license" must be one of [...]')
 
@@ -262,7 +262,7 @@ def test_what_is_refused(finished, tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"no run in .*nowhere: .*config.yaml is missing"):
         push_to_hub(push_config(folder, run_dir=str(tmp_path / "nowhere")))
     for repo in ("ann/vim/x", "ann/vim digits", "ann/vim--x"):
-        with pytest.raises(ConfigError, match=f"repo '{repo}' cannot be on the hub: "):
+        with pytest.raises(ConfigError, match=f"repo '{repo}' is not a valid name on the hub: "):
             push_to_hub(push_config(folder, repo=repo))
     with pytest.raises(ConfigError, match="repo must be owner/name, got 'vim'"):
         push_to_hub(push_config(folder, repo="vim"))
@@ -271,12 +271,12 @@ def test_what_is_refused(finished, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="license must not be empty"):
         push_config(folder, license=" ")
     monkeypatch.setattr("vim.publish.hub.get_token", lambda: None)
-    with pytest.raises(RunError, match="not logged in to the hub: run `hf auth login`, or set HF_TOKEN"):
+    with pytest.raises(RunError, match="not logged in to the hub: run `hf auth login`, set HF_TOKEN, or only write"):
         push_to_hub(push_config(folder))
 
     (tmp_path / "detector").mkdir()
     (tmp_path / "detector" / "config.yaml").write_text("model: {name: vim_nano, detector: fcos}")
-    with pytest.raises(RunError, match="holds a detector, which timm does not load from the hub"):
+    with pytest.raises(RunError, match="holds a detector, which timm cannot load from the hub"):
         push_to_hub(push_config(folder, run_dir=str(tmp_path / "detector")))
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -284,10 +284,10 @@ def test_what_is_refused(finished, tmp_path, monkeypatch):
     interrupt(monkeypatch, Classification, 4)
     with pytest.raises(InterruptedRunError):
         train(plain)
-    with pytest.raises(RunError, match=r"is not finished: .*summary.json is missing; go on: python tools/train.py"):
+    with pytest.raises(RunError, match=r"is not finished: .*summary.json is missing; resume with: python tools/train"):
         push_to_hub(push_config(tmp_path))
     monkeypatch.undo()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     train(plain, resume=True)
-    with pytest.raises(ConfigError, match=r"weights is ema, but the run in .* averaged none"):
+    with pytest.raises(ConfigError, match=r"weights is ema, but the run in .* has no EMA"):
         push_to_hub(push_config(tmp_path, weights="ema", output=str(tmp_path / "files")))

@@ -1,4 +1,4 @@
-"""Models from a configuration: weights from any file, images as the model wants them."""
+"""Models from a configuration: weights from any file, and their preprocessing."""
 
 import pytest
 import timm
@@ -96,7 +96,7 @@ def test_a_model_that_was_asked_to_take_any_size_does():
 
 
 def test_a_larger_test_size_of_timms_comes_with_its_crop():
-    model = timm.create_model("resnet18")  # of which timm says: test at 288 pixels with a crop of 1
+    model = timm.create_model("resnet18")  # timm's configuration: test at 288 pixels with a crop of 1
     crops = {size: resolve_input(model, {}, DataConfig(img_size=size))["crop_pct"] for size in (None, 256, 288)}
     assert crops == {None: 0.95, 256: 0.95, 288: 1.0}
     assert resolve_input(model, {}, DataConfig(img_size=288, crop_pct=0.9))["crop_pct"] == 0.9

@@ -24,8 +24,7 @@ import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigError, RunError
 from vim.data import AugmentConfig, DataConfig, EvalDataConfig
 from vim.detection import load_detector
-from vim.detection.config import DetectorConfig
-from vim.detection.detector import Detector
+from vim.detection.detector import Detector, DetectorConfig
 from vim.detection.store import StoredDetector, save_detector
 from vim.timm_models import create as model_module
 from vim.timm_models.config import LoadedModelConfig, ModelConfig
@@ -144,7 +143,7 @@ def test_what_does_not_fit_is_refused_by_name(model, saved):
         with pytest.raises(ConfigError, match=r"vim_nano: 1 have another shape \(norm.weight \(8,\) for \(16,\)\)"):
             loaded(saved(weights | {"norm.weight": torch.ones(8)}), classes)
     with pytest.raises(
-        ConfigError, match=r"model.kwargs.checkpoint_path is not taken; name the file as model.checkpoint"
+        ConfigError, match=r"model.kwargs.checkpoint_path is not supported; give the file as model.checkpoint"
     ):
         create_model(ModelConfig("vim_nano", kwargs=KWARGS | {"checkpoint_path": path}), CLASSES)
     with pytest.raises(ConfigError, match=r"1 of \d+ tensors are missing \(head.bias\)"):
@@ -213,7 +212,7 @@ def test_damaged_and_unfinished_run_folders_are_refused_in_a_line(folder, tmp_pa
     with pytest.raises(ConfigError, match=r"no model in .*config.json is missing"):
         timm_name(str(unfinished))
     (unfinished / "config.yaml").write_text("run_dir: x")
-    with pytest.raises(ConfigError, match=r"is not finished.*last.pt as file"):
+    with pytest.raises(ConfigError, match=r"is not finished.*last.pt as checkpoint"):
         timm_name(str(unfinished))
     with pytest.raises(ConfigError, match=r"is a file of weights, not a model; give the model's name"):
         timm_name(f"{folder}/model.safetensors")
@@ -319,13 +318,13 @@ def test_detectors_load_by_the_same_rule(tmp_path, folder):
         load_detector(run, str(tmp_path / "half.safetensors"))
     with pytest.raises(ConfigError, match=r"holds a detector, not a classifier"):
         load_model(LoadedModelConfig(str(run)))
-    with pytest.raises(RunError, match=r"holds another model than a detector"):
+    with pytest.raises(RunError, match=r"is not a detector"):
         load_detector(folder)
     (run / "config.json").write_text('{"detector": {"name"')
     with pytest.raises(RunError, match=r"config.json is damaged"):
         load_detector(run)
     (run / "config.json").write_text(json.dumps({"detector": {"nome": "vim_nano"}, "classes": [], "category_ids": []}))
-    with pytest.raises(RunError, match=r"config.json is damaged, or of another version: .*nome"):
+    with pytest.raises(RunError, match=r"config.json is damaged or from another version: .*nome"):
         load_detector(run)
 
 
@@ -423,7 +422,7 @@ def test_a_run_says_where_its_weights_are_from_and_a_resumed_one_reads_none(fold
     (tmp_path / "first.pth").unlink()
     train(again, resume=True)
     out = capsys.readouterr().out
-    assert "\nweights: those of the run's checkpoint\n" in out
+    assert "\nweights: from the run's checkpoint\n" in out
     assert "initial weights" not in out
 
 

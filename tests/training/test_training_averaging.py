@@ -1,4 +1,4 @@
-"""Averaged weights: timm's, to the last bit."""
+"""The EMA of the weights equals timm's, bit for bit."""
 
 import pytest
 import timm
@@ -9,8 +9,8 @@ from vim.training.averaging import AveragedWeights
 
 
 @pytest.mark.parametrize("warmup", [False, True])
-def test_they_are_timms_to_the_last_bit(warmup):
-    """Of a model with batch norm, whose counters are copied, through all that changes its weights in a run."""
+def test_the_ema_equals_timms_bit_for_bit(warmup):
+    """With batch norm, whose counters are copied, and with every way a run changes weights."""
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

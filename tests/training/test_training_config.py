@@ -1,4 +1,4 @@
-"""Configurations: nothing is swallowed or lost, and errors name the key."""
+"""Configurations: no key is ignored or lost, and errors name the key."""
 
 import re
 from dataclasses import asdict, fields, is_dataclass
@@ -6,7 +6,8 @@ from dataclasses import asdict, fields, is_dataclass
 import pytest
 import yaml
 
-from vim.console import ConfigParser
+from vim.console import ConfigParser, RunError
+from vim.console.free_on_resume import free_keys
 from vim.detection import DetectionTrainConfig, DetectionValidateConfig
 from vim.experiments.benchmark_config import BenchmarkConfig
 from vim.experiments.comparison import CompareConfig
@@ -16,6 +17,7 @@ from vim.training.averaging import EmaConfig
 from vim.training.config import CheckpointConfig
 from vim.training.distillation import DistillConfig
 from vim.training.optim import OptimConfig, ScheduleConfig
+from vim.training.run_folder import RunFolder
 
 
 def parse(*args, config_class=TrainConfig):
@@ -67,14 +69,18 @@ def test_a_single_model_keyword_is_added_to_those_of_the_file(file):
 @pytest.mark.parametrize(
     ("content", "hint"),
     [
-        ({"optim": {"weight_decy": 1}}, "unknown key 'optim.weight_decy'; did you mean 'optim.weight_decay'"),
-        ({"optm": {"lr": 1}}, "unknown key 'optm.lr'; did you mean 'optim.lr'"),
-        ({"seeed": 1}, "unknown key 'seeed'; did you mean 'seed'"),
-        ({"zzzzzz": 1}, "unknown key 'zzzzzz'; see --help"),
+        ({"optim": {"weight_decy": 1}}, "unknown key 'optim.weight_decy' in {}; did you mean 'optim.weight_decay'"),
+        ({"optm": {"lr": 1}}, "unknown key 'optm.lr' in {}; did you mean 'optim.lr'"),
+        ({"seeed": 1}, "unknown key 'seeed' in {}; did you mean 'seed'"),
+        ({"zzzzzz": 1}, "unknown key 'zzzzzz' in {}; see --help"),
     ],
 )
 def test_an_unknown_key_in_a_file_fails_with_a_hint(file, capsys, content, hint):
-    assert hint in error_of(capsys, "--config", file(**content))
+    path = file(**content)
+    assert hint.format(path) in error_of(capsys, "--config", path)
+    derived = path.with_name("derived.yaml")
+    derived.write_text(f"base: {path.name}")
+    assert hint.format(path) in error_of(capsys, "--config", derived)
 
 
 @pytest.mark.parametrize("argument", ["--optim.weight_decy=1", "--optim.weight=1", "--optim.weight 1"])
@@ -108,10 +114,10 @@ def test_an_unknown_or_shortened_argument_fails_with_a_hint(capsys, argument):
         ),
         ("distill.alpha", 1.5, "distill.alpha must be in 0 .. 1, got 1.5"),
         ("distill.temperature", 0, "distill.temperature must be positive, got 0"),
-        ("distill.checkpoint", "x.pth", "distill.checkpoint and distill.kwargs belong to a distill.teacher"),
-        ("distill.kwargs.num_classes", 3, "num_classes could give the teacher a new head"),
-        ("distill.mode", "soft", "distill.mode belongs to a distill.teacher; name one, or leave it out"),
-        ("ema.warmup", "true", "ema.warmup belongs to an average; give an ema.decay above 0"),
+        ("distill.checkpoint", "x.pth", "distill.checkpoint and distill.kwargs need a distill.teacher"),
+        ("distill.kwargs.num_classes", 3, "num_classes could give the teacher an untrained head"),
+        ("distill.mode", "soft", "distill.mode needs a distill.teacher; set one, or leave distill.mode out"),
+        ("ema.warmup", "true", "ema.warmup needs ema.decay above 0; set both"),
         ("augment.erasing_mode", "const", "augment.erasing_mode has no effect without augment.erasing"),
         ("augment.mix_prob", 0.5, "augment.mix_prob has no effect without augment.mixup or augment.cutmix"),
         ("accumulate", 0, "accumulate must be at least 1"),
@@ -147,14 +153,14 @@ COMPARED = {"contenders": {"a": {}}}
             {"steps": [5, 300]},
             "schedule.steps must lie between warmup_epochs and epochs",
         ),
-        (ScheduleConfig, {"min_lr": 1e-4}, {"min_lr": 1e-4, "steps": [9]}, "which schedule.steps replace"),
+        (ScheduleConfig, {"min_lr": 1e-4}, {"min_lr": 1e-4, "steps": [9]}, "which schedule.steps replaces"),
         (ScheduleConfig, {"min_lr": 0}, {"min_lr": -1e-9}, "schedule.min_lr must be 0 or more"),
         (ScheduleConfig, {"warmup_lr": 0}, {"warmup_lr": -1e-9}, "schedule.warmup_lr must be 0 or more"),
         (EmaConfig, {"decay": 0.9999}, {"decay": 1}, "ema.decay must be at least 0 and below 1, got 1"),
         (EmaConfig, {"decay": 0}, {"decay": -0.1}, "ema.decay must be at least 0"),
-        (EmaConfig, {"decay": 0.1, "warmup": True}, {"warmup": True}, "ema.warmup belongs to an average"),
-        (DistillConfig, TEACHER | {"checkpoint": "x"}, {"checkpoint": "x"}, "belong to a distill.teacher; name one"),
-        (DistillConfig, TEACHER | {"kwargs": {"a": 1}}, {"kwargs": {"a": 1}}, "belong to a distill.teacher; name one"),
+        (EmaConfig, {"decay": 0.1, "warmup": True}, {"warmup": True}, "ema.warmup needs ema.decay above 0"),
+        (DistillConfig, TEACHER | {"checkpoint": "x"}, {"checkpoint": "x"}, "need a distill.teacher; set one"),
+        (DistillConfig, TEACHER | {"kwargs": {"a": 1}}, {"kwargs": {"a": 1}}, "need a distill.teacher; set one"),
         (DistillConfig, {"alpha": 1}, {"alpha": 1.01}, "distill.alpha must be in 0 .. 1, got 1.01"),
         (DistillConfig, {"alpha": 0}, {"alpha": -0.01}, "distill.alpha must be in 0 .. 1, got -0.01"),
         (DistillConfig, {"temperature": 1e-9}, {"temperature": 0}, "distill.temperature must be positive, got 0"),
@@ -169,15 +175,15 @@ COMPARED = {"contenders": {"a": {}}}
             TrainConfig,
             {"fsdp": True},
             {"fsdp": True, "precision": "fp16"},
-            "fsdp and precision fp16 do not go together",
+            "fsdp does not support precision fp16",
         ),
         (
             TrainConfig,
             {"distill": DistillConfig("resnet18", mode="soft", temperature=2)},
             {"distill": DistillConfig("resnet18", temperature=2)},
-            "distill.temperature is for distill.mode soft",
+            "distill.temperature needs distill.mode soft",
         ),
-        (TrainConfig, {}, {"distill": DistillConfig(alpha=0.1)}, "distill.alpha belongs to a distill.teacher"),
+        (TrainConfig, {}, {"distill": DistillConfig(alpha=0.1)}, "distill.alpha needs a distill.teacher"),
         (ValidateConfig, {"img_sizes": [1]}, {"img_sizes": [9, 0]}, "img_sizes must be at least 1 pixel, got [9, 0]"),
         (ValidateConfig, {"crop_pcts": [1]}, {"crop_pcts": [1, 1.01]}, "crop_pcts must be above 0 and at most 1"),
         (ValidateConfig, {"crop_pcts": [0.01]}, {"crop_pcts": [0]}, "crop_pcts must be above 0 and at most 1"),
@@ -216,6 +222,40 @@ def test_mixing_needs_pairs(capsys):
 )
 def test_a_bad_evaluation_fails_before_anything_runs(capsys, args, message):
     assert message in error_of(capsys, *args, config_class=ValidateConfig)
+
+
+FREE_ON_RESUME = {
+    "run_dir",
+    "accumulate",
+    "trackers",
+    "max_skipped",
+    "checkpoint.every_minutes",
+    "checkpoint.every_updates",
+    "checkpoint.keep",
+    "data.root",
+    "data.batch_size",
+    "data.num_workers",
+    "data.bad_images",
+}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "free"),
+    [(TrainConfig, FREE_ON_RESUME | {"data.cache_gib"}), (DetectionTrainConfig, FREE_ON_RESUME)],
+)
+def test_a_resumed_run_may_change_what_leaves_results_alone(tmp_path, config_class, free):
+    assert free_keys(config_class) == free
+    folder, config = RunFolder(tmp_path, config_class.TOOL), config_class()
+    folder.write_config(config)
+    for key in leaves(config_class):
+        changed = config_class()
+        *section, name = key.split(".")
+        setattr(getattr(changed, section[0]) if section else changed, name, "changed")
+        if key in free:
+            folder.check(changed, resume=True)
+        else:
+            with pytest.raises(RunError, match=f"a resumed run keeps its configuration, but {key} was .*'changed'"):
+                folder.check(changed, resume=True)
 
 
 def leaves(config_class, prefix=""):

@@ -83,7 +83,7 @@ def replace_images(images):
 )
 def test_a_resumed_run_refuses_other_data(copied, change, what):
     change(copied / "images")
-    with pytest.raises(RunError, match=f"the data are not those that the run began with: {what}") as refused:
+    with pytest.raises(RunError, match=f"the data have changed since the run began: {what}") as refused:
         resume(copied, batch_size=16)
     assert "\n" not in str(refused.value)
 
@@ -93,7 +93,7 @@ def test_a_resumed_run_refuses_other_data(copied, change, what):
     [
         (["a/1", "a/0", "b/2"], "x", "3 images of train have become 3 .another order."),
         (["a/0", "a/1b/2"], "x", "3 images of train have become 2 .1 new: 'a/1b/2'; 2 gone: 'a/1', 'b/2'."),
-        (["a/0", "a/1", "b/2"], "y", "the annotations of train are others"),
+        (["a/0", "a/1", "b/2"], "y", "the annotations of train differ"),
     ],
 )
 def test_names_their_order_and_what_else_is_known_are_compared(names, annotations, what):
@@ -102,7 +102,7 @@ def test_names_their_order_and_what_else_is_known_are_compared(names, annotation
 
     saved = record(["a/0", "a/1", "b/2"], "x")
     check_same_data(saved, record(["a/0", "a/1", "b/2"], "x"))
-    with pytest.raises(RunError, match=f"the data are not those that the run began with: {what}. Put them back"):
+    with pytest.raises(RunError, match=f"the data have changed since the run began: {what}. Restore them"):
         check_same_data(saved, record(names, annotations))
 
 

@@ -1,4 +1,4 @@
-"""A teacher: what it is shown, what is learned from it, and that it stays out of the run."""
+"""Distillation: the teacher's input, the loss, and that the teacher is neither trained nor saved."""
 
 import math
 import os
@@ -41,7 +41,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(tree, tmp_path_factory):
-    """A run folder: a model with batch norm, and with another mean, standard deviation and size of its images."""
+    """A run folder: a model with batch norm, whose images have another mean, standard deviation and size."""
     run_dir = tmp_path_factory.mktemp("teacher") / "run"
     data = DataConfig(str(tree), batch_size=16, num_workers=0, img_size=32, mean=(0.6,), std=(0.4,))
     model = ModelConfig("test_resnet", kwargs={"in_chans": 1})
@@ -61,12 +61,12 @@ def states(run_dir):
     state = load_checkpoint(run_dir / "checkpoints" / "last.pt")
     state["history"] = timeless(state["history"])
     state["so_far"] = timeless([state["so_far"]])
-    state["data"] = state["data"]["splits"]["train"]["names"]  # assert_close compares no texts
+    state["data"] = state["data"]["splits"]["train"]["names"]  # assert_close does not compare strings
     return state
 
 
 def assert_same(a, b):
-    """Equal to the last bit, but for times."""
+    """Equal bit for bit, except times."""
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
@@ -94,12 +94,12 @@ def test_the_soft_loss_is_a_divergence_at_a_temperature(temperature):
     assert distillation_loss(LOGITS, ANSWERS, soft).item() == pytest.approx(want, rel=1e-5)
 
 
-def test_a_batch_costs_what_it_does_by_timm(tree, teacher, tmp_path):
-    """One of mixed images, with the labels' loss, weighed. timm has the soft loss for models with one head."""
+def test_the_batch_loss_equals_timms(tree, teacher, tmp_path):
+    """With mixed images and the weighted label loss. timm has the soft loss for models with one head."""
     distill = DistillConfig(teacher, mode="soft", alpha=0.3, temperature=2.0)
     run = trainer(config(tree, tmp_path / "run", distill=distill, model=ModelConfig("test_vit", kwargs=TINY)))
     with torch.no_grad():
-        run.teacher.model.get_classifier().weight.mul_(100)  # so that its answers differ from image to image
+        run.teacher.model.get_classifier().weight.mul_(100)  # so that its predictions differ between images
     batch = torch.randn(16, 1, 12, 12), torch.arange(16) % 3
     np.random.seed(3)
     loss = run.batch_loss([t.clone() for t in batch])
@@ -126,7 +126,7 @@ def test_images_are_normalised_and_resized_for_the_teacher(teacher):
         torch.testing.assert_close(made((grey - 0.3) / 0.2), want)
 
 
-def test_a_teacher_of_no_weight_is_as_none_and_stays_as_it_is(tree, teacher, tmp_path, monkeypatch):
+def test_a_teacher_with_alpha_0_changes_nothing_and_stays_unchanged(tree, teacher, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(classification, "Teacher", lambda *args: made.append(Teacher(*args)) or made[-1])
     train(config(tree, tmp_path / "taught", distill=DistillConfig(teacher, alpha=0.0)))
@@ -139,7 +139,7 @@ def test_a_teacher_of_no_weight_is_as_none_and_stays_as_it_is(tree, teacher, tmp
 
 
 @pytest.mark.parametrize("mode", ["soft", "hard"])
-def test_a_taught_run_that_was_stopped_ends_as_one_that_was_not(tree, teacher, tmp_path, monkeypatch, mode):
+def test_a_stopped_run_with_a_teacher_equals_the_uninterrupted_one(tree, teacher, tmp_path, monkeypatch, mode):
     options = {"distill": DistillConfig(teacher, mode=mode), "accumulate": 2}
     train(config(tree, tmp_path / "whole", **options))
     interrupt(monkeypatch, Classification, 2)
@@ -162,17 +162,17 @@ def test_a_head_for_the_teacher_learns_from_it_and_the_other_from_the_labels(tre
     assert train(taught)["top1"] > 0
 
 
-def test_a_dry_run_has_its_teacher(tree, teacher, tmp_path, capsys):
+def test_a_dry_run_uses_the_teacher(tree, teacher, tmp_path, capsys):
     assert math.isfinite(dry_run(config(tree, tmp_path / "run", distill=DistillConfig(teacher)), 2)["loss"])
     assert f"taught by {teacher}" in capsys.readouterr().out
 
 
 def test_other_classes_and_channels_are_refused(teacher):
-    with pytest.raises(ConfigError, match=r"the teacher .* has 3 classes, the data set 4; give one that was trained"):
+    with pytest.raises(ConfigError, match=r"the teacher .* has 3 classes, the data set 4; choose a teacher that"):
         make_teacher(teacher, [*CLASSES, "d"])
-    with pytest.raises(ConfigError, match=r"class 1 of the teacher .* is 'b', of the data set 'x'; give one"):
+    with pytest.raises(ConfigError, match=r"class 1 is 'b' in the teacher .*, 'x' in the data set; choose a teacher"):
         make_teacher(teacher, ["a", "x", "c"])
-    with pytest.raises(ConfigError, match=r"wants images of 1 channels, the model 3; set distill.kwargs.in_chans"):
+    with pytest.raises(ConfigError, match=r"takes images with 1 channels, the student 3; set distill.kwargs.in_chans"):
         make_teacher(teacher, input_size=(3, 12, 12))
     with pytest.raises(ConfigError, match=r"no model 'regnety' in timm"):
         make_teacher("regnety")

@@ -1,4 +1,4 @@
-"""Two processes on the CPU train as one does: with whole and with sharded parameters, stopped, and resumed on one."""
+"""Two processes on the CPU train like one: with DDP and FSDP, stopped, and resumed on one process."""
 
 import json
 import os
@@ -32,7 +32,7 @@ MODEL = ModelConfig("vim_nano", kwargs={"img_size": 12, "patch_size": 4, "in_cha
 
 
 def config(root, name, batch_size, fsdp=False, accumulate=2):
-    """Updates of 16 images; chance only where it does not depend on the number of processes."""
+    """Updates of 16 images; no randomness that depends on the number of processes."""
     return TrainConfig(
         run_dir=str(Path(root) / "runs" / name),
         accumulate=accumulate,
@@ -47,8 +47,8 @@ def config(root, name, batch_size, fsdp=False, accumulate=2):
 
 
 def run(root, name, batch_size, fsdp=False, resume=False, accumulate=2, stop=None):
-    """What a process does. stop: an update in which this process gets a SIGTERM, or "evaluation"."""
-    if accumulate == 1 and os.environ["ACCELERATE_USE_CPU"] == "true":  # all of a captured run but the CUDA graph
+    """Code of one process. stop: the update in which this process gets a SIGTERM, or "evaluation"."""
+    if accumulate == 1 and os.environ["ACCELERATE_USE_CPU"] == "true":  # as captured, without the graph
         classification.wants_cuda_graph = lambda *_: True
         classification.capture_training = lambda *_: None
         torch.cuda.graph_pool_handle = lambda: None
@@ -72,7 +72,7 @@ def run(root, name, batch_size, fsdp=False, resume=False, accumulate=2, stop=Non
 
 
 def start(processes, *args, stop=(None, None), cpu=True):
-    """So many processes that call `run`, on the CPU or on a GPU each. stop: of each."""
+    """Start processes that call `run`, on the CPU or on one GPU each. stop: one value per process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
@@ -97,7 +97,7 @@ def codes(processes):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A folder with images, and a run of one process."""
+    """A folder with images and a run of one process."""
     return run_alone(tmp_path_factory, cpu=True)
 
 
@@ -136,7 +136,7 @@ def assert_same_run(root, name):
 
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_two_processes_stopped_and_resumed_on_one_equal_one_alone(alone, fsdp):
-    """A signal to one process stops both, in the midst of an epoch."""
+    """A signal to one process stops both, in the middle of an epoch."""
     name = f"fsdp-{fsdp}"
     ended, errors = codes(start(2, str(alone), name, 4, fsdp, stop=(None, 5)))
     assert ended == [143, 143], errors
@@ -146,19 +146,19 @@ def test_two_processes_stopped_and_resumed_on_one_equal_one_alone(alone, fsdp):
         assert sorted(path.name for path in last.iterdir()) == ["shard-0-of-2.pt", "shard-1-of-2.pt"]
     ended, errors = codes(start(1, str(alone), name, 4, fsdp, True))  # half the total batch
     assert ended == [1]
-    assert "the run has 16 images an update, now they would be 8" in errors[0]
+    assert "the run has 16 images per update, but would resume with 8" in errors[0]
     assert codes(start(1, str(alone), name, 8, fsdp, True)) == ([0], [""])
     assert_same_run(alone, name)
 
 
 def test_two_processes_that_capture_equal_one_alone(alone):
-    """They average their gradients themselves."""
+    """They all-reduce their gradients themselves, without DistributedDataParallel."""
     assert codes(start(2, str(alone), "captured", 8, False, False, 1)) == ([0, 0], ["", ""])
     assert_same_run(alone, "captured")
 
 
 def average(rank, address):
-    """A process of the test below."""
+    """Code of one process of the test below."""
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 2), "norm": torch.nn.BatchNorm1d(2)})
     model["unused"], model["frozen"] = torch.nn.Linear(1, 2), torch.nn.Linear(1, 1).requires_grad_(False)
@@ -177,7 +177,7 @@ def average(rank, address):
 
 
 def test_averaging_of_gradients():
-    """A gradient that one process lacks is zero there; buffers are the first process's."""
+    """A missing gradient counts as zero; buffers come from the first process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
@@ -185,7 +185,7 @@ def test_averaging_of_gradients():
 
 
 def test_a_signal_during_evaluation_stops_both(alone):
-    """Each at the same batch: one alone would leave the other waiting for it."""
+    """Both stop at the same batch: one alone would leave the other waiting."""
     ended, errors = codes(start(2, str(alone), "evaluating", 4, stop=(None, "evaluation")))
     assert ended == [143, 143], errors
     saved = load_checkpoint(alone / "runs" / "evaluating" / "checkpoints" / "last.pt")
@@ -195,7 +195,7 @@ def test_a_signal_during_evaluation_stops_both(alone):
 
 
 def test_two_processes_with_shards_equal_one_alone(alone):
-    """And a run that one process began goes on with two."""
+    """A run started by one process resumes with two."""
     assert codes(start(1, str(alone), "grown", 8, True, stop=(5,)))[0] == [143]
     ended, errors = codes(start(2, str(alone), "grown", 4, True, True))
     assert ended == [0, 0], errors
@@ -222,13 +222,13 @@ def test_two_gpus_stopped_and_resumed_on_one_equal_one_alone(alone_on_a_gpu, fsd
 
 
 def test_a_damaged_shard_is_found(tmp_path):
-    """Both files belong to a checkpoint: without one, or with another one's, there is none to load."""
+    """A checkpoint with a missing shard, or with a shard of another one, is not loaded."""
     run = RunFolder(tmp_path, "tools/train.py")
     whole = {"update": 3, "steps": [torch.arange(5.0), 7]}
 
     def write(path, update):
         path.mkdir(parents=True)
-        for process, rows in enumerate((3, 2)):  # as FSDP cuts
+        for process, rows in enumerate((3, 2)):  # as FSDP shards them
             piece = Piece(whole["steps"][0][3 * process :][:rows], (5,))
             save_shard({"update": update, "steps": [piece, 7]}, path, process, 2)
 
@@ -238,7 +238,7 @@ def test_a_damaged_shard_is_found(tmp_path):
     run.keep_new(run.best)
     assert_close(load_checkpoint(run.last), whole)
     assert_close(load_checkpoint(run.best), whole)
-    save_checkpoint(whole, tmp_path / "one.pt")  # a file in the place of a folder, when one process goes on
+    save_checkpoint(whole, tmp_path / "one.pt")  # a file replaces a folder if one process resumes
     duplicate(tmp_path / "one.pt", run.best)
     assert run.best.is_file()
     duplicate(run.last, run.best)

@@ -1,23 +1,28 @@
-"""Trying a run out: a few updates that leave nothing behind, and the speed of its loader."""
+"""Dry runs: a few updates that leave nothing on disk, and the speed of the dataloader."""
 
+import json
 import os
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from image_tree import write_image_tree
 from PIL import Image
 from whole_runs import one_thread  # noqa: F401  (the fixture)
 
 from vim.console import ConfigError
-from vim.data import AugmentConfig, DataConfig, DataError, ImageFolder, TrainImages
+from vim.console.progress import Progress
+from vim.data import AugmentConfig, DataConfig, DataError, TrainImages, open_split
 from vim.data.synthetic import write_jpegs
 from vim.experiments import loader_speed as loader_speed_module
 from vim.experiments.loader_speed import loader_speed
+from vim.timm_models.accelerator import create_accelerator
 from vim.timm_models.config import ModelConfig
 from vim.training import Classification, TrainConfig, trainer
 from vim.training import dry_run as dry_run_module
+from vim.training.classification_data import ClassificationData
 from vim.training.dry_run import dry_run, find_batch_size
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -37,7 +42,7 @@ def config(tmp_path):
 
 
 def test_a_dry_run_crosses_epochs_and_leaves_nothing(config, tmp_path, capsys):
-    report = dry_run(config, 12)  # and one to warm up, of five in an epoch
+    report = dry_run(config, 12)  # and one warm-up update; an epoch has five
     assert report["images_per_second"] > 0
     assert 0 <= report["data_wait"] < 1
     assert report["loss"] == pytest.approx(0.7, abs=0.5)
@@ -54,7 +59,7 @@ def test_the_largest_batch_needs_a_gpu(config):
 
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("of memory"), DataError("an update takes 16 images")])
 def test_the_largest_batch_is_the_last_that_fits(config, monkeypatch, error):
-    """Here without a GPU, of which a dry run only has the memory."""
+    """Without a GPU: the dry run is replaced by one that only runs out of memory."""
     tried, most = [], [8]
 
     def trial(config, steps, task):
@@ -71,13 +76,13 @@ def test_the_largest_batch_is_the_last_that_fits(config, monkeypatch, error):
     assert find_batch_size(config) == 8
     assert (tried, config.data.batch_size) == ([2, 4, 8, 16], 4)
     most[0] = 1
-    with pytest.raises(ConfigError, match="not even 2 images fit"):
+    with pytest.raises(ConfigError, match=r"not even data\.batch_size 2 fits"):
         find_batch_size(config)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Its time in seconds, of which a batch takes one, the first ten, and a step of training two."""
+    """A fake clock: loading a batch takes 1 s, the first one 10 s, a training step 2 s."""
     clock = SimpleNamespace(now=0.0, batches=0)
     collate, batch_loss = TrainImages.collate, Classification.batch_loss
 
@@ -98,43 +103,86 @@ def clock(monkeypatch):
 
 
 def test_a_dry_run_times_what_comes_after_its_first_update(config, clock):
-    """Two epochs and a part of the next: twelve updates of two steps."""
+    """Twelve updates of two steps: two epochs and part of a third."""
     report = dry_run(replace(config, accumulate=2), 12)
     assert report["images_per_second"] == pytest.approx(12 * 8 / (12 * 2 * (1 + 2)))
     assert report["data_wait"] == pytest.approx(1 / 3)
-    assert report["first_update_seconds"] == 10 + 1 + 1 + 2 * 2  # the loader looks a batch ahead
+    assert report["first_update_seconds"] == 10 + 1 + 1 + 2 * 2  # the dataloader loads one batch ahead
 
 
 @pytest.mark.parametrize("seconds", [20, 80])
-def test_loader_speed_counts_images_behind_the_first_batch(config, clock, seconds):
+def test_loader_speed_counts_images_after_the_first_batch(config, clock, seconds):
     assert loader_speed(config, 0, seconds) == pytest.approx(4, rel=5 / seconds)
     assert seconds <= clock.batches <= seconds + 10
 
 
-def test_loader_speed_is_that_of_so_many_workers_and_the_full_size(config, monkeypatch):
-    loaders, set_up = [], Classification.__init__
+def test_loader_speed_uses_the_given_workers_and_the_full_size(config, monkeypatch):
+    loaders, batches = [], ClassificationData.train_batches
     config.data.progressive = [(8, 1)]
 
     def noted(self, *args):
-        set_up(self, *args)
-        loaders.append((self.train_batches.num_workers, self.config.data.early_sizes))
+        loaders.append(batches(self, *args))
+        return loaders[-1]
 
-    monkeypatch.setattr(Classification, "__init__", noted)
+    monkeypatch.setattr(ClassificationData, "train_batches", noted)
     for workers in (0, 2):
         assert loader_speed(config, workers, 1e-9) > 0
-    assert loaders == [(0, []), (2, [])]
+    assert [loader.num_workers for loader in loaders] == [0, 2]
+    assert [next(iter(loader))[0].pixels.shape for loader in loaders] == [(4, 12, 12, 1)] * 2
     assert (config.data.num_workers, config.data.progressive) == (0, [(8, 1)])
+
+
+def same_input(config):
+    """The images that the speed is measured with are those of the training."""
+    seen, batches = [], ClassificationData.train_batches
+
+    def noted(self, augment, data_config, *others):
+        seen.append((data_config, *others))
+        return batches(self, augment, data_config, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClassificationData, "train_batches", noted)
+        Classification(config, create_accelerator("fp32"), Progress(False))
+        loader_speed(config, 0, 1e-9)
+    assert seen[0] == seen[1]
+    return seen[1][0]
+
+
+def test_loader_speed_needs_no_model(config, tmp_path, monkeypatch):
+    vim, resnet = (
+        ModelConfig("vim_nano", kwargs={"img_size": 12, "patch_size": 4, "in_chans": 1}),
+        ModelConfig("resnet18"),
+    )
+    assert same_input(replace(config, model=vim))["input_size"] == (1, 12, 12)
+    assert same_input(replace(config, model=resnet, data=replace(config.data, img_size=40)))["input_size"] == (
+        3,
+        40,
+        40,
+    )
+    about = {"input_size": [1, 14, 14], "mean": [0.25], "std": [0.5], "crop_pct": 0.75, "fixed_input_size": True}
+    folder = tmp_path / "finished"
+    folder.mkdir()
+    arguments = {"img_size": 14, "patch_size": 7, "in_chans": 1}
+    document = {"architecture": "vim_nano", "num_classes": 2, "pretrained_cfg": about, "model_args": arguments}
+    (folder / "config.json").write_text(json.dumps(document))
+    local = ModelConfig(str(folder), pretrained=False, kwargs={"in_chans": 1})
+    found = same_input(replace(config, model=local))
+    assert (found["input_size"], found["mean"], found["crop_pct"]) == ((1, 14, 14), (0.25,), 0.75)
+    monkeypatch.setattr(timm, "create_model", None)
+    assert loader_speed(config, 0, 1e-9) > 0
+    with pytest.raises(ConfigError, match=r"no model 'vim_smal' in timm.*did you mean 'vim_small'"):
+        loader_speed(replace(config, model=ModelConfig("vim_smal")), 0, 1e-9)
 
 
 def test_made_up_photographs(tmp_path):
     write_jpegs(tmp_path / "jpegs", classes=3, images=6)
-    folder = ImageFolder(tmp_path / "jpegs", "train")
+    folder = open_split(tmp_path / "jpegs", "train")
     assert (len(folder), folder.classes) == (6, ["class0000", "class0001", "class0002"])
     assert Image.open(folder.name(0)).size == (500, 375)
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         write_jpegs(tmp_path / name, 1, 1, seed)
     one, two, three = (
-        [ImageFolder(tmp_path / name, split).load(0)[0].tobytes() for split in ("train", "val")]
+        [open_split(tmp_path / name, split).load(0).tobytes() for split in ("train", "val")]
         for name in ("one", "two", "three")
     )
     assert one == two

@@ -1,4 +1,4 @@
-"""Every option of training and evaluation does what it says: a test sees its effect, and no option is without one."""
+"""Every option of training and evaluation has a test that sees its effect."""
 
 import math
 import os
@@ -46,12 +46,12 @@ ELSEWHERE = {
     (TrainConfig, "run_dir"): "test_training_run.py::test_the_folder_holds_what_it_should",
     (TrainConfig, "accumulate"): "test_training_run.py::test_accumulated_steps_equal_one_large_step",
     (TrainConfig, "trackers"): "test_training_run.py::test_a_tracker_gets_every_epoch_once",
-    (TrainConfig, "max_skipped"): "test_training_run.py::test_a_loss_that_stays_without_finite_numbers_stops_the_run",
-    (OptimConfig, "layer_decay"): "test_training_optim.py::test_layers_learn_the_slower_the_deeper_they_lie",
+    (TrainConfig, "max_skipped"): "test_training_run.py::test_a_loss_that_stays_non_finite_stops_the_run",
+    (OptimConfig, "layer_decay"): "test_training_optim.py::test_layer_decay_lowers_the_rate_of_lower_layers",
     (ScheduleConfig, "epochs"): "test_training_run.py::test_the_folder_holds_what_it_should",
-    (EmaConfig, "decay"): "test_training_run.py::test_averaged_weights_follow_their_formula",
+    (EmaConfig, "decay"): "test_training_run.py::test_the_ema_follows_its_formula",
     (DistillConfig, "mode"): "test_training_distillation.py::test_the_hard_loss_is_that_of_the_teachers_class",
-    (DistillConfig, "alpha"): "test_training_distillation.py::test_a_batch_costs_what_it_does_by_timm",
+    (DistillConfig, "alpha"): "test_training_distillation.py::test_the_batch_loss_equals_timms",
     (
         DistillConfig,
         "temperature",
@@ -72,9 +72,9 @@ TESTS = Path(__file__).parents[1]
 
 
 def options(config_class):
-    """Class and name of each field, in the sections too."""
+    """Class and name of every field, including sections."""
     for field in fields(config_class):
-        if field.type not in (DataConfig, AugmentConfig):  # which have such tests of their own
+        if field.type not in (DataConfig, AugmentConfig):  # tested in tests/data
             yield from options(field.type) if is_dataclass(field.type) else [(config_class, field.name)]
 
 
@@ -90,7 +90,7 @@ def test_the_tests_of_other_files_are_there(where):
 
 @pytest.fixture
 def fresh_accelerator():
-    """Its state is the process's, and would keep the precision of the test before."""
+    """accelerate's global state would keep the precision of the previous test."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -106,7 +106,7 @@ def data(tree, batch_size=16, **changes):
 
 
 def made(tree, **changes):
-    """A run with nothing random in it but its order."""
+    """A run in which only the data order is random."""
     still = {
         "model": ModelConfig(VIT, kwargs=TINY),
         "data": data(tree),
@@ -121,7 +121,7 @@ def saver(run, folder="run"):
 
 
 def epoch(run):
-    """Train one, without a save."""
+    """Train one epoch without saving."""
     record = run.train_epoch(saver(run))
     run.state.end_epoch(record)
     return record
@@ -131,7 +131,7 @@ def epoch(run):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_gradient_is_clipped_as_a_whole_to_the_norm(tree, accumulate):
     def change(clip_grad):
-        """Of all weights by one update of gradient descent, at a rate of 1."""
+        """Change of all weights by one SGD update at learning rate 1."""
         plain = {"momentum": 0, "nesterov": False}
         run = made(
             tree,
@@ -155,8 +155,8 @@ def test_the_gradient_is_clipped_as_a_whole_to_the_norm(tree, accumulate):
 @sees(ScheduleConfig, "warmup_epochs", "warmup_lr", "min_lr", "steps")
 @pytest.mark.parametrize("steps", [None, [1, 2.5]])
 def test_every_update_is_made_at_the_rate_of_the_schedule(tree, steps):
-    """Four updates an epoch, of two steps each. The peak is for 64 images and an update has half of them. With layer
-    decay it is the top layer's, as what the log has of an epoch."""
+    """An epoch has four updates of two steps. The peak rate is for 64 images; an update has 32. With layer decay, the
+    peak and the logged rate are those of the top layer."""
     lowest = {} if steps else {"min_lr": 4e-3}
     run = made(
         tree,
@@ -192,7 +192,7 @@ def test_an_optimizer_is_the_one_that_was_named_with_its_arguments():
 
 @sees(EmaConfig, "warmup")
 @pytest.mark.parametrize(("warmup", "kept"), [(True, [0, 1 - 2 ** (-2 / 3), 0.5, 0.5]), (False, [0.5] * 4)])
-def test_an_average_keeps_less_at_first_if_it_warms_up(tree, warmup, kept):
+def test_ema_warmup_starts_with_a_small_decay(tree, warmup, kept):
     state = made(tree, ema=EmaConfig(0.5, warmup)).state
     own, average = state.model.head.bias, state.ema.module.head.bias
     want = average.clone()
@@ -205,7 +205,7 @@ def test_an_average_keeps_less_at_first_if_it_warms_up(tree, warmup, kept):
 
 
 @sees(TrainConfig, "seed")
-def test_weights_order_augmentation_and_draws_are_of_the_seed(tree):
+def test_weights_order_augmentation_and_draws_depend_on_the_seed(tree):
     def seen(seed):
         run = made(tree, seed=seed, augment=AugmentConfig(scale=(0.3, 1.0), smoothing=0.0))
         keys, drawn = run.sampler.keys(0, 64), []
@@ -220,7 +220,7 @@ def test_weights_order_augmentation_and_draws_are_of_the_seed(tree):
         run.batch_loss = draw
         epoch(run)
         epoch(run)
-        assert len(set(drawn)) == 2 * 2 * 4  # each update has its own
+        assert len(set(drawn)) == 2 * 2 * 4  # each update draws its own
         return weights, torch.tensor([key.image for key in keys]), images, torch.tensor(drawn)
 
     first, again, other = seen(0), seen(0), seen(1)
@@ -238,7 +238,7 @@ def test_training_and_evaluation_compute_in_the_precision(tree, precision, dtype
     epoch(run)
     metrics = run.evaluate(lambda: batches.append(len(seen)))
     assert seen == [dtype] * (66 // 16 + 2)
-    assert batches == [5, 6]  # behind each of both, where a signal may stop it
+    assert batches == [5, 6]  # after each of the two evaluations, where a signal may stop the run
     assert metrics["loss"] == run.evaluation.loss != metrics["ema_loss"]  # the plots are of the last weights
     assert {p.dtype for p in run.state.model.parameters()} == {torch.float32}
 
@@ -258,7 +258,7 @@ def test_half_precision_is_refused_where_it_would_be_ignored(tree):
 
 @sees(TrainConfig, "fsdp")
 @pytest.mark.parametrize(("processes", "fsdp"), [(1, True), (2, False), (2, True)])
-def test_a_model_is_divided_among_several_processes_if_asked_for(tree, monkeypatch, processes, fsdp):
+def test_a_model_is_sharded_over_several_processes_if_configured(tree, monkeypatch, processes, fsdp):
     divided = []
     monkeypatch.setattr(trainer, "shard", divided.append)
     monkeypatch.setattr(Accelerator, "num_processes", processes)
@@ -271,7 +271,7 @@ def test_a_model_is_divided_among_several_processes_if_asked_for(tree, monkeypat
 def test_a_run_has_as_many_threads_as_it_says(tree, tmp_path, cpu_threads, want):
     before = torch.get_num_threads()
     try:
-        with pytest.raises(RunError, match="no run to resume"):  # which it finds out next
+        with pytest.raises(RunError, match="no run to resume"):  # checked after the threads are set
             train(config(tree, tmp_path, cpu_threads=cpu_threads), resume=True)
         assert torch.get_num_threads() == want
     finally:
@@ -280,7 +280,7 @@ def test_a_run_has_as_many_threads_as_it_says(tree, tmp_path, cpu_threads, want)
 
 @sees(ModelConfig, "grad_checkpointing", "compile", "cuda_graph")
 @pytest.mark.parametrize("option", ["grad_checkpointing", "compile", "cuda_graph"])
-def test_a_model_runs_as_its_section_says(tree, monkeypatch, option):
+def test_a_model_is_checkpointed_compiled_or_captured_as_configured(tree, monkeypatch, option):
     captured, compiled, passes = [], [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     monkeypatch.setattr(classification, "wants_cuda_graph", lambda model, config, *_: config.cuda_graph)
@@ -300,7 +300,7 @@ def test_a_model_runs_as_its_section_says(tree, monkeypatch, option):
 
 @pytest.fixture
 def stored(tmp_path):
-    """Folder of a finished run, a file with other weights, and both of these weights."""
+    """Folder of a finished run, a file with other weights, and the models with both."""
     torch.manual_seed(5)
     first, second = (timm.create_model(VIT, num_classes=3, **TINY) for _ in range(2))
     run = RunFolder(tmp_path / "stored", "")
@@ -313,7 +313,7 @@ def stored(tmp_path):
 
 
 def same_weights(model, stored):
-    """Which of the stored ones a model has."""
+    """Which of the stored weights a model has."""
     body = model.state_dict()["blocks.1.mlp.fc1.weight"]
     return [name for name, other in stored.models.items() if torch.equal(body, other.blocks[1].mlp.fc1.weight)]
 
@@ -365,7 +365,7 @@ def test_a_teacher_is_the_one_that_was_given(tree, stored):
     ],
 )
 def test_a_run_is_saved_by_the_minute_and_by_the_update(tree, tmp_path, monkeypatch, every, want):
-    """Eight updates of half a minute each, of which the first to begin when the minutes are over is saved."""
+    """Eight updates of half a minute each. The first update that starts after the interval is saved."""
     run = made(tree, data=data(tree, 8), checkpoint=CheckpointConfig(**every))
     state = run.state
     monkeypatch.setattr(vim.training.checkpointer, "time", SimpleNamespace(monotonic=lambda: 30 * state.update))
@@ -388,7 +388,7 @@ def keys(section, prefix=""):
 
 
 def another(value):
-    """A value of the same kind, or a number for none."""
+    """Another value of the same type; a number instead of None."""
     kinds = {
         bool: lambda: not value,
         dict: lambda: {**value, "more": 1},
@@ -418,7 +418,7 @@ def test_a_resumed_run_refuses_another_value_of_what_changes_results(tree, tmp_p
 
 
 def validated(monkeypatch, config):
-    """What a validation reads, in batches; its results; the types that its model computes in."""
+    """Run a validation. Returns: its dataloader, its results, and the dtypes that its model computed in."""
     loaders, dtypes = [], []
 
     def seen(model, loader, *args):
@@ -442,7 +442,7 @@ def validated(monkeypatch, config):
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_a_validation_reads_what_training_would(tree, tmp_path, stored, monkeypatch, change):
-    """Which has its own tests of this section."""
+    """Training has its own tests of the data section."""
     if "root" in change:
         change = {"root": str(write_image_tree(tmp_path / "other", {"train": 66, "val": 9}, classes=3, size=14))}
     given = {"root": str(tree), "batch_size": 16, "num_workers": 0, "mean": (0.3,), "std": (0.2,)} | change

@@ -22,7 +22,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 def scores(images, classes):
-    """Logits and labels that no two images share."""
+    """Random logits and labels, different for every image."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(images, classes, generator=generator), torch.randint(classes, (images,), generator=generator)
 
@@ -55,7 +55,7 @@ def test_one_process(images, batch_size, classes):
 
 
 def check_several_right(images, classes, batch_size):
-    """Labels that mean sets of classes, of which the first does not take part; by hand, image by image."""
+    """Labels with several correct classes; class 0 may not be predicted. Expected values image by image."""
     sets = [[1 + (label + i) % (classes - 1) for i in range(1 + label % 3)] for label in range(classes)]
     answers = torch.tensor([right + [NO_LABEL] * (3 - len(right)) for right in sets])
     result = evaluated(images, classes, batch_size, answers, candidates=torch.arange(classes) > 0)
@@ -79,8 +79,8 @@ def test_several_right_classes():
     check_several_right(images=50, classes=11, batch_size=8)
 
 
-def test_an_image_with_any_logit_that_is_not_finite_is_wrong():
-    """Though the class that it names would be the right one."""
+def test_an_image_with_a_non_finite_logit_is_wrong():
+    """Even if its largest logit is that of the correct class."""
     inf, nan = math.inf, math.nan
     logits = torch.tensor([[0, 2, 1], [0, inf, 1], [0, nan, 1], [-inf, 1, 0], [2, 0, 1]])
     loader = DataLoader([(row, label, []) for row, label in zip(logits, [1] * 5, strict=True)], 2, collate_fn=collate)
@@ -90,7 +90,7 @@ def test_an_image_with_any_logit_that_is_not_finite_is_wrong():
     assert result.confusion.tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 0]]
 
 
-def test_a_loader_that_leaves_images_out_gives_no_accuracy():
+def test_a_loader_that_loses_images_is_an_error():
     images = [(*pair, []) for pair in zip(*scores(23, 3), strict=True)]
     loader = Accelerator().prepare(DataLoader(images, 4, collate_fn=collate, drop_last=True))
     with pytest.raises(RunError, match="evaluation counted 20 images of 23"):

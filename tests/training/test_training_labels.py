@@ -118,7 +118,7 @@ def test_real_labels_name_the_images_that_are_not_of_imagenets_val(tmp_path, res
     for name in (*others, "ILSVRC2012_val_00050000.JPEG"):
         paint(tmp_path / "val" / WNIDS[0] / name, 0)
     named = r", \S+".join(others)
-    with pytest.raises(ConfigError, match=rf"3 of 8 images of \S+val are others: \S+{named}$"):
+    with pytest.raises(ConfigError, match=rf"3 of 8 images of \S+val have other names: \S+{named}$"):
         results("imagenet-real")
 
 

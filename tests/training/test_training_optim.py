@@ -22,7 +22,7 @@ def decayed_names(model):
     return {name for name, decay in groups.items() if decay == 0.05}
 
 
-def test_decay_spares_what_the_model_names_and_all_vectors():
+def test_vectors_and_what_the_model_names_have_no_weight_decay():
     decayed = decayed_names(timm.create_model("vim_nano", depth=1, num_classes=3))
     block = "blocks.0.mixer."
     ssm = ("conv1d.weight", "x_proj.weight", "dt_proj.weight")
@@ -35,14 +35,14 @@ def test_decay_spares_what_the_model_names_and_all_vectors():
     }
 
 
-def test_layers_learn_the_slower_the_deeper_they_lie():
+def test_layer_decay_lowers_the_rate_of_lower_layers():
     model = timm.create_model("vim_nano", depth=2, num_classes=3)
     optimizer = create_optimizer(model, OptimConfig(lr=1.0, layer_decay=0.5), total_batch=64)
-    create_schedule(optimizer, ScheduleConfig(epochs=2, warmup_epochs=0), 1)  # which applies the scales
+    create_schedule(optimizer, ScheduleConfig(epochs=2, warmup_epochs=0), 1)  # applies the layer-wise factors
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     got = {name: rates[id(p)] for name, p in model.named_parameters()}
     layers = ["patch_embed.proj.weight", "blocks.0.norm.weight", "blocks.1.mixer.in_proj.weight", "head.weight"]
-    # timm counts the final norm to the last block.
+    # timm assigns the final norm to the last block.
     assert [got[name] for name in layers] == [1 / 8, 1 / 4, 1 / 2, 1]
     assert got["pos_embed"] == got["cls_token"] == 1 / 8
 
@@ -65,7 +65,7 @@ def test_unknown_optimizer_and_argument():
         create_optimizer(torch.nn.Linear(2, 2), OptimConfig(kwargs={"beta": 1}), 64)
 
 
-def test_steps_come_with_their_updates():
+def test_step_decay_drops_the_rate_at_the_right_updates():
     config = ScheduleConfig(epochs=10, warmup_epochs=1, warmup_lr=0.1, steps=[2.5, 8])
     optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.5)
     schedule = create_schedule(optimizer, config, updates_per_epoch=4)

@@ -13,7 +13,7 @@ from whole_runs import interrupt, log, one_thread, state, timeless  # noqa: F401
 import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigError, InterruptedRunError
 from vim.console.progress import Progress
-from vim.data import AugmentConfig, DataConfig, EvalDataConfig, ImageFolder, SampleKey, TrainImages, train_transform
+from vim.data import AugmentConfig, DataConfig, EvalDataConfig, SampleKey, TrainImages, open_split, train_transform
 from vim.timm_models.accelerator import create_accelerator
 from vim.timm_models.config import ModelConfig
 from vim.training import TrainConfig, ValidateConfig, train, validate
@@ -107,7 +107,7 @@ def test_a_stopped_run_equals_the_uninterrupted_one(finished, tree, tmp_path, mo
 
 
 def test_a_sample_is_that_of_its_epochs_size(tree):
-    folder = ImageFolder(tree, "train")
+    folder = open_split(tree, "train")
     inputs = {"mean": (0.2,), "std": (0.5,), "interpolation": "bilinear"}
     small, large = (train_transform(AUGMENT, inputs | {"input_size": (1, size, size)}) for size in (8, 16))
     both = TrainImages(folder, large, 0, 1, early=[small, small])
@@ -142,7 +142,7 @@ def test_what_cannot_be_is_refused(tree, tmp_path):
     refused(r"mixer_s16_224 does not take images of 16 pixels, .* \(32\).*; choose other sizes", *mixer)
     refused("does not take images of 8 pixels", kwargs=TINY | {"dynamic_img_size": False})
     refused("does not take images of 10 pixels, .* divisible", progressive=[(8, 1), (10, 1)])
-    refused("grow to their full size, 16 x 16 pixels; they cannot begin with 16", progressive=[(8, 1), (16, 1)])
+    refused("grow to their full size, 16 x 16 pixels; they cannot start at 16", progressive=[(8, 1), (16, 1)])
     refused("for square images .*, 16 x 32 pixels", kwargs=TINY | {"img_size": (16, 32)})
 
 

@@ -1,4 +1,4 @@
-"""What a run writes and says: numbers that are not finite, whole files, and one line for what the disk refuses."""
+"""What a run writes and prints: non-finite numbers, complete files, and one line for disk errors."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def finished(tree, tmp_path_factory):
 
 
 def strict(text):
-    """JSON as every reader takes it."""
+    """Parse strict JSON."""
     return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 
@@ -59,7 +59,7 @@ def test_an_epoch_without_an_update_has_no_loss(tree, tmp_path, monkeypatch, cap
     monkeypatch.setattr(trainer.Trainer, "_backward", poisoned)
     train(config(tree, tmp_path))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 2/3"))
-    assert "train loss nan  (4 updates skipped, not finite)" in line
+    assert "train loss nan  (4 non-finite updates skipped)" in line
     records = [strict(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(record["train_loss"] is None, record["skipped"]) for record in records] == [
         (False, 0),
@@ -70,7 +70,7 @@ def test_an_epoch_without_an_update_has_no_loss(tree, tmp_path, monkeypatch, cap
 
 
 def test_times_and_speeds_add_up(tree, tmp_path, monkeypatch, capsys):
-    """By a clock of which an image batch takes 1 s, a step 2 s, in the second epoch 6, and an evaluation 3."""
+    """With a fake clock: a batch takes 1 s, a step 2 s (6 s in the second epoch), an evaluation 3 s."""
     now, epochs = [100.0], ScheduleConfig(epochs=2, warmup_epochs=0)
 
     def takes(owner, name, seconds):
@@ -114,12 +114,12 @@ def test_the_revision_is_the_commit_and_whether_files_are_changed(tmp_path, monk
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="peak_memory_mib has no answer there")
-def test_the_peak_of_memory_is_the_processs_own():
-    """In MiB, and not that of the larger process that started it."""
+def test_peak_memory_is_that_of_this_process():
+    """In MiB, without that of the larger parent process."""
     code = """
 import torch
 from vim.training.summary import peak_memory_mib
-held = bytearray(300 * 2**20)  # more than imports have given back
+held = bytearray(300 * 2**20)  # more than the imports have freed
 before = peak_memory_mib(torch.device("cpu"))
 more = bytearray(300 * 2**20)
 print(before, peak_memory_mib(torch.device("cpu")) - before)
@@ -163,7 +163,7 @@ class TwiceScaled(nn.Module):
 
 
 def test_a_diagnosis_measures_blocks():
-    """Norms over all parameters of each; the largest value of all calls, whatever its sign."""
+    """Norms over all parameters of a block; the largest absolute value of all its calls."""
     model = TwiceScaled()
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), (-0.25, 0.0, 3.0, 0.0, math.inf, 0.0), strict=True):
@@ -177,11 +177,11 @@ def test_a_diagnosis_measures_blocks():
     peaks = largest_activations(model, lambda: model(torch.tensor([[8.0], [-16.0]])))
     assert peaks == {"blocks.0": 4, "blocks.1": 3, "head": math.inf}
     assert first_not_finite(peaks) == "first in head (inf)"
-    assert first_not_finite({"a": 2.0, "b": 3.0}) == "finite in all blocks, at most 3 in b"
+    assert first_not_finite({"a": 2.0, "b": 3.0}) == "finite in all blocks, largest in b (3)"
 
 
 def test_plots_show_the_numbers_of_a_run(tmp_path, monkeypatch):
-    """By epoch; and of classes the images of each, true by row, coloured by their part of it."""
+    """Curves by epoch; in the confusion matrix a row per true class, coloured by fraction."""
     from matplotlib.axes import Axes
 
     curves, shown, texts = {}, [], {}
@@ -195,7 +195,7 @@ def test_plots_show_the_numbers_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "imshow", lambda self, image, **o: shown.append(image) or imshow(self, image, **o))
     monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **o: texts.update({(y, x): s}) or text(self, x, y, s, **o))
     names = {"train_loss": "training", "loss": "validation", "top1": "top-1", "top5": "top-5"}
-    names["ema_top1"] = "top-1 of the averaged weights"
+    names["ema_top1"] = "EMA top-1"
     history = [{"epoch": e, **{name: 10.0 * place + e for place, name in enumerate(names)}} for e in (1, 2)]
     plots.write_plots(history, torch.tensor([[3, 1, 0], [0, 0, 0], [0, 2, 6]]), ["a", "b", "c"], tmp_path)
     want = {label: ([1, 2], [10.0 * place + 1, 10.0 * place + 2]) for place, label in enumerate(names.values())}
@@ -204,14 +204,14 @@ def test_plots_show_the_numbers_of_a_run(tmp_path, monkeypatch):
     assert [texts[place] for place in ((0, 0), (0, 1), (2, 1), (2, 2))] == ["3", "1", "2", "6"]
 
 
-def test_weights_that_are_not_finite_have_no_plain_accuracy(tree, finished, tmp_path, capsys):
+def test_non_finite_weights_count_as_wrong_with_a_warning(tree, finished, tmp_path, capsys):
     folder, output = tmp_path / "run", tmp_path / "v.json"
     shutil.copytree(finished, folder)
     weights = load_file(folder / "model.safetensors")
     save_file({k: torch.full_like(w, torch.nan) for k, w in weights.items()}, folder / "model.safetensors")
     results = validate(ValidateConfig(str(folder), data=EvalDataConfig(str(tree), num_workers=0), output=str(output)))
     assert (results["top1"], results["top5"], results["not_finite"]) == (0, 0, 15)
-    assert "not finite for 15 of 15 images, which count as wrong" in capsys.readouterr().out
+    assert "the logits of 15 of 15 images are not finite; they count as wrong" in capsys.readouterr().out
     assert strict(output.read_text())["loss"] is None
 
 
@@ -222,7 +222,7 @@ def test_one_class_teaches_nothing(tmp_path, capsys):
 
 
 def test_a_folder_s_own_configuration_means_that_folder(tree, finished, tmp_path):
-    """Of a copy, too; but for a folder that is named."""
+    """A copy means the copy, unless --run_dir is given."""
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     command = ["--config", str(copy / "config.yaml")]
@@ -269,7 +269,7 @@ def test_what_a_killed_run_left_is_removed_at_the_next_start(tree, finished, tmp
 
 
 def test_a_rename_reaches_the_disk(tmp_path, monkeypatch):
-    """The folder that holds the name is synchronised, after the rename."""
+    """The folder is synced after the rename."""
     synced = []
 
     def synchronise(descriptor):
@@ -282,7 +282,7 @@ def test_a_rename_reaches_the_disk(tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_not_written_whole_leaves_the_former_one(tmp_path):
-    """Nor does what a killed process left of another attempt change the next."""
+    """And leftovers of a killed process do not affect the next attempt."""
     path = tmp_path / "a.json"
     files.write_json([1], path)
     mode = path.stat().st_mode
@@ -307,7 +307,7 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(tree, tmp_path, capsys, ki
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     run_dir = {"link": "link", "file": "file/run", "name": 300 * "x"}[kind]
-    want = {"link": "it is a link to a place that is not there", "file": "Not a directory", "name": "name is too long"}
+    want = {"link": "it is a broken symbolic link", "file": "Not a directory", "name": "name is too long"}
     with pytest.raises(SystemExit), plain_errors():
         train(config(tree, tmp_path / run_dir, **SHORT))
     error = capsys.readouterr().err
@@ -318,7 +318,7 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(tree, tmp_path, capsys, ki
 
 @pytest.mark.parametrize("name", ["log.jsonl", "summary.json", "model.safetensors"])
 def test_a_disk_that_fills_loses_nothing(tree, finished, tmp_path, monkeypatch, capsys, name):
-    """At any file: with room again the run goes on, or is done."""
+    """Whichever file fails: once there is space, the run resumes or is complete."""
     run_dir = tmp_path / "run"
     move = files.move_durably
 
@@ -346,11 +346,11 @@ def test_what_the_disk_refuses_has_its_own_words():
     assert not any("full" in text for text in words.values())
 
 
-def test_a_lock_that_is_left_over_locks_nothing(tree, finished, tmp_path):
+def test_a_leftover_lock_file_locks_nothing(tree, finished, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     (run_dir / ".lock").write_text("process 1 on another host")
     train(config(tree, run_dir, **SHORT), resume=True)
     assert not (run_dir / ".lock").exists()
-    with pytest.raises(RunError, match="exists; go on with it"):
+    with pytest.raises(RunError, match="exists; resume it"):
         RunFolder(run_dir, "").begin(config(tree, run_dir), resume=False)

@@ -27,7 +27,7 @@ from whole_runs import TINY, config, interrupt, log, one_thread, state, timeless
 from vim.checkpoint import load_checkpoint, save_checkpoint
 from vim.console import ConfigError, InterruptedRunError, RunError
 from vim.console.environment import git_revision
-from vim.data import AugmentConfig, DataConfig, DataError, EvalDataConfig, ImageFolder, parquet_shards
+from vim.data import AugmentConfig, DataConfig, DataError, EvalDataConfig, open_split, parquet_shards
 from vim.experiments.kill_test import KillTest
 from vim.timm_models.config import ModelConfig
 from vim.timm_models.create import create_model
@@ -40,7 +40,7 @@ from vim.training.graphs import wants_cuda_graph
 from vim.training.optim import OptimConfig, ScheduleConfig
 from vim.training.run_folder import RunFolder
 
-os.environ["ACCELERATE_USE_CPU"] = "true"  # on a CPU, equal means equal to the last bit
+os.environ["ACCELERATE_USE_CPU"] = "true"  # on the CPU, equal means bit for bit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +51,7 @@ def tree(tmp_path_factory):
 
 
 def assert_same(a, b):
-    """Equal to the last bit, through nested dicts and lists."""
+    """Equal bit for bit, in nested dicts and lists."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
@@ -96,7 +96,7 @@ def test_the_folder_holds_what_it_should(finished):
     assert state(run_dir, "best")["history"] == state(run_dir)["history"][: summary["best_epoch"]]
 
 
-def test_a_run_is_where_another_one_with_other_classes_and_sizes_begins(finished):
+def test_a_run_can_be_fine_tuned_with_other_classes_and_sizes(finished):
     """Fine-tuning: the body's weights, a resized position table, a new head."""
     run_dir, _ = finished
     trained = load_file(run_dir / "model.safetensors")
@@ -119,7 +119,7 @@ def test_the_folder_is_a_timm_model_that_scores_the_same(finished, tree, folder,
     weights = state(run_dir)["model_ema" if folder else "model"]
     assert_same(dict(model.state_dict()), dict(weights))
     images = torch.rand(16, 1, 12, 12)
-    assert torch.equal(model.train()(images), model(images))  # drop rates belong to the training
+    assert torch.equal(model.train()(images), model(images))  # drop rates are not part of the model
     data_config = timm.data.resolve_model_data_config(model)
     assert [list(data_config[key]) for key in ("input_size", "mean", "std")] == [[1, 12, 12], [0.3], [0.2]]
     data = EvalDataConfig(str(tree), batch_size=4, num_workers=0)
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_the_run_evaluates_too(finished, tree, tmp_path):
 
 
 def test_several_sizes_and_crops_are_as_many_evaluations(finished, tree, tmp_path, monkeypatch):
-    """Of a model whose position table is resampled when it is created, and when its size is changed."""
+    """The position table is resampled when the model is created and when its size changes."""
     loaders = []
 
     def counted(*args):
@@ -164,15 +164,15 @@ def test_several_sizes_and_crops_are_as_many_evaluations(finished, tree, tmp_pat
             assert row[key] == alone[key]
         assert row["loss"] == pytest.approx(alone["loss"], rel=1e-5)
         assert json.loads(output.read_text()).keys() == alone.keys()
-    assert loaders[:4] == [1, 1, 1, 1]  # those of the rows before are gone
+    assert loaders[:4] == [1, 1, 1, 1]  # workers of earlier rows have ended
 
 
 @pytest.mark.parametrize(("update", "number"), [(0, signal.SIGTERM), (3, signal.SIGINT), (9, signal.SIGTERM)])
 def test_a_stopped_run_equals_the_uninterrupted_one_bit_for_bit(finished, tree, tmp_path, monkeypatch, update, number):
-    """Stopped in the first update, the last of an epoch, and in the midst of one: each with four updates."""
+    """Stopped in the first update, in the last one of an epoch, and within an epoch of four updates."""
     run_dir = tmp_path / "cut"
     interrupt(monkeypatch, Classification, update, number)
-    where = f"stopped by {number.name}; go on with: python tools/train.py"
+    where = f"stopped by {number.name}; resume with: python tools/train.py"
     with pytest.raises(InterruptedRunError, match=where) as stopped:
         train(config(tree, run_dir))
     monkeypatch.undo()
@@ -184,7 +184,7 @@ def test_a_stopped_run_equals_the_uninterrupted_one_bit_for_bit(finished, tree, 
 
 
 def assert_same_run(whole, cut):
-    """Weights, averaged weights, optimizer and log, to the last bit and but for times."""
+    """Weights, EMA, optimizer and log are equal bit for bit, except times."""
     states = state(whole), state(cut)
     histories = [s.pop("history") for s in states]
     for s in states:
@@ -197,7 +197,7 @@ def assert_same_run(whole, cut):
 def test_resuming_a_complete_run_trains_no_more(finished, tree):
     run_dir, summary = finished
     before, records = state(run_dir), log(run_dir)
-    (run_dir / "log.jsonl").unlink()  # as if it had been stopped before it wrote that
+    (run_dir / "log.jsonl").unlink()  # as if the run had been stopped before writing it
     again = train(config(tree, run_dir), resume=True)
     assert_same(before, state(run_dir))
     assert log(run_dir) == records
@@ -206,7 +206,7 @@ def test_resuming_a_complete_run_trains_no_more(finished, tree):
 
 def test_an_existing_folder_is_refused_without_resume(finished, tree):
     command = f"python tools/train.py --config {finished[0] / 'config.yaml'} --resume"
-    with pytest.raises(RunError, match=rf"run folder .* exists; go on with it: {re.escape(command)}"):
+    with pytest.raises(RunError, match=rf"run folder .* exists; resume it: {re.escape(command)}"):
         train(config(tree, finished[0]))
 
 
@@ -222,7 +222,7 @@ def test_a_resumed_run_keeps_its_configuration(finished, tree):
 
 
 def plain(tree, run_dir, **changes):
-    """A run without anything random but the order, whose loss must fall."""
+    """A run in which only the data order is random, so that its loss must fall."""
     model = ModelConfig("vit_tiny_patch16_224", kwargs=TINY)
     augment = AugmentConfig(scale=(1, 1), ratio=(1, 1), hflip=0)
     return config(tree, run_dir, model=model, augment=augment, ema=EmaConfig(), **changes)
@@ -248,7 +248,7 @@ def test_accumulated_steps_equal_one_large_step(tree, tmp_path, monkeypatch):
         torch.testing.assert_close(four["model"][name], weight, atol=1e-5, rtol=1e-4)
 
 
-def test_averaged_weights_follow_their_formula(tree, tmp_path, monkeypatch):
+def test_the_ema_follows_its_formula(tree, tmp_path, monkeypatch):
     """ema = decay * ema + (1 - decay) * weights after every update, from the initial weights on."""
     seen = []
     end_update = trainer.TrainingState.end_update
@@ -259,7 +259,7 @@ def test_averaged_weights_follow_their_formula(tree, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer.TrainingState, "end_update", recorded)
     initial = {}
-    create_optimizer = trainer.create_optimizer  # called between the model's creation and its first update
+    create_optimizer = trainer.create_optimizer  # called after the model is created, before its first update
 
     def recorded_start(model, *args, **options):
         initial.update({name: w.clone() for name, w in model.state_dict().items()})
@@ -276,7 +276,7 @@ def test_averaged_weights_follow_their_formula(tree, tmp_path, monkeypatch):
 
 
 def poison(monkeypatch, updates):
-    """Put a NaN into a pixel of the batches of these updates, of which an epoch has four."""
+    """Put a NaN into a pixel of the batches of these updates; an epoch has four."""
     backward = trainer.Trainer._backward
 
     def poisoned(self, inputs, step):
@@ -287,7 +287,7 @@ def poison(monkeypatch, updates):
     monkeypatch.setattr(trainer.Trainer, "_backward", poisoned)
 
 
-def test_an_update_that_is_not_finite_is_left_out(tree, tmp_path, monkeypatch):
+def test_a_non_finite_update_is_skipped(tree, tmp_path, monkeypatch):
     poison(monkeypatch, {2, 5, 6})
     train(config(tree, tmp_path / "run", max_skipped=2))
     assert [record["skipped"] for record in log(tmp_path / "run")] == [1, 2, 0]
@@ -298,7 +298,7 @@ def test_an_update_that_is_not_finite_is_left_out(tree, tmp_path, monkeypatch):
     assert all(int(s["step"]) == 9 for s in last["optimizer"]["state"].values())
 
 
-def test_a_loss_that_stays_without_finite_numbers_stops_the_run(tree, tmp_path, monkeypatch):
+def test_a_loss_that_stays_non_finite_stops_the_run(tree, tmp_path, monkeypatch):
     poison(monkeypatch, range(5, 8))
     where = r"loss is nan .* epoch 2, update 8, .* precision fp32. Activations: .*; gradients: first in .* \(nan\)"
     with pytest.raises(RunError, match=where):
@@ -309,7 +309,7 @@ def test_a_loss_that_stays_without_finite_numbers_stops_the_run(tree, tmp_path, 
 
 
 def test_a_diagnosis_names_block_and_files(tree, tmp_path, monkeypatch):
-    """Weights of the second block that overflow: everything before it is finite."""
+    """The weights of the second block overflow; everything before it is finite."""
     create = classification.create_model_at
 
     def overflowing(*args):
@@ -331,8 +331,8 @@ def test_a_diagnosis_names_block_and_files(tree, tmp_path, monkeypatch):
     assert ["abc".index(Path(file).parent.name) for file in report["files"]] == labels.tolist()
 
 
-def test_a_diagnosis_is_of_the_update_that_was_left_out(tree, tmp_path, monkeypatch):
-    """It has its images once more, and what chance gave them."""
+def test_a_diagnosis_repeats_the_skipped_update(tree, tmp_path, monkeypatch):
+    """It repeats the update with the same images and the same random numbers."""
     seen, batch_loss = [], Classification.batch_loss
 
     def spoilt(self, batch):
@@ -373,12 +373,12 @@ def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, monkeypatch)
 
 
 def test_a_run_on_fetched_shards_resumes_bit_for_bit(tree, tmp_path, monkeypatch):
-    """With other loading processes, all that was fetched gone, and room for some of the shards."""
+    """With another number of workers, an emptied cache, and cache space for some shards only."""
     names = [f"train-{i}.parquet" for i in range(6)]
     shards = {"train": dict(zip(names, (6, 9, 12, 15, 18, 6), strict=True)), "val": {"val.parquet": 15}}
     for split, sizes in shards.items():
-        folder = ImageFolder(tree, split)
-        files = [(Path(path), label) for path, label in folder.samples]
+        folder = open_split(tree, split)
+        files = [(Path(folder.name(index)), folder.label(index)) for index in range(len(folder))]
         write_parquet(files, folder.classes, tmp_path / "set", sizes)
     monkeypatch.setattr(parquet_shards, "shard_folder", lambda: tmp_path / "cache")
 
@@ -441,7 +441,7 @@ def test_other_classes_are_not_evaluated(finished, tree, tmp_path):
 
 @pytest.fixture
 def full_disk():
-    """Files cannot grow beyond 20,000 bytes: writing fails half way, as on a disk that fills."""
+    """Files cannot grow beyond 20,000 bytes: writing fails half way, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     yield
@@ -509,7 +509,7 @@ def test_a_run_is_saved_as_often_as_asked(tree, tmp_path, monkeypatch, every):
 
     monkeypatch.setattr(RunFolder, "keep_new", noted)
     train(plain(tree, tmp_path, checkpoint=CheckpointConfig(**every), schedule=ScheduleConfig(2, warmup_epochs=0)))
-    assert saved == [1, 2, 3, 4, 4, 4, 5, 6, 7, 8, 8, 8]  # twice more around an evaluation
+    assert saved == [1, 2, 3, 4, 4, 4, 5, 6, 7, 8, 8, 8]  # two more around each evaluation
 
 
 def test_a_tracker_gets_every_epoch_once(tree, tmp_path, monkeypatch):
@@ -542,8 +542,8 @@ def test_the_best_epochs_are_kept(tree, tmp_path):
     assert all(len(content["history"]) == int(name[6:-3]) for name, content in kept.items())
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(tree, tmp_path):
-    """SIGKILL, and a SIGTERM that the loading processes get too; tools/kill_and_resume.py does many."""
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tree, tmp_path):
+    """By SIGKILL, and by a SIGTERM that workers get too. tools/kill_and_resume.py tests many."""
     content = yaml.safe_load(yaml.safe_dump(asdict(config(tree, "", checkpoint=CheckpointConfig(every_updates=1)))))
     content |= {"cpu_threads": 1, "schedule": content["schedule"] | {"epochs": 12}}
     content["data"]["num_workers"] = 1
@@ -555,7 +555,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tree, tmp_path):
             killed = test.run(index)
             if killed.moments:
                 break
-            # It was over before its moment: the one that was left alone had a slower machine.
+            # The run ended before the signal: the uninterrupted run was slower.
             test.start_seconds, test.run_seconds = test.start_seconds / 2, test.run_seconds / 2
         assert killed.differences == []
 
@@ -565,8 +565,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tree, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "precision"), [("adamw", "bf16"), ("adamw", "fp16"), ("lamb", "fp32")])
-def test_a_gpu_leaves_out_what_is_not_finite(tree, tmp_path, monkeypatch, name, precision):
-    """With torch's fused kernels, the scaler of fp16, and an optimizer that knows of neither."""
+def test_a_gpu_skips_non_finite_updates(tree, tmp_path, monkeypatch, name, precision):
+    """With torch's fused kernels, with the fp16 scaler, and with an optimizer that supports neither."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     AcceleratorState._reset_state(reset_partial_state=True)
     poison(monkeypatch, {2, 5, 6})
@@ -585,7 +585,7 @@ def test_a_gpu_leaves_out_what_is_not_finite(tree, tmp_path, monkeypatch, name, 
 
 
 @pytest.mark.gpu
-def test_a_run_stopped_on_a_gpu_goes_on_as_it_was(tree, tmp_path, monkeypatch):
+def test_a_run_stopped_on_a_gpu_resumes_unchanged(tree, tmp_path, monkeypatch):
     """A model with batch norm: a checkpoint must not have seen the images of the next update."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -626,7 +626,7 @@ def test_a_seed_gives_the_same_weights_on_a_gpu(tree, tmp_path, monkeypatch, nam
     ],
 )
 def test_a_graph_trains_as_the_eager_step(tree, tmp_path, monkeypatch, name, options, precision):
-    """The same run, drop path and dropout included, and buffers that the capture's warm-up must not have moved."""
+    """With drop path, dropout, and buffers, which the capture's warm-up must not change."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     logs = []
     for cuda_graph in (False, True):
@@ -641,7 +641,7 @@ def test_a_graph_trains_as_the_eager_step(tree, tmp_path, monkeypatch, name, opt
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_what_a_graph_is_not_for():
+def test_when_cuda_graphs_are_not_used():
     gpu = {"device": torch.device("cuda"), "gradient_accumulation_steps": 1}
     vit = timm.create_model("vit_tiny_patch16_224", **TINY)
     assert wants_cuda_graph(vit, ModelConfig(), SimpleNamespace(**gpu), False)

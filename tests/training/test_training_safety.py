@@ -1,4 +1,4 @@
-"""What keeps a run safe: updates that are left out, saves in time, keys of chance, the best epoch."""
+"""Skipped updates, regular checkpoints, random seeds, the best epoch."""
 
 import math
 import os
@@ -31,7 +31,7 @@ from vim.training.state import TrainingState
 from vim.training.trainer import Trainer
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
-UPDATES = 4  # of an epoch of 66 images
+UPDATES = 4  # per epoch of 66 images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +42,7 @@ def tree(tmp_path_factory):
 
 
 def plain(tree, run_dir, epochs=2, **changes):
-    """A run without anything random but the order."""
+    """A run in which only the data order is random."""
     defaults = {
         "model": ModelConfig("vit_tiny_patch16_224", kwargs=TINY),
         "augment": AugmentConfig(scale=(1, 1), ratio=(1, 1), hflip=0),
@@ -53,7 +53,7 @@ def plain(tree, run_dir, epochs=2, **changes):
 
 
 def spoil(monkeypatch, updates, value):
-    """Put a value into a gradient of these updates, whose losses stay finite. Returns: the losses, as they come."""
+    """Put a value into the gradient of these updates; losses stay finite. Returns: a list that collects the losses."""
     losses, backward = [], Trainer._backward
 
     def spoilt(self, inputs, step):
@@ -69,7 +69,7 @@ def spoil(monkeypatch, updates, value):
 
 @pytest.mark.parametrize("clip_grad", [None, 1.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_left_out(tree, tmp_path, monkeypatch, clip_grad, value):
+def test_a_non_finite_gradient_with_a_finite_loss_is_skipped(tree, tmp_path, monkeypatch, clip_grad, value):
     weights, end_update = [], TrainingState.end_update
 
     def recorded(self):
@@ -89,7 +89,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_left_out(tree, tmp
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_updates_left_out_in_a_row_are_counted_over_the_end_of_an_epoch_and_a_stop(tree, tmp_path, monkeypatch, cut):
+def test_consecutive_skips_are_counted_across_epochs_and_a_stop(tree, tmp_path, monkeypatch, cut):
     spoil(monkeypatch, {2, 3, 4}, math.nan)
     run = plain(tree, tmp_path / "run", max_skipped=2)
     if cut:
@@ -97,11 +97,11 @@ def test_updates_left_out_in_a_row_are_counted_over_the_end_of_an_epoch_and_a_st
             interrupt(patch, Classification, 3)
             with pytest.raises(InterruptedRunError):
                 train(run)
-    with pytest.raises(RunError, match=r"loss is \d.* norm of the gradient nan in epoch 2, update 5, as in the 2 "):
+    with pytest.raises(RunError, match=r"loss is \d.* gradient norm nan in epoch 2, update 5, after 2 skipped updates"):
         train(run, resume=cut)
 
 
-def test_one_good_update_between_begins_the_count_anew(tree, tmp_path, monkeypatch):
+def test_a_good_update_resets_the_count_of_skips(tree, tmp_path, monkeypatch):
     spoil(monkeypatch, {1, 2, 4, 5, 7}, math.nan)
     train(plain(tree, tmp_path / "run", max_skipped=2))
     assert [record["skipped"] for record in log(tmp_path / "run")] == [2, 3]
@@ -111,8 +111,8 @@ def test_one_good_update_between_begins_the_count_anew(tree, tmp_path, monkeypat
     ("every", "want"),
     [({"every_minutes": 12}, [3, 4, 4, 7, 8, 8]), ({"every_updates": 3}, [3, 4, 4, 6, 8, 8]), ({}, [4, 4, 8, 8])],
 )
-def test_a_save_comes_so_long_after_the_one_before(tree, tmp_path, monkeypatch, every, want):
-    """With four minutes an update; after an epoch a run is saved twice, before its evaluation and after it."""
+def test_a_run_is_saved_an_interval_after_the_last_save(tree, tmp_path, monkeypatch, every, want):
+    """An update takes four minutes. At the end of an epoch a run is saved twice: before and after its evaluation."""
     saved, keep, backward = [], RunFolder.keep_new, Trainer._backward
     clock = SimpleNamespace(now=1000.0)
 
@@ -131,8 +131,8 @@ def test_a_save_comes_so_long_after_the_one_before(tree, tmp_path, monkeypatch, 
     assert saved == want
 
 
-def test_each_process_step_and_epoch_mixes_by_a_key_of_its_own(tree, tmp_path, monkeypatch):
-    """The same one in another start of the run."""
+def test_each_process_step_and_epoch_mixes_with_its_own_seed(tree, tmp_path, monkeypatch):
+    """The key is the same in another start of the run."""
     mixing = AugmentConfig(mixup=1.0, cutmix=1.0)
     batch = torch.rand(16, 1, 12, 12), torch.arange(16) % 3
 
@@ -155,8 +155,8 @@ def test_each_process_step_and_epoch_mixes_by_a_key_of_its_own(tree, tmp_path, m
     assert not any(torch.equal(a, b) for i, a in enumerate(kinds) for b in kinds[:i])
 
 
-def test_the_warm_up_of_averages_counts_the_updates_of_the_run(tree, tmp_path, monkeypatch):
-    """1 - n^(-2/3) for update n, up to the decay asked for: over the end of an epoch, and a stop."""
+def test_ema_warmup_counts_all_updates_of_the_run(tree, tmp_path, monkeypatch):
+    """1 - n^(-2/3) for update n, up to ema.decay, across epochs and a stop."""
     decays, apply = [], AveragedWeights.apply_update_
 
     def noted(self, model, decay):
@@ -175,7 +175,7 @@ def test_the_warm_up_of_averages_counts_the_updates_of_the_run(tree, tmp_path, m
 
 
 def test_accumulated_steps_report_the_loss_of_one_large_step(tree, tmp_path):
-    """And leave out, as it does, what fills no update: 66 images make five of 12, and 16 steps of four."""
+    """Both leave out the images that fill no update: of 66, five updates of 12, or 16 steps of 4."""
     short = {"optim": OptimConfig(name="sgd", lr=0.1)}
     for batch_size, accumulate in ((12, 1), (4, 3)):
         data = DataConfig(str(tree), batch_size=batch_size, num_workers=0, crop_pct=1.0, mean=(0.3,), std=(0.2,))
@@ -189,15 +189,15 @@ def test_accumulated_steps_report_the_loss_of_one_large_step(tree, tmp_path):
 
 @pytest.fixture
 def begun(tree, tmp_path):
-    """A run before its first update, and what saves it."""
+    """A run before its first update: its state and its checkpointer."""
     about = plain(tree, tmp_path / "run")
     trainer = Classification(about, create_accelerator("fp32"), Progress(False))
     run = RunFolder(about.run_dir, "")
     return trainer.state, Checkpointer(run, about.checkpoint, Interruption(), trainer.accelerator, trainer.state)
 
 
-def test_a_state_goes_on_with_its_scale_of_fp16_and_the_kernels_of_the_machine(begun):
-    """With an optimizer's kernels that do not take found_inf, an update that is not finite would be made."""
+def test_a_resumed_state_keeps_its_fp16_scale_and_uses_this_machines_kernels(begun):
+    """Kernels without found_inf would make a non-finite update."""
     state, _ = begun
     kernels = [group.get("fused") for group in state.optimizer.param_groups]
     state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -228,8 +228,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_a_line(begun):
             state.load_state_dict(saved | {"model": other})
 
 
-def test_a_save_holds_the_bad_images_of_all_processes_and_what_lay_there_is_gone(begun, monkeypatch):
-    """A save of a divided model that was killed leaves a folder, perhaps with the parts of more processes."""
+def test_a_save_has_the_bad_images_of_all_processes_and_replaces_leftovers(begun, monkeypatch):
+    """A killed save of a sharded model leaves a folder, perhaps with shards of more processes."""
     state, keeper = begun
     state.bad_images = {"mine"}
     monkeypatch.setattr(checkpointer, "gather_object", lambda found: [*found, {"of another"}])
@@ -241,8 +241,8 @@ def test_a_save_holds_the_bad_images_of_all_processes_and_what_lay_there_is_gone
 
 
 @pytest.mark.parametrize("done", range(4))
-def test_a_run_that_goes_on_behind_its_best_epoch_has_that(tmp_path, monkeypatch, done):
-    """Killed after any of the steps of a save: the last checkpoint is whole, and those of its epoch are there."""
+def test_a_kill_during_a_save_never_loses_the_best_epoch(tmp_path, monkeypatch, done):
+    """After a kill at any step of a save, the last checkpoint is intact and best.pt is at least as new."""
     run, steps = RunFolder(tmp_path, ""), []
     also = [run.best, run.epoch(2)]
     run.checkpoints.mkdir()
@@ -269,7 +269,7 @@ def test_a_run_that_goes_on_behind_its_best_epoch_has_that(tmp_path, monkeypatch
     assert all(load_checkpoint(path)["update"] >= newest for path in also)
 
 
-def test_a_run_that_another_process_has_begun_meanwhile_is_not_begun_again(tree, tmp_path):
+def test_a_run_that_another_process_has_just_begun_is_refused(tree, tmp_path):
     folder = tmp_path / "my run"
     one, other = RunFolder(folder, "tools/train.py"), RunFolder(folder, "tools/train.py")
     about = plain(tree, folder)
@@ -277,15 +277,15 @@ def test_a_run_that_another_process_has_begun_meanwhile_is_not_begun_again(tree,
         run.check(about, resume=False)
     one.begin(about, resume=False)
     one.lock.release()
-    with pytest.raises(RunError, match=r"run folder .* exists; go on with it: .*; or") as refused:
+    with pytest.raises(RunError, match=r"run folder .* exists; resume it: .*; or") as refused:
         other.begin(plain(tree, folder, epochs=7), resume=False)
-    command = str(refused.value).split("; ")[1].removeprefix("go on with it: ")
+    command = str(refused.value).split("; ")[1].removeprefix("resume it: ")
     assert shlex.split(command) == ["python", "tools/train.py", "--config", str(folder / "config.yaml"), "--resume"]
     other.lock.release()
     one.check(about, resume=True)
 
 
-def test_every_epoch_has_an_order_of_its_own(tree, tmp_path, monkeypatch):
+def test_every_epoch_has_its_own_order(tree, tmp_path, monkeypatch):
     labels, batch_loss = [], Classification.batch_loss
 
     def noted(self, batch):
@@ -303,7 +303,7 @@ def test_every_epoch_has_an_order_of_its_own(tree, tmp_path, monkeypatch):
     [([10, 30, 30, 20], None, 2), ([40, 10, 20, 30], [10, 20, 30, 30], 3), ([10, 10, 10, 10], None, 1)],
 )
 def test_the_best_epoch_is_the_first_with_the_highest_score(tree, tmp_path, monkeypatch, top1, ema_top1, best):
-    """Of the averaged weights where there are any; and a stop does not change it."""
+    """By the EMA if there is one; a stop does not change it."""
     evaluate = Classification.evaluate
 
     def scored(self, after_batch):

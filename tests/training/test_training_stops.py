@@ -1,4 +1,4 @@
-"""What stops a run from outside: signals, workers that die, block or cannot hand over, a second process, a launcher."""
+"""What stops a run from outside: signals, failing or hanging workers, a second process, a launcher."""
 
 import errno
 import fcntl
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def not_under_nohup():
-    """Where SIGHUP is ignored it stays so, and the tests may have been started there."""
+    """The tests may have been started under nohup, which would make them ignore SIGHUP."""
     former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, former)
@@ -51,7 +51,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tree, tmp_path_factory):
-    """The last checkpoint of a run that nothing happened to."""
+    """The last checkpoint of an uninterrupted run."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     train(config(tree, run_dir))
     return last(run_dir)
@@ -67,8 +67,8 @@ def with_workers(tree, run_dir, count=1, **changes):
 
 
 def fail_in_worker(monkeypatch, how):
-    """Have a worker call something before it makes its seventh batch, the third of the second epoch; what that returns
-    takes the place of the batch."""
+    """Let a worker call `how` before its seventh batch, the third of the second epoch. A result of `how` replaces the
+    batch."""
     collate = TrainImages.collate
 
     def failing(self, samples):
@@ -101,7 +101,7 @@ def block():
 @pytest.mark.parametrize(
     ("how", "what"),
     [
-        (die, "a process that loads images has failed: "),
+        (die, "a data worker has failed: "),
         (raise_an_error, "has failed: no room at all;"),
         (fill_shared_memory, "cannot hand over a batch of 0.0 MiB: /dev/shm has .* No space left on device"),
         # Nothing pickles it: the thread that hands over would drop it. The batch before may be on its way still.
@@ -109,19 +109,19 @@ def block():
     ],
     ids=["died", "raised", "no shared memory", "lost"],
 )
-def test_a_worker_that_fails_ends_the_run_when_all_is_saved(tree, whole, tmp_path, monkeypatch, how, what):
+def test_a_failing_worker_stops_the_run_after_a_save(tree, whole, tmp_path, monkeypatch, how, what):
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
         fail_in_worker(patch, how)
-        with ends(RunError, rf"({what}).* All up to update [456] is saved; go on with: python") as failed:
+        with ends(RunError, rf"({what}).* All up to update [456] is saved; resume with: python") as failed:
             train(with_workers(tree, run_dir))
     assert "\n" not in str(failed.value)
     train(config(tree, run_dir), resume=True)
     assert_same(last(run_dir), whole)
 
 
-def test_what_is_saved_of_a_worker_that_fails_within_an_update_is_the_update_before(tree, tmp_path, monkeypatch):
-    """Batch norm has seen the images of a step whose update never comes, and forgets them."""
+def test_a_worker_that_fails_within_an_update_leaves_the_previous_update(tree, tmp_path, monkeypatch):
+    """Batch norm must forget the images of a step whose update is never made."""
     after, end_update = [], TrainingState.end_update
 
     def noted(self):
@@ -140,7 +140,7 @@ def test_what_is_saved_of_a_worker_that_fails_within_an_update_is_the_update_bef
 
 @contextmanager
 def ends(kind, match):
-    """The run ends with an error, and its workers as the tools end them: torch would wait for each that hangs."""
+    """Expect an error, then end the workers as the tools do: torch would wait for hanging ones."""
     try:
         with pytest.raises(kind, match=match) as error:
             yield error
@@ -161,12 +161,12 @@ def test_a_signal_stops_a_run_whose_worker_hangs(tree, whole, tmp_path, monkeypa
         update = Classification.batch_loss
 
         def signalled(self, batch):
-            if self.state.update == 4:  # the loader looks a batch ahead, for one that never comes
+            if self.state.update == 4:  # the dataloader is already waiting for the batch that never comes
                 threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
             return update(self, batch)
 
         patch.setattr(Classification, "batch_loss", signalled)
-        with ends(InterruptedRunError, f"stopped by {name}; go on with: python") as stopped:
+        with ends(InterruptedRunError, f"stopped by {name}; resume with: python") as stopped:
             train(with_workers(tree, run_dir))
     assert stopped.value.exit_code == 128 + number
     assert last(run_dir)["update"] == 5
@@ -175,17 +175,17 @@ def test_a_signal_stops_a_run_whose_worker_hangs(tree, whole, tmp_path, monkeypa
 
 
 def in_a_process(code, *args, **options):
-    """Python code in a process of its own, in a group of its own."""
+    """Run Python code in a new process, in a new process group."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.Popen(command, env=environment, start_new_session=True, text=True, **options)
 
 
 def test_a_second_signal_ends_what_hangs():
-    """Outside of Python, too, where no handler comes to run; and the echo of the first does not count."""
+    """Even in C code, where no handler runs. A repetition of the first signal right after it does not count."""
     code = """
 import hashlib
-from vim.training.interruption import Interruption
+from vim.console.interruption import Interruption
 with Interruption() as interruption, interruption.postponed():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # an hour
@@ -203,8 +203,8 @@ with Interruption() as interruption, interruption.postponed():
     assert process.stderr.read().count("\n") == 1
 
 
-def test_a_signal_waits_for_the_end_of_what_postpones_it():
-    """But for parts that admit it; and afterwards signals do what they did before."""
+def test_a_postponed_signal_is_raised_at_the_end_of_the_block():
+    """Except in `admitted` parts. Afterwards the former handlers are back."""
     former, reached = [signal.getsignal(number) for number in SIGNALS], []
 
     def go(interruption, admit):
@@ -227,7 +227,7 @@ def test_a_signal_waits_for_the_end_of_what_postpones_it():
 
 
 def test_the_first_signal_says_how_a_run_ended(monkeypatch):
-    monkeypatch.setattr("vim.console.interruption.SECONDS_OF_AN_ECHO", 1000.0)  # however long this process has to wait
+    monkeypatch.setattr("vim.console.interruption.SECONDS_OF_AN_ECHO", 1000.0)  # even if this process is slow
 
     def go(interruption):
         with interruption.postponed():
@@ -237,12 +237,12 @@ def test_the_first_signal_says_how_a_run_ended(monkeypatch):
     with Interruption() as interruption:
         with pytest.raises(InterruptedRunError, match="stopped by SIGTERM") as stopped:
             go(interruption)
-        os.kill(os.getpid(), signal.SIGINT)  # and no other cuts short what the first has begun
+        os.kill(os.getpid(), signal.SIGINT)  # a later signal must not interrupt the handling of the first
     assert stopped.value.number == signal.SIGTERM
 
 
-def test_a_signal_to_a_process_that_has_just_been_forked_is_not_for_it():
-    """A scheduler sends it to all, and this one has a parent that sees to it."""
+def test_a_forked_child_leaves_signals_to_its_parent():
+    """A scheduler signals all processes; here the parent handles it."""
     with Interruption() as interruption:
         child = os.fork()
         if child == 0:
@@ -254,8 +254,8 @@ def test_a_signal_to_a_process_that_has_just_been_forked_is_not_for_it():
         assert interruption.asked is None
 
 
-def test_signals_are_written_where_they_were_written_before():
-    """A descriptor that is closed may next be that of a checkpoint."""
+def test_the_former_wakeup_descriptor_is_restored():
+    """The number of a closed descriptor may be reused, for example by a checkpoint file."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     former = signal.set_wakeup_fd(writer)
@@ -282,8 +282,8 @@ def test_a_run_in_a_thread_leaves_signals_alone():
     assert inside == [former]
 
 
-def test_a_lock_is_one_of_the_file_that_lies_there(tmp_path, monkeypatch):
-    """Who had the folder may remove the file after another process has opened it, and before that locks it."""
+def test_a_lock_on_a_removed_file_does_not_count(tmp_path, monkeypatch):
+    """The previous owner may remove the file after another process opened it and before it locks it."""
     lockf = fcntl.lockf
 
     def late(*args):
@@ -304,7 +304,7 @@ def test_a_folder_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", unsupported)
-    warning = rf"warning: {tmp_path} cannot be locked \(No locks available\); start no second run in it"
+    warning = rf"warning: {tmp_path} cannot be locked \(No locks available\); do not start a second run in it"
     assert re.fullmatch(warning, RunLock(tmp_path).acquire())
 
 
@@ -319,7 +319,7 @@ def test_nohup_keeps_its_meaning():
 
 
 def test_a_run_in_the_background_of_a_script_can_be_stopped():
-    """For which a shell has it ignore SIGINT."""
+    """The shell makes it ignore SIGINT."""
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with pytest.raises(InterruptedRunError, match="stopped by SIGINT"), Interruption():
@@ -330,7 +330,7 @@ def test_a_run_in_the_background_of_a_script_can_be_stopped():
 
 
 def test_two_processes_do_not_train_in_one_folder(tree, whole, tmp_path, monkeypatch):
-    """The lock ends with the process that holds it, even by SIGKILL, while a worker of it lives on."""
+    """The lock ends with its process, even after SIGKILL and with a worker still alive."""
     run_dir = tmp_path / "run"
     interrupt(monkeypatch, Classification, 1)
     with pytest.raises(InterruptedRunError):
@@ -350,7 +350,7 @@ time.sleep(1000)
     process = in_a_process(code, run_dir, stdout=subprocess.PIPE)
     try:
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(RunError, match=rf"process {process.pid} on .* trains in {run_dir}; wait until it ends, or"):
+        with pytest.raises(RunError, match=rf"process {process.pid} on .* is training in {run_dir}; wait until"):
             train(config(tree, run_dir), resume=True)
         process.kill()
         process.wait()
@@ -361,8 +361,8 @@ time.sleep(1000)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell of a parent's death")
-def test_the_end_of_a_launcher_is_a_signal(tmp_path):
-    """SIGKILL to a parent that is called as accelerate's launcher is; that of a shell is nothing."""
+def test_a_dying_launcher_sends_a_signal(tmp_path):
+    """After SIGKILL to a parent with the name of accelerate's launcher; another parent has no effect."""
     child = """
 import os, signal, sys
 from vim.training.launcher import end_with_the_launcher

@@ -1,4 +1,4 @@
-"""The maps against the scan itself and against gradients taken by hand; the sheets end to end."""
+"""The maps against the scan and against manual gradients; the sheets end to end."""
 
 import math
 
@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import vim.visualize.sheet
 import vim.visualize.state_spaces
 from vim.console import ConfigError
-from vim.data import EvalDataConfig, ImageSource, eval_transform
+from vim.data import EvalDataConfig, eval_transform, open_images
 from vim.timm_models.input import resolve_input
 from vim.visualize import (
     VisualizeConfig,
@@ -101,7 +101,7 @@ def test_class_map_and_receptive_field_by_hand(model, images):
 
 @pytest.mark.parametrize(("class_token", "places"), [("both", [0, 13]), ("none", [])])
 def test_maps_of_a_block_are_of_the_class_tokens_that_there_are(images, class_token, places):
-    """What they read, as a mean over them; and nothing where there are none."""
+    """The map is the mean over the class tokens. Without class tokens there is none."""
     pool = "avg" if class_token == "none" else "token"
     torch.manual_seed(0)
     model = timm.create_model("vim_nano", **KWARGS, class_token=class_token, global_pool=pool).eval()
@@ -123,7 +123,7 @@ def test_maps_of_a_block_are_of_the_class_tokens_that_there_are(images, class_to
     ids=["scan", "receptive field", "class map"],
 )
 def test_a_look_into_a_model_leaves_no_hook_behind(model, images, look):
-    """Nor one at images that the model cannot take."""
+    """Not even if the model cannot take the images."""
     look(model, images, 1)
     with pytest.raises(RuntimeError):
         look(model, images[:, :2], 1)
@@ -132,7 +132,7 @@ def test_a_look_into_a_model_leaves_no_hook_behind(model, images, look):
 
 @pytest.mark.parametrize(("blocks", "chosen"), [(None, [0, 1, 2]), ([-1, 0], [2, 0])])
 def test_a_sheet_shows_what_the_model_makes_of_an_image(model, tmp_path, monkeypatch, blocks, chosen):
-    """Its class and maps, of images from the first to the last."""
+    """Class and maps, of images from the first to the last."""
     pytest.importorskip("matplotlib")
     write_image_tree(tmp_path, {"val": 5}, size=20)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
@@ -143,14 +143,14 @@ def test_a_sheet_shows_what_the_model_makes_of_an_image(model, tmp_path, monkeyp
     files = visualize(
         VisualizeConfig("vim_nano", checkpoint=str(tmp_path / "weights.safetensors"), kwargs=KWARGS, **given)
     )
-    source = ImageSource(tmp_path / "val")
+    source = open_images(tmp_path / "val")
     data_config = resolve_input(model, KWARGS, EvalDataConfig())
     images = torch.stack([eval_transform(data_config)(source.load(i, 3)) for i in (0, 2, 4)])
     with torch.no_grad():
         probabilities, classes = model(images).softmax(1).max(1)
     assert [args[0] for args in drawn] == files[:3]
     for i, (_, title, shown, rows, named) in enumerate(drawn):
-        assert title == f"{source.entries[2 * i].path}: class {classes[i]}, {probabilities[i]:.0%}"
+        assert title == f"{source.name(2 * i)}: class {classes[i]}, {probabilities[i]:.0%}"
         mean, std = (torch.tensor(data_config[key]) for key in ("mean", "std"))
         assert_close(torch.from_numpy(shown), (images[i].movedim(0, 2) * std + mean).clamp(0, 1))
         assert named == chosen
@@ -187,12 +187,12 @@ def test_maps_lie_on_the_whole_image_each_under_its_name_beside_its_block(tmp_pa
         assert np.array_equal(below.get_array(), image)
         assert np.array_equal(above.get_array(), want)
         assert above.get_extent() == below.get_extent()
-    assert fields.axes[0].get_title() == "behind block 7"
+    assert fields.axes[0].get_title() == "after block 7"
     assert (fields.axes[0].images[0].get_array() == 0.5).all()  # the square root
 
 
 def test_the_figure_of_state_spaces_shows_what_is_known_of_them(tmp_path, monkeypatch):
-    """S4D-Lin decays as exp(-t/2) and turns n times in 2; ways to run one system agree; Euler's rule is of order 1."""
+    """State n of S4D-Lin decays as exp(-t/2) and turns n times in 2; all ways to run a system agree; orders match."""
     pytest.importorskip("matplotlib")
     figures = []
     monkeypatch.setattr(vim.visualize.state_spaces, "save_figure", lambda figure, path, dpi: figures.append(figure))
@@ -208,10 +208,10 @@ def test_the_figure_of_state_spaces_shows_what_is_known_of_them(tmp_path, monkey
     assert first.abs().max() > 1
     for other in others:
         assert_close(other, first, atol=1e-12, rtol=0)
-    for line in axes["difference to the recurrence"].lines:
+    for line in axes["difference from the recurrence"].lines:
         assert line.get_ydata().max() < 1e-12
     orders = {}
-    for line in axes["error by size of steps"].lines:
+    for line in axes["error by step size"].lines:
         steps, errors = (torch.tensor(data).log() for data in (line.get_xdata(), line.get_ydata()))
         rule, order = line.get_label().split(": order ")
         orders[rule] = float(order)

@@ -1,4 +1,4 @@
-"""What every tool needs to talk: errors, the command line, progress, interruption, the environment."""
+"""What every tool uses to talk to its user: errors, command line, progress, interruption, environment."""
 
 from .config_parser import ConfigParser
 from .errors import ConfigError, InterruptedRunError, RunError, UserError

@@ -1,4 +1,4 @@
-"""What a result depends on besides configuration and data."""
+"""What results depend on besides configuration and data: versions, device, revision."""
 
 import importlib.metadata
 import platform
@@ -25,7 +25,7 @@ def device_name(device: torch.device) -> str:
 
 
 def git_revision() -> str | None:
-    """Commit of this package's clone, with -dirty where files are changed; None outside of a clone, or without git."""
+    """Commit of this package's clone, with -dirty if files are changed; None outside of a clone or without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

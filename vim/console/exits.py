@@ -15,9 +15,9 @@ from .errors import InterruptedRunError, UserError
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """End the program with the message alone, where that says all there is to know, and at once.
+    """End the program at once; print the message alone if it tells the user everything.
 
-    A name that the terminal's encoding lacks prints as an escape: it must not end a finished run.
+    Characters that the terminal's encoding lacks print as escapes: they must not end a finished run.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -25,7 +25,7 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        # An error in a loader's worker arrives with the traceback of that process before its message.
+        # The traceback of the worker precedes the message of a worker's error.
         message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
         print(f"error: {message}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, InterruptedRunError) else 1)
@@ -38,9 +38,9 @@ def plain_errors() -> Iterator[None]:
 
 
 def end_children() -> None:
-    """With a GPU torch would wait five seconds for each loading process that nobody has told to end, one by one."""
+    """Terminate worker processes: with a GPU, torch would wait five seconds for each, one after the other."""
     children = multiprocessing.active_children()
-    # One that has only just begun dies of the signal, of which torch's handler makes an error in this process.
+    # The signal kills a worker that has only just started, and torch's handler would raise an error here.
     main = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None
     for process in children:

@@ -7,7 +7,7 @@ from .errors import ConfigError
 
 
 def make_output(folder: str | Path) -> Path:
-    """Make a folder for results, or see that files can be written to it: before the work, not after.
+    """Make a folder for results, or check that it is writable, before the work starts.
 
     Raises: ConfigError.
     """

@@ -15,15 +15,15 @@ SECONDS_BETWEEN_LINES = 60
 
 
 def plain_console(**options: Any) -> Console:
-    """A console that prints texts as they are: no markup between brackets, no :emoji: names, no coloured numbers."""
+    """A console that prints text as it is: no markup in brackets, no :emoji: names, no coloured numbers."""
     return Console(highlight=False, markup=False, emoji=False, **options)
 
 
 class Progress:
-    """Where a run says how it goes.
+    """Prints how a run is going.
 
     Args:
-        enabled: False on all processes but the main one.
+        enabled: True on the main process alone.
     """
 
     def __init__(self, enabled: bool = True):
@@ -41,8 +41,8 @@ class Progress:
 
     @contextmanager
     def bar(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-        """A bar of `total` steps, of which some are done, or a line a minute; call the function it gives after each
-        step, with news or "".
+        """A bar of `total` steps, of which `done` are done; without a terminal, a line a minute. Call the function that
+        it yields after each step, with news or "".
 
         with progress.bar("epoch 3", len(loader)) as advance:
             for batch in loader:

@@ -1,17 +1,14 @@
-"""Images, augmentation and loaders. timm transforms; this package fixes order and randomness."""
+"""Images, augmentation and loaders. timm has the transforms; this package fixes order and randomness."""
 
 from .config import AugmentConfig, DataConfig, EvalDataConfig
 from .errors import DataError
 from .fetch_ahead import FetchAhead
-from .folder import ImageFolder
-from .labelled_images import LabelledImages, check_same_classes
 from .loaders import EvalImages, TrainImages, eval_loader, train_loader
 from .mnist import write_mnist5k
-from .open_images import open_images
+from .places import open_images, open_split
 from .randomness import derive_seed
 from .sampler import KeyedSampler, SampleKey
-from .sources import ImageSource
-from .tar_shards import ImageEntry
+from .sources import ImageSource, check_same_classes, image_names, spread
 from .transforms import Transform, eval_transform, train_transform
 
 __all__ = [
@@ -21,11 +18,8 @@ __all__ = [
     "EvalDataConfig",
     "EvalImages",
     "FetchAhead",
-    "ImageEntry",
-    "ImageFolder",
     "ImageSource",
     "KeyedSampler",
-    "LabelledImages",
     "SampleKey",
     "TrainImages",
     "Transform",
@@ -33,7 +27,10 @@ __all__ = [
     "derive_seed",
     "eval_loader",
     "eval_transform",
+    "image_names",
     "open_images",
+    "open_split",
+    "spread",
     "train_loader",
     "train_transform",
     "write_mnist5k",

@@ -4,7 +4,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-# timm's policies; it leaves out sections that it does not know, or fails at them without a word.
+from vim.console.free_on_resume import FREE_ON_RESUME
+
+# timm's policies. timm ignores a section that it does not know, or fails without a clear message.
 AUTO_AUGMENT = re.compile(
     r"rand(-(m|n|mmax)\d+|-inc[01]|-(p|mstd)\d+(\.\d+)?|-t(weights|3aw?))*"
     r"|augmix(-[mwd]\d+|-b[01]|-(a|mstd)\d+(\.\d+)?)*"
@@ -24,30 +26,30 @@ BadImages = Literal["raise", "skip"]
 
 @dataclass
 class EvalDataConfig:
-    """Images: root/<split>/<class>/<image>, or tar or Parquet shards root/<split>-*."""
+    """Images: root/<split>/<class>/<image>, tar or Parquet shards root/<split>-*, or a list root/<split>.txt."""
 
-    root: str = "data/imagenet"
-    """Folder of the data set; for Parquet also on the hub: hf://datasets/<organisation>/<name>[@<revision>][/<folder>]."""
+    root: str = field(default="data/imagenet", metadata=FREE_ON_RESUME)
+    """Folder of the data set, or for Parquet a hub address: hf://datasets/<organisation>/<name>[@<revision>][/<folder>]."""
     val_split: str = "val"
     """Split to evaluate on."""
-    batch_size: int = 128
-    """Images per process and step."""
-    num_workers: int = 2
-    """Processes that load images, for each training process; 0: it loads itself. Results do not depend on it."""
-    bad_images: BadImages = "raise"
-    """Files that cannot be read: raise stops at the first; skip goes on without them, counts them and lists them."""
-    cache_gib: float | None = None
-    """GiB of disk for fetched Parquet shards, in $HF_ASSETS_CACHE; the longest unused give way. null: all stay."""
+    batch_size: int = field(default=128, metadata=FREE_ON_RESUME)  # the total batch is checked with the checkpoint
+    """Images per step and process."""
+    num_workers: int = field(default=2, metadata=FREE_ON_RESUME)
+    """Worker processes per training process; 0 loads in the training process. Results do not depend on it."""
+    bad_images: BadImages = field(default="raise", metadata=FREE_ON_RESUME)
+    """Unreadable files: raise stops at the first one; skip leaves them out, counts them and lists them."""
+    cache_gib: float | None = field(default=None, metadata=FREE_ON_RESUME)
+    """GiB of disk for fetched Parquet shards, in $HF_ASSETS_CACHE; the least recently used go first. null: no limit."""
     img_size: int | None = None
-    """Edge of the images in pixels, for models that take any size; null takes the model's."""
+    """Image size in pixels, for models that take any size; null takes the model's."""
     mean: tuple[float, ...] | None = None
-    """Subtracted from pixels in 0..1, one value a channel; null takes the model's."""
+    """Subtracted from pixels in 0..1, one value per channel; null takes the model's."""
     std: tuple[float, ...] | None = None
-    """Pixels are divided by it, one value a channel; null takes the model's."""
+    """Pixels are divided by it, one value per channel; null takes the model's."""
     crop_pct: float | None = None
-    """Evaluation: part of the resized image that the centre crop keeps, 0..1; null takes the model's."""
+    """Evaluation: fraction of the resized image that the centre crop keeps, 0..1; null takes the model's."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
-    """For resizing; null takes the model's."""
+    """Interpolation of resizing; null takes the model's."""
 
     def __post_init__(self):
         check_loading(self.batch_size, self.num_workers)
@@ -63,15 +65,15 @@ class EvalDataConfig:
 
 @dataclass
 class DataConfig(EvalDataConfig):
-    """Images: root/<split>/<class>/<image>, or tar or Parquet shards root/<split>-*."""
+    """Images: root/<split>/<class>/<image>, tar or Parquet shards root/<split>-*, or a list root/<split>.txt."""
 
     train_split: str = "train"
     """Split to train on."""
-    # The hub's shards hold up to 500 MB: eight of them are 4 GB, or 35 batches of 1024 images of ImageNet.
+    # Shards on the hub have up to 500 MB. Eight of them are 4 GB, or 35 batches of 1024 ImageNet images.
     window: int = 8
-    """Parquet shards, taken at random, whose images are mixed; shards that are sorted by class want many."""
+    """Number of random Parquet shards to shuffle together. Raise it if shards are sorted by class."""
     progressive: list[tuple[int, int]] = field(default_factory=list)
-    """Smaller images at first: pairs of pixels and epochs, in turn: [[128, 100], [160, 100]]; then their full size."""
+    """Smaller images first: pairs of pixels and epochs, in order, as [[128, 100], [160, 100]]; then the full size."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,50 +85,50 @@ class DataConfig(EvalDataConfig):
 
     @property
     def early_sizes(self) -> list[int]:
-        """Edge of the images in each of the epochs that `progressive` speaks of, in pixels."""
+        """Image size in pixels in each epoch of `progressive`."""
         return [size for size, epochs in self.progressive for _ in range(epochs)]
 
 
 @dataclass
 class AugmentConfig:
-    """Random changes of the training images and targets."""
+    """Augmentation of the training images and targets."""
 
     scale: tuple[float, float] = (0.08, 1.0)
-    """Random crop: range of its area, as a part of the image's. (1, 1) with ratio (1, 1) keeps a square image whole."""
+    """Random crop: range of its area, as a fraction of the image. With (1, 1) and ratio (1, 1) a square stays whole."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Random crop: range of width / height."""
+    """Random crop: range of the aspect ratio, width / height."""
     hflip: float = 0.5
     """Probability of a left-right flip; 0 for digits and text."""
     vflip: float = 0.0
     """Probability of a top-bottom flip."""
     affine_degrees: float = 0.0
-    """Random rotation by up to this many degrees either way."""
+    """Random rotation by up to this many degrees in either direction."""
     affine_translate: float = 0.0
-    """Random shift by up to this part of the image's edge, in x and in y."""
+    """Random shift in x and y by up to this fraction of the image size."""
     affine_scale: float = 0.0
     """Random zoom by a factor of 1 - this .. 1 + this."""
     affine_shear: float = 0.0
-    """Random shear along x by up to this many degrees either way."""
+    """Random shear along x by up to this many degrees in either direction."""
     color_jitter: float = 0.0
-    """Random brightness, contrast and saturation by up to this factor; off where auto_augment is on."""
+    """Random brightness, contrast and saturation by up to this factor; off with auto_augment."""
     auto_augment: str | None = None
-    """timm's policy string, for example rand-m9-mstd0.5-inc1; null for none."""
+    """timm's policy string, as rand-m9-mstd0.5-inc1; null for none."""
     erasing: float = 0.0
     """Probability of erasing a random rectangle."""
     erasing_mode: Literal["const", "rand", "pixel"] = "pixel"
-    """Erase with zeros, one random colour, or random pixels."""
+    """Fill of the erased rectangle: zeros, one random colour, or random pixels."""
     repeats: int = 1
-    """Repeated augmentation: an epoch takes 1 / repeats of the images, each this many times with other augmentation."""
+    """Repeated augmentation: an epoch uses 1 / repeats of the images, each this many times, augmented differently."""
     mixup: float = 0.0
-    """Mixup: alpha of its beta distribution; 0 for none."""
+    """Mixup: alpha of the beta distribution; 0 for none."""
     cutmix: float = 0.0
-    """CutMix: alpha of its beta distribution; 0 for none."""
+    """CutMix: alpha of the beta distribution; 0 for none."""
     mix_prob: float = 1.0
-    """Probability that a batch is mixed."""
+    """Probability of mixing a batch."""
     mix_switch_prob: float = 0.5
-    """Probability of CutMix where both are on."""
+    """Probability of CutMix if both are on."""
     smoothing: float = 0.0
-    """Label smoothing: part of the target spread over all classes."""
+    """Label smoothing: fraction of the target spread over all classes."""
 
     def __post_init__(self):
         for name in ("hflip", "vflip", "erasing", "mix_prob", "mix_switch_prob"):

@@ -1,4 +1,4 @@
-"""Image files as Pillow images of one or three channels, whatever kind they are."""
+"""Image files of any supported format as Pillow images with one or three channels."""
 
 import functools
 import struct
@@ -15,9 +15,9 @@ from PIL import Image
 from .errors import DataError, reason
 
 IMAGE_MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
-# Pillow knows more, and among them EPS, which it hands to Ghostscript to run.
+# Pillow reads more formats. One of them is EPS, which it runs in Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-# What Pillow's readers raise for broken files.
+# Exceptions of Pillow's readers for broken files.
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -35,37 +35,39 @@ UNREADABLE = (
 STRIP = 1 << 20  # pixels
 EIGHT_BITS = np.round(np.arange(1 << 16) / 257).astype(np.uint8)  # 257 = 65535 / 255
 
-# Above 89 million pixels Pillow warns, of each file; the limit is 179 million, where it refuses.
+# Pillow warns for every file above 89 million pixels, and refuses files above 179 million.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @functools.cache
 def image_formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow has, as it calls them."""
+    """The FORMATS that this build of Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def decode_image(file: str | Path | BinaryIO, in_chans: int, name: str | Path) -> Image.Image:
-    """Read an image with so many channels, 1 (grey) or 3.
+    """Read an image with 1 (grey) or 3 channels.
 
-    What the file holds decides, whatever its name: only FORMATS are opened. CMYK becomes RGB, 16 bits become 8,
-    transparency is dropped, and of an animation the first frame counts. As with timm and torchvision, an orientation
-    noted in EXIF data is not applied: published results come without it.
+    The contents of the file decide about its format, which must be one of FORMATS; its name does not matter. CMYK
+    becomes RGB, 16 bits become 8, transparency is dropped, and an animation gives its first frame. The orientation in
+    EXIF data is ignored, as in timm and torchvision and in published results.
 
     Args:
-        name: of the file, for messages.
+        name: name of the file, for messages.
 
-    Raises: DataError with the name of an image that cannot be read, or has more than 179 million pixels, twice what
-        Pillow's MAX_IMAGE_PIXELS says.
+    Raises: DataError with the name of an image that cannot be read, or has more than 179 million pixels (twice Pillow's
+        MAX_IMAGE_PIXELS).
     """
     with _opened(file, name) as image:
         return _convert(image, IMAGE_MODES[in_chans])
 
 
 def image_size(file: str | Path | BinaryIO, name: str | Path) -> tuple[int, int]:
-    """Width and height of what `decode_image` would give, from the file's header alone; its errors, as far as that
-    shows them."""
+    """Width and height of an image, from the header of its file alone.
+
+    Raises: DataError as `decode_image`, if the header shows the damage.
+    """
     with _opened(file, name) as image:
         return image.size
 
@@ -82,21 +84,21 @@ def _opened(file: str | Path | BinaryIO, name: str | Path) -> Iterator[Image.Ima
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):  # whose own message has the address of a buffer
-        return f"it holds none of the formats {', '.join(image_formats())}"
+    if isinstance(error, Image.UnidentifiedImageError):  # its own message contains the address of a buffer
+        return f"it has none of the formats {', '.join(image_formats())}"
     return reason(error)
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255: nearly all white
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255, which gives a nearly white image
         return _from_16_bits(image, mode)
-    if image.mode == "P" and "transparency" in image.info:  # by way of RGBA, for Pillow warns of it
+    if image.mode == "P" and "transparency" in image.info:  # through RGBA: otherwise Pillow warns
         image = image.convert("RGBA")
     return image.convert(mode)
 
 
 def _from_16_bits(image: Image.Image, mode: str) -> Image.Image:
-    """In strips: the whole image in wider numbers would take many times its memory."""
+    """Convert in strips: the intermediate arrays of a whole image would need a multiple of its memory."""
     width, height = image.size
     converted, rows = Image.new(mode, image.size), max(1, STRIP // width)
     for top in range(0, height, rows):

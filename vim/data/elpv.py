@@ -1,4 +1,4 @@
-"""ELPV: 2,624 real photographs of solar cells by their electroluminescence, as an image folder tree."""
+"""ELPV: 2,624 electroluminescence photographs of solar cells, as an image folder tree."""
 
 import importlib.util
 from pathlib import Path
@@ -9,17 +9,17 @@ from vim.files import whole_folder
 
 from .errors import DataError
 
-EDGE = 300  # pixels of the originals, which are square
+EDGE = 300  # size of the square originals in pixels
 
 
 def write_elpv(root: str | Path, size: int = EDGE, source: Path | None = None) -> None:
-    """Write root/all/defective and root/all/functional, 8-bit grey PNG.
+    """Write root/all/defective and root/all/functional as 8-bit grey PNG files.
 
-    Experts gave each cell a probability of a defect, 0, 1/3, 2/3 or 1; from 1/2 on it counts as defective.
+    Experts rated the probability of a defect as 0, 1/3, 2/3 or 1. Cells from 1/2 up count as defective.
 
     Args:
-        size: edge of the images, in pixels.
-        source: folder of labels.csv and the images; None for that of the installed elpv-dataset package.
+        size: image size in pixels.
+        source: folder with labels.csv and the images; None takes the one of the installed package elpv-dataset.
 
     Raises: DataError if root exists, size is out of range, or the package is missing.
     Source: Deitsch et al. 2019, Solar Energy 185. The photographs are CC BY-NC-SA 4.0.

@@ -1,20 +1,20 @@
-"""Errors of a data set, with a message for the user."""
+"""Errors about a data set, with a message for the user."""
 
 from vim.console.errors import UserError
 
 
 class DataError(UserError, ValueError):
-    """A data set folder or file cannot be used as it is; the message names the path and says what to do."""
+    """A folder or file of a data set cannot be used; the message names the path and the remedy."""
 
 
 class WorkerError(DataError):
-    """A process that loads images has died, or cannot hand over what it has loaded."""
+    """A worker has died, or cannot hand over a batch."""
 
 
 class ShardError(DataError):
-    """A shard cannot be fetched or read. Thousands of images are missing then, so that nobody skips it as a bad one."""
+    """A shard cannot be fetched or read. This is never skipped as a bad image: thousands of images are missing."""
 
 
 def reason(error: Exception) -> str:
-    """What another library says is wrong, in one line."""
+    """Another library's error message, in one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Shards that are fetched before they are wanted, by a process of their own."""
+"""Prefetching of shards, in a separate process."""
 
 import multiprocessing
 import os
@@ -17,32 +17,32 @@ AT_A_TIME = 4
 
 
 class FetchAhead:
-    """Has shards fetched while those before them are read.
+    """Fetches shards while earlier ones are read.
 
-    One that cannot be fetched is left to the loading process that wants it, whose error says why.
+    It skips a shard that cannot be fetched. The worker that needs the shard will report the error.
 
     Args:
-        fetch: gets a shard by its number; it is copied to the other process.
+        fetch: fetches a shard by its number; it is pickled for the other process.
     """
 
     def __init__(self, fetch: Callable[[int], None]):
         self.fetch = fetch
         self.process: BaseProcess | None = None
-        self._wanted: Any = None
+        self._requests: Any = None
 
     def __call__(self, shards: Sequence[int]) -> None:
-        """Ask for shards, the first ones first."""
+        """Request shards, to be fetched in this order."""
         if self.process is None:
-            context = multiprocessing.get_context("spawn")  # a fork would copy what threads of the training hold locked
-            self._wanted = context.SimpleQueue()
-            self.process = context.Process(target=_fetch_wanted, args=(self.fetch, self._wanted), daemon=True)
+            context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
+            self._requests = context.SimpleQueue()
+            self.process = context.Process(target=_fetch_requested, args=(self.fetch, self._requests), daemon=True)
             self.process.start()
             weakref.finalize(self, self.process.terminate)
-        self._wanted.put(list(shards))
+        self._requests.put(list(shards))
 
 
-def _fetch_wanted(fetch: Callable[[int], None], wanted: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; this one ends with its parent
+def _fetch_requested(fetch: Callable[[int], None], requests: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and this one ends with its parent
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
     def attempt(shard: int) -> None:
@@ -51,7 +51,7 @@ def _fetch_wanted(fetch: Callable[[int], None], wanted: Any) -> None:
 
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         while True:
-            list(pool.map(attempt, wanted.get()))
+            list(pool.map(attempt, requests.get()))
 
 
 def _end_with_the_parent() -> None:

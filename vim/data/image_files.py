@@ -1,4 +1,4 @@
-"""Which files are images, by their names; what they hold is for `decode` to see."""
+"""Image files by their names; `decode` checks the contents."""
 
 import functools
 import logging
@@ -12,27 +12,27 @@ from .decode import image_formats
 from .errors import DataError
 from .names import natural_order, plain_name
 
-NAMED = 5  # of the files that are left out
+NAMED = 5  # files named in a message
 
 _log = logging.getLogger("vim.data")
 
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Of files in the formats that are read, in lower case: .jpg, .png, .webp, .tif and so on, as Pillow knows them."""
+    """Suffixes of the supported formats in lower case, from Pillow's table: .jpg, .png, .webp, .tif and so on."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in image_formats())
 
 
 def is_image(name: str) -> bool:
-    """By its suffix, in any case. Hidden files, which begin with a dot, are none."""
+    """Whether a name has the suffix of an image, in any case, and is not hidden (begins with a dot)."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def find_images(folder: Path) -> tuple[list[str], list[str]]:
-    """Images at any depth below a folder, links followed.
+    """Images at any depth below a folder. Links are followed.
 
     Returns: paths of the images, and of all other files and hidden folders; relative to the folder, in natural order.
-    Raises: DataError for a folder that cannot be read, or is a link to one that it is in.
+    Raises: DataError for a folder that cannot be read, and for a link to a folder that contains the link.
     """
     images: list[str] = []
     others: list[str] = []
@@ -44,11 +44,12 @@ def find_images(folder: Path) -> tuple[list[str], list[str]]:
                 path = prefix + entry.name
                 if entry.is_dir() and not entry.name.startswith("."):
                     if entry.is_symlink() and (folder / prefix).resolve().is_relative_to(os.path.realpath(entry)):
-                        raise DataError(f"folder {plain_name(entry.path)} is a link to one that it is in; remove it")
+                        raise DataError(
+                            f"folder {plain_name(entry.path)} is a link to a folder that contains it; remove it"
+                        )
                     below.append(f"{path}/")
-                elif is_image(entry.name) and (
-                    entry.is_file() or not os.path.exists(entry)
-                ):  # a dangling link; no pipe
+                # Not a pipe, for example. A broken link counts: reading it will report the error.
+                elif is_image(entry.name) and (entry.is_file() or not os.path.exists(entry)):
                     images.append(path)
                 else:
                     others.append(path)
@@ -59,10 +60,10 @@ def find_images(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def report_left_out(where: str | Path, others: Sequence[str]) -> None:
-    """Count and name, in one line and once, files that a reader does not take for images."""
+    """Log once, in one line, the number and names of files that are not read as images."""
     if others and os.environ.get("RANK", "0") == "0":
         named = ", ".join(map(plain_name, others[:NAMED])) + ", ..." * (len(others) > NAMED)
-        _say(f"{where}: files left out, hidden or no images: {len(others)} ({named})")
+        _say(f"{where}: files left out, hidden or not images: {len(others)} ({named})")
 
 
 @functools.cache
@@ -71,9 +72,10 @@ def _say(line: str) -> None:
 
 
 def no_images(where: str | Path, others: Sequence[str], want: str) -> DataError:
-    """What is wrong with a source that has no images.
+    """The error for a source without images.
 
-    want: the form that it should have.
+    Args:
+        want: the form that the source should have.
     """
     found = f"; found {', '.join(map(plain_name, others[:NAMED]))}" if others else ""
     return DataError(f"no images in {where}: want {want} as {' '.join(sorted(image_suffixes()))}{found}")

@@ -1,4 +1,4 @@
-"""Data sets of tensors, and the loaders that accelerate prepares."""
+"""Data sets and data loaders for training and evaluation."""
 
 import errno
 import functools
@@ -22,34 +22,35 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from .config import BadImages
 from .decode import IMAGE_MODES
 from .errors import DataError, ShardError, WorkerError
-from .labelled_images import LabelledImages
 from .packed import Augmented, PackedImages
 from .randomness import derive_seed, preserved_generators, seed_cpu_generators
 from .sampler import KeyedSampler, SampleKey
+from .sources import ImageSource, load_labelled
 from .transforms import TrainTransform, Transform
 
-# Image, label, and the paths of files that could not be read.
+# Image, label, and names of unreadable images.
 TrainSample = tuple[Augmented, int, list[str]]
 Sample = tuple[Tensor, int, list[str]]
-# (B, C, H, W), (B,), and these paths of all samples.
+# Images (B, C, H, W), labels (B,), and names of unreadable images of the batch.
 TrainBatch = tuple[PackedImages, Tensor, list[str]]
 Batch = tuple[Tensor, Tensor, list[str]]
 Loaded = TypeVar("Loaded")
 
-NO_LABEL = -1  # of an image to evaluate on that could not be read
-MOST_REPLACEMENTS = 10  # in a row; then something else is wrong than single files
+NO_LABEL = -1  # label of an unreadable image in evaluation
+MOST_REPLACEMENTS = 10  # consecutive ones; after that, more is wrong than single files
 
 
 class TrainImages(Dataset[TrainSample]):
-    """Augmented images: a SampleKey gives the same one in any process and order.
+    """Augmented images. A SampleKey determines its image, in any process and order.
 
-    With bad_images "skip", another image takes the place of one that cannot be read. `early` holds the transforms of
-    the first epochs, one for each, where they are others.
+    Args:
+        bad_images: "skip" replaces an unreadable image with another one.
+        early: transforms of the first epochs, one per epoch, if they differ.
     """
 
     def __init__(
         self,
-        source: LabelledImages,
+        source: ImageSource,
         transform: TrainTransform,
         seed: int,
         in_chans: int = 3,
@@ -69,9 +70,9 @@ class TrainImages(Dataset[TrainSample]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[SampleKey]) -> list[TrainSample]:
-        # torch's loader asks for a batch at once: saving the generators costs as much as augmenting a small image.
+        # torch's loader asks for whole batches: saving the generators costs as much as augmenting a small image.
         with preserved_generators():
-            load = functools.lru_cache(1)(self._load)  # repeats of an image follow each other: decode it once
+            load = functools.lru_cache(1)(self._load)  # repeats of an image are consecutive: decode it once
             return [self._augmented(key, load) for key in keys]
 
     def collate(self, samples: list[TrainSample]) -> TrainBatch:
@@ -85,18 +86,17 @@ class TrainImages(Dataset[TrainSample]):
         return transform(image), label, bad
 
     def _load(self, index: int) -> tuple[Image.Image, int]:
-        return self.source.load(index, self.in_chans)
+        return load_labelled(self.source, index, self.in_chans)
 
 
 class EvalImages(Dataset[Sample]):
     """Images (in_chans, H, W) in the order of the source.
 
-    With bad_images "skip", one that cannot be read is black and has NO_LABEL.
+    Args:
+        bad_images: "skip" replaces an unreadable image with a black one labelled NO_LABEL.
     """
 
-    def __init__(
-        self, source: LabelledImages, transform: Transform, in_chans: int = 3, bad_images: BadImages = "raise"
-    ):
+    def __init__(self, source: ImageSource, transform: Transform, in_chans: int = 3, bad_images: BadImages = "raise"):
         self.source, self.transform, self.in_chans, self.bad_images = source, transform, in_chans, bad_images
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class EvalImages(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            image, label = self.source.load(index, self.in_chans)
+            image, label = load_labelled(self.source, index, self.in_chans)
         except ShardError:
             raise
         except DataError:
@@ -123,13 +123,13 @@ def load_or_replace(
     seed: int,
     bad_images: BadImages,
 ) -> tuple[Loaded, list[str]]:
-    """The image of a key, or where it cannot be read and may be skipped, another one that the key decides on.
+    """The image of a key. If it is unreadable and may be skipped, another image that the key determines.
 
     Args:
-        load: gives an image by its number, below `size`, or raises DataError.
-        name: gives its path.
+        load: returns an image by its number, below `size`, or raises DataError.
+        name: returns the name of an image by its number.
 
-    Returns: what `load` gives, and the names of the files that could not be read.
+    Returns: the result of `load`, and the names of unreadable images.
     """
     bad: list[str] = []
     for attempt in range(MOST_REPLACEMENTS + 1):
@@ -151,19 +151,22 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def _transposed(samples: list[tuple[Loaded, int, list[str]]]) -> tuple[tuple[Loaded, ...], Tensor, list[str]]:
-    """Images, labels (B,), and the paths of files that could not be read."""
+    """Images, labels (B,), and names of unreadable images."""
     images, labels, bad = zip(*samples, strict=True)
     return images, torch.tensor(labels), [path for paths in bad for path in paths]
 
 
 def train_loader(images: TrainImages, sampler: KeyedSampler, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """Batches in the sampler's order. `accelerator.prepare` deals them out to the processes, and moves them to the
-    device, which makes tensors of PackedImages."""
+    """Batches in the sampler's order.
+
+    `accelerator.prepare` distributes them to the processes and moves them to the device, where PackedImages become
+    float tensors.
+    """
     return loader(images, batch_size, num_workers, sampler=sampler, collate_fn=images.collate)
 
 
 def eval_loader(images: EvalImages, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """Batches in the source's order, the last one as small as it is."""
+    """Batches in the source's order; the last one may be smaller."""
     return loader(images, batch_size, num_workers, shuffle=False, collate_fn=collate)
 
 
@@ -175,7 +178,7 @@ def loader(
     collate_fn: Callable[[list[Any]], Any] = default_collate,
     **options: Any,
 ) -> DataLoader:
-    """torch's loader; `options` are its own, order among them. Read it by `batches_of`."""
+    """torch's DataLoader with `options` of its own, such as the order. Iterate over it with `batches_of`."""
     return DataLoader(
         images,
         batch_size,
@@ -191,9 +194,10 @@ def loader(
 def batches_of(loader: DataLoader) -> Iterator[Any]:
     """The batches of a loader that accelerate has prepared.
 
-    Raises: WorkerError for a worker that has died or cannot hand over; what a worker raised. All of them where a batch
-        is fetched, and nowhere else: torch alone raises the death of a worker wherever the main thread happens to be,
-        be it between the update of the weights and its count.
+    Errors appear only here, where a batch is fetched. torch alone reports the death of a worker wherever the main
+    thread happens to be, for example between a weight update and the count of updates.
+
+    Raises: WorkerError for a worker that died or cannot hand over a batch, and any error raised in a worker.
     """
     batches = iter(loader)
     while True:
@@ -205,7 +209,7 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
         except DataError as error:
             raise type(error)(_without_traceback(error)) from error
         except (EOFError, OSError, RuntimeError) as error:
-            # What a worker that has died had begun to hand over is an EOFError or an OSError.
+            # A worker that dies while it hands over a batch causes an EOFError or an OSError.
             of_worker = not isinstance(error, RuntimeError) or _ABOUT_WORKERS.search(str(error))
             if not (loader.num_workers and of_worker):
                 raise
@@ -216,7 +220,7 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
             else:
                 what = f"it ended while it handed over a batch ({_without_traceback(error)})"
             raise WorkerError(
-                f"a process that loads images has failed: {what}; data.num_workers 0 loads without them, and shows more"
+                f"a data worker has failed: {what}; data.num_workers 0 loads without workers, and shows more"
             ) from error
         yield batch
 
@@ -225,13 +229,13 @@ _ABOUT_WORKERS = re.compile(r"DataLoader worker|with the workers|Pin memory thre
 
 
 def _without_traceback(error: Exception) -> str:
-    """The message alone, in a line: an error of a worker arrives with the traceback of that process before it."""
+    """The message alone, in one line: an error of a worker arrives with the worker's traceback before it."""
     message = " ".join(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].split()).rstrip(".")
     return message or type(error).__name__
 
 
 class _Deaths:
-    """torch's handler of SIGCHLD, which raises an error if a worker has died, held back outside of `raised`."""
+    """Defers torch's SIGCHLD handler, which raises an error if a worker has died, to the inside of `raised`."""
 
     def __init__(self) -> None:
         self.torchs: Callable[[int, Any], Any] | None = None
@@ -241,7 +245,7 @@ class _Deaths:
     def raised(self) -> Iterator[None]:
         self.fetching = True
         try:
-            self._handle()  # of deaths since the last batch
+            self._handle()  # reports deaths since the last batch
             yield
         finally:
             self.fetching = False
@@ -264,10 +268,9 @@ _deaths = _Deaths()
 
 
 def _collate_to_share(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
-    """A batch, in a worker in shared memory already.
+    """Collate a batch; in a worker, also move it to shared memory.
 
-    torch would put it there in a thread, which drops a batch for which there is no room, and the run would wait for it
-    for ever.
+    torch would do that in a thread, which silently drops a batch that does not fit; the run would wait forever.
     """
     batch = collate(samples)
     if get_worker_info() is None:
@@ -279,8 +282,8 @@ def _collate_to_share(collate: Callable[[list[Any]], Any], samples: list[Any]) -
     except RuntimeError as error:
         size = sum(tensor.nbytes for tensor in tensors) / 2**20
         raise WorkerError(
-            f"a process that loads images cannot hand over a batch of {size:.1f} MiB: {_shared_memory()}; lower "
-            f"data.num_workers or data.batch_size, or give it more (docker run --shm-size): {error}"
+            f"a data worker cannot hand over a batch of {size:.1f} MiB: {_shared_memory()}; lower data.num_workers or "
+            f"data.batch_size, or raise the shared memory (docker run --shm-size): {error}"
         ) from error
     return batch
 
@@ -306,11 +309,14 @@ def _shared_memory() -> str:
 
 
 def _die_with_a_lost_batch() -> None:
-    """The thread that hands over batches drops one that fails, for whatever reason (files open at a time, say), and
-    goes on; the parent would wait for it for ever. It notices a worker that dies."""
+    """End the worker if it fails to hand over a batch, for example for too many open files.
+
+    torch's thread would drop the batch and continue, and the parent would wait for it forever. The parent notices a
+    worker that dies.
+    """
 
     def end(error: Exception, batch: Any) -> None:
-        print(f"error: process {os.getpid()}, which loads images, cannot hand over a batch: {error}", file=sys.stderr)
+        print(f"error: data worker {os.getpid()} cannot hand over a batch: {error}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)
 
@@ -318,13 +324,13 @@ def _die_with_a_lost_batch() -> None:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """What a worker does first: it ends when its parent says so, or is gone, or a batch is lost, and at nothing else.
+    """Initialise a worker so that it ends only when its parent says so or is gone, or when it loses a batch.
 
-    Ctrl-C and a scheduler's signals reach every process of a group, and the parent still needs its workers to end the
-    step that it is in.
+    Ctrl-C and a scheduler's signals reach every process of the group, but the parent still needs its workers to finish
+    the current step.
     """
     _die_with_a_lost_batch()
-    signal.set_wakeup_fd(-1)  # the parent's
+    signal.set_wakeup_fd(-1)  # it belongs to the parent
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

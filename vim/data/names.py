@@ -1,4 +1,4 @@
-"""Names of files and classes: their order, and how they are written."""
+"""Names of files and classes: their order and spelling."""
 
 import re
 from collections.abc import Iterable
@@ -12,31 +12,30 @@ from .errors import DataError
 MOST_CLASSES = 1_000_000
 LONGEST_LABEL = 20  # digits
 
-# Line ends of every kind, other control characters, and bytes of file names that are no UTF-8.
+# All line ends, other control characters, and bytes of file names that are not UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def natural_order(name: str) -> tuple[list[str | Decimal], str]:
-    """Key of the one order of classes and files: timm's natural order, and the name itself where that has a tie.
+    """Sort key of classes and files: timm's natural order, with the name itself to break ties.
 
-    Numbers count as numbers, and case does not matter: 01, 1, 2, 10, A, a, B. timm's own key leaves 01 and 1, or A and
-    a, to the chance of a set's order, and stops at digits that are no decimals, as in `m²`.
+    Numbers sort by value and case is ignored: 01, 1, 2, 10, A, a, B. With timm's own key the order of 01 and 1, or A
+    and a, is that of a Python set, and digits that are not decimals, as in `m²`, raise an error.
     """
     parts = re.split(r"(\d+)", name.lower())
-    # Decimal, because int refuses more than 4300 digits.
+    # Decimal: int refuses more than 4300 digits.
     return [Decimal(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def plain_name(name: str) -> str:
-    r"""A name as UTF-8 text in one line: other bytes and control characters are written \xe9, \n, \u2028."""
-
+    r"""A name as one line of UTF-8 text; other bytes and control characters become \xe9, \n, \u2028."""
     return _UNPRINTABLE.sub(as_escape, name)
 
 
 def class_positions(names: Iterable[str], where: str | Path) -> tuple[list[str], dict[str, int]]:
-    """Classes in label order, as they are written, and the label of each name.
+    """Classes in label order, as `plain_name` writes them, and the label of each name.
 
-    Raises: DataError for two names that are written alike.
+    Raises: DataError for two names with the same spelling.
     """
     ordered = sorted(set(names), key=natural_order)
     classes = [plain_name(name) for name in ordered]
@@ -47,9 +46,9 @@ def class_positions(names: Iterable[str], where: str | Path) -> tuple[list[str],
 
 
 def numbered_classes(highest: int, where: str) -> list[str]:
-    """Names of classes that have none but their numbers: "0" up to the highest.
+    """Names of numbered classes: "0" up to the highest number.
 
-    Raises: DataError for a number that no set of images reaches; a damaged one would fill the memory with names.
+    Raises: DataError for an implausible number, since a damaged one would fill the memory with names.
     """
     if highest >= MOST_CLASSES:
         raise DataError(f"{where} has the label {highest}; labels are numbers from 0 up, below {MOST_CLASSES}")
@@ -59,7 +58,7 @@ def numbered_classes(highest: int, where: str) -> list[str]:
 def parse_label(text: str, where: str) -> int:
     """The number of a class.
 
-    Raises: DataError for a text that is none.
+    Raises: DataError for any other text.
     """
     if len(text.strip()) > LONGEST_LABEL or not text.strip().isdecimal():
         raise DataError(f"{where}: a label is a number from 0 up, got {text[: LONGEST_LABEL + 1]!r}")
@@ -67,14 +66,14 @@ def parse_label(text: str, where: str) -> int:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Lines of a text in UTF-8. Bytes that are none stay as Python has them in file names, so that they find theirs.
+    """Lines of a UTF-8 text. Other bytes are decoded as Python decodes file names, so that paths still match.
 
-    Raises: DataError for a file that cannot be read, or is of another encoding.
+    Raises: DataError for a file that cannot be read, or has another encoding.
     """
     try:
         text = file.read_text("utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from error
     if "\0" in text:
-        raise DataError(f"{file} is no text in UTF-8: it has null bytes, as UTF-16 has; save it as UTF-8")
-    return text.removesuffix("\n").split("\n")  # str.splitlines would cut names at characters that they may have
+        raise DataError(f"{file} is not UTF-8: it has null bytes, as UTF-16 does; save it as UTF-8")
+    return text.removesuffix("\n").split("\n")  # str.splitlines would split names at characters that they may contain

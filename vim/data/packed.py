@@ -1,4 +1,4 @@
-"""Augmented images on their way to a model, as bytes: a quarter of its floats to copy, to hand over and to send."""
+"""Batches of augmented images in uint8, a quarter of the size of fp32, until they reach the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Erased(NamedTuple):
-    """A rectangle of an image and the noise (C, height, width) to fill it with, in normalised values."""
+    """A rectangle of an image, and the normalised noise (C, height, width) to fill it with."""
 
     rows: slice
     columns: slice
@@ -18,7 +18,7 @@ class Erased(NamedTuple):
 
 
 class Augmented(NamedTuple):
-    """An augmented image: pixels (H, W, C) of uint8, and what is yet to be erased."""
+    """An augmented image: pixels (H, W, C) in uint8, and the rectangle to erase later."""
 
     pixels: Tensor
     erased: Erased | None = None
@@ -26,31 +26,31 @@ class Augmented(NamedTuple):
 
 @dataclass
 class PackedImages:
-    """A batch of augmented images. `to` makes the floats, on the device; accelerate calls it as it moves a batch."""
+    """A batch of augmented images. accelerate moves it with `to`, which normalises and erases on the device."""
 
     pixels: Tensor  # (B, H, W, C), uint8
     rectangles: list[tuple[int, slice, slice]]  # image, rows and columns
-    noise: Tensor  # of all rectangles, (C, height, width) each
-    mean: tuple[float, ...]  # one value a channel, as is std
+    noise: Tensor  # of all rectangles, (C, height, width) each, flat
+    mean: tuple[float, ...]  # per channel, like std
     std: tuple[float, ...]
 
     @classmethod
     def pack(cls, images: Sequence[Augmented], mean: tuple[float, ...], std: tuple[float, ...]) -> "PackedImages":
         erased = [(index, image.erased) for index, image in enumerate(images) if image.erased is not None]
-        # One tensor, for each costs a loading process a file handle to hand over.
+        # One tensor: each one that a worker hands over costs a file handle.
         noise = torch.cat([e.noise.flatten() for _, e in erased]) if erased else torch.empty(0)
         rectangles = [(index, e.rows, e.columns) for index, e in erased]
         return cls(torch.stack([image.pixels for image in images]), rectangles, noise, mean, std)
 
     def pin_memory(self) -> "PackedImages":
-        """torch's loader calls it."""
+        """Called by torch's loader."""
         return replace(self, pixels=self.pixels.pin_memory(), noise=self.noise.pin_memory())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Tensor:
         """Normalised and erased images (B, C, H, W) on the device, in fp32.
 
-        To the last bit those of timm's ToTensor, Normalize and RandomErasing on a CPU; a GPU rounds divisions by
-        constants otherwise.
+        On a CPU they equal those of timm's ToTensor, Normalize and RandomErasing bit for bit. A GPU rounds divisions
+        by constants differently.
         """
         pixels = self.pixels.to(device, non_blocking=non_blocking).permute(0, 3, 1, 2)
         images = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
@@ -66,7 +66,7 @@ class PackedImages:
 
 
 class Erasing:
-    """timm's random erasing of an image that is yet to be normalised: what it would write there, for later.
+    """Records what timm's random erasing would write into an image, to apply it after normalisation.
 
     Args: as timm's RandomErasing.
     """
@@ -75,14 +75,14 @@ class Erasing:
         self.draw = RandomErasing(probability, mode=mode, device="cpu")
 
     def __call__(self, shape: tuple[int, ...]) -> Erased | None:
-        """For an image of this shape (H, W, C); draws from the global generators."""
+        """The rectangle for an image of this shape (H, W, C); draws from the global generators."""
         notes = _Notes(shape)
         self.draw(notes)
         return notes.erased
 
 
 class _Notes:
-    """Takes the place of the image (C, H, W) that timm's RandomErasing writes to, and notes what it writes."""
+    """Stands in for the image (C, H, W) that timm's RandomErasing writes to, and records what it writes."""
 
     dtype = torch.float32
 
@@ -96,4 +96,4 @@ class _Notes:
     def __setitem__(self, place: tuple[slice, slice, slice], noise: Tensor) -> None:
         _, rows, columns = place
         shape = self.channels, rows.stop - rows.start, columns.stop - columns.start
-        self.erased = Erased(rows, columns, noise.expand(shape))  # that may be one value a channel
+        self.erased = Erased(rows, columns, noise.expand(shape))  # it may have one value per channel

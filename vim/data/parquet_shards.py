@@ -1,14 +1,16 @@
-"""Image data sets in Parquet shards, as Hugging Face keeps them, on a local disk or wherever fsspec reaches."""
+"""Image data sets in Parquet shards, as on the Hugging Face hub, on a local disk or wherever fsspec reaches."""
 
 import hashlib
 import io
 import json
 import mmap
 import posixpath
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,40 +24,40 @@ from PIL import Image
 
 from .decode import decode_image
 from .errors import DataError, ShardError, reason
-from .labelled_images import Shards
 from .names import numbered_classes, plain_name
 from .shard_cache import ShardCache, shard_folder
+from .sources import Shards
 
-# What they are called in most data sets, for those that have several that could be meant.
+# Usual names of the columns, to choose one if several have the right type.
 IMAGE_NAMES = ("image", "img")
 LABEL_NAMES = ("label", "labels", "fine_label")
 CONNECTIONS = 16
-ROWS = 256  # in a batch of the rewritten shard
+ROWS = 256  # per batch of the rewritten shard
+NO_LABEL = -1  # the package datasets writes it for images without a label, in test sets for example
 GIB = 2**30
 
 
 class Columns(NamedTuple):
-    """Where image and label are, and the names of the classes, if the file has them.
+    """Names of the columns, and of the classes if the file has them.
 
-    structures: True where images are structures with `bytes`, False where they are bytes.
+    label: None without labels. structures: whether images are structures with `bytes`, or plain bytes.
     """
 
     image: str
-    label: str
+    label: str | None
     classes: tuple[str, ...] | None
     structures: bool
 
     @property
     def content(self) -> str:
-        """Path of the images' bytes, as Parquet has it."""
+        """Parquet's path of the image bytes."""
         return f"{self.image}.bytes" if self.structures else self.image
 
 
 class Shard(NamedTuple):
-    """What the end of a Parquet file tells about it.
+    """Facts from the footer of a Parquet file.
 
-    content: changes when the file does.
-    size: bytes of images and labels. highest: label, where classes have no names.
+    content: changes with the file. size: bytes of images and labels. highest: largest label, if classes have no names.
     """
 
     url: str
@@ -67,31 +69,40 @@ class Shard(NamedTuple):
 
 
 class ParquetImages:
-    """The images of one split in Parquet shards.
+    """An `ImageSource` of the rows of Parquet shards.
 
-    Images are the only column of structures with `bytes`, or of bytes, labels the only one with names of classes, or
-    else of whole numbers. Names decide among several, see IMAGE_NAMES and LABEL_NAMES.
+    Columns are found by type. Images are structures with `bytes`, or bytes. Labels are whole numbers, preferably with
+    names of classes. IMAGE_NAMES and LABEL_NAMES decide between several candidates.
 
-    A shard is fetched when its first image is wanted, if not before. Since Parquet has no single rows, it is rewritten
-    once, as an uncompressed Arrow file in a folder that all processes of the machine share.
+    A shard is fetched when its first image is needed, unless that was done before. Parquet has no access to single
+    rows, so a shard is rewritten once as an uncompressed Arrow file. All processes of the machine share these files.
 
-    timm reads such data sets by the package datasets: hfds fetches all of it before it begins and keeps all of it, and
-    the stream of hfids comes in an order that depends on the numbers of processes, and has no way back to its midst.
+    timm reads such data sets with the package datasets. Its hfds downloads and keeps the whole data set before training
+    starts. The order of its stream hfids depends on the number of processes, and cannot resume within an epoch.
 
     Args:
         urls: the files, in order.
-        path: of all of them, for messages.
-        window: shards that are wanted at a time.
+        path: place of all files, for messages.
+        window: number of shards in use at a time.
         cache_gib: GiB of disk space for fetched shards; None for no limit.
+        labelled: require a label for every image. Otherwise labels are optional, and a column of whole numbers counts
+            as labels only with names of classes or a name of LABEL_NAMES: it might hold anything.
 
-    Raises: DataError for files that cannot be read, differ in their columns or have none for images and labels, and for
-        a window that does not fit into the disk space.
+    Raises: DataError for files that cannot be read, have no column of images or different columns, and for a window
+        that exceeds the disk space.
     """
 
-    def __init__(self, urls: Sequence[str], path: str, window: int = 1, cache_gib: float | None = None):
-        self.path, self.window = path, window
+    def __init__(
+        self,
+        urls: Sequence[str],
+        path: str,
+        window: int = 1,
+        cache_gib: float | None = None,
+        labelled: bool = True,
+    ):
+        self.path, self.window, self.labelled = path, window, labelled
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            found = [shard for shard in pool.map(_read_end, urls) if shard.rows]
+            found = [shard for shard in pool.map(lambda url: _read_footer(url, labelled), urls) if shard.rows]
         if not found:
             raise DataError(f"no rows in {path}")
         self.columns = found[0].columns
@@ -101,29 +112,32 @@ class ParquetImages:
                 raise DataError(f"{found[0].url} and {shard.url} differ in columns or classes: {first}, {other}")
         self._shards = [shard._replace(columns=self.columns) for shard in found]  # one list of names, not hundreds
         highest = max(shard.highest for shard in self._shards)
-        self.classes = list(self.columns.classes or numbered_classes(highest, path))
-        self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
+        self.classes: list[str] = []
+        if self.columns.label is not None:
+            self.classes = list(self.columns.classes or numbered_classes(highest, path))
+        self._starts = list(accumulate((shard.rows for shard in self._shards), initial=0))
         needed = sum(sorted(shard.size for shard in self._shards)[-window:]) / GIB
         if cache_gib is not None and needed > cache_gib:
             raise DataError(
-                f"data.cache_gib {cache_gib} does not hold the {window} shards of {path} that are wanted at a time; "
+                f"data.cache_gib {cache_gib} does not hold the {window} shards of {path} that are in use at a time; "
                 f"give at least {needed:.3g}, or lower data.window"
             )
         self._cache = ShardCache(shard_folder(), None if cache_gib is None else int(cache_gib * GIB))
         self._open: OrderedDict[int, pa.Table] = OrderedDict()  # least recently opened first
+        self._labels: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getstate__(self):
-        return self.__dict__ | {"_open": OrderedDict()}  # another process maps its own
+        return self.__dict__ | {"_open": OrderedDict(), "_labels": None}  # another process maps its own shards
 
     @property
     def shards(self) -> Shards:
         return Shards([shard.rows for shard in self._shards], self.fetch)
 
     def fetch(self, shard: int) -> None:
-        """Put a shard into the cache, if it is not there.
+        """Put a shard into the cache, unless it is there.
 
         Raises: ShardError if it cannot be fetched.
         """
@@ -134,26 +148,44 @@ class ParquetImages:
         shard, row = self._place(index)
         return f"{posixpath.basename(self._shards[shard].url)}/{row}"
 
-    def load(self, index: int, in_chans: int = 3) -> tuple[Image.Image, int]:
-        """Image with so many channels, 1 (grey) or 3, and its label.
+    def label(self, index: int) -> int | None:
+        """Label of a row: from its shard if that is open, otherwise from the label columns of all files, read once.
 
-        Raises: DataError with the name of an image that cannot be read or has no label; ShardError if its shard cannot
-            be fetched.
+        Raises: DataError for a label outside the classes, and for a missing one that is required.
+        """
+        if self.columns.label is None:
+            return None
+        shard, row = self._place(index)
+        if shard in self._open:
+            label = self._open[shard]["label"][row].as_py()
+        else:
+            label = int(self._all_labels()[index])
+        if label is not None and 0 <= label < len(self.classes):
+            return label
+        if not self.labelled and label in (None, NO_LABEL):
+            return None
+        raise DataError(f"row {self.name(index)} has the label {label}, want 0 to {len(self.classes) - 1}; remove it")
+
+    def load(self, index: int, in_chans: int = 3) -> Image.Image:
+        """Image with 1 (grey) or 3 channels.
+
+        Raises: DataError with the name of an image that cannot be read; ShardError if its shard cannot be fetched.
         """
         shard, row = self._place(index)
-        table = self._table(shard)
-        content, label = (table[column][row].as_py() for column in ("image", "label"))
+        content = self._table(shard)["image"][row].as_py()
         if content is None:
             raise DataError(f"row {self.name(index)} has no image bytes; remove it")
-        if label is None or not 0 <= label < len(self.classes):
-            raise DataError(
-                f"row {self.name(index)} has the label {label}, want 0 to {len(self.classes) - 1}; remove it"
-            )
-        return decode_image(io.BytesIO(content), in_chans, self.name(index)), label
+        return decode_image(io.BytesIO(content), in_chans, self.name(index))
 
     def _place(self, index: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return shard, index - int(self._starts[shard])
+        shard = bisect_right(self._starts, index) - 1
+        return shard, index - self._starts[shard]
+
+    def _all_labels(self) -> np.ndarray:
+        if self._labels is None:
+            with ThreadPoolExecutor(CONNECTIONS) as pool:
+                self._labels = np.concatenate(list(pool.map(_read_labels, self._shards)))
+        return self._labels
 
     def _table(self, number: int) -> pa.Table:
         if number not in self._open:
@@ -178,18 +210,18 @@ def _table_of(content: mmap.mmap) -> pa.Table:
     return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(content))).read_all()
 
 
-def _read_end(url: str) -> Shard:
+def _read_footer(url: str, labelled: bool) -> Shard:
     with _clear_errors(f"cannot read {url}", DataError):
         fs, path = fsspec.url_to_fs(url)
         with fs.open(path, "rb") as file:
-            end = pq.read_metadata(file)
+            footer = pq.read_metadata(file)
         info = fs.info(path)
-        columns = _find_columns(end.schema.to_arrow_schema(), url)
-        groups = [end.row_group(i) for i in range(end.num_row_groups)]
+        columns = _find_columns(footer.schema.to_arrow_schema(), url, labelled)
+        groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         chunks = [[group.column(i) for i in range(group.num_columns)] for group in groups]
         taken = [c for group in chunks for c in group if c.path_in_schema in (columns.content, columns.label)]
         highest = 0
-        if columns.classes is None:
+        if columns.label is not None and columns.classes is None:
             for chunk in taken:
                 if chunk.path_in_schema == columns.label and chunk.num_values:
                     if not chunk.is_stats_set or not chunk.statistics.has_min_max:
@@ -197,20 +229,37 @@ def _read_end(url: str) -> Shard:
                             f"{url}: column {columns.label!r} has neither names of classes nor a highest value"
                         )
                     highest = max(highest, chunk.statistics.max)
-        # The hub's name of a content stays the same in other revisions of the data set.
+        # The hub's blob_id of a file stays the same across revisions of the data set.
         content = info.get("blob_id") or fs.ukey(path)
-        return Shard(url, content, end.num_rows, sum(c.total_uncompressed_size for c in taken), columns, highest)
+        return Shard(url, content, footer.num_rows, sum(c.total_uncompressed_size for c in taken), columns, highest)
 
 
-def _find_columns(schema: pa.Schema, url: str) -> Columns:
+def _read_labels(shard: Shard) -> np.ndarray:
+    """Label column of a file, (rows,) int64, NO_LABEL for missing ones. Reads no images."""
+    with _clear_errors(f"cannot read the labels of {shard.url}", ShardError):
+        fs, path = fsspec.url_to_fs(shard.url)
+        # Without a cache: reading ahead would fetch images.
+        with fs.open(path, "rb", cache_type="none") as file:
+            column = pq.ParquetFile(file).read([shard.columns.label], use_threads=False).column(0)
+        _check_rows(shard, len(column))
+        return column.cast(pa.int64()).fill_null(NO_LABEL).to_numpy()
+
+
+def _find_columns(schema: pa.Schema, url: str, labelled: bool) -> Columns:
     classes = _class_names(schema, url)
     structures = [f.name for f in schema if pa.types.is_struct(f.type) and _is_bytes(f.type)]
     plain = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
     numbers = [f.name for f in schema if pa.types.is_integer(f.type)]
     image = _choose("images (a structure with bytes, or bytes)", structures or plain, IMAGE_NAMES, schema, url)
     named = [name for name in numbers if name in classes]
-    label = _choose("labels (whole numbers)", named or numbers, LABEL_NAMES, schema, url)
-    return Columns(image, label, classes.get(label), bool(structures))
+    label: str | None
+    if labelled:
+        label = _choose("labels (whole numbers)", named or numbers, LABEL_NAMES, schema, url)
+    elif len(named) == 1:
+        label = named[0]
+    else:
+        label = next((name for name in LABEL_NAMES if name in (named or numbers)), None)
+    return Columns(image, label, None if label is None else classes.get(label), bool(structures))
 
 
 def _is_bytes(struct: pa.StructType) -> bool:
@@ -230,36 +279,41 @@ def _choose(kind: str, found: list[str], preferred: Sequence[str], schema: pa.Sc
 
 
 def _class_names(schema: pa.Schema, url: str) -> dict[str, tuple[str, ...]]:
-    """By column, from what Hugging Face's package datasets notes about it."""
+    """Names of classes by column, from the notes of Hugging Face's package datasets in the file."""
     text = (schema.metadata or {}).get(b"huggingface")
     if text is None:
         return {}
     try:
         features = json.loads(text)["info"]["features"]
-        # A list, as of older versions, is a column of lists, which holds no labels.
+        # In older versions a list stands for a column of lists, which holds no labels.
         found = {column: f["names"] for column, f in features.items() if isinstance(f, dict) and f.get("names")}
         if wrong := [names for names in found.values() if not isinstance(names, list)]:
             raise TypeError(f"names are {wrong[0]!r}")
         return {column: tuple(plain_name(str(name)) for name in names) for column, names in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{url}: its description by Hugging Face cannot be read ({error!r}); write it anew") from error
+        raise DataError(
+            f"{url}: its description by Hugging Face cannot be read ({error!r}); write the file again"
+        ) from error
 
 
 def _rewrite(shard: Shard, path: Path) -> None:
-    """Write images and labels of a Parquet file as an Arrow file that can be read at any row."""
+    """Write images and labels of a Parquet file as an Arrow file with access to every row."""
     schema = pa.schema({"image": pa.binary(), "label": pa.int64()})
+    columns, rows = shard.columns, 0
+    wanted = [columns.content] if columns.label is None else [columns.content, columns.label]
     with fsspec.open(shard.url, "rb") as file, pa.ipc.new_file(path, schema) as arrow:
-        parquet, rows = pq.ParquetFile(file), 0
-        wanted = [shard.columns.content, shard.columns.label]
-        # Without threads, for loaders are forked from a process that had some.
-        for batch in parquet.iter_batches(ROWS, columns=wanted, use_threads=False):
-            image = batch[shard.columns.image]
-            if shard.columns.structures:
+        # Without threads: data workers are forked, and a forked process does not have the threads of its parent.
+        for batch in pq.ParquetFile(file).iter_batches(ROWS, columns=wanted, use_threads=False):
+            image = batch[columns.image]
+            if columns.structures:
                 image = pc.struct_field(image, "bytes")
-            arrow.write_batch(
-                pa.record_batch([image.cast(pa.binary()), batch[shard.columns.label].cast(pa.int64())], schema=schema)
-            )
+            label = pa.nulls(len(image)) if columns.label is None else batch[columns.label]
+            arrow.write_batch(pa.record_batch([image.cast(pa.binary()), label.cast(pa.int64())], schema=schema))
             rows += len(image)
+    _check_rows(shard, rows)
+
+
+def _check_rows(shard: Shard, rows: int) -> None:
     if rows != shard.rows:
         raise ShardError(f"{shard.url} has {rows} rows now, and had {shard.rows}; start again")
 
@@ -270,11 +324,6 @@ def _clear_errors(what: str, kind: type[DataError]) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        pa.ArrowException,
-        HTTPError,
-    ) as error:  # damaged names are no UTF-8, or there twice
+    # (ValueError, KeyError: damaged names are not UTF-8, or occur twice.)
+    except (OSError, ValueError, KeyError, pa.ArrowException, HTTPError) as error:
         raise kind(f"{what}: {reason(error)}") from error

@@ -1,7 +1,7 @@
 """Randomness by key: the same key gives the same numbers, in any process and whatever ran before.
 
-Random state that simply runs on makes results depend on the number of workers, and exact resumption a matter of
-saving every generator. Here each consumer seeds the generators from what it is about to do: (seed, epoch, sample).
+With a running random state, results depend on the number of workers, and an exact resume needs the state of every
+generator. Here each consumer seeds the generators from a key: (seed, epoch, sample).
 """
 
 import hashlib
@@ -14,22 +14,22 @@ import torch
 
 
 def derive_seed(*key: int | str) -> int:
-    """A seed of 63 bits from a key, for example ("augment", seed, epoch, image)."""
+    """A 63-bit seed from a key, for example ("augment", seed, epoch, image)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def seed_cpu_generators(seed: int) -> None:
-    """Seed the global generators that image transforms draw from: Python's, NumPy's and torch's on the CPU."""
+    """Seed the global CPU generators of Python, NumPy and torch, which image transforms draw from."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # Not torch.manual_seed, which visits every accelerator: 130 us a sample against 1 us.
+    # Not torch.manual_seed: it visits every accelerator, and takes 130 us per sample instead of 1 us.
     torch.default_generator.manual_seed(seed)
 
 
 @contextmanager
 def preserved_generators() -> Iterator[None]:
-    """Put Python's, NumPy's and torch's CPU generators back as they were."""
+    """Restore the CPU generators of Python, NumPy and torch at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

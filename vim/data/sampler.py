@@ -13,7 +13,7 @@ from .randomness import derive_seed
 
 
 class SampleKey(NamedTuple):
-    """One augmented sample. The epoch is part of it, so that workers that live on need not be told the new epoch."""
+    """One augmented sample. It contains the epoch, so persistent workers need not be told of a new one."""
 
     epoch: int
     image: int
@@ -23,21 +23,20 @@ class SampleKey(NamedTuple):
 class KeyedSampler(Sampler[SampleKey]):
     """A random order that depends on (seed, epoch) alone, in whole updates.
 
-    It yields the order of all processes together; accelerate deals out the batches. So the images of an update are the
-    same for any number of processes with the same total batch.
+    It yields the samples of all processes; accelerate distributes the batches. So the images of an update are the same
+    for any number of processes with the same total batch.
 
     Args:
-        size: images in the data set.
-        seed: of the run.
-        repeats: times that an image follows itself, each with another augmentation; the epoch keeps its length and
-            sees fewer images (repeated augmentation, Hoffer et al. 2020, arXiv 1901.09335).
-        multiple_of: samples in an update, over all processes and accumulated steps. What is left over at the end of
-            the order waits for another epoch.
-        shards: images in each shard of a data set that is better read a few shards at a time: these come in random
-            order, and only the images of `window` shards that follow each other are mixed. None: all are mixed.
-        ahead: told as a window begins which shards it has, and after them those of the next.
+        size: number of images in the data set.
+        seed: seed of the run.
+        repeats: number of consecutive samples per image, each augmented differently. The epoch keeps its length and has
+            fewer images (repeated augmentation, Hoffer et al. 2020, arXiv 1901.09335).
+        multiple_of: samples per update, over all processes and accumulated steps. The epoch drops the remainder.
+        shards: number of images per shard, if only a few shards should be open at a time. Shards come in random order,
+            and each `window` consecutive shards are shuffled together. None: all images are shuffled together.
+        ahead: called at the start of a window with its shards, followed by those of the next window.
 
-    Raises: DataError if there is not even one update.
+    Raises: DataError if the data set is smaller than one update.
     """
 
     def __init__(
@@ -65,11 +64,11 @@ class KeyedSampler(Sampler[SampleKey]):
         self.epoch = epoch
 
     def start_at(self, position: int) -> None:
-        """Leave out so many samples of every epoch from now on: those that a resumed run had done."""
+        """Skip the samples before this position in every epoch from now on, for a resumed run."""
         self.start = position
 
     def __len__(self) -> int:
-        """Samples to come in an epoch."""
+        """Number of samples in an epoch, without skipped ones."""
         return self.length - self.start
 
     def __iter__(self) -> Iterator[SampleKey]:
@@ -77,7 +76,7 @@ class KeyedSampler(Sampler[SampleKey]):
         return iter(keys) if self.ahead is None else self._announced(keys, self.ahead)
 
     def keys(self, first: int, end: int) -> list[SampleKey]:
-        """The samples from one position of the epoch's order up to another."""
+        """The samples from one position of the epoch's order to another, exclusive."""
         order = self._order(self.epoch).tolist()
         return [SampleKey(self.epoch, order[i // self.repeats], i % self.repeats) for i in range(first, end)]
 
@@ -100,13 +99,13 @@ class KeyedSampler(Sampler[SampleKey]):
         return torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
 
     def _windows(self, generator: Generator) -> list[list[int]]:
-        """The shards, by windows, in order."""
+        """The shards of each window, in order."""
         assert self.shards is not None
         order = torch.randperm(len(self.shards), generator=generator).tolist()
         return [order[first : first + self.window] for first in range(0, len(order), self.window)]
 
     def _order(self, epoch: int) -> Tensor:
-        """Of the images."""
+        """Order of the images."""
         generator = self._generator(epoch)
         if self.shards is None:
             return torch.randperm(self.size, generator=generator)

@@ -1,4 +1,4 @@
-"""Files that are made once and shared by all processes of a machine, within a limit of disk space."""
+"""A cache of files that all processes of a machine share, with a limit on disk space."""
 
 import mmap
 import os
@@ -10,26 +10,25 @@ from huggingface_hub import cached_assets_path
 
 
 def shard_folder() -> Path:
-    """Where fetched shards lie; the variable HF_ASSETS_CACHE moves it to another disk."""
+    """Folder of fetched shards; the environment variable HF_ASSETS_CACHE moves it."""
     return cached_assets_path("vim", "shards")
 
 
 class ShardCache:
-    """A folder of files that are whole or not there, of which the least recently opened ones go first.
+    """A folder of complete files. Above the limit, the least recently opened files are removed first.
 
-    An operating system of POSIX's kind keeps a removed file for those who have it mapped. Whoever wants it later has
-    it made again.
+    On POSIX systems a removed file stays readable for processes that have it mapped. A later request makes it again.
 
     Args:
-        folder: to keep them in, and nothing else. All of them have names with one ending.
-        limit: bytes of all files together; None for no limit. Files that are being written come on top.
+        folder: holds the files and nothing else. All files have the same suffix.
+        limit: bytes of all files together, without those being written; None for no limit.
     """
 
     def __init__(self, folder: Path, limit: int | None = None):
         self.folder, self.limit = folder, limit
 
     def open(self, name: str, write: Callable[[Path], None]) -> mmap.mmap:
-        """The content of a file, to read; `write` makes the file if it is not there, in one process at a time."""
+        """Map a file for reading. If it is missing, `write` makes it, in one process at a time."""
         path, part = self.folder / name, self.folder / f"{name}.part"
         try:
             return _mapped(path)
@@ -37,14 +36,14 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock(name):
             try:
-                return _mapped(path)  # made by another process meanwhile
+                return _mapped(path)  # another process has made it meanwhile
             except FileNotFoundError:
                 pass
             try:
                 write(part)
                 with part.open("r+b") as file:
                     os.fsync(file.fileno())  # the name must not reach the disk before the content
-                content = _mapped(part)  # before the file has its name: another process may remove it at once
+                content = _mapped(part)  # before renaming: another process may remove the file at once
                 part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
@@ -52,11 +51,11 @@ class ShardCache:
         return content
 
     def remove(self, name: str) -> None:
-        """Have a file made anew by who opens it next; those who have it mapped keep it."""
+        """Remove a file, so that the next `open` makes it again. Mapped copies stay readable."""
         (self.folder / name).unlink(missing_ok=True)
 
     def _lock(self, name: str, timeout: float = -1) -> FileLock:
-        """The operating system opens it when its process ends, however that ends."""
+        """A lock that the operating system releases when its process ends, for whatever reason."""
         return FileLock(self.folder / f"{name}.lock", timeout)
 
     def _make_room(self, newest: Path) -> None:
@@ -64,7 +63,7 @@ class ShardCache:
             for part in self.folder.glob("*.part"):
                 try:
                     with self._lock(part.stem, timeout=0):
-                        part.unlink(missing_ok=True)  # a process was killed before it was done
+                        part.unlink(missing_ok=True)  # a process was killed while writing
                 except Timeout:
                     pass
             files = [(file, file.stat()) for file in self.folder.glob(f"*{newest.suffix}")]
@@ -78,9 +77,9 @@ class ShardCache:
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    """Raises: FileNotFoundError; also for an empty file, which is none that was made here."""
+    """Raises: FileNotFoundError, also for an empty file: the cache writes none."""
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise FileNotFoundError(path)
-        os.utime(file.fileno())  # opened just now
+        os.utime(file.fileno())  # marks it as recently opened
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

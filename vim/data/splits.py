@@ -1,4 +1,4 @@
-"""Splits of an image folder tree into parts, for data that come without one to choose on or to test on."""
+"""Splits of an image folder tree into parts, for data sets without a validation or test split."""
 
 import os
 import random
@@ -7,20 +7,20 @@ from pathlib import Path
 from vim.files import link_or_copy, whole_folder
 
 from .errors import DataError
-from .folder import ImageFolder
+from .places import class_tree
 
 
 def split_folder(root: str | Path, split: str, parts: dict[str, float], seed: int = 0) -> dict[str, int]:
-    """Deal the images of root/<split> out to new splits root/<part>, the same share of each class to each part.
+    """Divide the images of the tree root/<split> among new splits root/<part>, each class in the same shares.
 
-    The files are hard links where the file system has them, else copies; root/<split> stays as it is.
+    The files are hard links if the file system has them, else copies; root/<split> stays as it is.
 
     Args:
         parts: name -> share of the images; together 1.
-        seed: of the random choice, which depends on it, the class and the file names alone.
+        seed: of the random choice, which depends on the seed, the class and the file names alone.
 
     Returns: images in each part.
-    Raises: DataError for shares that do not add up, a part that exists, or one that a class has no image for.
+    Raises: DataError for shares that do not add up, a part that exists, and a class with too few images for a share.
     """
     root = Path(root).expanduser()
     if not all(share > 0 for share in parts.values()) or abs(sum(parts.values()) - 1) > 1e-6:
@@ -28,10 +28,10 @@ def split_folder(root: str | Path, split: str, parts: dict[str, float], seed: in
     for part in parts:
         if (root / part).exists():
             raise DataError(f"{root / part} exists; remove it or choose another name")
-    folder = ImageFolder(root, split)
+    tree = class_tree(root, split)
     of_part: dict[str, list[Path]] = {part: [] for part in parts}
-    for label, name in enumerate(folder.classes):
-        paths = sorted(Path(path) for path, target in folder.samples if target == label)
+    for label, name in enumerate(tree.classes):
+        paths = sorted(Path(tree.file(index)) for index in range(len(tree)) if tree.label(index) == label)
         random.Random(os.fsencode(f"{seed} {paths[0].parent.name}")).shuffle(paths)  # a name may be no UTF-8
         first, passed = 0, 0.0
         for part, share in parts.items():

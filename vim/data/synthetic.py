@@ -1,4 +1,4 @@
-"""Made-up photographs as JPEG files, with as many pixels as ImageNet's, for measurements of loading."""
+"""Synthetic JPEG photographs of ImageNet's size, to benchmark data loading."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ QUALITY = 90
 
 
 def write_jpegs(root: str | Path, classes: int, images: int, seed: int = 0) -> None:
-    """Write root/train and root/val, each with so many images in all, dealt out to so many classes in turn.
+    """Write root/train and root/val, each with `images` images, assigned to the classes in turn.
 
-    Smooth colours with edges and grain, of about 77 kB a file (ImageNet's average is 110 kB).
+    They have smooth colours, edges and grain, and about 77 kB per file (ImageNet's average is 110 kB).
 
-    Raises: DataError if root exists, or images are fewer than classes.
+    Raises: DataError if root exists, or there are fewer images than classes.
     """
     root = Path(root)
     if root.exists():
@@ -40,7 +40,7 @@ def _photograph(random: np.random.Generator, size: tuple[int, int]) -> Image.Ima
     scene = np.zeros((height, width, 3), np.float32)
     for cells, strength in ((3, 90.0), (12, 50.0), (60, 30.0)):
         coarse = Image.fromarray(random.integers(0, 256, (cells, cells, 3), np.uint8))
-        method = Image.Resampling.NEAREST if cells == 12 else Image.Resampling.BICUBIC  # the middle one has edges
+        method = Image.Resampling.NEAREST if cells == 12 else Image.Resampling.BICUBIC  # the middle layer has edges
         scene += strength / 128 * (np.asarray(coarse.resize(size, method), np.float32) - 128)
     grain = random.normal(0, 7, (height, width, 1)).astype(np.float32)
     return Image.fromarray((scene + grain + 128).clip(0, 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""From a Pillow image to what is made into a batch, by timm's transforms."""
+"""Transforms of Pillow images for training and evaluation, built from timm's."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 @dataclass
 class TrainTransform:
-    """Augments a Pillow image, and knows how it is to be normalised; see `train_transform`."""
+    """Augments a Pillow image, and knows its mean and std for later; see `train_transform`."""
 
     change: Callable[[Image.Image], Image.Image]
     erasing: Erasing
@@ -39,8 +39,8 @@ def train_transform(augment: AugmentConfig, data_config: dict[str, Any]) -> Trai
     """Random crop, flips, affine map, colours and erasing, in this order; draws from the global generators.
 
     Args:
-        augment: what to do.
-        data_config: input_size, mean, std and interpolation, as timm's resolve_data_config gives them.
+        augment: the augmentation.
+        data_config: input_size, mean, std and interpolation, as timm's resolve_data_config returns them.
     """
     size, interpolation = data_config["input_size"], data_config["interpolation"]
     shape, colour, _ = create_transform(
@@ -65,15 +65,15 @@ def train_transform(augment: AugmentConfig, data_config: dict[str, Any]) -> Trai
 
 
 def eval_transform(data_config: dict[str, Any]) -> Transform:
-    """Resize and centre crop, as timm's resolve_data_config says."""
+    """Resize and centre crop, as in the result of timm's resolve_data_config."""
     return create_transform(**data_config)
 
 
 class _Crop(RandomResizedCropAndInterpolation):
-    """timm's random crop, scaled by torch where torch can, in a third of Pillow's time.
+    """timm's random crop, resized by torch for bilinear and bicubic interpolation, in a third of Pillow's time.
 
-    One value of some 250 (torch 2.14) or 13 (2.11) is another than Pillow's, by 1 or 2 of 255 levels; with 2.14 both
-    are as near to exact arithmetic.
+    About one value in 250 (torch 2.14) or in 13 (torch 2.11) differs from Pillow's, by 1 or 2 of 255 levels. With
+    torch 2.14 both are equally close to exact arithmetic.
     """
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -81,7 +81,7 @@ class _Crop(RandomResizedCropAndInterpolation):
             return super().__call__(image)
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
         crop = np.array(image.crop((left, top, left + width, top + height)))
-        # Channels last in every stride, that of the batch of one too: otherwise torch reorders them, in twice the time.
+        # Channels last in all strides, also of the batch of one: otherwise torch reorders them, in twice the time.
         pixels = torch.from_numpy(crop).view(1, height, width, -1).permute(0, 3, 1, 2)
         mode: str = self.interpolation.value  # type: ignore[attr-defined]
         scaled = F.interpolate(pixels, self.size, mode=mode, antialias=True)
@@ -89,7 +89,7 @@ class _Crop(RandomResizedCropAndInterpolation):
 
 
 def _affine(augment: AugmentConfig) -> list[RandomAffine]:
-    """timm's factory has no affine map. What it moves in from outside the image is black."""
+    """timm's factory has no affine map. Pixels from outside the image are black."""
     if not (augment.affine_degrees or augment.affine_translate or augment.affine_scale or augment.affine_shear):
         return []
     return [
@@ -104,8 +104,11 @@ def _affine(augment: AugmentConfig) -> list[RandomAffine]:
 
 
 def _allow_no_bits(colour: Compose) -> None:
-    """timm's policies ask Posterize for 0 bits at the top of its scale. Pillow gave a black image, and since version 13
-    gives an error, in one of some hundred images of the usual rand-m9-mstd0.5-inc1."""
+    """Let Posterize keep 0 bits, which gives a black image.
+
+    timm's policies ask for 0 bits at the top of the scale: with the usual rand-m9-mstd0.5-inc1, in about one image in a
+    hundred. Pillow returned a black image before version 13, and raises an error since.
+    """
     for policy in colour.transforms:
         ops = getattr(policy, "ops", None) or [op for pair in getattr(policy, "policy", ()) for op in pair]
         for op in ops:

@@ -1,5 +1,6 @@
-"""Average precision of a trained detector on a data set."""
+"""Evaluation of a trained detector on a data set."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,41 @@ from vim.console.output import make_output
 from vim.console.progress import Progress
 from vim.files import write_json
 from vim.timm_models.accelerator import create_accelerator
+from vim.timm_models.precision import Precision
 
 from .coco import CocoData
-from .config import DetectionValidateConfig
 from .evaluation import evaluate
-from .loaders import EvalImages, eval_loader
+from .loaders import DetectionEvalDataConfig, EvalImages, eval_loader
 from .sheet import write_sheet
 from .store import StoredDetector, load_detector
+
+
+@dataclass
+class DetectionValidateConfig:
+    """The evaluation."""
+
+    model: str = "runs/detection"
+    """Run folder of a detector."""
+    checkpoint: str | None = None
+    """Weight file, for example runs/<name>/checkpoints/best.pt; null takes the weights of the run folder."""
+    data: DetectionEvalDataConfig = field(default_factory=DetectionEvalDataConfig)
+    precision: Precision = "fp32"
+    """Autocast precision of the forward pass: fp32, bf16 or fp16; weights stay in fp32."""
+    output: str = "runs/detection_results"
+    """Folder for results.json, predictions.json (COCO's result format) and detections.png."""
+    sheet: int = 8
+    """Number of images in detections.png, evenly spread over the data; 0 writes no picture."""
+
+    def __post_init__(self):
+        if self.sheet < 0:
+            raise ValueError(f"sheet must be 0 or more, got {self.sheet}")
 
 
 def validate(config: DetectionValidateConfig) -> dict[str, Any]:
     """Evaluate a detector and write results.json, predictions.json and detections.png to config.output.
 
-    Returns: the results: model, images, COCO's twelve numbers from 0 to 1 for boxes and, with mask_ before their
-        names, for masks, and per_class.
+    Returns: the content of results.json: model, images, COCO's twelve metrics (0..1) of boxes and, prefixed with
+        mask_, of masks, and per_class.
     Raises: DataError, ConfigError or RunError, with a message for the user.
     """
     accelerator = create_accelerator(config.precision)
@@ -46,7 +68,7 @@ def validate(config: DetectionValidateConfig) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         sheet = output / "detections.png"
-        sheet.unlink(missing_ok=True)  # one of an earlier evaluation would stand beside other results
+        sheet.unlink(missing_ok=True)  # from an earlier evaluation
         write_json(evaluation.predictions, output / "predictions.json")
         write_json(results, output / "results.json")
         if config.sheet:

@@ -1,1 +1,1 @@
-"""Experiments above training: benchmarks, comparisons, the kill test, the speed of the loader."""
+"""Experiments on top of training: benchmarks, comparisons, the kill test, dataloader speed."""

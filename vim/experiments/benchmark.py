@@ -1,4 +1,4 @@
-"""Speed and memory of timm models beside each other: images a second of inference and of a training step."""
+"""Compares speed and memory of timm models: inference and training throughput in images/s."""
 
 import gc
 import importlib.metadata
@@ -33,29 +33,30 @@ from .benchmark_config import BenchmarkConfig, Contender, Workload
 from .plots import contender_name, plot_benchmark, workload_name
 
 CLASSES = 1000
-WARM_UP_STEPS = 3  # what a CUDA graph asks for before its capture; also lets compilation and autotuning happen
+WARM_UP_STEPS = 3  # needed before capturing a CUDA graph; also covers compilation and autotuning
 LEARNING_RATE = 1e-5  # small: labels are random, and weights must stay finite over thousands of updates
 
 MEASURED = ("images_per_second", "min", "max", "peak_mib", "reserved_mib", "setup_seconds", "error")
 
-Step = Callable[[], Tensor]  # gives logits (inference) or the loss (training)
+Step = Callable[[], Tensor]  # returns logits (inference) or the loss (training)
 BuildStep = Callable[[Contender, Workload, Precision, torch.device], Step]
 
 
 def benchmark(config: BenchmarkConfig, build: BuildStep | None = None) -> dict[str, Any]:
-    """Measure every model on every workload; write benchmark.json after each, benchmark.png at the end.
+    """Measure every model on every workload. Writes benchmark.json after each measurement, benchmark.png at the end.
 
-    Contenders do not take turns. Each is built, timed over all rounds and freed before the next one, so that its peak
-    memory is that of the run that was timed, and nothing of another model is in it. The price: a slow spell of the
-    machine hits one contender alone; the spread of the rounds shows it.
+    Contenders do not take turns: each is built, timed over all rounds and freed before the next one. So its peak memory
+    contains nothing of another model. The price: if the machine slows down for a while, one contender alone is slower;
+    the spread of its rounds shows it.
 
     Args:
-        build: makes the step to time; None for `build_step`, a classifier's.
+        build: creates the step to time; None: `build_step`, for classifiers.
 
-    Returns: the content of benchmark.json. Row: model, options, mode, img_size, batch_size; images_per_second (median
-        of the rounds), min, max; peak_mib and reserved_mib, most memory of tensors and of torch's allocator with
-        set-up included, null on the CPU; setup_seconds, from nothing to warmed up; error, null or "out of memory".
-    Raises: ConfigError before anything runs; RunError for a contender that fails by anything but lack of memory.
+    Returns: the content of benchmark.json. Each row has model, options, mode, img_size, batch_size;
+        images_per_second (median of the rounds), min, max; peak_mib and reserved_mib, the peak memory of tensors and
+        of torch's allocator, set-up included, null on the CPU; setup_seconds, until the end of the warm-up; error,
+        null or "out of memory".
+    Raises: ConfigError before anything runs; RunError if a contender fails for any reason but lack of memory.
     """
     device = _device(config)
     if config.threads is not None:
@@ -63,7 +64,7 @@ def benchmark(config: BenchmarkConfig, build: BuildStep | None = None) -> dict[s
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     results_file, plot_file = folder / "benchmark.json", folder / "benchmark.png"
-    plot_file.unlink(missing_ok=True)  # that of an earlier benchmark must not lie beside this one's numbers
+    plot_file.unlink(missing_ok=True)  # an earlier plot would not match the new numbers
     results = _about(config, device)
     write_json(results, results_file)
     progress = Progress()
@@ -88,16 +89,16 @@ def benchmark(config: BenchmarkConfig, build: BuildStep | None = None) -> dict[s
                 row["error"] = "out of memory" if _out_of_memory(error) else f"{type(error).__name__}: {error}"
                 if row["error"] != "out of memory" and not isinstance(error, ConfigError):
                     traceback.print_exc()
-            # Behind `except`: before its end, the error's traceback holds the tensors of the contender.
+            # Outside of `except`: inside, the error's traceback would keep the contender's tensors alive.
             results["rows"].append(row)
             write_json(results, results_file)
             if row["error"] not in (None, "out of memory"):
                 failed = f"{contender} failed at {workload_name(row)}: {row['error']}"
                 raise RunError(f"{failed}; results so far: {results_file}")
             left = _free(contender, device)
-            progress.line(f"{workload_name(row)}: {contender}  {_in_words(row)}")
+            progress.line(f"{workload_name(row)}: {contender}  {_result_line(row)}")
             if left > 1:
-                progress.line(f"{left:.0f} MiB outlive {contender}, and count in the peaks of those behind it")
+                progress.line(f"warning: {contender} leaves {left:.0f} MiB, included in the peaks of later contenders")
             advance(str(contender))
     try:
         with whole_file(plot_file) as path:
@@ -115,21 +116,21 @@ def measure(
     device: torch.device,
     build: BuildStep | None = None,
 ) -> dict[str, float | None]:
-    """Build a contender, time it, and read its peak memory. Its tensors are garbage afterwards.
+    """Build a contender, time it, and read its peak memory. Nothing refers to its tensors afterwards.
 
     Raises: RunError if logits or loss are not finite.
     """
     cuda = device.type == "cuda"
     if cuda:
-        # Before the model exists, and read after the timing: weights, optimizer state and activations count, and so do
-        # allocations during a capture, which is when a graph gets its memory; a replay allocates nothing.
+        # Reset before the model exists, read after the timing: the peak includes weights, optimizer state, activations,
+        # and the memory that a graph gets during its capture; a replay allocates nothing.
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     step = (build or build_step)(contender, workload, config.precision, device)
     for _ in range(WARM_UP_STEPS):
         output = step()
-    if not output.isfinite().all():  # a wrong model has no speed; this also waits for the GPU
+    if not output.isfinite().all():  # no speed for a wrong model; this also waits for the GPU
         raise RunError(f"{'loss' if workload.mode == 'train' else 'logits'} not finite after {WARM_UP_STEPS} steps")
     setup_seconds = time.perf_counter() - start
 
@@ -149,7 +150,7 @@ def measure(
 
 
 def time_steps(step: Step, steps: int, device: torch.device) -> float:
-    """Seconds that `steps` steps take, launches from Python included."""
+    """Seconds for `steps` steps, including launches from Python."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -166,8 +167,8 @@ def time_steps(step: Step, steps: int, device: torch.device) -> float:
 
 
 def build_step(contender: Contender, workload: Workload, precision: Precision, device: torch.device) -> Step:
-    """The step to time, on random images and labels that lie on the device."""
-    torch.manual_seed(0)  # the same images for all
+    """Create the step to time, on random images and labels on the device."""
+    torch.manual_seed(0)  # the same images for all contenders
     batch, size, train = workload.batch_size, workload.img_size, workload.mode == "train"
     images = torch.randn(batch, 3, size, size, device=device)
     labels = torch.randint(CLASSES, (batch,), device=device)
@@ -177,11 +178,11 @@ def build_step(contender: Contender, workload: Workload, precision: Precision, d
     forward = torch.compile(model) if "compile" in contender.options else model
 
     def autocast() -> torch.autocast:
-        # A cached cast from before a capture would be missing in the graph, which must cast the weights itself.
+        # A cast that autocast cached before the capture would be missing in the graph.
         return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=not graph)
 
     if train:
-        # On the CPU too, fused is fastest. capturable: the count of updates lives on the GPU.
+        # fused is fastest, on the CPU too. capturable: keeps the update counter on the GPU.
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True, capturable=graph)
 
         def step() -> Tensor:
@@ -189,10 +190,10 @@ def build_step(contender: Contender, workload: Workload, precision: Precision, d
                 loss = F.cross_entropy(forward(images), labels)
             loss.backward()
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)  # none is left when a capture begins: it allocates its own
+            optimizer.zero_grad(set_to_none=True)  # a capture must allocate the gradients itself
             return loss.detach()
     else:
-        # Inference mode spares eager operators some bookkeeping; compiled and captured steps have no use for it.
+        # Inference mode saves overhead in eager operators; compiled and captured steps gain nothing.
         no_gradients = torch.no_grad if forward is not model or graph else torch.inference_mode
 
         def step() -> Tensor:
@@ -203,9 +204,9 @@ def build_step(contender: Contender, workload: Workload, precision: Precision, d
 
 
 def create_contender(contender: Contender, img_size: int) -> nn.Module:
-    """The timm model with random weights, at this image size if it has one to choose.
+    """Create the timm model with random weights, for this image size if it takes one.
 
-    Raises: ConfigError for a model that cannot be made, and `checkpoint` and `materialised` where it has no such thing.
+    Raises: ConfigError if the model cannot be created, or does not support `checkpoint` or `materialised`.
     """
     model, _ = create_model_at(ModelConfig(contender.model, pretrained=False), CLASSES, img_size)
     if "checkpoint" in contender.options:
@@ -216,20 +217,20 @@ def create_contender(contender: Contender, img_size: int) -> nn.Module:
 
 
 def materialise_attention(model: nn.Module, name: str) -> None:
-    """Make the model's attention do without flash kernels; ConfigError if it has none that would use them."""
+    """Turn off fused (flash) attention in the model; ConfigError if it has none."""
     attentions = [module for module in model.modules() if hasattr(module, "fused_attn")]
     if not attentions:
-        raise ConfigError(f"{name} has no attention with a fused form; leave out +materialised")
+        raise ConfigError(f"{name} has no fused attention to turn off; leave out +materialised")
     for attention in attentions:
         attention.fused_attn = False  # type: ignore[assignment]
 
 
 def capture(step: Step) -> Step:
-    """The step as one CUDA graph; each call replays it, on the same inputs, into the same output."""
+    """Capture the step as one CUDA graph. Each call replays it, on the same inputs, into the same output."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    # Lazy initialisation, compilation and the optimizer's state belong before the capture, and not on the default
-    # stream: autograd runs a backward pass on the stream that its forward pass ran on.
+    # Lazy initialisation, compilation and the optimizer state must happen before the capture, and not on the default
+    # stream: autograd runs a backward pass on the stream of its forward pass.
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP_STEPS):
             step()
@@ -242,15 +243,15 @@ def capture(step: Step) -> Step:
         graph.replay()
         return output
 
-    # The graph works in the memory of the images, labels and weights that the step holds.
+    # Keep the step alive: the graph uses the memory of its images, labels and weights.
     replay.step = step  # type: ignore[attr-defined]
     return replay
 
 
 def benchmark_table(results: dict[str, Any]) -> Table:
-    """The content of benchmark.json as a table, with a block for each workload.
+    """The content of benchmark.json as a table, with a block per workload.
 
-    A ratio is to the first contender of the block.
+    Ratios are relative to the first contender of a block.
     """
     title = f"{results['device']}, {results['config']['precision']}, torch {results['versions']['torch']}"
     table = Table(title=title)
@@ -275,7 +276,7 @@ def benchmark_table(results: dict[str, Any]) -> Table:
 
 
 def _device(config: BenchmarkConfig) -> torch.device:
-    """Where to run; ConfigError for models that do not exist or cannot run there."""
+    """The device to run on. Raises ConfigError for models that do not exist or cannot run there."""
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise ConfigError("device cuda: torch finds no CUDA device here; choose cpu or auto")
@@ -283,7 +284,7 @@ def _device(config: BenchmarkConfig) -> torch.device:
     for contender in map(Contender.parse, config.models):
         timm_name(contender.model)
         if "graph" in contender.options and device.type != "cuda":
-            raise ConfigError(f"{contender}: a CUDA graph needs a GPU, and this runs on the CPU; leave out +graph")
+            raise ConfigError(f"{contender}: a CUDA graph needs a GPU, but this runs on the CPU; leave out +graph")
     return device
 
 
@@ -323,10 +324,10 @@ def _cpu_name() -> str:
 
 
 def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether lack of memory is behind an error; the end of a capture, or a compiler, can put its own in front."""
+    """Whether lack of memory caused an error. A failed capture or a compiler may raise another error from it."""
     while error is not None:
         text = str(error).lower()
-        lacking = "out of memory" in text or "can't allocate memory" in text  # cuda libraries; torch's CPU allocator
+        lacking = "out of memory" in text or "can't allocate memory" in text  # CUDA libraries; torch's CPU allocator
         if lacking or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             return True
         error = error.__cause__ or error.__context__
@@ -334,17 +335,17 @@ def _out_of_memory(error: BaseException | None) -> bool:
 
 
 def _free(contender: Contender, device: torch.device) -> float:
-    """Give back all memory of a contender that is garbage by now, so that none of it counts for the next.
+    """Free all memory of a contender, so that none of it counts for the next.
 
-    Returns: MiB that are allocated on the GPU nevertheless.
+    Returns: MiB still allocated on the GPU.
     """
     if "compile" in contender.options:
         torch.compiler.reset()
-    gc.collect()  # modules and graphs are cycles
+    gc.collect()  # modules and graphs have reference cycles
     if device.type != "cuda":
         return 0.0
     torch.cuda.synchronize(device)
-    # torch keeps a workspace of some 32 MiB for each stream that has multiplied matrices; each capture has a stream.
+    # torch keeps a workspace of about 32 MiB for each stream that ran a matrix product; each capture has a stream.
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated(device) / 2**20
@@ -354,8 +355,8 @@ def _rounded(speed: float) -> str:
     return f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"
 
 
-def _in_words(row: dict[str, Any]) -> str:
+def _result_line(row: dict[str, Any]) -> str:
     if row["error"]:
         return row["error"]
-    peak = "" if row["peak_mib"] is None else f"  {row['peak_mib']:,.0f} MiB"
-    return f"{_rounded(row['images_per_second'])} images/s{peak}  set-up {row['setup_seconds']:.0f} s"
+    peak = "" if row["peak_mib"] is None else f"  peak {row['peak_mib']:,.0f} MiB"
+    return f"{_rounded(row['images_per_second'])} images/s{peak}  setup {row['setup_seconds']:.0f} s"

@@ -1,4 +1,4 @@
-"""Which of several models learns better, each with the learning rate that is best for it."""
+"""Compares how well models learn, each with its own best learning rate."""
 
 import json
 import multiprocessing
@@ -30,28 +30,27 @@ class CompareConfig:
     """The comparison."""
 
     train: str = "configs/quickstart.yaml"
-    """Configuration of the training, the same for all; data.val_split is the split to choose the learning rate on."""
+    """Training configuration (YAML file) of all contenders. Learning rates are chosen on its data.val_split."""
     contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name of each, and what it changes in that configuration: {vim: {model.name: vim_nano}}."""
+    """Names of the contenders, each with its changes to that configuration: {vim: {model.name: vim_nano}}."""
     lrs: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3])
-    """Learning rates to choose from, the same for all."""
+    """Learning rates to try for each contender."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Of the runs that are tested; learning rates are chosen with the first."""
+    """Seeds of the tested runs. The learning rate is chosen with the first seed."""
     test_split: str = "test"
-    """Folder below data.root that nothing is chosen on."""
+    """Held-out split to test on; a folder below data.root."""
     jobs: int = 1
-    """Runs side by side."""
+    """Number of runs in parallel."""
     output: str = "runs/comparison"
-    """Folder for the runs, comparison.json and comparison.png. What is finished there is not done again."""
+    """Folder for the runs, comparison.json and comparison.png. Finished runs in it are not repeated."""
 
     def __post_init__(self):
         if not self.contenders or not self.lrs or not self.seeds:
             raise ConfigError("contenders, lrs and seeds must name at least one each")
         for name, changes in self.contenders.items():
             if taken := {"optim.lr", "seed", "run_dir"} & changes.keys():
-                raise ConfigError(
-                    f"contenders.{name} sets {', '.join(sorted(taken))}, which the comparison sets itself"
-                )
+                keys = ", ".join(sorted(taken))
+                raise ConfigError(f"contenders.{name} sets {keys}, which the comparison sets itself; leave it out")
         if self.jobs < 1:
             raise ConfigError(f"jobs must be at least 1, got {self.jobs}")
 
@@ -73,14 +72,13 @@ class _Run:
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Train every contender with every learning rate, choose its best by the top-1 of the last epoch on data.val_split,
-    train that with every seed, and count on the test split.
+    """Choose the best learning rate of each contender, then train it with every seed and test it.
 
-    Runs that are finished are not repeated, and unfinished ones go on, so a stopped comparison can be called again.
+    The best learning rate has the highest top-1 on data.val_split after the last epoch, with the first seed. A stopped
+    comparison can be called again: it skips finished runs and resumes unfinished ones.
 
-    Returns: the content of comparison.json: for each contender its parameters, top-1 on the split to choose on by
-        learning rate, the rate that was chosen, and top-1 on the test split for each seed with mean and standard
-        deviation, in percent.
+    Returns: the content of comparison.json: for each contender its parameters, validation top-1 by learning rate, the
+        chosen learning rate, and test top-1 by seed with mean and standard deviation, in percent.
     Raises: RunError for a run that failed.
     """
     for contender in config.contenders:
@@ -112,14 +110,14 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 
 def _check_splits(config: CompareConfig, contender: str) -> None:
-    """Raise ConfigError if something is learned or chosen on the split that counts."""
+    """Raise ConfigError if the test split is also used for training or validation."""
     changes = _arguments(config.contenders[contender])
     run, _ = ConfigParser(TrainConfig, "").parse_config(["--config", config.train, *changes])
     for name in ("train_split", "val_split"):
         if getattr(run.data, name) == config.test_split:
             raise ConfigError(
-                f"test_split {config.test_split!r} is data.{name} of {contender}; nothing may be learned or chosen on "
-                "it, or the results are too good: give another split"
+                f"test_split {config.test_split!r} is data.{name} of {contender}; a test split must not be used for "
+                "training or for choosing the learning rate: choose another split"
             )
 
 
@@ -130,7 +128,7 @@ def _train_all(config: CompareConfig, runs: Iterable[_Run], progress: Progress) 
             return
         overrides = config.contenders[run.contender] | {"optim.lr": run.lr, "seed": run.seed, "run_dir": str(folder)}
         _in_a_process(_train, ["--config", config.train, *_arguments(overrides)], run.log(config))
-        progress.line(f"{folder}: {_summary(config, run)['top1']:.2f} % to choose by")
+        progress.line(f"{folder}: validation top-1 {_summary(config, run)['top1']:.2f} %")
 
     with ThreadPoolExecutor(config.jobs) as pool:
         list(pool.map(train_one, runs))
@@ -142,7 +140,7 @@ def _test(config: CompareConfig, run: _Run) -> float:
     output = folder / f"{config.test_split}.json"
     if not output.exists():
         trained = yaml.safe_load((folder / "config.yaml").read_text())["data"]
-        # (The size and the crop of the images are the model's.)
+        # Image size and crop come from the model.
         loading = {key: trained[key] for key in ("batch_size", "num_workers", "bad_images", "cache_gib")}
         data = EvalDataConfig(trained["root"], config.test_split, **loading)
         test = ValidateConfig(str(folder), data=data, output=str(output))
@@ -165,13 +163,13 @@ def _train(arguments: list[str]) -> None:
 
 
 def _in_a_process(function: Callable[[Any], Any], argument: Any, log: Path) -> None:
-    """Call a function in a process of its own, as accelerate and CUDA want it, with what it prints in a file."""
+    """Call a function in a new process, because accelerate and CUDA have global state. Log its output to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     process = multiprocessing.get_context("spawn").Process(target=_logged, args=(function, argument, log))
     process.start()
     process.join()
     if process.exitcode:
-        raise RunError(f"a run ended with {process.exitcode}; see {log}")
+        raise RunError(f"a run failed with exit code {process.exitcode}; see {log}")
 
 
 def _logged(function: Callable[[Any], Any], argument: Any, log: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training steps of detectors, for the benchmark."""
+"""Benchmark of detector training steps."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from vim.console.errors import ConfigError
-from vim.detection.config import DetectorConfig, Heads
-from vim.detection.detector import Detector
+from vim.detection.detector import Detector, DetectorConfig, Heads
 from vim.timm_models.precision import DTYPES, Precision
 from vim.training.graphs import capture_training
 
@@ -18,26 +17,26 @@ from .benchmark_config import BenchmarkConfig, Contender, Workload
 
 @dataclass
 class DetectionBenchmarkConfig(BenchmarkConfig):
-    """The benchmark: training steps of detectors on backbones beside each other."""
+    """The benchmark: training steps of detectors with different backbones."""
 
     workloads: list[Workload] = field(default_factory=lambda: [Workload("train", 1024, 4)])
-    """What they do: list of mode (train), img_size (pixels), batch_size (images), models (null: all)."""
+    """What to time: list of mode (train), img_size (pixels), batch_size (images), models (null: all)."""
     detector: Heads = "cascade_mask_rcnn"
-    """Heads of all."""
+    """Detector on all backbones: faster_rcnn, mask_rcnn, cascade_rcnn, cascade_mask_rcnn or fcos."""
     kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Arguments of backbones, by the model's name."""
+    """Arguments of the backbones, by model name."""
     classes: int = 80
-    """Classes of objects, without the background."""
+    """Number of object classes, without background."""
     boxes: int = 7
-    """Objects in an image, of random places and sizes; 7 is COCO's average."""
+    """Objects per image, at random places and sizes; 7 is the average of COCO."""
     output: str = "runs/detection_benchmark"
-    """Folder for benchmark.json and benchmark.png; those of an earlier benchmark are overwritten."""
+    """Folder for benchmark.json and benchmark.png; existing ones are overwritten."""
 
     def __post_init__(self):
         super().__post_init__()
         for workload in self.workloads:
             if workload.mode != "train":
-                raise ConfigError("mode must be train: what untrained heads find, and so their inference, is by chance")
+                raise ConfigError("mode must be train: the inference time of untrained heads depends on chance")
         for name in ("classes", "boxes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -50,11 +49,11 @@ def build_detector_step(
     precision: Precision,
     device: torch.device,
 ) -> Step:
-    """Forward, backward and update of a detector as tools/train_detection.py does them, without loading images.
+    """Create a training step of a detector, as in tools/train_detection.py, but without loading images.
 
-    The contender's options are of the backbone: the shapes in the heads follow what they find.
+    The contender's options apply to the backbone only: shapes in the heads depend on the objects that they find.
     """
-    torch.manual_seed(0)  # the same images, boxes and sampling for all
+    torch.manual_seed(0)  # the same images, boxes and sampling for all contenders
     batch, size = workload.batch_size, workload.img_size
     kwargs = config.kwargs.get(contender.model, {})
     about = DetectorConfig(contender.model, kwargs=kwargs, detector=config.detector, img_size=size)
@@ -74,7 +73,7 @@ def build_detector_step(
 
     def step() -> Tensor:
         with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-            loss = sum(model(images, targets).values(), torch.zeros((), device=device))  # type: ignore[union-attr]
+            loss = sum(model(images, targets).values(), torch.zeros((), device=device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -84,7 +83,7 @@ def build_detector_step(
 
 
 def _objects(config: DetectionBenchmarkConfig, size: int, device: torch.device) -> dict[str, Tensor]:
-    """Boxes of a tenth to a third of the image's edge, each all mask."""
+    """Random boxes, with edges of 0.1 to 0.35 of the image's, and masks that fill them."""
     edges = size * (0.1 + torch.rand(config.boxes, 2) * 0.25)
     corners = torch.rand(config.boxes, 2) * (size - edges)
     boxes = torch.cat([corners, corners + edges], 1).round()

@@ -1,4 +1,4 @@
-"""Proof that a run which is killed at any moment and resumed ends as if nothing had happened."""
+"""The kill test: a run that is killed at any moment and resumed must give the same result as an uninterrupted one."""
 
 import contextlib
 import json
@@ -21,13 +21,16 @@ from vim.training.run_folder import RunFolder
 from vim.training.state import UpdateSplit
 
 TIME_FIELDS = {"seconds", "waited", "images_per_second", "data_wait"}
-WAIT = 600  # seconds for a whole run
+WAIT = 600  # timeout of a whole run in seconds
 
 
 @dataclass
 class Killed:
-    """What happened to a run. moments: where each signal found it. exit_seconds: from the signal to the end of the
-    process, the longest. differences: what is not as in the run that was left alone; empty if all is well."""
+    """Result of a killed run.
+
+    moments: what the run was doing at each signal. exit_seconds: longest time from a signal to the end of the process.
+    differences: from the uninterrupted run; empty if the test passed.
+    """
 
     moments: list[str] = field(default_factory=list)
     exit_seconds: float = 0.0
@@ -35,13 +38,13 @@ class Killed:
 
 
 class KillTest:
-    """Runs of one configuration on the CPU: one is left alone, the others get signals at random moments.
+    """Runs of one configuration on the CPU: one is uninterrupted, the others get signals at random moments.
 
     Args:
         command: a training tool and its arguments, without --run_dir.
         folder: for the runs; must be new.
-        number: signal to send: SIGKILL to the process, any other to it and its loaders.
-        kills: signals for each run.
+        number: signal to send: SIGKILL to the process, any other signal to the process and its workers.
+        kills: number of signals per run.
         seed: of the moments.
     """
 
@@ -58,7 +61,7 @@ class KillTest:
         self.run_seconds = time.monotonic() - start - self.start_seconds
 
     def run(self, index: int) -> Killed:
-        """Start, kill and resume one run until it ends, and compare it with the one that was left alone."""
+        """Start, kill and resume a run until it finishes, and compare it with the uninterrupted one."""
         random_moment = random.Random(f"{self.seed} {index}")
         run, result = RunFolder(self.folder / f"run-{index}", ""), Killed()
         for _ in range(self.kills):
@@ -92,15 +95,16 @@ class KillTest:
             os.killpg(process.pid, self.number)
         code = process.wait(WAIT)
         result.exit_seconds = max(result.exit_seconds, time.monotonic() - sent)
-        if code not in (-self.number, 128 + self.number):  # the first before the program handles signals
+        if code not in (-self.number, 128 + self.number):  # -number: before the tool handled signals
             result.differences.append(f"exit code {code}")
 
     def _finish(self, process: subprocess.Popen, run_dir: Path) -> None:
         if process.wait(WAIT):
-            raise RunError(f"{run_dir} ended with {process.returncode}; see {run_dir.with_suffix('.txt')}")
+            log = run_dir.with_suffix(".txt")
+            raise RunError(f"the run in {run_dir} failed with exit code {process.returncode}; see {log}")
 
     def _moment(self, run: RunFolder) -> str:
-        """What a run was doing when it stopped, from its files."""
+        """What a run was doing when it was stopped, judged by its files."""
         if any(run.checkpoints.glob(".*")) or (run.previous.exists() and not run.last.exists()):
             return "checkpoint"
         state = run.load(lambda warning: None)
@@ -118,7 +122,7 @@ def _epoch_done(state: dict[str, Any], whole: dict[str, Any]) -> bool:
 
 
 def differences(whole: Path, cut: Path) -> list[str]:
-    """Names of what differs between two run folders, times aside, in the last checkpoint and in log.jsonl."""
+    """Names of values that differ between the last checkpoints and the log.jsonl of two run folders, except times."""
     runs = RunFolder(whole, ""), RunFolder(cut, "")
     states = [load_checkpoint(run.last) for run in runs]
     logs = [[json.loads(line) for line in run.log.read_text().splitlines()] for run in runs]

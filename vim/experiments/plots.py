@@ -6,9 +6,9 @@ from vim.figures import MAX_LINE, plain_text, save_figure
 
 
 def plot_comparison(report: dict, path: Path) -> str:
-    """What comparison.json says: accuracy by learning rate where it was chosen, and of each seed on the test split.
+    """Plot comparison.json: accuracy by learning rate on the validation split, and by seed on the test split.
 
-    Returns: a line that says where the plot is, or why there is none.
+    Returns: a line with the path, or with the reason why there is no plot.
     """
     try:
         from matplotlib.figure import Figure
@@ -22,12 +22,12 @@ def plot_comparison(report: dict, path: Path) -> str:
         choosing.plot(rates, list(result["choosing"].values()), marker="o", color=f"C{place}", label=plain_text(name))
         testing.plot([place] * len(result["test"]), result["test"], "o", color=f"C{place}", alpha=0.6)
         testing.hlines(result["mean"], place - 0.2, place + 0.2, color=f"C{place}")
-    choosing.set(xlabel="learning rate", ylabel="top-1 on the split to choose on (%)", xscale="log")
+    choosing.set(xlabel="learning rate", ylabel="validation top-1 (%)", xscale="log")
     tried = sorted({float(rate) for result in contenders.values() for rate in result["choosing"]})
     choosing.set_xticks(tried, [f"{rate:g}" for rate in tried])
     choosing.set_xticks([], minor=True)
     choosing.legend()
-    testing.set(ylabel="top-1 on the test split (%): seeds and mean", xlim=(-0.5, len(contenders) - 0.5))
+    testing.set(ylabel="test top-1 (%): seeds and mean", xlim=(-0.5, len(contenders) - 0.5))
     testing.set_xticks(range(len(contenders)), [plain_text(name) for name in contenders])
     for axes in (choosing, testing):
         axes.grid(alpha=0.3)
@@ -36,19 +36,20 @@ def plot_comparison(report: dict, path: Path) -> str:
 
 
 def workload_name(row: dict) -> str:
-    """What a row of benchmark.json had to do."""
+    """The workload of a row of benchmark.json."""
     return f"{row['mode']}, {row['img_size']} pixels, batch {row['batch_size']}"
 
 
 def contender_name(row: dict) -> str:
-    """Who did it, as the configuration has it."""
+    """The contender of a row of benchmark.json, written as in the configuration."""
     return "+".join((row["model"], *row["options"]))
 
 
 def plot_benchmark(results: dict, path: Path) -> None:
-    """Images a second, a panel for each workload; `results` is the content of benchmark.json.
+    """Plot benchmark.json: throughput in images/s, one panel per workload.
 
-    Thin lines span the rounds, and behind each bar stands the peak memory. Vim's models are blue, others orange.
+    Thin lines show the spread of the rounds; the peak memory is written next to each bar. Vim models are blue, others
+    orange.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -65,7 +66,7 @@ def plot_benchmark(results: dict, path: Path) -> None:
         panels.setdefault(workload_name(row), {})[contender_name(row)] = row
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    # Each row of panels: a line for each model, and the title with the axis.
+    # Height of a row of panels: a line per model, plus title and axis.
     figure = Figure(figsize=(3 + 5 * columns, 0.6 + lines * (0.8 + 0.28 * len(models))), layout="constrained")
     grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
     about = f"{results['device']}, {results['config']['precision']}, torch {results['versions']['torch']}"
@@ -87,9 +88,9 @@ def plot_benchmark(results: dict, path: Path) -> None:
             peak = "" if row["peak_mib"] is None else f", {row['peak_mib']:,.0f} MiB"
             axes.text(row["max"] + 0.015 * longest, place, f"{figures}/s{peak}", va="center", fontsize=8)
         axes.set_title(title, fontsize=10)
-        axes.set_xlim(0, 1.4 * longest)  # room for the figures
+        axes.set_xlim(0, 1.4 * longest)  # room for the numbers
         axes.set_yticks(range(len(models)), [plain_text(name) for name in models], fontsize=8)
-        axes.set_ylim(len(models) - 0.4, -0.6)  # the first on top
+        axes.set_ylim(len(models) - 0.4, -0.6)  # the first model on top
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(grid.flat[: len(panels)])[-columns:]:

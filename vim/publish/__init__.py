@@ -1,4 +1,4 @@
-"""Finished runs on the Hugging Face hub, with a model card."""
+"""Publishes finished runs on the Hugging Face hub, with a model card."""
 
 from .config import PushConfig
 from .hub import push_to_hub

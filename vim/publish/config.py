@@ -11,18 +11,19 @@ class PushConfig:
     run_dir: str
     """Folder of a finished run of tools/train.py."""
     repo: str
-    """Repository on the hub, owner/name; made if it is not there."""
+    """Repository on the hub: owner/name. Created if it does not exist."""
     license: str
-    """Of the weights, as the hub abbreviates it: apache-2.0, cc-by-nc-4.0 ... Images and first weights have a say."""
+    """License of the weights, as named on the hub: apache-2.0, cc-by-nc-4.0 ... Data and initial weights may restrict
+    the choice."""
     datasets: list[str] = field(default_factory=list)
-    """Names on the hub of the data sets that it was trained on, the one evaluated on first: ylecun/mnist ..."""
+    """Training data sets by their names on the hub, the evaluated one first: ylecun/mnist ..."""
     weights: Literal["last", "ema"] = "last"
-    """last: those after the last epoch. ema: their moving average."""
+    """last: weights after the last epoch. ema: their exponential moving average."""
     private: bool = False
-    """Nobody else sees the repository. One that is there and public is refused."""
+    """Make the repository private. An existing public repository is refused."""
     output: str | None = None
-    """Only write the files, to this new folder; null: push them."""
+    """Only write the files to this new folder; null: push them to the hub."""
 
     def __post_init__(self):
         if not self.license.strip():
-            raise ValueError("license must not be empty; who publishes weights says how others may use them")
+            raise ValueError("license must not be empty; it tells others how they may use the weights")

@@ -1,4 +1,4 @@
-"""A trained classifier's page on the Hugging Face hub: what its run knows, and nothing besides."""
+"""The model card of a trained classifier on the Hugging Face hub, filled from its run folder only."""
 
 import json
 import re
@@ -22,17 +22,18 @@ from .config import PushConfig
 
 PLOTS = {"learning_curve.png": "Learning curve", "confusion_matrix.png": "Confusion matrix"}
 
-# Paths that begin at the root, at home or further up name users, machines and projects, and help nobody else. Those
-# below the working folder (configs/quickstart.yaml) stay: with them a command can be given again in any clone.
+# Absolute paths, and those that start with ~ or .., reveal users, machines and projects, and help nobody else. Paths
+# below the working folder (configs/quickstart.yaml) stay: commands that use them work in any clone.
 _PATH = re.compile(r"""(?:^|(?<=[=:"'\[{(, ]))(?:[A-Za-z]:[/\\]|~[/\\]|\.\.[/\\]|/(?!/)|\\)[^"'\]}),]*""")
 
 
 @dataclass
 class FinishedRun:
-    """What a run folder says of itself; of paths outside of the run's working folder only the last part.
+    """Content of a run folder. Paths outside of the run's working folder are cut to their last part.
 
-    config: of config.yaml. summary: of summary.json. starts: lines of starts.jsonl, oldest first. weights: folder of
-    model.safetensors and config.json. model: content of that config.json. first_weights: that the run began with.
+    config: content of config.yaml. summary: content of summary.json. starts: lines of starts.jsonl, oldest first.
+    weights: folder of model.safetensors and config.json. model: content of that config.json. initial_weights: their
+    source.
     """
 
     folder: Path
@@ -41,7 +42,7 @@ class FinishedRun:
     starts: list[dict[str, Any]]
     weights: Path
     model: dict[str, Any]
-    first_weights: str
+    initial_weights: str
 
     @property
     def plots(self) -> list[Path]:
@@ -62,12 +63,13 @@ def read_run(folder: str, weights: str) -> FinishedRun:
         raise RunError(f"no run in {run.path}: {run.config} is missing; give the folder of a run of {run.tool}")
     config = yaml.safe_load(run.config.read_text())
     if "detector" in config["model"]:
-        raise RunError(f"{run.path} holds a detector, which timm does not load from the hub; give a run of {run.tool}")
+        raise RunError(f"{run.path} holds a detector, which timm cannot load from the hub; give a run of {run.tool}")
     if not run.summary.is_file():
-        raise RunError(f"the run in {run.path} is not finished: {run.summary} is missing; go on: {run.resume_command}")
+        unfinished = f"the run in {run.path} is not finished: {run.summary} is missing"
+        raise RunError(f"{unfinished}; resume with: {run.resume_command}")
     trained = run.path / "ema" if weights == "ema" else run.path
     if not trained.is_dir():
-        raise ConfigError(f"weights is ema, but the run in {run.path} averaged none (ema.decay is 0); choose last")
+        raise ConfigError(f"weights is ema, but the run in {run.path} has no EMA (ema.decay is 0); choose last")
     starts = run.starts.read_text().splitlines() if run.starts.is_file() else []
     return FinishedRun(
         run.path,
@@ -76,18 +78,18 @@ def read_run(folder: str, weights: str) -> FinishedRun:
         [_start(json.loads(line)) for line in starts],
         trained,
         json.loads((trained / "config.json").read_text()),
-        shareable(_first_weights(**{key: config["model"][key] for key in ("name", "pretrained", "checkpoint")})),
+        shareable(_initial_weights(**{key: config["model"][key] for key in ("name", "pretrained", "checkpoint")})),
     )
 
 
-def _first_weights(name: str, pretrained: bool | None, checkpoint: str | None) -> str:
-    if pretrained is None:  # those of a folder or repository came along
+def _initial_weights(name: str, pretrained: bool | None, checkpoint: str | None) -> str:
+    if pretrained is None:  # null: pretrained for a folder or repository
         pretrained = not timm.is_model(name)
-    return checkpoint or (f"pretrained ones of {name}" if pretrained else "random")
+    return checkpoint or (f"pretrained weights of {name}" if pretrained else "random")
 
 
 def shareable(value: Any) -> Any:
-    """Nested dicts and lists, with each path that is not below the working folder cut to its last part."""
+    """Nested dicts and lists, with every path outside of the working folder cut to its last part."""
     if isinstance(value, dict):
         return {key: shareable(v) for key, v in value.items()}
     if isinstance(value, list):
@@ -96,12 +98,12 @@ def shareable(value: Any) -> Any:
 
 
 def _start(line: dict[str, Any]) -> dict[str, Any]:
-    command = shlex.join(shareable(shlex.split(line["command"])))  # by arguments: a path may hold spaces
+    command = shlex.join(shareable(shlex.split(line["command"])))  # by argument: a path may contain spaces
     return shareable(line | {"command": ""}) | {"command": command}
 
 
 def model_card(run: FinishedRun, config: PushConfig) -> ModelCard:
-    """The page, README.md: metadata in YAML, then text."""
+    """The model card (README.md): YAML metadata, then text."""
     title = config.repo.split("/")[-1]
     vision_mamba = run.model["architecture"].startswith("vim_")
     data = ModelCardData(
@@ -141,7 +143,7 @@ def _what(run: FinishedRun, vision_mamba: bool) -> str:
     return (
         f"An image classifier for [timm](https://github.com/huggingface/pytorch-image-models): the {kind} "
         f"`{run.model['architecture']}` with {run.summary['parameters']:,} parameters, trained on {data}. It "
-        f"takes images of {size} (channels, height, width) and tells {run.model['num_classes']} classes apart."
+        f"predicts one of {run.model['num_classes']} classes for an image of {size} (channels, height, width)."
     )
 
 
@@ -153,14 +155,14 @@ def _use(repo: str, vision_mamba: bool) -> str:
 {imports}
 
 model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # of a PIL image
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # takes a PIL image
 classes = model.pretrained_cfg["label_names"]
 ```"""
 
 
 def _results(run: FinishedRun, weights: str) -> str:
-    """Accuracies of all weights that the run has, and its plots, which show those of the last epoch."""
-    names = {"last": ("", "after the last epoch"), "ema": ("ema_", "their moving average")}
+    """Accuracy with the last weights and the EMA, and the plots, which are of the last weights."""
+    names = {"last": ("", "last epoch"), "ema": ("ema_", "EMA (exponential moving average)")}
     lines = [
         f"| {name}{', in this repository' * (key == weights)} | {run.summary[prefix + 'top1']:.2f} | "
         f"{run.summary[prefix + 'top5']:.2f} |"
@@ -170,23 +172,23 @@ def _results(run: FinishedRun, weights: str) -> str:
     split = _plain(f"{_dataset(run)}/{run.config['data']['val_split']}")
     about = f"On the {run.summary['val_images']:,} images of {split}:"
     plots = [f"![{PLOTS[plot.name]}]({plot.name})" for plot in run.plots]
-    table = "\n".join(["| weights | top-1 % | top-5 % |", "|---|---|---|", *lines])
-    caption = ["The plots are of the weights after the last epoch."] if plots and weights == "ema" else []
+    table = "\n".join(["| weights | top-1 (%) | top-5 (%) |", "|---|---|---|", *lines])
+    caption = ["The plots show the weights of the last epoch."] if plots and weights == "ema" else []
     return "\n\n".join(["## Results", about, table, *caption, *plots])
 
 
 def _training(run: FinishedRun) -> str:
     summary = run.summary
     facts = {
-        "initial weights": run.first_weights,
+        "initial weights": run.initial_weights,
         "epochs": summary["epochs"],
         "updates": f"{summary['updates']:,}",
-        "updates left out, not finite": summary["skipped_updates"],
-        "images that could not be read": summary["bad_images"],
-        "training time, without set-up": timedelta(seconds=round(summary["train_seconds"])),
+        "skipped updates (non-finite loss or gradient)": summary["skipped_updates"],
+        "unreadable images": summary["bad_images"],
+        "training time (without setup)": timedelta(seconds=round(summary["train_seconds"])),
         "images/s": f"{summary['images_per_second']:,.0f}",
-        "device": _each(f"{start['processes']} x {start['device']}" for start in run.starts) or summary["device"],
-        "git revision": _each(str(start["git_revision"]) for start in run.starts if start["git_revision"]),
+        "device": _unique(f"{start['processes']} x {start['device']}" for start in run.starts) or summary["device"],
+        "git revision": _unique(str(start["git_revision"]) for start in run.starts if start["git_revision"]),
         "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
         "seed": summary["seed"],
     }
@@ -205,12 +207,12 @@ def _training(run: FinishedRun) -> str:
 
 
 def _plain(text: str) -> str:
-    """A user's text in Markdown, not read as Markdown or HTML. An underscore inside a word is none."""
+    """Escape a text so that it is not read as Markdown or HTML. An underscore inside a word needs no escape."""
     return re.sub(r"[\\`*\[\]<>|~$&#]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])", lambda sign: f"\\{sign[0]}", visible(text))
 
 
 def _fenced(language: str, text: str) -> str:
-    """A block of code that no line of the text ends."""
+    """A code block whose fence is longer than any in the text."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}{fence}"
@@ -221,9 +223,9 @@ def _dataset(run: FinishedRun) -> str:
 
 
 def _name(path: str) -> str:
-    """Last part of a path, of whichever system."""
+    """Last part of a path of any operating system."""
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
-def _each(values: Iterable[str]) -> str:
+def _unique(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))

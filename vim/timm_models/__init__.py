@@ -1,4 +1,4 @@
-"""Any timm model for the tools: which one, its weights, its input, its precision."""
+"""Timm models for the tools: name, weights, input, precision."""
 
 from .config import LoadedModelConfig, ModelConfig
 from .create import create_model, load_model

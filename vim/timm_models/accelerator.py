@@ -1,4 +1,4 @@
-"""The accelerator of a tool."""
+"""accelerate's Accelerator, configured for a tool."""
 
 from collections.abc import Sequence
 
@@ -14,12 +14,13 @@ from .precision import Precision
 def create_accelerator(
     precision: Precision, accumulate: int = 1, trackers: Sequence[str] = (), run_dir: str | None = None
 ) -> Accelerator:
-    """An accelerator for these options.
+    """Create the accelerator of a tool.
 
     Args:
-        trackers: names of accelerate's; they write below `run_dir`.
+        accumulate: steps per update.
+        trackers: names of accelerate's trackers, which write below `run_dir`.
 
-    Raises: ConfigError for what this machine has not.
+    Raises: ConfigError if a tracker is not installed, and for fp16 on a CPU.
     """
     available = [str(tracker.value) for tracker in get_available_trackers()]
     for name in trackers:
@@ -28,12 +29,12 @@ def create_accelerator(
             raise ConfigError(f"no tracker {name!r}: installed are {have}; pip install its package")
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
-        # As a plugin, for a number alone gives way to the variable ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
+        # A plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment overrides a plain number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate),
         log_with=list(trackers) or None,
         project_dir=run_dir,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
     )
     if precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError("precision fp16 needs a GPU; on a CPU accelerate would run fp32 without a word; choose bf16")
+        raise ConfigError("precision fp16 needs a GPU: on a CPU accelerate silently runs fp32; choose bf16")
     return accelerator

@@ -1,11 +1,11 @@
-"""Models by timm's factory, from a configuration."""
+"""Create timm models from a configuration."""
 
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -19,21 +19,21 @@ from vim.console.errors import ConfigError, RunError
 
 from .config import LoadedModelConfig, ModelConfig
 from .name import HUB, timm_name
-from .weights import Arrived, TimmLoading, check_file
+from .timm_model import TimmModel
+from .weights import TimmLoading, check_file
 
 CONNECT_SECONDS = 5
 
 
-def create_model(config: ModelConfig, num_classes: int | None, section: str = "model.") -> nn.Module:
-    """A timm model with the weights that the configuration names; `weights_from` tells which.
+def create_model(config: ModelConfig, num_classes: int | None, section: str = "model.") -> TimmModel:
+    """Create a timm model and load its weights; `weights_from` says which.
 
     Args:
-        config: the model; its grad_checkpointing and compile are not applied here.
-        num_classes: of the data set; None keeps the model's own.
-        section: what stands before the names of the tool's options.
+        config: grad_checkpointing and compile are not applied here.
+        num_classes: number of classes of the data set; None keeps the model's own.
+        section: prefix of the tool's option names, for messages.
 
-    Raises: ConfigError for a name, a keyword or a file that does not exist, and weights that do not fit; RunError for a
-        damaged file.
+    Raises: ConfigError for an unknown name, keyword or file, and weights that do not fit; RunError for a damaged file.
     """
     kwargs = dict(config.kwargs)
     if num_classes is not None and kwargs.setdefault("num_classes", num_classes) != num_classes:
@@ -41,17 +41,17 @@ def create_model(config: ModelConfig, num_classes: int | None, section: str = "m
             f"{section}kwargs.num_classes is {kwargs['num_classes']}, the data set has {num_classes} classes; leave it "
             "out"
         )
-    if "checkpoint_path" in kwargs:  # timm would load it past the rules here
-        raise ConfigError(f"{section}kwargs.checkpoint_path is not taken; name the file as {section}checkpoint")
+    if "checkpoint_path" in kwargs:  # timm would load it without our checks
+        raise ConfigError(f"{section}kwargs.checkpoint_path is not supported; give the file as {section}checkpoint")
     if config.checkpoint is not None:
         check_file(Path(config.checkpoint))
     name = timm_name(config.name)
     remedy = f"give weights of this model, with the {section}kwargs that they were trained with"
     loading = TimmLoading(config.name, config.checkpoint, remedy)
-    pretrained = takes_weights(config)
+    pretrained = _takes_weights(config)
     try:
-        with loading.in_place(), _quick_without_network(name, pretrained and config.checkpoint is None):
-            model = timm.create_model(name, pretrained=pretrained, **kwargs)
+        with loading.in_place(), _offline_if_unreachable(name, pretrained and config.checkpoint is None):
+            model = cast(TimmModel, timm.create_model(name, pretrained=pretrained, **kwargs))
     except (ConfigError, RunError):
         raise
     except TypeError as error:
@@ -60,26 +60,25 @@ def create_model(config: ModelConfig, num_classes: int | None, section: str = "m
         instead = "local-dir:FOLDER with its files" if ":" in name else f"weights as a file: --{section}checkpoint FILE"
         why = one_line(error)
         if isinstance(error, LocalEntryNotFoundError):
-            why = "the hub cannot be reached, and its cache here has not all files"
+            why = "the hub cannot be reached, and the local cache is incomplete"
         raise ConfigError(f"cannot fetch {config.name}: {why}; without a network give {instead}") from error
-    except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # timm has models of each kind
+    except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # timm's models raise any of these
         if str(error).startswith("No pretrained weights exist"):
             why = "has no released weights; name a checkpoint or a run folder"
             raise ConfigError(f"{config.name} {why}") from error
         values = ", ".join(f"{key}: {value}" for key, value in kwargs.items())
         given = f" with {section}kwargs {{{values}}}" if kwargs else ""
         raise ConfigError(f"cannot make {config.name}{given}: {one_line(error)}") from error
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     if num_classes is not None:
-        cfg.pop("label_names", None)  # of the data that the weights are from
-    model.arrived = loading.arrived  # type: ignore[assignment]
+        model.pretrained_cfg.pop("label_names", None)  # of the data that the weights were trained on
+    model.loaded_weights = loading.loaded
     return model
 
 
 def create_model_at(
     config: ModelConfig, num_classes: int | None, img_size: int | None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """`create_model` of a model for images of img_size pixels to the edge, where it wants to know; None: its own.
+) -> tuple[TimmModel, dict[str, Any]]:
+    """`create_model` for square images of img_size pixels to the edge; None: the model's own size.
 
     Returns: the model, and its arguments of timm.create_model.
     """
@@ -88,61 +87,60 @@ def create_model_at(
         try:
             return create_model(sized, num_classes), sized.kwargs
         except ConfigError as error:
-            if "'img_size'" not in str(error):
-                raise  # convolutions take any size, and have no such argument
+            if "'img_size'" not in str(error):  # convolutional networks take any size, and no such argument
+                raise
     return create_model(config, num_classes), config.kwargs
 
 
-def takes_weights(config: ModelConfig) -> bool:
-    """Whether a model starts from weights: those of a folder or of a repository come along unless they are refused."""
-    if config.checkpoint is not None:
-        return True
-    return ":" in timm_name(config.name) if config.pretrained is None else config.pretrained
-
-
-def load_model(source: LoadedModelConfig, section: str = "", needs_head: bool = True) -> nn.Module:
-    """A timm model with its own classes, and weights from the checkpoint, or else its released ones or its folder's.
+def load_model(source: LoadedModelConfig, section: str = "", needs_head: bool = True) -> TimmModel:
+    """Create a timm model with its own classes, and weights from the checkpoint, its release or its folder.
 
     Args:
-        section: what stands before the names of the tool's options.
-        needs_head: refuse weights that have no classifier for the model's classes: it would answer at random.
+        section: prefix of the tool's option names, for messages.
+        needs_head: refuse weights without a classifier for the model's classes.
 
     Raises: as `create_model`.
     """
     checkpoint = source.checkpoint
     config = ModelConfig(source.model, pretrained=checkpoint is None, checkpoint=checkpoint, kwargs=source.kwargs)
     model = create_model(config, None, section)
-    arrived: Arrived | None = model.arrived  # type: ignore[assignment]
-    if needs_head and arrived is not None and arrived.new_head:
+    loaded = model.loaded_weights
+    if needs_head and loaded is not None and loaded.new_head:
         raise ConfigError(
-            f"{arrived.source} has no classifier for {source.model} ({'; '.join(arrived.changes)}): it would answer at "
-            f"random; set {section}kwargs.num_classes to the classes that the weights were trained on"
+            f"{loaded.source} has no classifier for {source.model} ({'; '.join(loaded.changes)}): it would answer at "
+            f"random; set {section}kwargs.num_classes to the number of classes that the weights were trained on"
         )
     return model
 
 
 def weights_from(model: nn.Module) -> str | None:
-    """Where the weights of a created model are from, how many, and what is new; None for random ones."""
-    arrived = getattr(model, "arrived", None)
-    return None if arrived is None else str(arrived)
+    """Source of a created model's weights, number of tensors and what was adapted; None for random weights."""
+    loaded = getattr(model, "loaded_weights", None)
+    return None if loaded is None else str(loaded)
 
 
-def label_names(model: nn.Module) -> list[str] | None:
-    """Names of the model's classes, which run folders keep; None where the weights come without."""
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    return cfg.get("label_names")
+def label_names(model: TimmModel) -> list[str] | None:
+    """Names of the model's classes, which run folders store; None if the weights come without."""
+    return model.pretrained_cfg.get("label_names")
 
 
 def enable_grad_checkpointing(model: nn.Module, name: str) -> None:
     try:
         model.set_grad_checkpointing()  # type: ignore[operator]
-    except (AttributeError, AssertionError) as error:  # timm has models of both kinds
+    except (AttributeError, AssertionError) as error:  # some models have no such method, others refuse
         raise ConfigError(f"{name} has no gradient checkpointing; leave it out") from error
 
 
+def _takes_weights(config: ModelConfig) -> bool:
+    """Whether a model starts from given weights. A folder or repository provides them unless pretrained is False."""
+    if config.checkpoint is not None:
+        return True
+    return ":" in timm_name(config.name) if config.pretrained is None else config.pretrained
+
+
 @contextmanager
-def _quick_without_network(name: str, wanted: bool) -> Iterator[None]:
-    """Where the hub cannot be reached, let its client look into its cache alone: it would try again for a minute."""
+def _offline_if_unreachable(name: str, wanted: bool) -> Iterator[None]:
+    """If the hub cannot be reached, let its client use its cache alone: it would retry for a minute."""
     offline = constants.HF_HUB_OFFLINE
     if (wanted or name.startswith(HUB)) and not name.startswith("local-dir:") and not offline and not getproxies():
         address = urlsplit(constants.ENDPOINT)

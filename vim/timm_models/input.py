@@ -1,26 +1,26 @@
-"""How images become the input of a model."""
+"""Preprocessing: how images become the input of a model."""
 
 import copy
 from typing import Any
 
 from timm.data import resolve_data_config
-from torch import nn
 
 from vim.console.errors import ConfigError
 from vim.data import EvalDataConfig
 from vim.data.decode import IMAGE_MODES
 
 from .config import LoadedModelConfig
+from .timm_model import TimmModel
 
 
-def resolve_input(model: nn.Module, model_kwargs: dict[str, Any], data: EvalDataConfig) -> dict[str, Any]:
-    """How images become the model's input: timm's data_config, with input_size (C, H, W), mean, std, interpolation,
-    crop_pct and crop_mode. What `data` leaves open comes from the model; some of timm's have a crop of their own for a
-    larger size to test at.
+def resolve_input(model: TimmModel, model_kwargs: dict[str, Any], data: EvalDataConfig) -> dict[str, Any]:
+    """Resolve timm's data_config: input_size (C, H, W), mean, std, interpolation, crop_pct and crop_mode.
 
-    Raises: ConfigError for a model that images do not have the channels for.
+    What `data` leaves open comes from the model. Some timm models have another crop_pct at their larger test size.
+
+    Raises: ConfigError if the model takes neither 1 nor 3 channels.
     """
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    cfg = model.pretrained_cfg
     channels, height, width = cfg["input_size"]
     channels = model_kwargs.get("in_chans", channels)
     if channels not in IMAGE_MODES:
@@ -41,13 +41,13 @@ def resolve_input(model: nn.Module, model_kwargs: dict[str, Any], data: EvalData
     )
 
 
-def check_size(model: nn.Module, name: str, kwargs: dict[str, Any], data_config: dict[str, Any]) -> None:
-    """Raise ConfigError for a model that keeps its size, if images have another.
+def check_size(model: TimmModel, name: str, kwargs: dict[str, Any], data_config: dict[str, Any]) -> None:
+    """Raise ConfigError if the model has a fixed input size and the images have another.
 
     Args:
-        name, kwargs: of the model. data_config: of `resolve_input`.
+        name, kwargs: of the model. data_config: from `resolve_input`.
     """
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    cfg = model.pretrained_cfg
     if not cfg["fixed_input_size"] or kwargs.get("dynamic_img_size") or kwargs.get("strict_img_size") is False:
         return
     size = kwargs.get("img_size") or cfg["input_size"][1:]
@@ -59,14 +59,14 @@ def check_size(model: nn.Module, name: str, kwargs: dict[str, Any], data_config:
         )
 
 
-def at_size(model: nn.Module, config: LoadedModelConfig, size: int | None) -> nn.Module:
-    """The model for images of size x size pixels: itself where it takes any size or has this one, else a copy with its
-    position tables resampled. None: its own size.
+def at_size(model: TimmModel, config: LoadedModelConfig, size: int | None) -> TimmModel:
+    """The model for images of size x size pixels: itself if it takes them, else a copy with resampled position tables.
 
     Args:
-        config: that the model was loaded from.
+        config: the model was loaded from it.
+        size: in pixels; None keeps the model's own.
 
-    Raises: ConfigError for a model that keeps its size, or cannot take this one.
+    Raises: ConfigError if the model cannot take this size.
     """
     own = resolve_input(model, config.kwargs, EvalDataConfig())["input_size"][1:]
     if size is None or own == (size, size):
@@ -74,20 +74,20 @@ def at_size(model: nn.Module, config: LoadedModelConfig, size: int | None) -> nn
     if hasattr(model, "set_input_size"):
         model = copy.deepcopy(model)
         try:
-            model.set_input_size(img_size=(size, size))  # type: ignore[operator]
-        except (AssertionError, RuntimeError, ValueError) as error:  # timm has models of each kind
+            model.set_input_size(img_size=(size, size))
+        except (AssertionError, RuntimeError, ValueError) as error:  # timm's models raise any of these
             raise ConfigError(f"{config.model} cannot take images of {size} x {size} pixels: {error}") from error
-    elif model.pretrained_cfg["fixed_input_size"]:  # type: ignore[index]
+    elif model.pretrained_cfg["fixed_input_size"]:
         raise ConfigError(
             f"{config.model} takes images of {own[0]} x {own[1]} pixels and cannot change to {size}; some models can "
-            f"when they are created: try kwargs.img_size"
+            f"at creation: try kwargs.img_size"
         )
     return model
 
 
 def _per_channel(name: str, given: tuple[float, ...] | None, default: tuple[float, ...], channels: int) -> tuple:
     if given is None:
-        # A grey image takes the mean of the colours' statistics.
+        # A grey image takes the mean over the colour channels' statistics.
         return default if len(default) == channels else (sum(default) / len(default),) * channels
     if len(given) != channels:
         raise ConfigError(f"data.{name} needs one value for each of {channels} channels, got {given}")

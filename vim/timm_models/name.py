@@ -1,4 +1,4 @@
-"""Names that the tools take for a model: timm's, a run folder, the hub."""
+"""Model names that the tools take: timm's, a run folder, a repository on the hub."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,14 @@ import timm
 
 from vim.console.errors import ConfigError, RunError, did_you_mean
 
+CONFIG = "config.json"
 HUB = ("hf-hub:", "hf_hub:")
 
 
 def timm_name(name: str) -> str:
-    """The name for timm.create_model; a run folder may be given as its path.
+    """The name for timm.create_model. A run folder may be given as a plain path.
 
-    Raises: ConfigError for a model that timm does not have, and a folder that holds none.
+    Raises: ConfigError for a model that timm does not have, and a folder without a model.
     """
     folder = Path(name.removeprefix("local-dir:"))
     if (folder / CONFIG).is_file():
@@ -26,6 +27,20 @@ def timm_name(name: str) -> str:
         raise ConfigError(_no_model_in(folder))
     hint = did_you_mean(name, timm.list_models(), "see timm.list_models()")
     raise ConfigError(f"no model {name!r} in timm, and no run folder of that name{hint}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the configuration of a model.
+
+    Raises: RunError for a file that is damaged or holds something else.
+    """
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise RunError(f"{path} is damaged: {error}; restore the folder from a backup, or train again") from error
+    if not isinstance(about, dict):
+        raise RunError(f"{path} holds no model configuration; give the folder of a finished run")
+    return about
 
 
 def _check_classifier(folder: Path) -> None:
@@ -43,22 +58,5 @@ def _no_model_in(folder: Path) -> str:
         return f"{folder} is a file of weights, not a model; give the model's name, and the file as checkpoint"
     if (folder / "config.yaml").is_file():
         last = folder / "checkpoints" / "last.pt"
-        return f"the run in {folder} is not finished, it has no {CONFIG}; give the model's name, and {last} as file"
+        return f"the run in {folder} is not finished: no {CONFIG}; give the model's name, and {last} as checkpoint"
     return f"no model in {folder}: {folder / CONFIG} is missing; give the folder of a finished run"
-
-
-CONFIG = "config.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a configuration.
-
-    Raises: RunError for a file that is damaged, or holds none.
-    """
-    try:
-        about = json.loads(path.read_text())
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise RunError(f"{path} is damaged: {error}; take the folder from a backup, or train again") from error
-    if not isinstance(about, dict):
-        raise RunError(f"{path} holds no model's configuration; give the folder of a finished run")
-    return about

@@ -1,4 +1,4 @@
-"""Names of precisions, and their dtypes."""
+"""Precisions and their dtypes."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Weights from wherever they lie into a model: all of them, or one line that says which are missing or left over."""
+"""Load weights into a model: all of them, or an error that names the missing and the left-over tensors."""
 
 import inspect
 import logging
@@ -14,43 +14,27 @@ from torch import Tensor, nn
 from vim.checkpoint import check_archive, load_weights, one_line, unsafe_or_foreign
 from vim.console.errors import ConfigError, RunError
 
-# Under which keys training code keeps weights in its checkpoints; averaged ones first, as timm's own loader has it.
+from .timm_model import LoadedWeights, TimmModel
+
+# Keys under which training code stores weights in its checkpoints. EMA first, like timm's own loader.
 CONTAINERS = (
     "state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "module", "net", "network",
     "backbone", "weights",
 )  # fmt: skip
-# What wrappers (DDP, torch.compile, Lightning, hand-written modules) put before every name.
+# Prefixes that wrappers (DDP, torch.compile, Lightning, hand-written modules) add to every name.
 PREFIXES = ("module", "_orig_mod", "model", "backbone", "net", "network")
 FOLDER_WEIGHTS = "model.safetensors"
-NAMED = 3  # names of tensors in a message
-
-
-@dataclass
-class Arrived:
-    """What came of loading: `arrived` of `tensors` in the model are from `source`.
-
-    changes: what was made to fit: "new: head 10 -> 2".
-    """
-
-    source: str
-    arrived: int = 0
-    tensors: int = 0
-    changes: list[str] = field(default_factory=list)
-    new_head: bool = False
-
-    def __str__(self) -> str:
-        counted = [f"{self.arrived} of {self.tensors} tensors"] if self.tensors else []
-        return f"{self.source} ({'; '.join(counted + self.changes)})" if counted or self.changes else self.source
+NAMED = 3  # at most, tensors named in a message
 
 
 def unwrapped(state: Any, own: Iterable[str], source: str) -> dict[str, Tensor]:
-    """The weights in a checkpoint, under their names in the model that was trained.
+    """The weights in a checkpoint, without containers and wrapper prefixes.
 
     Args:
-        state: content of a file.
-        own: names in the model that they are for; a prefix that those have is no wrapper.
+        state: content of the file.
+        own: tensor names of the model to load; a prefix that occurs there is no wrapper's.
 
-    Raises: ConfigError for one without weights.
+    Raises: ConfigError for a checkpoint without weights.
     """
     content = state
     while isinstance(content, dict):
@@ -67,26 +51,26 @@ def unwrapped(state: Any, own: Iterable[str], source: str) -> dict[str, Tensor]:
     return _without_wrappers(weights, own)
 
 
-def put(model: nn.Module, state: Any, source: str, name: str, remedy: str) -> Arrived:
-    """Put the weights of a checkpoint into a model: every one of them, and no others.
+def put(model: nn.Module, state: Any, source: str, name: str, remedy: str) -> LoadedWeights:
+    """Load a checkpoint into a model. Every tensor must match.
 
     Args:
-        source, name: of the checkpoint and of the model. remedy: what to do if they do not fit.
+        source, name: of the checkpoint and of the model. remedy: for the message if the weights do not fit.
 
     Raises: ConfigError for weights that do not fit.
     """
     own = model.state_dict()
     weights = unwrapped(state, own, source)
-    with _noting(model) as found:
+    with _recorded_keys(model) as found:
         try:
             model.load_state_dict(weights, strict=False)
-        except RunError:  # of a signal
+        except RunError:  # from a signal
             raise
         except RuntimeError as error:  # shapes
-            raise unfit(source, name, found, _other_shapes(weights, own), len(own), remedy, error) from error
+            raise unfit(source, name, found, _wrong_shapes(weights, own), len(own), remedy, error) from error
     if found.missing or found.unexpected:
         raise unfit(source, name, found, [], len(own), remedy)
-    return Arrived(source, len(own), len(own))
+    return LoadedWeights(source, len(own), len(own))
 
 
 @dataclass
@@ -97,26 +81,25 @@ class _Found:
 
 
 class TimmLoading:
-    """Takes the place of timm's load_pretrained while timm creates a model: it checks what timm would only log.
+    """Replaces timm's load_pretrained while timm creates a model: it checks what timm only logs.
 
     Args:
-        name: of the model. checkpoint: file, or folder of shards, of the weights; None for the model's own, which are
-            its released ones or those of its folder.
-        remedy: what to do if they do not fit.
+        name: of the model.
+        checkpoint: file of weights, or folder of shards; None: the model's released weights, or those of its folder.
+        remedy: for the message if the weights do not fit.
     """
 
     def __init__(self, name: str, checkpoint: str | None, remedy: str):
         self.name, self.checkpoint, self.remedy = name, checkpoint, remedy
-        self.arrived: Arrived | None = None
+        self.loaded: LoadedWeights | None = None
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        # timm hands a model's filter, which knows the layouts of its checkpoints, to this one function and keeps it
-        # nowhere.
+        # A model's filter converts its checkpoints. timm passes it to this function and stores it nowhere.
         original, log, level = _builder.load_pretrained, _builder._logger, _builder._logger.level
         self.original: Callable[..., None] = original
         _builder.load_pretrained = self  # type: ignore[assignment]
-        log.setLevel(logging.ERROR)  # it would list what is refused here
+        log.setLevel(logging.ERROR)  # it would list the mismatches that are refused here
         try:
             yield
         finally:
@@ -125,7 +108,7 @@ class TimmLoading:
 
     def __call__(
         self,
-        model: nn.Module,
+        model: TimmModel,
         *,
         pretrained_cfg: dict[str, Any],
         num_classes: int,
@@ -134,19 +117,19 @@ class TimmLoading:
         strict: bool,
         **others: Any,
     ) -> None:
-        """As timm's, whose arguments these are; strict is False where the model is only a trunk of what is saved.
+        """Like timm's load_pretrained. strict is False if the model is only the trunk of what was saved.
 
         Raises: ConfigError for weights that do not fit, or a file that cannot be read.
         """
-        cfg = dict(pretrained_cfg)  # the model keeps the one that was given
+        cfg = dict(pretrained_cfg)  # a copy: the model keeps the original
         source, file = self._locate(cfg)
-        if self.checkpoint is not None:  # filters look there for the images that the weights are for
-            model.pretrained_cfg["source"] = ""  # type: ignore[index, operator, assignment]
+        if self.checkpoint is not None:  # tells filters that the weights are not the folder's
+            model.pretrained_cfg["source"] = ""
         own = model.state_dict()
         heads = _classifiers(cfg)
         head_names = {name for name in own if name.startswith(tuple(f"{head}." for head in heads))}
         classes = num_classes if head_names else 0  # a trunk has no head
-        arrived = self.arrived = Arrived(source)
+        loaded = self.loaded = LoadedWeights(source)
         filtered: dict[str, Tensor] = {}
 
         def fit(state: dict, model: nn.Module) -> dict[str, Tensor]:
@@ -157,13 +140,13 @@ class TimmLoading:
             filtered.update(self._filtered(filter_fn, state, model, source, own))
             if file:
                 _describe(cfg, filtered, model, in_chans, heads)
-            arrived.changes += _changes(cfg, filtered, model, in_chans, classes, heads)
+            loaded.changes += _changes(cfg, filtered, model, in_chans, classes, heads)
             return dict(filtered)
 
-        def spared() -> set[str]:  # once timm knows the classes of the file
+        def may_miss() -> set[str]:  # cfg["num_classes"] is the file's only after _describe
             return head_names if num_classes != cfg["num_classes"] else set()
 
-        with _noting(model) as found:
+        with _recorded_keys(model) as found:
             try:
                 self.original(
                     model,
@@ -174,41 +157,41 @@ class TimmLoading:
                     strict=False,
                     **others,
                 )
-            except (ConfigError, RunError):  # the latter of a signal, too
+            except (ConfigError, RunError):  # RunError: from a signal, too
                 raise
             except Exception as error:  # torch raises almost anything on a damaged file
                 if filtered:
-                    found.missing = [name for name in found.missing if name not in spared()]
-                    shapes = _other_shapes(filtered, {name: own[name] for name in own if name not in spared()})
+                    found.missing = [name for name in found.missing if name not in may_miss()]
+                    shapes = _wrong_shapes(filtered, {name: own[name] for name in own if name not in may_miss()})
                     raise unfit(source, self.name, found, shapes, len(own), self.remedy, error) from error
                 if file:
                     raise ConfigError(unreadable(source, error)) from error
                 raise
-        if not found.loaded:  # timm reads a few models' released files by code of their own
+        if not found.loaded:  # a few timm models read their released files with their own code
             return
-        arrived.new_head = bool(spared()) and classes > 0
-        found.missing = [name for name in found.missing if name not in spared()]
+        loaded.new_head = bool(may_miss()) and classes > 0
+        found.missing = [name for name in found.missing if name not in may_miss()]
         found.unexpected = found.unexpected if strict else []
         if found.missing or found.unexpected:
             raise unfit(source, self.name, found, [], len(own), self.remedy)
-        arrived.tensors = len(own) - (len(head_names) if num_classes == 0 else 0)
-        arrived.arrived = arrived.tensors - (len(head_names) if arrived.new_head else 0)
+        loaded.total = len(own) - (len(head_names) if num_classes == 0 else 0)
+        loaded.loaded = loaded.total - (len(head_names) if loaded.new_head else 0)
 
     def _locate(self, cfg: dict[str, Any]) -> tuple[str, bool]:
-        """What to call the source, and whether it is a file here; then timm is told to read that."""
+        """Name of the source, and whether it is a local file. If it is, `cfg` then tells timm to read it."""
         folder = Path(cfg["file"]) if cfg.get("source") == "local-dir" else None
         if self.checkpoint is not None:
             path = Path(self.checkpoint)
         elif folder is not None and (folder / FOLDER_WEIGHTS).is_file():
             path = folder / FOLDER_WEIGHTS
-        elif folder is not None:  # timm finds others' files
+        elif folder is not None:  # timm finds files of other names
             return str(folder), True
         elif cfg.get("source") == "hf-hub":
             return f"hf-hub:{cfg['hf_hub_id']}", False
         else:
             tag = f".{cfg['tag']}" if cfg.get("tag") else ""
             return f"released weights of {cfg.get('architecture', self.name)}{tag}", False
-        # (custom_load: timm would read some models' weights as of another framework.)
+        # custom_load: for some models timm would expect the format of another framework.
         cfg.update(source="", custom_load=False, state_dict=None, file=None)
         if path.is_dir():
             cfg["state_dict"] = load_weights(_shards(path))
@@ -225,18 +208,21 @@ class TimmLoading:
         source: str,
         own: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Through the model's filter, which knows the layouts of its checkpoints."""
+        """Convert a state dict with the model's filter.
+
+        Raises: ConfigError if the filter fails.
+        """
         if filter_fn is None:
             return state
         takes = inspect.signature(filter_fn).parameters
         try:
             return filter_fn(state, model) if len(takes) > 1 else filter_fn(state)
-        except RunError:  # of a signal
+        except RunError:  # from a signal
             raise
-        except ValueError as error:  # its own words
+        except ValueError as error:  # the filter's own message
             raise ConfigError(f"{source} does not fit {self.name}: {one_line(error)}") from error
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            # Filters count on the layouts that they know.
+            # Filters crash on layouts that they do not know.
             found = _Found([name for name in own if name not in state], [name for name in state if name not in own])
             raise unfit(source, self.name, found, [], len(own), self.remedy, error) from error
 
@@ -250,7 +236,7 @@ def unfit(
     remedy: str,
     error: Exception | None = None,
 ) -> ConfigError:
-    """The line about weights that do not fit a model of so many tensors."""
+    """The error for weights that do not fit a model of `tensors` tensors."""
     parts = []
     if found.missing:
         parts.append(f"{len(found.missing)} of {tensors} tensors are missing ({_some(found.missing)})")
@@ -263,19 +249,19 @@ def unfit(
 
 
 def unreadable(path: str, error: Exception) -> str:
-    """The line about a file that cannot be read as weights."""
+    """The message for a file that cannot be read as weights."""
     if Path(path).is_dir():
         return f"no weights in {path}: {one_line(error)}"
     if unsafe_or_foreign(error):
         return (
-            f"cannot load {path}: it is no checkpoint, or holds objects besides tensors, numbers and text, which could "
-            "run code; save its state dict alone"
+            f"cannot load {path}: it is no checkpoint, or holds objects besides tensors, numbers and text, which "
+            "could run code; save its state dict alone"
         )
     return f"cannot load {path}: it is damaged, or no checkpoint ({one_line(error)})"
 
 
 def check_file(path: Path) -> None:
-    """Raise ConfigError unless there is a file, or a folder of shards, that may hold weights."""
+    """Raise ConfigError unless the path is a file or a folder of shards."""
     if not path.exists():
         raise ConfigError(f"no file {path} to load weights from")
     if path.is_dir():
@@ -291,8 +277,8 @@ def _shards(path: Path) -> Path:
 
 
 @contextmanager
-def _noting(model: nn.Module) -> Iterator[_Found]:
-    """What load_state_dict finds missing and unexpected, noted after all renaming by hooks of modules."""
+def _recorded_keys(model: nn.Module) -> Iterator[_Found]:
+    """Record the missing and unexpected keys of load_state_dict, after all renaming by the modules' hooks."""
     found = _Found()
 
     def note(_: nn.Module, keys: Any) -> None:
@@ -316,7 +302,7 @@ def _without_wrappers(weights: dict[str, Tensor], own: Iterable[str]) -> dict[st
 
 
 def _classifiers(cfg: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the modules whose size is the number of classes; distilled models have two."""
+    """Names of the classifier modules; distilled models have two."""
     names = cfg.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
 
@@ -329,7 +315,7 @@ def _convolutions(cfg: dict[str, Any]) -> tuple[str, ...]:
 def _describe(
     cfg: dict[str, Any], weights: dict[str, Tensor], model: nn.Module, in_chans: int, heads: tuple[str, ...]
 ) -> None:
-    """Tell timm of which classes and channels a file is; else it would take them for those of the released weights."""
+    """Put the file's number of classes and channels into `cfg`; timm would assume those of the released weights."""
     rows = next((len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights), 0)
     offset = cfg.get("label_offset") or 0
     cfg["label_offset"] = offset if rows == cfg["num_classes"] + offset else 0
@@ -351,7 +337,7 @@ def _changes(
     num_classes: int,
     heads: tuple[str, ...],
 ) -> list[str]:
-    """What timm is about to make fit, in words."""
+    """Describe what timm will adapt."""
     changes = []
     if heads and num_classes not in (0, cfg["num_classes"]):
         changes.append(f"new: {', '.join(heads)} {cfg['num_classes'] or 'none'} -> {num_classes}")
@@ -362,7 +348,7 @@ def _changes(
     return changes
 
 
-def _other_shapes(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+def _wrong_shapes(weights: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
     both = ((name, tuple(weights[name].shape), tuple(own[name].shape)) for name in own if name in weights)
     return [f"{name} {shape} for {wanted}" for name, shape, wanted in both if shape != wanted]
 

@@ -1,4 +1,4 @@
-"""Training and evaluation of any timm model: timm's parts, accelerate's loop."""
+"""Training and evaluation of any timm model, built from timm's parts and accelerate."""
 
 from .classification import Classification
 from .config import TrainConfig

@@ -1,4 +1,4 @@
-"""Image classification: its parts of a training run."""
+"""Training of image classifiers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,26 +10,14 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from vim.console.progress import Progress
-from vim.data import (
-    AugmentConfig,
-    EvalImages,
-    FetchAhead,
-    KeyedSampler,
-    TrainImages,
-    check_same_classes,
-    eval_loader,
-    eval_transform,
-    open_images,
-    train_loader,
-    train_transform,
-)
+from vim.data import AugmentConfig
 from vim.timm_models.create import create_model_at, enable_grad_checkpointing, weights_from
 from vim.timm_models.input import check_size, resolve_input
 from vim.timm_models.precision import AUTOCAST
 
 from .checkpointer import Checkpointer
+from .classification_data import ClassificationData
 from .config import TrainConfig
-from .data_record import names_within, record_data
 from .distillation import Teacher, distillation_loss
 from .evaluation import Evaluation, evaluate
 from .graphs import capture_training, wants_cuda_graph
@@ -47,51 +35,35 @@ class Classification(Trainer):
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, progress: Progress):
         super().__init__(config, accelerator, progress)
-        data = config.data
-        # One window is read from while the next is fetched.
-        train, val = open_images(data, data.train_split, 2 * data.window), open_images(data, data.val_split)
-        check_same_classes(train, val)
-        self.classes = train.classes
+        sizes = [size for size, _ in config.data.progressive]
+        data = ClassificationData(config.data)
+        self.classes = data.classes
         if len(self.classes) == 1:
             progress.line(
-                f"warning: {train.path} has one class, {self.classes[0]!r}: any answer is right, and nothing is learned"
+                f"warning: {data.train.path} has one class, {self.classes[0]!r}: every answer is right, and nothing is "
+                "learned"
             )
 
-        create = create_model_of_sizes if data.progressive else create_model_at
-        model, self.model_kwargs = create(config.model, len(self.classes), data.img_size)
+        create = create_model_of_sizes if sizes else create_model_at
+        model, self.model_kwargs = create(config.model, len(self.classes), config.data.img_size)
         model = model.to(accelerator.device)
-        self.data_config = resolve_input(model, self.model_kwargs, data)
+        self.data_config = resolve_input(model, self.model_kwargs, config.data)
         check_size(model, config.model.name, self.model_kwargs, self.data_config)
-        check_sizes(model, config.model.name, self.data_config["input_size"], [size for size, _ in data.progressive])
-        in_chans = self.data_config["input_size"][0]
+        check_sizes(model, config.model.name, self.data_config["input_size"], sizes)
         self.teacher = None
-        if config.distill.teacher is not None:  # made after the model, whose initial weights do not depend on it
+        if config.distill.teacher is not None:  # after the model: its initial weights must not depend on the teacher
             self.teacher = Teacher(config.distill, self.classes, self.data_config, accelerator)
             progress.line(f"the teacher's weights: {weights_from(self.teacher.model)}")
             if hasattr(model, "set_distilled_training"):
-                model.set_distilled_training(True)  # type: ignore[operator]  # logits of both heads
-
-        total_batch = self.images_per_update(data.batch_size)
-        lengths, ahead = (train.shards.lengths, FetchAhead(train.shards.fetch)) if train.shards else (None, None)
-        sampler = KeyedSampler(
-            len(train), config.seed, config.augment.repeats, total_batch, lengths, data.window, ahead
-        )
-        transform = train_transform(config.augment, self.data_config)
-        smaller = {
-            size: train_transform(config.augment, self.data_config | {"input_size": (in_chans, size, size)})
-            for size, _ in data.progressive
-        }
-        early = [smaller[size] for size in data.early_sizes]
-        images = TrainImages(train, transform, config.seed, in_chans, data.bad_images, early)
-        held_out = EvalImages(val, eval_transform(self.data_config), in_chans, data.bad_images)
-        splits = (data.train_split, train), (data.val_split, val)
+                model.set_distilled_training(True)  # logits of both heads
         self.mixup = create_mixup(config.augment, len(self.classes))
         self.loss = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(config.augment.smoothing)
+        total_batch = self.images_per_update(config.data.batch_size)
         self.prepare(
             model,
-            train_loader(images, sampler, data.batch_size, data.num_workers),
-            eval_loader(held_out, data.batch_size, data.num_workers),
-            record_data(self.classes, {split: names_within(images.path, images) for split, images in splits}),
+            data.train_batches(config.augment, self.data_config, config.seed, total_batch),
+            data.val_batches(self.data_config),
+            data.record(),
         )
 
     def accelerate_model(self, model: nn.Module) -> bool:
@@ -105,7 +77,7 @@ class Classification(Trainer):
             channels, height, width = self.data_config["input_size"]
             shapes = {(height, width): None} | {(size, size): None for size, _ in config.data.progressive}
             memory = torch.cuda.graph_pool_handle()
-            for shape in shapes:  # the largest first, in whose memory the others find room
+            for shape in shapes:  # the largest first: the others fit into its memory
                 sample = torch.zeros(config.data.batch_size, channels, *shape, device=device)
                 capture_training(model, sample, AUTOCAST[config.precision], memory)
         return captured
@@ -148,7 +120,7 @@ class Classification(Trainer):
         return f"{size}val loss {record['loss']:.3f}  top-1 {record['top1']:.2f} %{ema}"
 
     def summary(self) -> dict[str, Any]:
-        """Accuracies in percent, of the weights after the last epoch and of the best one."""
+        """Accuracies in percent, after the last epoch and of the best one."""
         last = self.state.history[-1]
         keys = ("top1", "top5", "ema_top1", "ema_top5")
         accuracies = {key: last[key] for key in keys if key in last}
@@ -166,7 +138,7 @@ class Classification(Trainer):
 
 
 def create_mixup(augment: AugmentConfig, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix of a batch, which smooths the targets too; None where both are off."""
+    """timm's mixup and CutMix of a batch, with label smoothing; None if both are off."""
     if not (augment.mixup or augment.cutmix):
         return None
     return Mixup(

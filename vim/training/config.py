@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from vim.console.free_on_resume import FREE_ON_RESUME
 from vim.data import AugmentConfig, DataConfig
 from vim.timm_models.config import ModelConfig
 from vim.timm_models.precision import Precision
@@ -13,21 +14,21 @@ from .averaging import EmaConfig
 from .distillation import DistillConfig
 from .optim import OptimConfig, ScheduleConfig
 
-# Of a run folder.
+# Files of a run folder.
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.jsonl"
 
 
 @dataclass
 class CheckpointConfig:
-    """When the state of the run is saved, besides the end of every epoch and a SIGTERM or Ctrl-C."""
+    """Checkpoints, besides those at the end of every epoch and on SIGTERM or Ctrl-C."""
 
     every_minutes: float | None = 10.0
-    """Minutes between checkpoints; null for none by time."""
+    """Minutes between checkpoints; null: none by time."""
     every_updates: int | None = None
-    """Updates between checkpoints; null for none by count."""
+    """Updates between checkpoints; null: none by count."""
     keep: int = 0
-    """Also keep the checkpoints of so many epochs, the best ones, as epoch-<number>.pt."""
+    """Number of best epochs whose checkpoints are also kept, as epoch-<number>.pt; 0: none."""
 
     def __post_init__(self):
         if self.every_minutes is not None and not self.every_minutes > 0:
@@ -40,31 +41,31 @@ class CheckpointConfig:
 
 @dataclass
 class RunConfig:
-    """What every kind of training has."""
+    """Settings of every kind of training."""
 
-    TOOL: ClassVar[str]  # that reads this configuration
+    TOOL: ClassVar[str]  # the tool that reads this configuration
 
-    run_dir: str = "runs/train"
-    """Folder to write; must be new, or hold the run to resume."""
+    run_dir: str = field(default="runs/train", metadata=FREE_ON_RESUME)
+    """Run folder; must be new, or hold the run to resume."""
     seed: int = 0
-    """Of initial weights, order, augmentation, mixing and dropout."""
+    """Random seed of initial weights, data order, augmentation, mixing and dropout."""
     precision: Precision = "fp32"
-    """Of the forward pass, by autocast; weights stay fp32. fp16 needs a GPU, and may overflow where bf16 does not."""
-    accumulate: int = 1
-    """Steps whose gradients make one update."""
+    """Autocast precision of the forward pass: fp32, bf16, or fp16 (GPU only, may overflow). Weights stay in fp32."""
+    accumulate: int = field(default=1, metadata=FREE_ON_RESUME)  # the total batch is checked with the checkpoint
+    """Gradient accumulation: steps per update of the weights. A step is one batch per process."""
     fsdp: bool = False
-    """Divide parameters, gradients and the optimizer's state among the processes (FSDP2), for models that one GPU
-    cannot hold; otherwise each process has them all (DDP)."""
+    """Shard parameters, gradients and optimizer state across processes (FSDP2), for models too large for one GPU.
+    Otherwise each process holds a full copy (DDP)."""
     cpu_threads: int | None = None
-    """Threads of tensor operations on the CPU, for each process; null for torch's choice. Small models want 1."""
+    """CPU threads per process for tensor operations; null: torch's default. 1 is fastest for small models."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    trackers: list[str] = field(default_factory=list)
-    """Where to log epochs besides log.jsonl, by accelerate: tensorboard (into the run folder), wandb, trackio ..."""
-    max_skipped: int = 20
-    """Updates in a row that may be left out because loss or gradient are not finite; one more stops the run."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE_ON_RESUME)
+    trackers: list[str] = field(default_factory=list, metadata=FREE_ON_RESUME)
+    """accelerate's trackers to log to, besides log.jsonl: tensorboard (writes to the run folder), wandb, trackio ..."""
+    max_skipped: int = field(default=20, metadata=FREE_ON_RESUME)
+    """The run stops after more than this many consecutive updates with a non-finite loss or gradient."""
 
     def __post_init__(self):
         if self.max_skipped < 0:
@@ -72,14 +73,14 @@ class RunConfig:
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if self.fsdp and self.precision == "fp16":
-            raise ValueError("fsdp and precision fp16 do not go together; choose bf16")
+            raise ValueError("fsdp does not support precision fp16; choose bf16")
         if self.accumulate < 1:
             raise ValueError(f"accumulate must be at least 1, got {self.accumulate}")
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ValueError(f"cpu_threads must be at least 1, got {self.cpu_threads}")
 
     def read_from(self, file: Path, given: Set[str]) -> None:
-        """The configuration of a run folder means that folder, wherever it was moved or copied to."""
+        """Let the configuration in a run folder refer to that folder, even if the folder was moved or copied."""
         in_run_folder = file.name == CONFIG_FILE and (file.parent / STARTS_FILE).exists()
         if in_run_folder and "run_dir" not in given:
             self.run_dir = str(file.parent)
@@ -102,8 +103,8 @@ class TrainConfig(RunConfig):
             raise ValueError(f"data.progressive has {early} epochs, more than schedule.epochs {self.schedule.epochs}")
         for name in ("mode", "alpha", "temperature"):
             if self.distill.teacher is None and getattr(self.distill, name) != getattr(DistillConfig, name):
-                raise ValueError(f"distill.{name} belongs to a distill.teacher; name one, or leave it out")
+                raise ValueError(f"distill.{name} needs a distill.teacher; set one, or leave distill.{name} out")
         if self.distill.mode == "hard" and self.distill.temperature != DistillConfig.temperature:
-            raise ValueError("distill.temperature is for distill.mode soft; give that, or leave it out")
+            raise ValueError("distill.temperature needs distill.mode soft; set that, or leave the temperature out")
         if (self.augment.mixup or self.augment.cutmix) and self.data.batch_size % 2:
-            raise ValueError(f"mixup and cutmix mix pairs: data.batch_size must be even, got {self.data.batch_size}")
+            raise ValueError(f"mixup and cutmix need pairs: data.batch_size must be even, got {self.data.batch_size}")

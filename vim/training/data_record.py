@@ -1,4 +1,4 @@
-"""Which data a run has, kept in its checkpoints: a resumed run that found others would learn from shifted labels."""
+"""The data of a run, recorded in its checkpoints: a run that resumed with other data could learn wrong labels."""
 
 import hashlib
 import os
@@ -13,11 +13,11 @@ import torch
 from vim.console.errors import RunError
 from vim.data.names import plain_name
 
-SHOWN = 3  # examples of each kind
+SHOWN = 3  # examples of each change
 
 
 class Named(Protocol):
-    """Images with names, as `plain_name` writes them."""
+    """Images with names."""
 
     def __len__(self) -> int: ...
 
@@ -25,7 +25,7 @@ class Named(Protocol):
 
 
 def names_within(folder: str | Path, images: Named) -> Iterator[str]:
-    """Names of images without the folder that they lie in."""
+    """Names of images, relative to their folder."""
     prefix = plain_name(f"{folder}{os.sep}")
     return (images.name(index).removeprefix(prefix) for index in range(len(images)))
 
@@ -33,16 +33,16 @@ def names_within(folder: str | Path, images: Named) -> Iterator[str]:
 def record_data(
     classes: list[str], splits: Mapping[str, Iterable[str]], annotations: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of the data.
+    """The record of the data in a checkpoint.
 
     Args:
         classes: names in label order.
-        splits: of each split the names of its images in their order, without the folder that they lie in.
-        annotations: of each split a hash of what else is known of its images.
+        splits: names of the images of each split in order, relative to their folder.
+        annotations: for each split, a hash of other facts about its images.
     """
     record: dict[str, Any] = {"classes": list(classes), "splits": {}}
     for split, names in splits.items():
-        # Names hold any character but this one. (Those of ImageNet take 40 MB, and packed a fifth of it.)
+        # No name contains \0. (The names of ImageNet take 40 MB, compressed a fifth of that.)
         text = "".join(f"{name}\0" for name in names).encode(errors="surrogateescape")
         packed = torch.from_numpy(np.frombuffer(bytearray(zlib.compress(text, 1)), np.uint8))
         about = (annotations or {}).get(split, "")
@@ -52,14 +52,14 @@ def record_data(
 
 
 def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise RunError that says what differs between two records; where the data lie does not matter."""
+    """Raise RunError with the differences between two records. The folder of the data does not matter."""
     found = _class_changes(saved["classes"], now["classes"])
-    if not found:  # (the names of classes are part of those of images)
+    if not found:  # (names of images contain those of their classes)
         found = [change for split in now["splits"] if (change := _changes(split, saved["splits"], now["splits"]))]
     if found:
         raise RunError(
-            f"the data are not those that the run began with: {'; '.join(found)}. Put them back, or start a new run "
-            "with another --run_dir"
+            f"the data have changed since the run began: {'; '.join(found)}. Restore them, or start a new run with "
+            "another --run_dir"
         )
 
 
@@ -68,7 +68,7 @@ def _class_changes(saved: list[str], now: list[str]) -> list[str]:
         gone, new = ([c for c in a if c not in set(b)] for a, b in ((saved, now), (now, saved)))
         return [f"{len(saved)} classes have become {len(now)} ({_listed(new, gone)})"]
     renamed = [f"class {i} was {a!r}, is {b!r}" for i, (a, b) in enumerate(zip(saved, now, strict=True)) if a != b]
-    return renamed[:SHOWN] + [f"{len(renamed) - SHOWN} other classes, too"] * (len(renamed) > SHOWN)
+    return renamed[:SHOWN] + [f"{len(renamed) - SHOWN} more"] * (len(renamed) > SHOWN)
 
 
 def _changes(split: str, saved: dict[str, Any], now: dict[str, Any]) -> str:
@@ -77,7 +77,7 @@ def _changes(split: str, saved: dict[str, Any], now: dict[str, Any]) -> str:
         gone, new = (sorted(set(a) - set(b)) for a, b in ((before, here), (here, before)))
         what = _listed(new, gone) or "another order"
         return f"{len(before)} images of {split} have become {len(here)} ({what})"
-    return f"the annotations of {split} are others" if saved[split]["annotations"] != now[split]["annotations"] else ""
+    return f"the annotations of {split} differ" if saved[split]["annotations"] != now[split]["annotations"] else ""
 
 
 def _names(split: dict[str, Any]) -> list[str]:

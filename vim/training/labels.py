@@ -1,4 +1,4 @@
-"""What the labels of a split mean to a model: by the names of its folders, or as ImageNet's other test sets have it."""
+"""From the labels of a split to the classes of a model: by name, or by the rules of an ImageNet test set."""
 
 import json
 import pkgutil
@@ -10,30 +10,34 @@ from typing import Any, Literal
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import Tensor, nn
+from torch import Tensor
 
 from vim.console.errors import ConfigError
-from vim.data import LabelledImages
+from vim.data import ImageSource
 from vim.data.loaders import NO_LABEL
 from vim.timm_models.create import label_names
+from vim.timm_models.timm_model import TimmModel
 
 LabelSet = Literal["folder", "imagenet-v2", "imagenet-real", "imagenet-a", "imagenet-r"]
 
 
 @dataclass
 class LabelMap:
-    """images: those that count. answers, candidates: what their labels mean, see `evaluate`."""
+    """images: the images to evaluate on. answers, candidates: meaning of their labels, see `evaluate`."""
 
-    images: "LabelledImages | RealImages"
+    images: ImageSource
     answers: Tensor | None = None
     candidates: Tensor | None = None
 
 
 class RealImages:
-    """Some of a split's images; the label of each is its position."""
+    """Some images of a split. The label of each is its position."""
 
-    def __init__(self, split: LabelledImages, chosen: list[int]):
+    shards = None
+
+    def __init__(self, split: ImageSource, chosen: list[int]):
         self.split, self.chosen = split, chosen
+        self.path, self.classes = split.path, split.classes
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -41,21 +45,24 @@ class RealImages:
     def name(self, index: int) -> str:
         return self.split.name(self.chosen[index])
 
-    def load(self, index: int, in_chans: int = 3) -> tuple[Any, int]:
-        return self.split.load(self.chosen[index], in_chans)[0], index
+    def label(self, index: int) -> int:
+        return index
+
+    def load(self, index: int, in_chans: int = 3) -> Any:
+        return self.split.load(self.chosen[index], in_chans)
 
 
-def map_labels(labels: LabelSet, split: LabelledImages, where: str, model: nn.Module, name: str) -> LabelMap:
-    """What the labels of a split mean to a model.
+def map_labels(labels: LabelSet, split: ImageSource, where: str, model: TimmModel, name: str) -> LabelMap:
+    """Find the classes of a model that the labels of a split stand for.
 
-    Classes are found by their names: those that the model keeps, or WordNet's numbers (n01440764), in timm's order, for
-    a model of as many classes as ImageNet. A model without names and folders that are not ImageNet's are matched by
+    Classes are matched by name. The names of a model are its own, or for as many classes as ImageNet has, WordNet's
+    numbers (n01440764) in timm's order. Without names, and with classes that are not ImageNet's, they are matched by
     order.
 
     Args:
-        where, name: of the split and the model, for messages.
+        where, name: names of the split and the model, for messages.
 
-    Raises: ConfigError for folders or images that do not fit the model or the set, with their number and names.
+    Raises: ConfigError for classes or images that do not fit the model or the test set, with their number and names.
     """
     names = label_names(model)
     if names is None and (subset := infer_imagenet_subset({"num_classes": model.num_classes})) is not None:
@@ -93,12 +100,12 @@ def map_labels(labels: LabelSet, split: LabelledImages, where: str, model: nn.Mo
     return LabelMap(split, answers[:, None], candidates)
 
 
-def _real_labels(split: LabelledImages, where: str, positions: list[int]) -> LabelMap:
-    """Beyer et al. 2020, arXiv 2006.07159: a set of right labels for each image of ImageNet's val; images with none do
-    not count.
+def _real_labels(split: ImageSource, where: str, positions: list[int]) -> LabelMap:
+    """Beyer et al. 2020, arXiv 2006.07159: a set of correct labels per image of ImageNet's val. Images without any are
+    left out.
 
     Args:
-        positions: of ImageNet's classes among the model's.
+        positions: position of each ImageNet class among the model's classes.
     """
     sets: list[list[int]] = json.loads(_timm_info("imagenet_real_labels.json"))
     numbers, others = [], []
@@ -112,7 +119,7 @@ def _real_labels(split: LabelledImages, where: str, positions: list[int]) -> Lab
     if others:
         raise ConfigError(
             f"labels imagenet-real are for the {len(sets):,} images ILSVRC2012_val_<number>.JPEG of ImageNet's val; "
-            f"{len(others)} of {len(split)} images of {where} are others: {_some(others)}"
+            f"{len(others)} of {len(split)} images of {where} have other names: {_some(others)}"
         )
     right = [[positions[label] for label in sets[number - 1]] for number in numbers]
     chosen = [index for index, classes in enumerate(right) if classes]
@@ -121,7 +128,7 @@ def _real_labels(split: LabelledImages, where: str, positions: list[int]) -> Lab
     return LabelMap(RealImages(split, chosen), torch.tensor(answers))
 
 
-def _check_folders(split: LabelledImages, where: str, labels: LabelSet, folders: Iterable[str]) -> None:
+def _check_folders(split: ImageSource, where: str, labels: LabelSet, folders: Iterable[str]) -> None:
     want, have = set(folders), set(split.classes)
     if have != want:
         wrong, missing = sorted(have - want), sorted(want - have)
@@ -133,7 +140,7 @@ def _check_folders(split: LabelledImages, where: str, labels: LabelSet, folders:
 
 
 def _timm_info(name: str) -> str:
-    """A file about ImageNet that timm carries."""
+    """A file about ImageNet from timm's package."""
     content = pkgutil.get_data("timm.data", f"_info/{name}")
     assert content is not None
     return content.decode()

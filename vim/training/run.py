@@ -1,4 +1,4 @@
-"""A training run, from a configuration to a folder with the trained model."""
+"""A training run: from a configuration to a folder with the trained model."""
 
 import time
 from dataclasses import replace
@@ -24,15 +24,15 @@ from .trainer import Trainer
 def train(config: RunConfig, resume: bool = False, task: type[Trainer] = Classification) -> dict[str, Any]:
     """Train, evaluate after every epoch, and write the run folder.
 
-    A run that was stopped at any moment and is resumed ends as if it had not been stopped.
+    A run that is stopped at any point and resumed gives the same result as an uninterrupted one.
 
     Args:
-        config: everything about the run, of the task's kind.
-        resume: go on with the run in config.run_dir, from its last checkpoint.
-        task: what is trained.
+        config: the task's configuration.
+        resume: continue the run in config.run_dir from its last checkpoint.
+        task: what to train.
 
     Returns: the content of summary.json.
-    Raises: DataError, ConfigError or RunError, with a message for the user; InterruptedRunError after a signal, when
+    Raises: DataError, ConfigError or RunError, with a message for the user; InterruptedRunError after a signal, once
         the state is saved.
     """
     if config.cpu_threads is not None:
@@ -42,11 +42,11 @@ def train(config: RunConfig, resume: bool = False, task: type[Trainer] = Classif
     run.check(config, resume)
     end_with_the_launcher()
 
-    def how_to_go_on() -> str:
-        return f"go on with: {run.resume_command}" if run.config.is_file() else "it had not begun"
+    def how_to_resume() -> str:
+        return f"resume with: {run.resume_command}" if run.config.is_file() else "the run had not begun"
 
     try:
-        with interruptible(how_to_go_on) as interruption:
+        with interruptible(how_to_resume) as interruption:
             summary = _train(config, resume, task, accelerator, run, interruption)
     finally:
         run.lock.release()
@@ -64,10 +64,10 @@ def _train(
 ) -> dict[str, Any]:
     main, epochs = accelerator.is_main_process, config.schedule.epochs
     progress = Progress(main)
-    goes_on = resume and bool(run.saved)
-    trainer = task(_without_weights(config) if goes_on else config, accelerator, progress)
+    continues = resume and bool(run.saved)
+    trainer = task(_without_weights(config) if continues else config, accelerator, progress)
     state = trainer.state
-    accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
+    accelerator.wait_for_everyone()  # all processes must check the folder before one writes to it
     if main:
         if (warning := run.begin(config, resume)) is not None:
             progress.line(warning)
@@ -79,16 +79,16 @@ def _train(
         for warning in state.load_state_dict(saved):
             progress.line(warning)
     elif resume and main:
-        run.write_config(config)  # nothing was trained yet, and what may change on a resume may have
+        run.write_config(config)  # no checkpoint yet; the fields that may change on a resume may have changed
     progress.line(trainer.describe())
-    progress.line(trainer.initial_weights() if saved is None else "weights: those of the run's checkpoint")
+    progress.line(trainer.initial_weights() if saved is None else "weights: from the run's checkpoint")
 
     checkpointer = Checkpointer(run, config.checkpoint, interruption, accelerator, state)
     complete = state.epoch == epochs
     with interruption.postponed():
         for _ in range(state.epoch, epochs):
             record = {"epoch": state.epoch + 1, **trainer.train_epoch(checkpointer)}
-            checkpointer.save()  # an evaluation that is stopped can be done again
+            checkpointer.save()  # so that a stopped evaluation can be repeated
             start = time.perf_counter()
             record |= trainer.evaluate(checkpointer.stop_if_asked)
             state.end_epoch(record | {"seconds": state.so_far.seconds + time.perf_counter() - start})
@@ -106,22 +106,22 @@ def _train(
             trainer.evaluate(checkpointer.stop_if_asked)
     summary, models = trainer.summary(), state.models()
     if main:
-        run.write_log(state.history)  # the run may have been stopped right before it wrote them
+        run.write_log(state.history)  # an earlier start may have been stopped right before writing them
         run.write_bad_images(state.bad_images)
         results = trainer.write_results(run, models)
         run.write_summary(summary)
         if state.bad_images:
-            results += f"\n{len(state.bad_images)} images could not be read and were skipped: {run.bad_images}"
+            results += f"\nskipped {len(state.bad_images)} unreadable images: see {run.bad_images}"
         progress.line(f"{epochs} epochs in {summary['train_seconds']:.0f} s\n{results}\nsummary: {run.summary}")
     return summary
 
 
 def _without_weights(config: RunConfig) -> RunConfig:
-    """For a run that goes on from a checkpoint: nothing is read, or fetched, that the checkpoint would replace."""
+    """Leave out initial weights: a checkpoint will replace them, so they need not be read or downloaded."""
     model: ModelConfig = config.model  # type: ignore[attr-defined]  # the configuration of every task has it
     return replace(config, model=replace(model, pretrained=False, checkpoint=None))  # type: ignore[call-arg]
 
 
 def _loggable(value: Any) -> Any:
-    """As trackers take the values of a configuration."""
+    """A configuration value in a type that trackers accept."""
     return value if isinstance(value, int | float | str | bool) else str(value)

@@ -1,4 +1,4 @@
-"""Accuracy of a model on one split of a data set, at one or several sizes and crops of the images."""
+"""Accuracy of a model on one split of a data set, at one or several image sizes and crops."""
 
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vim.console.progress import Progress
-from vim.data import EvalDataConfig, EvalImages, eval_loader, eval_transform, open_images
+from vim.data import EvalDataConfig, EvalImages, eval_loader, eval_transform, open_split
 from vim.files import write_json
 from vim.timm_models.accelerator import create_accelerator
 from vim.timm_models.config import LoadedModelConfig
@@ -24,15 +24,15 @@ class ValidateConfig(LoadedModelConfig):
 
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     labels: LabelSet = "folder"
-    """Which images are of which class. folder: class folders are named as the model's classes. imagenet-v2: they are
-    numbers. imagenet-real: ImageNet's val, with a set of right labels for each image. imagenet-a, imagenet-r: they are
-    the set's 200 classes, and the model's others take no part."""
+    """Meaning of the split's classes. folder: they are called as the model's. imagenet-v2: they are numbers.
+    imagenet-real: ImageNet's val, with a set of correct labels per image. imagenet-a, imagenet-r: they are the 200
+    classes of the set, and the model's other classes are left out."""
     img_sizes: list[int] = field(default_factory=list)
-    """Edges of the images in pixels, to evaluate at each; position tables are resampled. Empty: data.img_size."""
+    """Image sizes in pixels to evaluate at; position tables are resampled. Empty: data.img_size."""
     crop_pcts: list[float] = field(default_factory=list)
-    """Parts that the centre crop keeps, 0..1, to evaluate with each, at each size. Empty: data.crop_pct."""
+    """Fractions that the centre crop keeps, 0..1, to evaluate with at each size. Empty: data.crop_pct."""
     precision: Precision = "fp32"
-    """Of the forward pass."""
+    """Precision of the forward pass."""
     output: str = "validate.json"
     """File for the results."""
 
@@ -49,34 +49,34 @@ class ValidateConfig(LoadedModelConfig):
 def validate(config: ValidateConfig) -> dict[str, Any]:
     """Evaluate a model on data.val_split and write the results to config.output.
 
-    Returns: the results: model, split and, for each size and crop, images, loss, top1, top5 (percent) and the
-        preprocessing; of several, as a list `rows`.
+    Returns: model, split and, for each size and crop, images, loss, top1, top5 (percent) and the preprocessing; with
+        several sizes or crops, as a list `rows`.
     Raises: DataError or ConfigError, with a message for the user.
     """
     accelerator = create_accelerator(config.precision)
     progress = Progress(accelerator.is_main_process)
-    source = open_images(config.data, config.data.val_split)
+    source = open_split(config.data.root, config.data.val_split, cache_gib=config.data.cache_gib)
     split = str(source.path)
     model = load_model(config).to(accelerator.device)
     progress.line(f"weights: {weights_from(model)}")
     labels = map_labels(config.labels, source, split, model, config.model)
-    if len(source.classes) < model.num_classes:  # type: ignore[operator]
-        others = "may be predicted too" if labels.candidates is None else "take no part"
+    if len(source.classes) < model.num_classes:
+        others = "may be predicted too" if labels.candidates is None else "are left out"
         progress.line(f"{split} has {len(source.classes)} of {model.num_classes} classes; the others {others}")
 
     sizes: list[int | None] = [*config.img_sizes] or [config.data.img_size]
     crops: list[float | None] = [*config.crop_pcts] or [config.data.crop_pct]
-    # All of them at first, so that a size that the model cannot take is found before hours of evaluation.
+    # All models first: a size that the model cannot take fails before hours of evaluation.
     models = {size: at_size(model, config, size) for size in sizes}
     rows: list[dict[str, Any]] = []
     for size, crop_pct in product(sizes, crops):
         data = replace(config.data, img_size=size, crop_pct=crop_pct)
         data_config = resolve_input(model, config.kwargs, data)
         in_chans = data_config["input_size"][0]
-        images = EvalImages(labels.images, eval_transform(data_config), in_chans, data.bad_images)  # type: ignore[arg-type]
+        images = EvalImages(labels.images, eval_transform(data_config), in_chans, data.bad_images)
         batches = accelerator.prepare(eval_loader(images, data.batch_size, data.num_workers))
         evaluation = evaluate(models[size], batches, accelerator, progress, labels.answers, labels.candidates)
-        accelerator.free_memory()  # and with the loader its processes
+        accelerator.free_memory()  # ends the workers of the loader, too
         rows.append(
             {
                 "images": evaluation.images,
