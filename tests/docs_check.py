@@ -107,7 +107,7 @@ def commands(block: Block) -> list[list[str]]:
         for stub in STUBS:
             (folder / "bin" / stub).write_text(STUB)
             (folder / "bin" / stub).chmod(0o755)
-        for real in ("basename", "cat", "mkdir", "sh"):
+        for real in ("basename", "cat", "dirname", "mkdir", "sh"):
             (folder / "bin" / real).symlink_to(shutil.which(real) or real)
         record = folder / "record"
         record.touch()
