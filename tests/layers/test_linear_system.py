@@ -66,7 +66,7 @@ def test_small_steps_keep_their_digits():
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match="rule must be one of zoh, bilinear, euler, got 'tustin'"):
+    with pytest.raises(ValueError, match="rule must be one of 'zoh', 'bilinear', 'euler', got 'tustin'"):
         discretize_diagonal(torch.ones(1), torch.ones(1), torch.ones(1), "tustin")
 
 
@@ -233,9 +233,9 @@ def test_hippo_reads_back_the_past():
 
 
 def test_bad_names_and_sizes():
-    with pytest.raises(ValueError, match="measure must be one of legs, legt, fout, got 'lmu'"):
+    with pytest.raises(ValueError, match="measure must be one of 'legs', 'legt', 'fout', got 'lmu'"):
         hippo("lmu", 8)
-    with pytest.raises(ValueError, match="init must be one of lin, inv, real, quad, legs, got 'line'"):
+    with pytest.raises(ValueError, match="init must be one of 'lin', 'inv', 'real', 'quad', 'legs', got 'line'"):
         diagonal("line", 8)
     with pytest.raises(ValueError, match="d_state must be even and positive, for conjugate pairs, got 7"):
         nplr("legs", 7)

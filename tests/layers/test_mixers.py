@@ -7,14 +7,15 @@ import torch
 from torch.func import functional_call
 
 from vim.layers import BiMamba, BiMamba2, Mamba, Mamba2, MambaBlock, MambaCache, RMSNorm
+from vim.layers.rename import rename
 from vim.layers.selective_ssm import pad_rank, project_by
-from vim.models.official import native_name
+from vim.models.official import NAMES
 from vim_kernels import rms_norm
 
 
 def official_mixer(tensors: dict) -> dict:
     """A state dict of the authors' bidirectional mixer under our names."""
-    return {native_name(f"layers.0.mixer.{k}").removeprefix("blocks.0.mixer."): v for k, v in tensors.items()}
+    return {rename(NAMES, f"layers.0.mixer.{k}").removeprefix("blocks.0.mixer."): v for k, v in tensors.items()}
 
 
 def test_bimamba_golden(golden, relative_error, mixer_backend):

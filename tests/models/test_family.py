@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import vim  # noqa: F401 (registers the models)
 from vim.layers import S4
-from vim.models.scan_order import patch_order
+from vim.models.token_layout import patch_order
 from vim.models.vision_mamba import VisionMamba
 
 TINY = {"img_size": (24, 16), "patch_size": 4, "in_chans": 1, "num_classes": 3, "embed_dim": 16, "depth": 2}
@@ -229,7 +229,7 @@ def test_cross_goes_along_rows_and_columns_in_turn():
 def test_registers_are_spread_evenly(registers, places):
     """Of 24 patches; four have 4, 5, 5, 5 and 5 of them around."""
     model = VisionMamba(**TINY, class_token="registers", num_registers=registers).eval()
-    assert list(model._prefix_places(24)) == places
+    assert list(model.token_layout.places(24)) == places
     x = torch.randn(2, 1, 24, 16)
     tokens = model._embed(x)
     want = (model.cls_token + model.pos_embed[:, :registers])[0]
@@ -264,9 +264,9 @@ def test_registers_through_a_neck():
     [
         (
             {"mixer": "attention"},
-            "mixer must be one of bimamba, mamba, bimamba2, mamba2, s4d, s4, s4nd, none, got 'attention'",
+            "mixer must be one of 'bimamba', 'mamba', 'bimamba2', 'mamba2', 's4d', 's4', 's4nd', 'none', got 'attent",
         ),
-        ({"mixer": "s4nd"}, "mixer 's4nd' works on the grid of the patches: it wants class_token 'none'"),
+        ({"mixer": "s4nd"}, "mixer 's4nd' works on the grid of the patches and needs class_token 'none'"),
         ({"mixer": "s4nd", "scan_order": "column"} | PLAIN, "scan_order 'raster', got 'none' and 'column'"),
         ({"scan_order": "hilbert"}, "scan_order must be one of .*'cross'.*, got 'hilbert'"),
         ({"class_token": "registers", "num_registers": 0}, "num_registers must be at least 1, got 0"),
@@ -279,8 +279,8 @@ def test_registers_through_a_neck():
             }.items()
             for option in options
         ),
-        ({"num_registers": 3}, "num_registers is of class_token 'registers' alone, got 3 with 'middle'"),
-        ({"register_dim": 8} | PLAIN, "register_dim is of class_token 'registers' alone, got 8 with 'none'"),
+        ({"num_registers": 3}, "num_registers needs class_token 'registers', got 3 with 'middle'; leave it out"),
+        ({"register_dim": 8} | PLAIN, "register_dim needs class_token 'registers', got 8 with 'none'"),
     ],
 )
 def test_bad_options(options, message):
@@ -291,5 +291,5 @@ def test_bad_options(options, message):
 def test_a_variant_of_registers_without_them():
     model = timm.create_model("vim_small_registers", depth=1, class_token="none", global_pool="avg", device="meta")
     assert model.num_prefix_tokens == 0
-    with pytest.raises(ValueError, match="register_dim is of class_token 'registers' alone, got 96 with 'none'"):
+    with pytest.raises(ValueError, match="register_dim needs class_token 'registers', got 96 with 'none'"):
         timm.create_model("vim_small_registers", class_token="none", global_pool="avg", register_dim=96)

@@ -13,6 +13,7 @@ from timm.models import load_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vim  # noqa: F401  (registers the models)
+from vim.layers.rename import rename
 from vim.models import official
 from vim.models.vision_mamba import VARIANTS, VisionMamba, checkpoint_filter_fn
 from vim.training.config import ModelConfig
@@ -81,7 +82,7 @@ def test_released_variants_have_the_official_tensors():
     for name, shapes in layout.items():
         variant = f"vim_{name.split('_')[1]}" + ("_stride8" if "stride8" in name else "")
         state_dict = timm.create_model(variant, device="meta").state_dict()
-        want = {official.native_name(key): tuple(shape) for key, shape in shapes.items()}
+        want = {rename(official.NAMES, key): tuple(shape) for key, shape in shapes.items()}
         assert {key: tuple(t.shape) for key, t in state_dict.items()} == want
 
 
@@ -136,7 +137,7 @@ def official_files(tmp_path, golden):
     def native_to_official(model, shift):
         """Invert the name table by asking it for every official name there is."""
         state_dict, names = model.state_dict(), next(iter(official_layout().values()))
-        pairs = {key: official.native_name(key) for key in names}
+        pairs = {key: rename(official.NAMES, key) for key in names}
         out = {key: state_dict[native] + shift for key, native in pairs.items() if native in state_dict}
         assert len(out) == len(state_dict)
         table, middle = out["pos_embed"], (out["pos_embed"].shape[1] - 1) // 2
@@ -168,18 +169,20 @@ def difference(a, b) -> float:
     )
 
 
-@pytest.mark.parametrize(
-    ("variant", "shift"), [("vim_tiny", 0.0), ("vim_base", 1.0)], ids=["tiny takes model", "base takes model_ema"]
-)
-def test_every_route_takes_the_same_official_weights(variant, shift, official_files, monkeypatch):
-    kwargs = {"depth": 2, "embed_dim": 32}
-    model, path = official_files(variant, **kwargs)
+def shifted(model, shift):
     with torch.no_grad():
         for p in model.parameters():
             p += shift
-    by_path = timm.create_model(variant, checkpoint_path=str(path), **kwargs)
-    assert difference(by_path, model) == 0
+    return model
 
+
+@pytest.mark.parametrize(
+    ("variant", "shift"), [("vim_tiny", 0.0), ("vim_base", 1.0)], ids=["tiny takes model", "base takes model_ema"]
+)
+def test_official_weights_are_those_that_the_cfg_names(variant, shift, official_files, monkeypatch):
+    kwargs = {"depth": 2, "embed_dim": 32}
+    model, path = official_files(variant, **kwargs)
+    model = shifted(model, shift)
     monkeypatch.setattr("timm.models._hub.hf_hub_download", fake_download(path))
     by_hub = timm.create_model(variant, pretrained=True, **kwargs)
     assert difference(by_hub, model) == 0
@@ -187,12 +190,33 @@ def test_every_route_takes_the_same_official_weights(variant, shift, official_fi
     by_file = timm.create_model(variant, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **kwargs)
     assert difference(by_file, model) == 0
 
-    later = timm.create_model(variant, **kwargs)
-    load_checkpoint(later, str(path))
-    assert difference(later, model) == 0
-
     by_tool = create_model(ModelConfig(variant, checkpoint=str(path), kwargs=kwargs), num_classes=1000)
     assert difference(by_tool, model) == 0
+
+    by_filter = timm.create_model(variant, **kwargs)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        by_filter.load_state_dict(checkpoint_filter_fn(torch.load(path), by_filter))
+    assert difference(by_filter, model) == 0
+
+
+def test_a_cfg_may_ask_for_the_average(official_files):
+    kwargs = {"depth": 1, "embed_dim": 16}
+    model, path = official_files("vim_tiny", **kwargs)
+    overlay = {"file": str(path), "notes": (official.EMA_NOTE,)}
+    made = timm.create_model("vim_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    assert difference(made, shifted(model, 1.0)) == 0
+
+
+@pytest.mark.parametrize("variant", ["vim_tiny", "vim_base"])
+def test_timms_loaders_take_the_average_unless_they_are_told_otherwise(variant, official_files):
+    """They unwrap the file before the model sees it."""
+    kwargs = {"depth": 1, "embed_dim": 16}
+    model, path = official_files(variant, **kwargs)
+    made = timm.create_model(variant, **kwargs)
+    load_checkpoint(made, str(path), use_ema=False)
+    assert difference(made, model) == 0
+    made = timm.create_model(variant, checkpoint_path=str(path), **kwargs)
+    assert difference(made, shifted(model, 1.0)) == 0
 
 
 def fake_download(path):
@@ -345,7 +369,7 @@ def test_set_patch_size():
         ({"global_pool": "mean"}, "global_pool must be one of .*'avg'.*, got 'mean'"),
         ({"img_size": 8}, r"img_size \(8, 8\) must be at least the patch_size \(16, 16\)"),
         ({"patch_stride": 0}, "patch_size and patch_stride must be positive"),
-        ({"weight_init": "xavier"}, "weight_init must be '' or 'skip', got 'xavier'"),
+        ({"weight_init": "xavier"}, "weight_init must be one of '', 'skip', got 'xavier'"),
     ],
 )
 def test_bad_options_are_named(kwargs, message):

@@ -8,6 +8,7 @@ from vim_kernels.precision import own_precision
 
 from . import official_s4
 from .linear_system import LinearSystem, convolve
+from .state_kernel import StateKernel
 
 
 class LTIMixer(nn.Module):
@@ -75,16 +76,18 @@ class SequenceLTIMixer(LTIMixer):
     The kernel has a `system(rate)`, the same as a recurrence.
     """
 
+    kernel: StateKernel
+
     def default_state(self, batch_size: int, rate: float = 1.0) -> LTICache:
         """A cache that has seen nothing.
 
         Raises: ValueError for a layer of two directions.
         """
-        if self.kernel.C.shape[0] > 1:  # type: ignore[union-attr, index]
+        if self.kernel.C.shape[0] > 1:
             raise ValueError(
                 "a bidirectional layer has no step, because it sees the future; make it with one direction"
             )
-        return LTICache(self.kernel.system(rate), batch_size)  # type: ignore[operator, union-attr]
+        return LTICache(self.kernel.system(rate), batch_size)
 
     def step(self, x: Tensor, cache: LTICache) -> Tensor:
         """One step, x: (batch, d_model) -> (batch, d_model). The cache is updated in place."""

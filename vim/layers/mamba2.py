@@ -11,6 +11,7 @@ from vim_kernels import selective_state_update, ssd
 from .cache import before_update
 from .norm import GatedRMSNorm
 from .plain import is_plain
+from .rename import rename_keys
 from .selective_ssm import negative_exp, start_steps
 from .short_conv import convolve, convolve_both
 
@@ -18,6 +19,8 @@ from .short_conv import convolve, convolve_both
 torch.fx.wrap("_project")
 torch.fx.wrap("negative_exp")
 torch.fx.wrap("ssd")
+
+OFFICIAL_NAMES = {r"(conv1d\.weight|conv1d\.bias|A_log|D|dt_bias)": r"ssm.\1"}  # the authors' Mamba2 -> ours
 
 
 class HeadSSM(nn.Module):
@@ -227,7 +230,5 @@ class BiMamba2(Projections):
 
 
 def _translate_official(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """Load-state-dict hook: the authors' names become ours in place."""
-    for name in ("conv1d.weight", "conv1d.bias", "A_log", "D", "dt_bias"):
-        if prefix + name in state_dict:
-            state_dict[f"{prefix}ssm.{name}"] = state_dict.pop(prefix + name)
+    """Load-state-dict pre-hook: rename official keys in place."""
+    rename_keys(OFFICIAL_NAMES, state_dict, prefix)

@@ -50,12 +50,14 @@ class MambaBlock(nn.Module):
         """One step, x: (batch, d_model) -> (batch, d_model), without gradients. The cache is updated in place."""
         if not self._is_plain():
             return x + self.mixer.step(self.norm(x), cache)
-        mixer, ssm = self.mixer, self.mixer.ssm
+        mixer, ssm, eps = self.mixer, self.mixer.ssm, self.norm.eps
+        assert ssm.conv1d.bias is not None
+        assert eps is not None
         weights = MambaBlockWeights(
             norm=self.norm.weight,
             in_proj=mixer.in_proj.weight,
             conv=ssm.conv1d.weight.squeeze(1),
-            conv_bias=ssm.conv1d.bias,  # type: ignore[arg-type]
+            conv_bias=ssm.conv1d.bias,
             x_proj=ssm.x_proj.weight,
             dt_proj=ssm.dt_proj.weight,
             dt_bias=ssm.dt_proj.bias,
@@ -63,8 +65,7 @@ class MambaBlock(nn.Module):
             D=ssm.D,
             out_proj=mixer.out_proj.weight,
         )
-        assert self.norm.eps is not None
-        return mamba_block_step(x, cache.conv_state, cache.ssm_state, weights, eps=self.norm.eps)
+        return mamba_block_step(x, cache.conv_state, cache.ssm_state, weights, eps=eps)
 
     def _is_plain(self) -> bool:
         if type(self.mixer) is not Mamba:

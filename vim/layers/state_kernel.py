@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_even
+from .linear_system import LinearSystem
 
 
 class StateKernel(nn.Module):
@@ -33,6 +34,10 @@ class StateKernel(nn.Module):
         # Complex numbers as pairs: optimizers, averages and reductions know no others in some versions.
         self.B = nn.Parameter(torch.empty(d_model, half, 2, **dd))
         self.C = nn.Parameter(torch.empty(directions, d_model, half, 2, **dd))
+
+    def system(self, rate: float = 1.0) -> LinearSystem:
+        """The systems in steps that are `rate` times as long as those trained on."""
+        raise NotImplementedError
 
     def _start(self, A: Tensor, B: Tensor) -> None:
         """Poles and inputs (N / 2,) of all systems, outputs of modulus 1 in the mean square, random steps."""

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,15 +12,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-# Official name -> ours. transformers has embeddings for embedding, and no backbone in front where there is no head.
-OFFICIAL = (
-    (r"(?:backbone\.)?embeddings?\.(.*)", r"embedding.\1"),
-    (r"(?:backbone\.)?norm_f\.(.*)", r"norm.\1"),
-    (r"(?:backbone\.)?layers\.(\d+)\.norm\.(.*)", r"blocks.\1.norm.\2"),
-    (r"(?:backbone\.)?layers\.(\d+)\.mixer\.(in_proj|out_proj)\.(.*)", r"blocks.\1.mixer.\2.\3"),
-    (r"(?:backbone\.)?layers\.(\d+)\.mixer\.(.*)", r"blocks.\1.mixer.ssm.\2"),
-    (r"lm_head\.(.*)", r"head.\1"),
-)
+from vim.layers.rename import rename
+
+# Names in the authors' checkpoints and in those of transformers -> ours. transformers writes "embeddings" for
+# "embedding", and no "backbone." in front if the model has no head.
+NATIVE_NAMES = {
+    r"(?:backbone\.)?embeddings?\.(.*)": r"embedding.\1",
+    r"(?:backbone\.)?norm_f\.(.*)": r"norm.\1",
+    r"(?:backbone\.)?layers\.(\d+)\.norm\.(.*)": r"blocks.\1.norm.\2",
+    r"(?:backbone\.)?layers\.(\d+)\.mixer\.(in_proj|out_proj)\.(.*)": r"blocks.\1.mixer.\2.\3",
+    r"(?:backbone\.)?layers\.(\d+)\.mixer\.(.*)": r"blocks.\1.mixer.ssm.\2",
+    r"lm_head\.(.*)": r"head.\1",
+}
+# Our names -> the authors'.
+OFFICIAL_NAMES = {
+    r"embedding\.(.*)": r"backbone.embedding.\1",
+    r"norm\.(.*)": r"backbone.norm_f.\1",
+    r"blocks\.(\d+)\.mixer\.(?:ssm\.)?(.*)": r"backbone.layers.\1.mixer.\2",
+    r"blocks\.(.*)": r"backbone.layers.\1",
+    r"head\.(.*)": r"lm_head.\1",
+}
 # Options that change nothing about trained weights: initial values, implementations, what is for writers of prompts.
 FREE = (
     *("fused_add_norm", "initializer_range", "rescale_prenorm_residual", "use_cache", "use_mambapy"),
@@ -177,26 +187,9 @@ def _transformers_arguments(options: Options) -> dict[str, Any]:
     return arguments
 
 
-def native_name(name: str) -> str:
-    """Our name of a weight of a checkpoint; ours stay."""
-    for pattern, ours in OFFICIAL:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(ours)
-    return name
-
-
 def official_name(name: str) -> str:
-    """The authors' name of a weight."""
-    for ours, theirs in (
-        (r"blocks\.(\d+)\.mixer\.(?:ssm\.)?", r"backbone.layers.\1.mixer."),
-        (r"blocks\.", "backbone.layers."),
-        (r"embedding\.", "backbone.embedding."),
-        (r"norm\.", "backbone.norm_f."),
-        (r"head\.", "lm_head."),
-    ):
-        if match := re.match(ours, name):
-            return match.expand(theirs) + name[match.end() :]
-    return name
+    """The authors' name of one of our weights."""
+    return rename(OFFICIAL_NAMES, name)
 
 
 def native_weights(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
@@ -208,7 +201,7 @@ def native_weights(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], 
     """
     names: dict[str, str] = {}
     for name in weights:
-        if (twice := names.setdefault(native_name(name), name)) != name:
+        if (twice := names.setdefault(rename(NATIVE_NAMES, name), name)) != name:
             raise ValueError(f"{twice} and {name} are the same weight; leave one of them out")
     native = {ours: weights[name] for ours, name in names.items()}
     if tied and "embedding.weight" in native:

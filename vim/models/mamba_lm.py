@@ -6,6 +6,7 @@ Gu & Dao 2023, arXiv 2312.00752; loads the checkpoints of state-spaces/mamba. In
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -65,9 +66,8 @@ class MambaLM(nn.Module):
             self.config["norm_epsilon"] = norm_eps
         rows = -(-vocab_size // vocab_multiple) * vocab_multiple
         self.embedding = nn.Embedding(rows, d_model, **dd)
-        self.blocks = nn.ModuleList(
-            MambaBlock(d_model, d_state, d_conv, expand, dt_rank, norm_eps=norm_eps, **dd) for _ in range(depth)
-        )
+        blocks = (MambaBlock(d_model, d_state, d_conv, expand, dt_rank, norm_eps=norm_eps, **dd) for _ in range(depth))
+        self.blocks = cast("Sequence[MambaBlock]", nn.ModuleList(blocks))
         self.norm = RMSNorm(d_model, eps=norm_eps, **dd)
         self.head = nn.Linear(d_model, rows, bias=False, **dd)
         if tie_embeddings:
@@ -79,7 +79,7 @@ class MambaLM(nn.Module):
         """As the authors do: embeddings of deviation 0.02, output projections divided by the root of the depth."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         for block in self.blocks:
-            block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))  # type: ignore[union-attr, operator]
+            block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
 
     def no_weight_decay(self) -> set[str]:
         """Names and patterns of the parameters to spare from weight decay."""
@@ -87,7 +87,7 @@ class MambaLM(nn.Module):
 
     def allocate_cache(self, batch_size: int) -> list[MambaCache]:
         """A cache that has seen nothing; its size does not depend on how much it will see."""
-        return [block.mixer.allocate_cache(batch_size) for block in self.blocks]  # type: ignore[union-attr, operator]
+        return [block.mixer.allocate_cache(batch_size) for block in self.blocks]
 
     def _embed(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)
@@ -130,7 +130,7 @@ class MambaLM(nn.Module):
         """Logits (B, V) of what follows one more token of each sequence, ids (B,)."""
         x = self._embed(ids)
         for block, one in zip(self.blocks, cache, strict=True):
-            x = block.step(x, one)  # type: ignore[operator]
+            x = block.step(x, one)
         return self.head(self.norm(x))[..., : self.vocab_size]
 
     def generate(

@@ -2,12 +2,15 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import _assert, get_device_dtype, resample_patch_embed, to_2tuple
 from torch import Tensor, nn
 
 from vim.layers.plain import is_plain
 
 Size = int | tuple[int, int]
+
+torch.fx.wrap("rearrange")  # FX keeps the call as a leaf; inside, einops asks for the type of the tensor
 
 
 class PatchEmbed(nn.Module):
@@ -88,9 +91,9 @@ class PatchEmbed(nn.Module):
             _assert(x.shape[-1] == w, f"input width must be img_size's {w}, got {x.shape[-1]}; see set_input_size")
         if self.patch_stride != self.patch_size or not is_plain(self.proj):
             return self.proj(x).flatten(2).transpose(1, 2)
-        # Patches that do not overlap are a matrix product; as a convolution in low precision cuDNN takes ten times as
+        # Patches that do not overlap are a matrix product. As a convolution in low precision cuDNN takes ten times as
         # long, without tensor cores.
         (p_h, p_w), (rows, columns) = self.patch_size, self.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        x = x[..., : rows * p_h, : columns * p_w].unflatten(3, (columns, p_w)).unflatten(2, (rows, p_h))
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x = x[..., : rows * p_h, : columns * p_w]
+        x = rearrange(x, "b c (rows p_h) (columns p_w) -> b (rows columns) (c p_h p_w)", p_h=p_h, p_w=p_w)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)

@@ -140,8 +140,8 @@ class TimmLoading:
         """
         cfg = dict(pretrained_cfg)  # the model keeps the one that was given
         source, file = self._locate(cfg)
-        if self.checkpoint is not None:  # filters look there for the images that the weights are for
-            model.pretrained_cfg["source"] = ""  # type: ignore[index, operator, assignment]
+        if self.checkpoint is not None:  # a model's filter looks there for the origin of the weights
+            model.pretrained_cfg.update(source="", file=cfg["file"])  # type: ignore[operator, union-attr]
         own = model.state_dict()
         heads = _classifiers(cfg)
         head_names = {name for name in own if name.startswith(tuple(f"{head}." for head in heads))}
