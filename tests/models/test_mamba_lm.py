@@ -445,7 +445,7 @@ def test_what_transformers_could_say_and_a_mamba_lm_is_not(changes, message, tmp
 def test_options_that_nobody_knows(tmp_path):
     write_transformers(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(TRANSFORMERS | {"made_by": "us"}))
-    with pytest.warns(UserWarning, match="options without effect here: made_by"):
+    with pytest.warns(UserWarning, match="options that are ignored: made_by"):
         MambaLM.from_pretrained(tmp_path)
 
 
@@ -457,9 +457,9 @@ def test_options_that_nobody_knows(tmp_path):
         ({"rms_norm": False}, "rms_norm = False"),
         ({"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer = 'Mamba2'; .* takes only 'Mamba1'"),
         ({"ssm_cfg": {"bias": True}}, "ssm_cfg.bias = True"),
-        ({"ssm_cfg": {"rank": 3}}, "options that are not known: ssm_cfg.rank"),
+        ({"ssm_cfg": {"rank": 3}}, "unknown options: ssm_cfg.rank"),
         ({"ssm_cfg": 3}, "ssm_cfg = 3; it must be a table"),
-        ({"layers": 3}, "options that are not known: layers"),
+        ({"layers": 3}, "unknown options: layers"),
         ({"n_layer": None}, "n_layer = None; it must be a whole number of at least 1"),
         ({"hidden_size": 16, "model_type": "mamba2"}, "model_type = 'mamba2'"),
     ],
@@ -553,11 +553,11 @@ def test_shards_that_are_not_whole(tmp_path):
             MambaLM.from_pretrained(tmp_path)
         assert "\n" not in str(caught.value)
 
-    fails(f"does not hold the weights that .*json says: {name}", weight_map=places | {name: files[1]})
+    fails(f"does not hold the weights that .*json lists: {name}", weight_map=places | {name: files[1]})
     fails("names files of other folders: ../model", weight_map=places | {name: "../model-0-of-3.safetensors"})
     fails("weight_map must be a table of file names", weight_map=places | {name: 3})
     (tmp_path / files[2]).rename(tmp_path / "elsewhere")
-    fails(rf"1 of 3 shards are not in .*: {files[2]}", FileNotFoundError)
+    fails(rf"1 of 3 shards are missing in .*: {files[2]}", FileNotFoundError)
     (tmp_path / files[2]).write_bytes((tmp_path / "elsewhere").read_bytes()[:-9])
     fails(f"{files[2]} is damaged: ")
 
@@ -570,9 +570,9 @@ def test_what_is_no_checkpoint(published, tmp_path, monkeypatch):
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("model: {name: vim_nano}")
-    fails(tmp_path / "run", "there is no config.json in .*run; a language model has config.json and", FileNotFoundError)
+    fails(tmp_path / "run", "there is no config.json in .*run; a language model needs config", FileNotFoundError)
     (tmp_path / "run" / "config.json").write_text('{"architecture": "vim_nano", "num_classes": 10}')
-    fails(tmp_path / "run", "config.json has no vocab_size; is it that of a Mamba language model?")
+    fails(tmp_path / "run", "config.json has no vocab_size; give that of a Mamba language model")
     for content, message in (
         (b'{"d_model": 16,', "is damaged: Expecting"),
         (b"\xff\xfe{}", "is damaged: .*utf-8"),
@@ -587,7 +587,7 @@ def test_what_is_no_checkpoint(published, tmp_path, monkeypatch):
     weights.write_bytes(whole[: len(whole) // 2])
     fails(published, "is damaged, or holds more than weights")
     torch.save([torch.zeros(2)], weights)
-    fails(published, "must hold weights by name alone")
+    fails(published, "must hold only weights by name")
     weights.unlink()
     fails(published, "there are no weights in .*published", FileNotFoundError)
 
@@ -595,7 +595,7 @@ def test_what_is_no_checkpoint(published, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    message = r"there is no ann/lm here, and the hub does not give it \(.*refused\); give a folder with config.json"
+    message = r"there is no ann/lm here, and the hub does not have it \(.*refused\); give a folder with config.json"
     fails("ann/lm", message, FileNotFoundError)
 
 
@@ -604,7 +604,7 @@ def test_weights_that_say_two_things(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     embedding = weights["backbone.embeddings.weight"]
     save_file(weights | {"lm_head.weight": embedding + 1}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"weights of head and embedding differ, where config.json says .* tied"):
+    with pytest.raises(ValueError, match=r"weights of head and embedding differ, but config.json says .* tied"):
         MambaLM.from_pretrained(tmp_path)
     save_file(weights | {"backbone.embedding.weight": embedding + 1}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"backbone.embedding.* and backbone.embedding.* are the same weight"):
@@ -634,9 +634,9 @@ def test_hostile_weights_are_not_run(published, capsys):
 
 def test_bad_prompts_and_options():
     model = tiny()
-    with pytest.raises(ValueError, match=r"a token each, got lengths \[2, 0\]"):
+    with pytest.raises(ValueError, match=r"each prompt must have a token, got lengths \[2, 0\]"):
         model.generate([[1, 2], []], 3)
-    with pytest.raises(ValueError, match=r"prompts must be \(batch, length\) with tokens in them, got \(1, 0\)"):
+    with pytest.raises(ValueError, match=r"prompts must be \(batch, length\) and not empty, got \(1, 0\)"):
         model.generate(torch.zeros(1, 0, dtype=torch.int64), 3)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         model.generate([[1]], 0)
@@ -659,7 +659,7 @@ def test_bad_prompts_and_options():
     assert model.generate([[1]], 3, temperature=1.0, top_k=50, top_p=1).shape == (1, 3)
     with torch.no_grad():
         model.embedding.weight[7] = torch.nan
-    with pytest.raises(ValueError, match=r"logits are NaN: weights are, or something overflows in torch.float32"):
+    with pytest.raises(ValueError, match=r"logits are NaN: weights are NaN, or torch.float32 overflows"):
         model.generate([[1], [7]], 3)
     ids, mask = pad_left([[1, 2], [3, 4]], torch.device("cpu"))
     assert (ids.tolist(), mask) == ([[1, 2], [3, 4]], None)

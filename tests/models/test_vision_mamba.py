@@ -354,7 +354,7 @@ def test_set_patch_size():
     with pytest.raises(ValueError, match=r"img_size \(64, 64\) must be at least the patch_size \(65, 65\)"):
         model.set_input_size(patch_size=65)
     model.patch_embed.proj.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"patch_size cannot change where something hangs on patch_embed\.proj"):
+    with pytest.raises(ValueError, match=r"patch_size cannot change while patch_embed\.proj is wrapped or has hooks"):
         model.set_input_size(patch_size=16)
     with pytest.raises(ValueError, match=r"img_size \(4, 4\) must be at least the patch_size \(8, 8\)"):
         model.set_input_size(4)

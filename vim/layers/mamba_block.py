@@ -1,4 +1,4 @@
-"""MambaBlock: a Mamba in a residual stream, as language models stack it."""
+"""MambaBlock: a Mamba in a residual block, as in language models."""
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from .plain import is_plain
 class MambaBlock(nn.Module):
     """x + mixer(norm(x)), (batch, length, d_model) -> the same shape.
 
-    The residual stream may be wider than the weights: in fp32 it keeps what bf16 would round away layer by layer.
+    The residual stream may have a wider dtype than the weights: fp32 keeps digits that bf16 would lose layer by layer.
 
-    Args: as of `Mamba`. norm_eps: of the norm.
+    Args: see `Mamba`. norm_eps: epsilon of the norm.
     """
 
     def __init__(
