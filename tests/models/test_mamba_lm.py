@@ -1,4 +1,4 @@
-"""MambaLM against golden numbers from the authors' code, and generation against the model called again and again."""
+"""MambaLM against golden numbers from the authors' code, and generation against repeated calls of the model."""
 
 import fnmatch
 import json
@@ -29,7 +29,7 @@ def config(golden_folder):
 
 @pytest.fixture
 def published(golden, tmp_path, request):
-    """The golden model as its authors publish one."""
+    """The golden model in the format of the authors' repositories."""
     fixtures = request.path.parent.parent / "fixtures"
     folder = tmp_path / "published"
     folder.mkdir()
@@ -39,28 +39,28 @@ def published(golden, tmp_path, request):
 
 
 def tiny(d_state=4):
-    """A model whose likeliest text goes from token to token, as what came before has it.
+    """A model that generates varied text, depending on what came before.
 
-    One with tied embeddings says its last token again and again, whatever a mask, a cache or an end does.
+    With tied embeddings it would repeat its last token, whatever mask, cache or eos do.
     """
     model = MambaLM(50, 16, 2, d_state=d_state, tie_embeddings=False).eval()
     with torch.no_grad():
         for block in model.blocks:
             block.mixer.out_proj.weight.mul_(22)
         model.embedding.weight.mul_(20)
-        model.head.weight[50:].mul_(10)  # rows of no token, which would be the likeliest
+        model.head.weight[50:].mul_(10)  # rows outside the vocabulary, which would win
     return model
 
 
 def assert_varied(made):
-    """Rows of tokens that differ from one another, and of which each has at least five."""
+    """All rows differ, and each has at least five different tokens."""
     rows = made.tolist()
     assert len({tuple(row) for row in rows}) == len(rows)
     assert min(len(set(row)) for row in rows) >= 5, rows
 
 
 def test_initial_weights():
-    """Embeddings of deviation 0.02; output projections as of one block, divided by the root of the depth."""
+    """Embeddings have std 0.02; output projections are those of a block divided by sqrt(depth)."""
     one, nine = (MambaLM(1000, 64, depth) for depth in (1, 9))
     for model, bound in ((one, 128**-0.5), (nine, 128**-0.5 / 3)):
         assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -109,7 +109,7 @@ def test_golden_steps_and_generation(golden, published):
 
 @torch.no_grad()
 def uncached(model, prompt, new):
-    """The likeliest tokens, by the whole sequence for each."""
+    """Greedy tokens, each from a call on the whole sequence."""
     ids = torch.tensor(prompt)[None]
     for _ in range(new):
         ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), 1)
@@ -117,7 +117,7 @@ def uncached(model, prompt, new):
 
 
 def test_generation_equals_the_model_called_on_all_before():
-    """Also for prompts of different lengths, of which each is as if it were alone."""
+    """Also for prompts of different lengths, each of which behaves as if it were alone."""
     model = tiny()
     prompts = [[3], [7, 1, 4, 9, 2], [5, 5, 8]]
     made = model.generate(prompts, 9)
@@ -125,7 +125,7 @@ def test_generation_equals_the_model_called_on_all_before():
         assert tokens.tolist() == uncached(model, prompt, 9).tolist()
     assert_varied(made)
     zeros, _ = pad_left(prompts, torch.device("cpu"))
-    assert not torch.equal(model.generate(zeros, 9), made)  # padding that is no token must not be one
+    assert not torch.equal(model.generate(zeros, 9), made)  # padding must not act as a token
     streamed = torch.stack(list(model.stream(prompts, 9)), 1)
     assert_close(streamed, made)
 
@@ -141,7 +141,7 @@ def test_generation_equals_the_model_called_on_all_before():
 )
 @torch.no_grad()
 def test_padding_is_as_if_it_were_not_there(turns):
-    """Wherever it stands, beside a row without any; outputs and what the cache holds behind the call."""
+    """At any place, next to a row without padding; outputs and the cache after the call."""
     model = tiny()
     cache, alone, whole = (model.allocate_cache(n) for n in (2, 1, 1))
     for turn in turns:
@@ -168,7 +168,7 @@ def test_masks_that_mean_nothing():
 
 @torch.no_grad()
 def test_packed_sequences():
-    """Each in its row as if alone."""
+    """Each sequence of a row behaves as if it were alone."""
     model = tiny()
     parts = [torch.randint(50, (1, n)) for n in (4, 1, 6)]
     row = torch.cat(parts, 1)
@@ -183,7 +183,7 @@ class Doubled(torch.nn.Module):
 
 
 class Adapter(torch.nn.Module):
-    """A layer with something beside it, as LoRA does it."""
+    """A layer with a parallel branch, as in LoRA."""
 
     def __init__(self, layer):
         super().__init__()
@@ -195,7 +195,7 @@ class Adapter(torch.nn.Module):
 
 @torch.no_grad()
 def test_a_step_calls_layers_that_are_more_than_their_weights():
-    """Adapters, parametrisations and hooks act step by step as they do on the whole."""
+    """Adapters, parametrisations and hooks act the same in steps and in one call."""
     model, ids = tiny(), torch.randint(50, (2, 7))
 
     def steps():
@@ -217,7 +217,7 @@ def test_a_step_calls_layers_that_are_more_than_their_weights():
 
 
 def test_a_sequence_that_has_ended():
-    """It goes on with its end while another, whose text stays as it was, still runs; then all is over."""
+    """It repeats eos while another one runs unchanged; generation stops when all have ended."""
     model = tiny()
     alone = model.generate([[3, 4], [9]], 12)
     assert_varied(alone)
@@ -230,13 +230,13 @@ def test_a_sequence_that_has_ended():
 
 
 def test_sampling():
-    """Frequencies of what is drawn, against probabilities worked out by hand."""
+    """Frequencies of the samples against probabilities computed by hand."""
     logits, places = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])), torch.tensor([2, 0, 3, 1])
     rows = torch.cat((logits.repeat(20_000, 1), logits[places].repeat(20_000, 1) + 3))
     generator = torch.Generator().manual_seed(1)
 
     def frequencies(**options):
-        """Of the first rows; of the others, at other places and all of them larger, they must be the same."""
+        """Frequencies in the first rows. The other rows, permuted and shifted, must have the same."""
         drawn = sample(rows, generator=generator, **options).split(20_000)
         first, others = (torch.bincount(part, minlength=4) / 20_000 for part in drawn)
         assert_close(others, first[places], atol=0.03, rtol=0)
@@ -248,7 +248,7 @@ def test_sampling():
     assert_close(frequencies(temperature=0.5), squares / squares.sum(), **limit)
     assert_close(frequencies(temperature=1.0, top_k=2), torch.tensor([0.625, 0.375, 0, 0]), **limit)
     assert_close(frequencies(temperature=1.0, top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), **limit)
-    first = torch.tensor([1.0, 0, 0, 0])  # after temperature and top_k it has 0.68 and 0.62
+    first = torch.tensor([1.0, 0, 0, 0])  # its probability after temperature is 0.68, after top_k 0.62
     for temperature, top_k, top_p in ((1.0, None, 0.4), (0.5, None, 0.6), (1.0, 2, 0.6)):
         assert_close(frequencies(temperature=temperature, top_k=top_k, top_p=top_p), first, **limit)
     both = torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95
@@ -306,13 +306,13 @@ TRANSFORMERS = {
     "hidden_act": "silu",
     "use_bias": False,
     "use_conv_bias": True,
-    "time_step_min": 0.01,  # of the initial values
+    "time_step_min": 0.01,  # for initial values only
     "eos_token_id": 0,
 }
 
 
 def write_transformers(folder, **changes):
-    """A checkpoint as transformers writes one, of random weights; returns the weights in fp64 and the options."""
+    """Write a random checkpoint in the format of transformers. Returns: the weights in fp64 and the options."""
     options = TRANSFORMERS | changes
     d, inner, rank = options["hidden_size"], options["intermediate_size"], options["time_step_rank"]
     shapes = {"backbone.embeddings.weight": (options["vocab_size"], d), "backbone.norm_f.weight": (d,)}
@@ -337,7 +337,7 @@ def write_transformers(folder, **changes):
 
 
 def by_hand(weights, options, ids):
-    """Logits in fp64, a loop over the steps."""
+    """Logits in fp64, by a loop over the steps."""
 
     def norm(x, weight):
         return x / (x.square().mean(-1, keepdim=True) + options["layer_norm_epsilon"]).sqrt() * weight
@@ -374,7 +374,7 @@ def by_hand(weights, options, ids):
     ids=str,
 )
 def test_a_checkpoint_of_transformers(changes, tmp_path, relative_error):
-    """By the whole sequence, step by step, and after it was saved in the authors' format."""
+    """In one call, step by step, and after saving in the authors' format."""
     weights, options = write_transformers(tmp_path / "lm", **changes)
     ids = torch.randint(50, (2, 9))
     want = by_hand(weights, options, ids)
@@ -388,7 +388,7 @@ def test_a_checkpoint_of_transformers(changes, tmp_path, relative_error):
 
 
 def test_a_checkpoint_without_a_head(tmp_path):
-    """Of transformers' MambaModel, whose names have no backbone in front."""
+    """From transformers' MambaModel, whose names have no prefix `backbone.`."""
     write_transformers(tmp_path / "lm")
     ids = torch.randint(50, (1, 5))
     want = MambaLM.from_pretrained(tmp_path / "lm")(ids)
@@ -405,7 +405,7 @@ def test_a_residual_stream_in_the_dtype_of_the_weights(tmp_path):
     for module in (*model.blocks, model.norm):
         module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
     narrow = model(ids)
-    model.step(ids[:, 0], model.allocate_cache(1))  # which calls the norm alone
+    model.step(ids[:, 0], model.allocate_cache(1))  # a step calls the norm by itself
     assert seen == [torch.bfloat16] * 4
     model.residual_in_fp32 = True
     assert not torch.equal(model(ids), narrow)
@@ -473,7 +473,7 @@ def test_other_models_are_refused(published, changes, message):
 
 
 def test_options_of_the_authors(published, tmp_path, relative_error):
-    """ssm_cfg.dt_rank; those of initial values change nothing."""
+    """ssm_cfg.dt_rank is used; options for initial values are ignored."""
     settings = json.loads((published / "config.json").read_text())
     model = MambaLM.from_pretrained(published)
     settings["ssm_cfg"] |= {"dt_rank": model.blocks[0].mixer.ssm.dt_rank, "dt_min": 0.01, "use_fast_path": False}
@@ -498,7 +498,7 @@ def shard(folder, name="model.safetensors"):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub with one repository, ann/lm; a folder of its files, and those that have been asked for."""
+    """A hub with one repository, ann/lm. Returns: the folder of its files, and the list of requested files."""
 
     def download(repository, allow_patterns):
         assert repository == "ann/lm"
@@ -516,7 +516,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_shards(name, hub):
-    """From a folder and from the hub, of which nothing else is asked for."""
+    """From a folder and from the hub, without requests for other files."""
     folder, asked = hub
     write_transformers(folder)
     ids = torch.randint(50, (1, 5))
@@ -530,7 +530,7 @@ def test_shards(name, hub):
 
 
 def test_of_two_kinds_of_weights_the_safe_ones_are_taken(hub):
-    """From a folder and from the hub, of which the others are not asked for."""
+    """From a folder and from the hub, without requests for the other kind."""
     folder, asked = hub
     write_transformers(folder)
     ids = torch.randint(50, (1, 5))
@@ -668,8 +668,8 @@ def test_bad_prompts_and_options():
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 3, 6])
 def test_a_gpu_generates_what_a_cpu_does(batch):
-    """With a CUDA graph, by kernels for few sequences and for many; a second call has a cache of its own."""
-    model = tiny(d_state=24)  # which compiles fastest: see test_triton_gpu.py
+    """With a CUDA graph, by the kernels for few and for many sequences; a second call has a new cache."""
+    model = tiny(d_state=24)  # compiles fastest, see test_triton_gpu.py
     prompts = [[3], [7, 1, 4, 9, 2], [5, 5, 8], [1, 2], [40], [30, 20, 10]][:batch]
     want = model.generate(prompts, 12)
     assert_varied(want)
@@ -688,7 +688,7 @@ def test_a_gpu_generates_what_a_cpu_does(batch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 4, 5])
 def test_kernels_that_overlap_in_a_graph_change_nothing(batch):
-    """Bit by bit what they give one after the other, at a size where each fills the chip."""
+    """Overlapping kernels give bit-identical results to sequential ones, at a size where each fills the GPU."""
     torch.manual_seed(0)
     model = MambaLM(1000, depth=6, device="cuda").to(torch.bfloat16).eval()
     ids = torch.randint(1000, (60, batch), device="cuda")

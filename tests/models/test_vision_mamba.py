@@ -32,7 +32,7 @@ GOLDEN = {
 
 def golden_model(golden, name: str, device: str = "cpu") -> VisionMamba:
     model = VisionMamba(**GOLDEN[name], device=device).eval()
-    weights = golden(name, "state_dict.")  # official names: the hook translates, within a model too
+    weights = golden(name, "state_dict.")  # official names: the pre-hook converts, also within a model
     torch.nn.Sequential(model).load_state_dict({f"0.{key}": value for key, value in weights.items()})
     return model
 
@@ -62,7 +62,7 @@ def test_golden_model(name, golden, relative_error, mixer_backend):
     assert relative_error(x.grad, want.pop("input")) < 1e-4 * limit
     want = official.to_native(want, model.class_token)
     for key, p in model.named_parameters():
-        assert relative_error(p.grad, want[key]) < 1e-4 * limit, key  # where it is exactly 0, ours must be
+        assert relative_error(p.grad, want[key]) < 1e-4 * limit, key  # a gradient of exactly 0 must be 0 here
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -132,10 +132,10 @@ class Hostile:
 
 @pytest.fixture
 def official_files(tmp_path, golden):
-    """A training state as the authors save it, with different weights in `model` and `model_ema`, and a hostile one."""
+    """A training state as the authors save it, with different weights in `model` and `model_ema`."""
 
     def native_to_official(model, shift):
-        """Invert the name table by asking it for every official name there is."""
+        """Invert the table of names by trying every official name."""
         state_dict, names = model.state_dict(), next(iter(official_layout().values()))
         pairs = {key: rename(official.NAMES, key) for key in names}
         out = {key: state_dict[native] + shift for key, native in pairs.items() if native in state_dict}
@@ -220,7 +220,7 @@ def test_timms_loaders_take_the_average_unless_they_are_told_otherwise(variant, 
 
 
 def fake_download(path):
-    """Stands in for the hub: it holds the .pth file and no safetensors."""
+    """A stand-in for the hub, with the .pth file and no safetensors."""
     from huggingface_hub.errors import EntryNotFoundError
 
     def download(repo_id, filename, **_):
@@ -284,7 +284,7 @@ def test_a_training_state_of_several_processes_without_an_average(variant):
 
 
 def test_native_table_is_recognised_by_name_not_shape():
-    """Official and native tables have one shape; a native one must not be moved."""
+    """Official and native tables have the same shape; a native one must not be reordered."""
     a, b = (timm.create_model("vim_nano", img_size=32) for _ in range(2))
     b.load_state_dict(a.state_dict())
     assert torch.equal(a.pos_embed, b.pos_embed)
@@ -342,7 +342,7 @@ def test_dynamic_size_equals_set_input_size():
     with pytest.raises(AssertionError, match="input height must be img_size's 64, got 96"):
         fixed(x)
     with pytest.raises(AssertionError, match="input width must be img_size's 64, got 65"):
-        fixed(torch.randn(1, 3, 64, 65))  # as many patches
+        fixed(torch.randn(1, 3, 64, 65))  # the same number of patches
 
 
 def test_set_patch_size():
@@ -440,7 +440,7 @@ def test_trains_in_bf16_autocast_with_drop_path_and_gradient_checkpointing():
         assert torch.equal(a, b)
 
 
-@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context")  # it says that it does not see the kept scans
+@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context")  # the hooks do not see the kept scans
 def test_checkpointing_keeps_no_more_than_the_inputs_and_the_scans_of_the_blocks():
     model = timm.create_model("vim_nano", img_size=64, patch_size=8, num_classes=5).train()
     x = torch.randn(4, 3, 64, 64)
@@ -462,7 +462,7 @@ def test_checkpointing_keeps_no_more_than_the_inputs_and_the_scans_of_the_blocks
 
 
 class Scans(TorchDispatchMode):
-    """Counts those that are run."""
+    """Counts the scans that run."""
 
     count = 0
 
