@@ -208,15 +208,20 @@ def test_a_cfg_may_ask_for_the_average(official_files):
 
 
 @pytest.mark.parametrize("variant", ["vim_tiny", "vim_base"])
-def test_timms_loaders_take_the_average_unless_they_are_told_otherwise(variant, official_files):
-    """They unwrap the file before the model sees it."""
+def test_timms_loaders_take_the_average_unless_they_are_told_otherwise(variant, official_files, caplog):
+    """They unwrap the file before the model sees it, so a variant whose cfg asks for `model` warns."""
     kwargs = {"depth": 1, "embed_dim": 16}
     model, path = official_files(variant, **kwargs)
     made = timm.create_model(variant, **kwargs)
     load_checkpoint(made, str(path), use_ema=False)
     assert difference(made, model) == 0
+    caplog.clear()
     made = timm.create_model(variant, checkpoint_path=str(path), **kwargs)
     assert difference(made, shifted(model, 1.0)) == 0
+    assert ("the accuracy of vim_tiny was reported for its other weights" in caplog.text) == (variant == "vim_tiny")
+    caplog.clear()
+    timm.create_model(variant, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **kwargs)
+    assert not caplog.text
 
 
 def fake_download(path):

@@ -1,13 +1,21 @@
 """From a checkpoint to a state dict that VisionMamba loads: unwrapped, under native names, at the model's sizes."""
 
+import logging
 from typing import Any, Protocol
 
 from timm.layers import to_2tuple
 from torch import Tensor
 
 from . import official
-from .patch_embed import Size
-from .position_table import GRID, Grid, TableModel, check_table, fit_table, patches_of
+from .patch_embed import Grid, Size
+from .position_table import GRID, TableModel, check_table, fit_table, patches_of
+
+_logger = logging.getLogger(__name__)
+EMA_WARNING = (
+    "official weights came without their training state. From checkpoint_path= or timm's load_checkpoint they are the "
+    "EMA, but the accuracy of %s was reported for its other weights; to load those from a file use pretrained=True, "
+    "pretrained_cfg_overlay={'file': ...}"
+)
 
 
 class PretrainedModel(TableModel, Protocol):
@@ -54,12 +62,15 @@ def filter_released(state_dict: dict[str, Any], model: PretrainedModel) -> dict[
 def before_loading(model: PretrainedModel, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
     """Load-state-dict pre-hook: convert official weights in place, and refuse a position table of another grid.
 
-    It also catches a grid with the same number of patches, which load_state_dict would accept.
+    It also catches a grid with the same number of patches, which load_state_dict would accept. It warns about official
+    weights that may be the EMA, see `vim.models.official`.
     """
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     if not official.is_official(own):
         check_table(own, model)
         return
+    if model.pretrained_cfg.get("hf_hub_id") and not official.takes_ema(model.pretrained_cfg):
+        _logger.warning(EMA_WARNING, model.pretrained_cfg.get("architecture"))
     for key in own:
         del state_dict[prefix + key]
     state_dict.update({prefix + key: value for key, value in checkpoint_filter_fn(own, model).items()})

@@ -5,7 +5,8 @@ variant says which set gave the reported accuracy: `model_ema` if its `notes` ho
 `pretrained=True`, a `file` in the cfg, `checkpoint_filter_fn` and our tools take that set.
 
 timm's `checkpoint_path=` and `load_checkpoint` unwrap a file before the model sees it. They take `model_ema` whenever
-the file has it; `load_checkpoint(model, path, use_ema=False)` takes `model`.
+the file has it; `load_checkpoint(model, path, use_ema=False)` takes `model`. To load a released file from disk use
+`timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": path})`.
 """
 
 import re

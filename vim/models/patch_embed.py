@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vim.layers.plain import is_plain
 
 Size = int | tuple[int, int]
+Grid = tuple[int, int]  # rows and columns of patches
 
 torch.fx.wrap("rearrange")  # FX keeps the call as a leaf; inside, einops asks for the type of the tensor
 
@@ -46,7 +47,7 @@ class PatchEmbed(nn.Module):
         self.img_size, self.patch_size, self.patch_stride = image, patch, stride
 
     @property
-    def grid_size(self) -> tuple[int, int]:
+    def grid_size(self) -> Grid:
         return self.dynamic_feat_size(self.img_size)
 
     @property
@@ -57,11 +58,11 @@ class PatchEmbed(nn.Module):
         """Pixels between neighbouring tokens."""
         return max(self.patch_stride)
 
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> Grid:
         """The grid of an image of `img_size`."""
         return self.grid_of(img_size, self.patch_size)
 
-    def grid_of(self, img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    def grid_of(self, img_size: tuple[int, int], patch_size: tuple[int, int]) -> Grid:
         """The grid with patches of another size. Without overlap the stride follows the patch size."""
         stride = patch_size if self.patch_stride == self.patch_size else self.patch_stride
         (h, w), (p_h, p_w), (s_h, s_w) = img_size, patch_size, stride

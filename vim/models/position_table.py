@@ -6,9 +6,8 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
-from .patch_embed import PatchEmbed
+from .patch_embed import Grid, PatchEmbed
 
-Grid = tuple[int, int]
 GRID = "pos_embed_grid"  # in a state dict: rows and columns of the table's patches, if they differ
 
 

@@ -11,21 +11,22 @@ from torch import Tensor, nn
 
 from vim.layers.checks import check_choice
 
+from .patch_embed import Grid
+
 ClassToken = Literal["middle", "first", "both", "registers", "none"]
 CLASS_TOKENS: tuple[str, ...] = get_args(ClassToken)
 ScanOrder = Literal["raster", "column", "zigzag", "window", "cross"]
 SCAN_ORDERS: tuple[str, ...] = get_args(ScanOrder)
 WINDOW = 7  # patches per edge; an image of 224 pixels has 14
 
-Grid = tuple[int, int]
 Order = tuple[Tensor, Tensor]  # indices (L,) from raster order to another one, and back
 
 
 class Layout(NamedTuple):
-    """The layout of one batch of images: the grid of the patches, and the scan orders by name (None: as it stands)."""
+    """The layout of one batch of images: the grid of the patches, and the scan orders by name, without "raster"."""
 
     grid: Grid
-    orders: dict[str, Order | None]
+    orders: dict[str, Order]
 
 
 class TokenLayout(nn.Module):
@@ -79,23 +80,19 @@ class TokenLayout(nn.Module):
 
     def keep_orders(self, grid: Grid, device: torch.device) -> None:
         """Keep the indices for images of the usual size, in buffers that are not saved."""
-        for name in self.orders:
-            there, back = token_order(name, grid, self.places(grid[0] * grid[1]))
-            self.register_buffer(f"to_{name}", there.to(device), persistent=False)
-            self.register_buffer(f"from_{name}", back.to(device), persistent=False)
+        for name, (there, back) in self.of(grid, device).orders.items():
+            self.register_buffer(f"to_{name}", there, persistent=False)
+            self.register_buffer(f"from_{name}", back, persistent=False)
 
     def kept(self, grid: Grid) -> Layout:
         """The layout of images of the usual size."""
         orders = {name: (getattr(self, f"to_{name}"), getattr(self, f"from_{name}")) for name in self.orders}
-        return Layout(grid, {"raster": None, **orders})
+        return Layout(grid, orders)
 
     def of(self, grid: Grid, device: torch.device) -> Layout:
         """The layout of images of any size."""
-        orders: dict[str, Order | None] = {"raster": None}
-        for name in self.orders:
-            there, back = token_order(name, grid, self.places(grid[0] * grid[1]))
-            orders[name] = there.to(device), back.to(device)
-        return Layout(grid, orders)
+        places = self.places(grid[0] * grid[1])
+        return Layout(grid, {name: token_order(name, grid, places, device) for name in self.orders})
 
 
 def check_register_option(option: str, value: int | None, class_token: str) -> None:
@@ -128,7 +125,7 @@ def patch_order(order: str, grid: Grid) -> tuple[int, ...]:
     return tuple(row * width + column for row, column in sorted(places, key=lambda place: key(*place)))
 
 
-def token_order(order: str, grid: Grid, class_places: tuple[int, ...]) -> Order:
+def token_order(order: str, grid: Grid, class_places: tuple[int, ...], device: torch.device) -> Order:
     """Indices (L,) from a raster sequence to another order, and back. Class tokens keep their places."""
     length = grid[0] * grid[1] + len(class_places)
     patches = [place for place in range(length) if place not in class_places]
@@ -136,5 +133,4 @@ def token_order(order: str, grid: Grid, class_places: tuple[int, ...]) -> Order:
     for place, patch in zip(patches, patch_order(order, grid), strict=True):
         there[place] = patches[patch]
         back[patches[patch]] = place
-    # Not on the default device: that is "meta" while a model is created without memory.
-    return torch.tensor(there, device="cpu"), torch.tensor(back, device="cpu")
+    return torch.tensor(there, device=device), torch.tensor(back, device=device)

@@ -26,14 +26,14 @@ from vim.layers import S4ND, RMSNorm, recompute_all_but_scans
 from vim.layers.checks import check_choice
 
 from .checkpoint_filter import before_loading, checkpoint_filter_fn, filter_released
-from .default_cfgs import default_cfgs  # noqa: F401 (timm reads it here, for the entry points)
+from .default_cfgs import default_cfgs
 from .feature_maps import FeatureMaps
 from .mixers import Mixer, create_mixer
-from .patch_embed import PatchEmbed, Size
+from .patch_embed import Grid, PatchEmbed, Size
 from .position_table import GRID
 from .token_layout import ClassToken, Layout, ScanOrder, TokenLayout, check_register_option
 
-__all__ = ["VisionMamba", "checkpoint_filter_fn"]  # timm adds the entry points
+__all__ = ["VisionMamba", "checkpoint_filter_fn", "default_cfgs"]  # timm adds the entry points
 
 torch.fx.wrap("rearrange")  # FX keeps the call as a leaf; inside, einops asks for the type of the tensor
 
@@ -68,7 +68,7 @@ class Block(nn.Module):
         if self.on_grid:
             y = self.mixer(rearrange(x, "b (h w) d -> b h w d", h=layout.grid[0], w=layout.grid[1]))
             return rearrange(y, "b h w d -> b (h w) d")
-        order = layout.orders[self.order]
+        order = layout.orders.get(self.order)  # none for "raster"
         return self.mixer(x) if order is None else self.mixer(x[:, order[0]])[:, order[1]]
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
@@ -223,7 +223,7 @@ class VisionMamba(FeatureMaps):
         grid = self._grid(images)
         return self.token_layout.of(grid, images.device) if self.dynamic_img_size else self.token_layout.kept(grid)
 
-    def _grid(self, images: Tensor) -> tuple[int, int]:
+    def _grid(self, images: Tensor) -> Grid:
         return self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
 
     @torch.no_grad()
@@ -311,7 +311,7 @@ class VisionMamba(FeatureMaps):
         if _SIZE_RECORD is not None:
             _SIZE_RECORD.update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
-    def _resampled_table(self, grid: tuple[int, int], old_grid: tuple[int, int]) -> Tensor:
+    def _resampled_table(self, grid: Grid, old_grid: Grid) -> Tensor:
         return resample_abs_pos_embed(self.pos_embed, grid, old_grid, num_prefix_tokens=self.num_prefix_tokens)
 
     def _keep_grid(self) -> None:
