@@ -72,8 +72,10 @@ class LTICache:
 class SequenceLTIMixer(LTIMixer):
     """An LTIMixer over sequences (batch, length, d_model) that can also run step by step:
 
-    cache = mixer.default_state(batch_size)
-    y = mixer.step(x, cache)  # (batch, d_model), one step of mixer(sequence)
+        cache = mixer.default_state(batch_size)
+        y = mixer.step(x, cache)  # (batch, d_model), one step of mixer(sequence)
+
+    The kernel can also run as a recurrence, see `StateKernel.system`.
     """
 
     kernel: StateKernel
