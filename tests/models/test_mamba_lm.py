@@ -162,7 +162,7 @@ def test_masks_that_mean_nothing():
         model(ids, mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match=r"got torch.bool, \(5,\)"):
         model(ids, mask=torch.ones(5, dtype=torch.bool))
-    with pytest.raises(ValueError, match="mask and seq_idx do not go together; give padding a seq_idx of its own"):
+    with pytest.raises(ValueError, match="mask and seq_idx do not go together; give padding its own seq_idx"):
         model(ids, mask=ids >= 0, seq_idx=torch.zeros_like(ids))
 
 

@@ -92,7 +92,7 @@ class Mamba(nn.Module):
         if mask is None:
             return self._mix(x, cache, seq_idx=seq_idx)
         if seq_idx is not None:
-            raise ValueError("mask and seq_idx do not go together; give padding a seq_idx of its own instead of a mask")
+            raise ValueError("mask and seq_idx do not go together; give padding its own seq_idx instead of a mask")
         if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
             raise ValueError(
                 f"mask must be bool and (batch, length) = {tuple(x.shape[:2])}, got {mask.dtype}, {tuple(mask.shape)}"

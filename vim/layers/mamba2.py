@@ -100,10 +100,10 @@ class Projections(nn.Module):
 
 def _project(x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
     """x (..., d_model) by a weight (sum of sizes, d_model), split into the sizes."""
-    beside = -len(weight) % 8
-    if x.is_cuda and x.element_size() == 2 and x.dim() > 2 and beside:
+    padding = -len(weight) % 8
+    if x.is_cuda and x.element_size() == 2 and x.dim() > 2 and padding:
         # Tensor cores need rows of 16 bytes, see `project_by`; at Vim-Ti's size a row has 902 columns.
-        return F.linear(x, F.pad(weight, (0, 0, 0, beside))).split([*sizes, beside], dim=-1)[:-1]
+        return F.linear(x, F.pad(weight, (0, 0, 0, padding))).split([*sizes, padding], dim=-1)[:-1]
     return F.linear(x, weight).split(sizes, dim=-1)
 
 
