@@ -1,4 +1,4 @@
-"""Shared by all tests: golden fixtures, errors relative to a tensor's largest value, and the `gpu` marker."""
+"""Shared by all tests: golden fixtures, relative errors, and the `gpu` marker."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def golden() -> Callable[..., dict[str, Tensor]]:
-    """golden(name, prefix): tensors of tests/fixtures/<name>.safetensors whose names begin with prefix, without it."""
+    """golden(name, prefix): tensors of tests/fixtures/<name>.safetensors whose names start with prefix, stripped."""
 
     def load(name: str, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
         tensors = load_file(FIXTURES / f"{name}.safetensors", device=device)
@@ -39,7 +39,7 @@ def golden() -> Callable[..., dict[str, Tensor]]:
 
 @pytest.fixture
 def relative_error() -> Callable[[Tensor, Tensor], float]:
-    """relative_error(got, want): max abs difference over the max abs of want. NaN where got has one."""
+    """relative_error(got, want): max abs difference divided by the max abs of want. NaN if got has a NaN."""
 
     def error(got: Tensor, want: Tensor) -> float:
         assert got.shape == want.shape, f"{tuple(got.shape)} is not {tuple(want.shape)}"
@@ -53,7 +53,7 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
 
 class MixerBackend(NamedTuple):
     device: str
-    limit: float  # the golden limits are for the CPU; CUDA in fp32 gets five times as much
+    limit: float  # factor on the golden limits, which are for the CPU
 
 
 @pytest.fixture(
@@ -63,7 +63,7 @@ class MixerBackend(NamedTuple):
     ]
 )
 def mixer_backend(request, monkeypatch) -> Iterator[MixerBackend]:
-    """Each backend in turn, as the one that all layers call; yields where the tensors must be."""
+    """Make all layers call one backend, each in turn. Yields its device and limit."""
     for module, name in (
         (vim.layers.short_conv, "causal_conv1d"),
         (vim.layers.short_conv, "bidirectional_causal_conv1d"),

@@ -1,4 +1,4 @@
-"""The images of a folder tree once more, in tar and in Parquet shards; and a hub that serves files of this machine."""
+"""Writers of tar and Parquet shards, and a local server with the API of the Hugging Face hub."""
 
 import io
 import json
@@ -21,7 +21,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def parquet_table(contents: Sequence[bytes | None], labels: Sequence[int | None], classes: Sequence[str]) -> pa.Table:
-    """As the package datasets writes it."""
+    """A table with the columns and metadata that the datasets package writes."""
     images = pa.array([{"bytes": content, "path": "x.png"} for content in contents])
     features = {"image": {"_type": "Image"}, "label": {"names": list(classes), "_type": "ClassLabel"}}
     table = pa.table({"image": images, "label": pa.array(labels, pa.int64())})
@@ -31,7 +31,7 @@ def parquet_table(contents: Sequence[bytes | None], labels: Sequence[int | None]
 def write_parquet(
     files: Sequence[tuple[Path, int]], classes: Sequence[str], folder: Path, sizes: dict[str, int]
 ) -> None:
-    """Write (image file, label) pairs in turn to shards of so many rows, by their names."""
+    """Write (image file, label) pairs in order to Parquet shards; sizes: rows by shard name."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = iter(files)
     for name, size in sizes.items():
@@ -61,7 +61,7 @@ class LocalHub(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: LocalHub
 
-    def do_GET(self) -> None:  # the name is the library's
+    def do_GET(self) -> None:  # http.server calls it by this name
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append(path)
         repository, commit = "/datasets/org/name", self.server.commit

@@ -1,4 +1,4 @@
-"""Small image folder trees that a tiny model can learn: each class has its bright corner."""
+"""Small image folders that a tiny model can learn: each class has a bright corner."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ CORNERS = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def write_image_tree(root: Path, counts: dict[str, int], classes: int = 2, size: int = 12, mode: str = "L") -> Path:
-    """Write counts[split] images, dealt out to the classes a, b, c, d in turn. The same call gives the same pixels."""
+    """Write counts[split] images, in turn to the classes a, b, c, d. The pixels are deterministic."""
     rng = np.random.RandomState(0)
     for split, count in counts.items():
         for index in range(count):

@@ -1,6 +1,6 @@
-"""Print the lowest version of each dependency that pyproject.toml allows, as constraints for pip (`make test-min`).
+"""Print the lowest version of each dependency that pyproject.toml allows, as pip constraints (`make test-min`).
 
-The development tools are left out: of them the newest will do.
+Development tools have no constraints.
 """
 
 import re
@@ -11,7 +11,7 @@ BOUND = re.compile(r"(?P<name>[\w-]+)(\[\w+\])?>=(?P<version>[\w.]+)(;.*)?")
 
 
 def lowest_versions() -> dict[str, str]:
-    """The lowest version by name. Raises ValueError for a dependency without one, or with two."""
+    """Lowest version by package name. Raises ValueError for a dependency with no lower bound or with two."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     extras = [entry for name, group in project["optional-dependencies"].items() if name != "dev" for entry in group]
     lowest: dict[str, str] = {}

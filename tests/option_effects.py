@@ -1,10 +1,10 @@
-"""Which options of a configuration have a test that sees their effect."""
+"""A record of the config fields whose effect a test sees."""
 
 from collections.abc import Callable
 
 
 class Seen(set[tuple[type, str]]):
-    """Class and name of each option; called in front of a test, it adds those whose effects the test sees."""
+    """Pairs of config class and field name. As a decorator, it adds the fields whose effect the test sees."""
 
     def __call__(self, config_class: type, *names: str) -> Callable:
         self.update((config_class, name) for name in names)

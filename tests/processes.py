@@ -1,12 +1,12 @@
-"""Processes that tests wait for."""
+"""Waiting for processes in tests."""
 
 import subprocess
 
 
 def outputs(*processes: subprocess.Popen) -> list[tuple]:
-    """What each process writes, (out, err), when all have ended.
+    """Wait for all processes; return (stdout, stderr) of each.
 
-    No limit of its own: pytest's ends a test whose process hangs, and then none of them lives on.
+    Has no timeout: pytest's ends a test whose process hangs, and then this kills all of them.
     """
     try:
         return [process.communicate() for process in processes]

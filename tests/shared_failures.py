@@ -1,4 +1,4 @@
-"""A plugin of pytest: a failure that several tests share is shown in full once. They all stay red."""
+"""A pytest plugin: shows a failure that several tests share in full once. All of them still fail."""
 
 import pytest
 
@@ -7,7 +7,7 @@ import pytest
 def pytest_runtest_makereport(item, call):
     report = yield
     if report.failed:
-        # pytest keeps the exception of a fixture of a module, and raises it again in each test that wants the fixture.
+        # pytest caches the exception of a module fixture and raises it again in each test that uses the fixture.
         first = vars(call.excinfo.value).setdefault("first_failure", item.nodeid)
         if first != item.nodeid:
             report.longrepr = f"the same failure as in {first}"

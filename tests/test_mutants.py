@@ -1,4 +1,4 @@
-"""The list of wrong versions (tests/mutants) is one of the code as it stands."""
+"""The mutants in tests/mutants apply to the current code."""
 
 from mutants.run import ROOT, read_mutants
 

@@ -1,4 +1,4 @@
-"""Names of all kinds, of classes and files, come through a run and stay what they are: nothing reads them as markup."""
+"""Class and file names with special characters come through a run unchanged: nothing reads them as markup."""
 
 import io
 import json
@@ -17,12 +17,14 @@ from rich.console import Console
 from test_house import imports, package_files
 from whole_runs import config, one_thread  # noqa: F401  (the fixture)
 
+from vim.console.progress import Progress
 from vim.data import DataConfig
 from vim.data.names import plain_name
+from vim.publish.config import PushConfig
+from vim.publish.model_card import FinishedRun, model_card, read_run
 from vim.training import train
-from vim.training.config import EmaConfig, PushConfig, ScheduleConfig
-from vim.training.model_card import FinishedRun, model_card, read_run
-from vim.training.progress import Progress
+from vim.training.averaging import EmaConfig
+from vim.training.optim import ScheduleConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
@@ -38,7 +40,7 @@ def no_warnings():
 
 @pytest.mark.usefixtures("no_warnings")
 def test_a_whole_run(tmp_path, monkeypatch):
-    """Folders of such names, an image that cannot be read among them: results, plots, list of bad images, page."""
+    """Class folders of such names, one unreadable image: results, plots, list of bad images, model card."""
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     write_image_tree(tmp_path, {"train": 40, "val": 20}, classes=1)
@@ -64,7 +66,7 @@ def test_a_whole_run(tmp_path, monkeypatch):
 
 
 def test_pages_of_odd_runs(tmp_path):
-    """A data folder, a split and a command that try to be Markdown, a table, HTML or the end of a block."""
+    """Names and a command that contain Markdown, a table, HTML or the end of a code block."""
     folder, split = "*x*|<script>_a_", "`v`\n# V"
     run = FinishedRun(
         tmp_path,
@@ -88,9 +90,9 @@ def test_pages_of_odd_runs(tmp_path):
 
 @pytest.mark.usefixtures("no_warnings")
 def test_plots_show_names_as_they_are(tmp_path):
-    """The texts that matplotlib draws, after it has read them: those of the names, and nothing left out."""
+    """matplotlib draws each name literally; none is parsed as mathematics."""
     figure_module = pytest.importorskip("matplotlib.figure")
-    from vim.training.plots import plain_text, save_figure
+    from vim.figures import plain_text, save_figure
 
     figure = figure_module.Figure()
     axes = figure.subplots()
@@ -101,7 +103,7 @@ def test_plots_show_names_as_they_are(tmp_path):
     save_figure(figure, tmp_path / "plot.png", 50)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     drawn = [text._preprocess_math(text.get_text()) for text in legend.get_texts()]
-    assert [kind for _, kind in drawn] == [False] * len(NAMES)  # none is mathematics
+    assert [is_math for _, is_math in drawn] == [False] * len(NAMES)
     want = ["a$b$", "[red]", "中文", r"x\ny", "<b>x<b>", "%s", " _^{", r"\frac", "y" * 31 + "…", r"\xff"]
     assert [text for text, _ in drawn] == want
 
@@ -110,13 +112,13 @@ def test_plots_take_a_font_that_has_the_characters():
     pytest.importorskip("matplotlib")
     from matplotlib.font_manager import findfont, get_font
 
-    from vim.training.plots import _fonts_for
+    from vim.figures import _fonts_for
 
     assert _fonts_for(set("abc_1…")) == []
-    (name,) = _fonts_for({"a", "ⓐ"})  # DejaVu Sans, matplotlib's own, has no letters in circles; its STIX has
+    (name,) = _fonts_for({"a", "ⓐ"})  # matplotlib ships DejaVu Sans, without circled letters, and STIX, with them
     assert get_font(findfont(name)).get_char_index(ord("ⓐ"))
     assert not get_font(findfont("DejaVu Sans")).get_char_index(ord("ⓐ"))
-    assert _fonts_for({"\U0010fffd"}) == []  # of private use
+    assert _fonts_for({"\U0010fffd"}) == []  # a private use character
 
 
 def test_detections_with_odd_names(tmp_path):
@@ -158,11 +160,11 @@ def test_progress_on_a_terminal(monkeypatch, capsys):
 
 
 def test_only_plain_consoles_write():
-    """rich's own reads [red] and :dog: in names as markup, in tables and titles too."""
+    """Only vim.console.progress creates rich consoles: rich's default reads [red] and :dog: in names as markup."""
     files = [*package_files("vim"), *(ROOT / "tools").glob("*.py")]
     writers = {f.name for f in files if imports(f, f.stem) & {"rich", "rich.console"}}
     assert writers == {"progress.py"}
-    from vim.training.progress import plain_console
+    from vim.console.progress import plain_console
 
     console = plain_console(file=io.StringIO())
     assert isinstance(console, Console)
@@ -171,7 +173,7 @@ def test_only_plain_consoles_write():
 
 
 def test_visible():
-    from vim.training.progress import visible
+    from vim.console.escapes import visible
 
     assert visible("a b\t中 é_🐕") == r"a b\t中 é_🐕"
     for text in [*map(chr, range(32)), "\x7f", "\x9b", "\udcff", "\ud800", "\u202e", "\u2028", "\u200b", "\xa0"]:
@@ -181,7 +183,7 @@ def test_visible():
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_a_terminal_that_lacks_the_characters(encoding):
     code = (
-        "from vim.training import plain_errors\nfrom vim.training.progress import Progress\n"
+        "from vim.console import plain_errors\nfrom vim.console.progress import Progress\n"
         "with plain_errors(): Progress().line('中 \\udcff')\nprint('é \\udcff')"
     )
     env = os.environ | {"PYTHONIOENCODING": encoding}
@@ -193,7 +195,8 @@ def test_a_terminal_that_lacks_the_characters(encoding):
 
 def test_benchmarks_and_comparisons_with_odd_names(tmp_path):
     pytest.importorskip("matplotlib")
-    from vim.training.plots import plot_comparison, plot_confusion
+    from vim.experiments.plots import plot_comparison
+    from vim.training.plots import plot_confusion
 
     result = {"choosing": {"0.001": 5.0, "0.01": 7.0}, "test": [1.0, 2.0], "mean": 1.5}
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The report of a failure that tests share."""
+"""The report of a failure that several tests share."""
 
 import os
 import re

@@ -1,7 +1,10 @@
-"""The scripts in tools/, as a user runs them."""
+"""The scripts in tools/, run as a user runs them."""
 
+import argparse
+import ast
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -13,7 +16,7 @@ import pytest
 import yaml
 from image_tree import write_image_tree
 
-from vim.training.kill_test import Killed
+from vim.experiments.kill_test import Killed
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {
@@ -38,7 +41,7 @@ def setting(tmp_path_factory):
 def call(monkeypatch):
     """call(tool, *args): run a tool in this process."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("COLUMNS", "80")  # of tables
+    monkeypatch.setenv("COLUMNS", "80")  # width of tables
 
     def call(tool, *args):
         monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, args)])
@@ -52,16 +55,16 @@ def test_train_resume_and_validate(setting, monkeypatch, capsys, call):
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=setting, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert "epoch 1/2  train loss" in done.stdout  # plain lines where there is no terminal
+    assert "epoch 1/2  train loss" in done.stdout  # plain lines, because stdout is no terminal
     assert "\x1b" not in done.stdout
     assert f"plots: {Path('runs/one/learning_curve.png')}" in done.stdout
 
-    # The rest in this process, which spares the imports.
+    # The rest runs in this process, to save the imports.
     monkeypatch.chdir(setting)
     with pytest.raises(SystemExit) as exit_:
         call("train", "--config", "runs/one/config.yaml")
     assert exit_.value.code == 1
-    message = "error: run folder runs/one exists; go on with it: python tools/train.py --config runs/one/config.yaml"
+    message = "error: run folder runs/one exists; resume it: python tools/train.py --config runs/one/config.yaml"
     assert capsys.readouterr().err.startswith(message)
 
     call("train", "--config", "runs/one/config.yaml", "--resume")
@@ -84,7 +87,7 @@ def test_train_resume_and_validate(setting, monkeypatch, capsys, call):
     ("argument", "message"),
     [(("--steps", 0), "--steps must be at least 1, got 0"), (("--find_batch_size",), "needs one process with a GPU")],
 )
-def test_trying_a_run_out_trains_none(setting, monkeypatch, capsys, call, argument, message):
+def test_trying_out_a_run_trains_nothing(setting, monkeypatch, capsys, call, argument, message):
     monkeypatch.chdir(setting)
     with pytest.raises(SystemExit):
         call("train", "--config", "config.yaml", "--run_dir", "runs/tried", *argument)
@@ -93,7 +96,7 @@ def test_trying_a_run_out_trains_none(setting, monkeypatch, capsys, call, argume
 
 
 def cells(out):
-    """Of the rows of a table, as far as they have text."""
+    """The cells of the rows of a printed table."""
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
 
 
@@ -101,7 +104,9 @@ def test_compare_shows_every_seed_and_rates_at_the_end_of_the_grid(call, monkeyp
     result = {"parameters": 1234567, "test": [10.0, 14.0], "mean": 12.0, "deviation": 8**0.5}
     found = {name: result | {"lr": lr} for name, lr in (("low", 0.1), ("middle", 0.2), ("high", 0.4))}
     given = []
-    monkeypatch.setattr("vim.training.comparison.compare", lambda config: given.append(config) or {"contenders": found})
+    monkeypatch.setattr(
+        "vim.experiments.comparison.compare", lambda config: given.append(config) or {"contenders": found}
+    )
     monkeypatch.setenv("COLUMNS", "160")
     call("compare", "--contenders", '{"low": {}}', "--lrs", "[0.2, 0.1, 0.4]", "--seeds", "[1, 2]")
     ends = {"low": "0.1 (end of the grid)", "middle": "0.2", "high": "0.4 (end of the grid)"}
@@ -117,7 +122,7 @@ def test_benchmark_loader_tries_each_number_of_workers(call, monkeypatch, capsys
         given.append((config.data.root, workers, seconds))
         return 90.0 * (workers + 1)
 
-    monkeypatch.setattr("vim.training.loader_speed.loader_speed", speed)
+    monkeypatch.setattr("vim.experiments.loader_speed.loader_speed", speed)
     call("benchmark_loader", "--data.root", "there", "--workers", 0, 2, "--seconds", 3)
     assert given == [("there", 0, 3), ("there", 2, 3)]
     assert cells(capsys.readouterr().out) == [["0", "90", "90"], ["2", "270", "135"]]
@@ -136,7 +141,7 @@ def test_kill_and_resume_counts_runs_and_fails_for_one_that_differs(call, monkey
             given.extend(args)
             return [Killed(["steps", "start"], 1.5, []), Killed(["steps"], 2.5, differences)]
 
-    monkeypatch.setattr("vim.training.kill_test.KillTest", Test)
+    monkeypatch.setattr("vim.experiments.kill_test.KillTest", Test)
     options = ["--signal", name, "--runs", 2, "--jobs", 3, "--kills", 4, "--seed", 5]
     with pytest.raises(SystemExit) as exit_:
         call("kill_and_resume", "runs/killed", *options, "--", "tools/train.py", "--config", "x.yaml")
@@ -148,7 +153,7 @@ def test_kill_and_resume_counts_runs_and_fails_for_one_that_differs(call, monkey
     assert ("longest time from the signal to the end: 2.5 s" in out) == (name == "SIGTERM")
 
 
-def test_split_folder_deals_out_by_share_and_seed(call, tmp_path, capsys):
+def test_split_folder_divides_by_share_and_seed(call, tmp_path, capsys):
     parts = []
     for seed in (1, 2):
         root = write_image_tree(tmp_path / str(seed), {"all": 24}, classes=3)
@@ -158,7 +163,7 @@ def test_split_folder_deals_out_by_share_and_seed(call, tmp_path, capsys):
     assert parts[0] != parts[1]
     with pytest.raises(SystemExit):
         call("split_folder", root, "--parts", "fit")
-    assert "want NAME=SHARE, as val=0.2, got 'fit'" in capsys.readouterr().err
+    assert "want NAME=SHARE, for example val=0.2, got 'fit'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -185,7 +190,7 @@ def test_split_folder_deals_out_by_share_and_seed(call, tmp_path, capsys):
         ),
     ],
 )
-def test_a_tool_hands_its_arguments_on(call, monkeypatch, capsys, tool, function, arguments, given, returned, said):
+def test_a_tool_passes_its_arguments_on(call, monkeypatch, capsys, tool, function, arguments, given, returned, said):
     monkeypatch.setenv("HOME", "/home/ann")
     seen = []
     monkeypatch.setattr(function, lambda *args: seen.extend(args) or returned)
@@ -198,19 +203,19 @@ def test_a_tool_hands_its_arguments_on(call, monkeypatch, capsys, tool, function
     ("output", "said"), [([], "pushed to there"), (["--output", "x"], "written to there, nothing was pushed")]
 )
 def test_push_to_hub_says_whether_it_did(call, monkeypatch, capsys, output, said):
-    monkeypatch.setattr("vim.training.push_to_hub", lambda config: "there")
+    monkeypatch.setattr("vim.publish.push_to_hub", lambda config: "there")
     call("push_to_hub", "--run_dir", "run", "--repo", "ann/digits", "--license", "mit", *output)
     assert capsys.readouterr().out == f"{said}\n"
 
 
-def test_benchmark_generation_reports_the_median_of_rounds_behind_the_first(call, monkeypatch, tmp_path, capsys):
-    """Of a model that takes half a second, and for each token 10, 20 and 60 ms in rounds, by a clock of its own."""
+def test_benchmark_generation_reports_the_median_of_rounds_after_the_first(call, monkeypatch, tmp_path, capsys):
+    """The model sets the clock: half a second a call, and 10, 20 and 60 ms a token in rounds 1 to 3."""
     now, calls = [0.0], [0]
 
     def generate(ids, new):
         assert ids.shape == (4, 16)
         calls[0] += 1
-        now[0] += 0.5 + new * (1.0, 0.01, 0.02, 0.06)[calls[0] // 3]  # (the first has no prompts alone)
+        now[0] += 0.5 + new * (1.0, 0.01, 0.02, 0.06)[calls[0] // 3]  # round 0 has no prompt-only call
 
     model = SimpleNamespace(generate=generate)
     model.to = model.eval = lambda *_: model
@@ -226,27 +231,27 @@ def test_benchmark_generation_reports_the_median_of_rounds_behind_the_first(call
     assert cells(capsys.readouterr().out) == [["4", "vim", "20.00", "200", "520.0"]]
 
 
-@pytest.mark.parametrize(
-    "tool",
-    [
-        "train",
-        "validate",
-        "prepare_mnist",
-        "export_features",
-        "knn",
-        "linear_probe",
-        "visualize",
-        "export_model",
-        "push_to_hub",
-        "demo",
-        "kill_and_resume",
-    ],
-)
-def test_help(tool, call, capsys):
+@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))
+def test_help(tool, call, monkeypatch, capsys):
+    """What the tool does, in a line; a command to copy; and a text for every option."""
+    shown = []
+    print_help = argparse.ArgumentParser.print_help
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda self: shown.append(self) or print_help(self))
     with pytest.raises(SystemExit) as exit_:
         call(tool, "--help")
     assert exit_.value.code == 0
-    assert f"python tools/{tool}.py" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    first = ast.get_docstring(ast.parse((ROOT / "tools" / f"{tool}.py").read_text())).splitlines()[0]
+    assert re.fullmatch(r"[A-Z][a-z]+ .*\.", first)
+    assert re.search(rf"^usage: {tool}\.py .*?\n\n{re.escape(first)}\n", out, re.DOTALL)
+    assert f"\npython tools/{tool}.py " in out
+    actions = shown[0]._actions
+    for action in actions:
+        section = any(other.dest.startswith(f"{action.dest}.") for other in actions)
+        if action.help != argparse.SUPPRESS and not section:
+            assert re.search(r"\w", action.help or ""), f"{action.dest} has no text"
+            words = r"\s+".join(map(re.escape, action.help.split()[:3]))  # argparse breaks lines
+            assert re.search(words, out)
 
 
 def test_generate(call, tmp_path, capsys):

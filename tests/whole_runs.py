@@ -1,4 +1,4 @@
-"""What the tests of whole training runs share."""
+"""Shared by the tests of whole training runs."""
 
 import json
 import os
@@ -7,18 +7,20 @@ import signal
 import pytest
 import torch
 
+from vim.checkpoint import load_checkpoint
 from vim.data import AugmentConfig, DataConfig
+from vim.experiments.kill_test import TIME_FIELDS
+from vim.timm_models.config import ModelConfig
 from vim.training import TrainConfig
-from vim.training.checkpoint import load_checkpoint
-from vim.training.config import EmaConfig, ModelConfig, OptimConfig, ScheduleConfig
-from vim.training.kill_test import TIME_FIELDS
+from vim.training.averaging import EmaConfig
+from vim.training.optim import OptimConfig, ScheduleConfig
 
 TINY = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """A second thread does not help tensors of this size, and costs milliseconds an operator where cores are busy."""
+    """A second thread does not help tensors of this size, and costs milliseconds per operator on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -26,7 +28,7 @@ def one_thread():
 
 
 def config(tree, run_dir, **changes):
-    """A run with everything random in it: augmentation, mixing, drop path, dropout, and averaged weights."""
+    """A run with every kind of randomness (augmentation, mixing, drop path, dropout), and an EMA."""
     defaults = {
         "run_dir": str(run_dir),
         "model": ModelConfig("vit_tiny_patch16_224", kwargs=TINY | {"drop_path_rate": 0.2, "drop_rate": 0.1}),
@@ -52,7 +54,7 @@ def timeless(history):
 
 
 def interrupt(monkeypatch, task, update, number=signal.SIGINT):
-    """Send a signal to a run of a task, a subclass of Trainer, while it does an update, counted from 0."""
+    """Send a signal to a run during an update, counted from 0. task: a subclass of Trainer."""
     batch_loss = task.batch_loss
 
     def interrupted(self, batch):

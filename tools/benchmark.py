@@ -1,12 +1,14 @@
-"""Speed and memory of image classifiers, any of timm's, beside each other.
+"""Compare the speed and memory of image classifiers: any timm models.
 
 python tools/benchmark.py --config configs/benchmark.yaml
 python tools/benchmark.py --config configs/benchmark_cpu.yaml --models '[vim_tiny, resnet18]'
 """
 
 import vim  # noqa: F401  (registers the vim_* models)
-from vim.training import BenchmarkConfig, ConfigParser, benchmark, benchmark_table, plain_errors
-from vim.training.progress import plain_console
+from vim.console import ConfigParser, plain_errors
+from vim.console.progress import plain_console
+from vim.experiments.benchmark import benchmark, benchmark_table
+from vim.experiments.benchmark_config import BenchmarkConfig
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Speed and memory of detectors in training, on any timm backbones beside each other.
+"""Compare the speed and memory of detectors in training, on any timm backbones.
 
 python tools/benchmark_detection.py --config configs/benchmark_detection.yaml
 python tools/benchmark_detection.py --models '[resnet50]' --workloads '[{mode: train, img_size: 512, batch_size: 2}]'
@@ -7,9 +7,10 @@ python tools/benchmark_detection.py --models '[resnet50]' --workloads '[{mode: t
 from functools import partial
 
 import vim  # noqa: F401  (registers the vim_* models)
-from vim.detection import DetectionBenchmarkConfig, build_detector_step
-from vim.training import ConfigParser, benchmark, benchmark_table, plain_errors
-from vim.training.progress import plain_console
+from vim.console import ConfigParser, plain_errors
+from vim.console.progress import plain_console
+from vim.experiments.benchmark import benchmark, benchmark_table
+from vim.experiments.detection_benchmark import DetectionBenchmarkConfig, build_detector_step
 
 
 def main() -> None:

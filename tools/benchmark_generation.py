@@ -1,8 +1,9 @@
-"""Measure how fast a Mamba language model of 130 M parameters generates, beside transformers' where it is installed.
+"""Measure how fast a Mamba language model of 130 M parameters generates text, ours and the one in transformers.
 
 python tools/benchmark_generation.py --batch_sizes 1 64 --precision bf16 --output generation.json
 
-Both have the same random weights and are checked against each other first. A round of each in turn; medians.
+Both have the same random weights, and their logits are compared first. They take turns, and the medians of all rounds
+count. Without transformers, ours runs alone.
 """
 
 import argparse
@@ -16,12 +17,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from vim.console.environment import device_name, versions
+from vim.console.progress import plain_console
 from vim.files import write_json
 from vim.models.lm_checkpoint import official_name
 from vim.models.mamba_lm import MambaLM
-from vim.training.benchmark import DTYPES
-from vim.training.environment import device_name, versions
-from vim.training.progress import plain_console
+from vim.timm_models.precision import DTYPES
 
 PROMPT = 16
 Generate = Callable[[Tensor, int], Tensor]
@@ -30,7 +31,7 @@ Generate = Callable[[Tensor, int], Tensor]
 def transformers_like(model: MambaLM) -> Generate | None:
     """Greedy generation by transformers with the same weights; None without the package.
 
-    Raises: RuntimeError if its logits are others.
+    Raises: RuntimeError if its logits differ.
     """
     try:
         from transformers import MambaConfig, MambaForCausalLM
@@ -71,11 +72,11 @@ def seconds(generate: Generate, ids: Tensor, new: int) -> float:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1])
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--tokens", type=int, default=100, help="more of them in a long run than in a short one")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=os.path.expanduser, default=None, help="JSON to write")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1], help="sequences to generate at once")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights")
+    parser.add_argument("--tokens", type=int, default=100, help="extra tokens of a long run, which are timed")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each, after a warm-up")
+    parser.add_argument("--output", type=os.path.expanduser, default=None, help="JSON file to write")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -92,7 +93,7 @@ def main() -> None:
         prompts: dict[str, list[float]] = {key: [] for key in contenders}
         for round_ in range(args.rounds + 1):
             for key, generate in contenders.items():
-                # What a long run takes more than a short one is that many steps; a CUDA graph is made in both.
+                # Both runs capture a CUDA graph, so their difference is the time of the steps alone.
                 short, long = seconds(generate, ids, 3), seconds(generate, ids, 3 + args.tokens)
                 if round_ > 0:  # the first warms up
                     steps[key].append((long - short) / args.tokens)

@@ -1,4 +1,4 @@
-"""Measure how fast training images are read, decoded and augmented, by the number of loading processes.
+"""Measure how fast training images are read, decoded and augmented, by the number of workers.
 
 python tools/benchmark_loader.py --config configs/vim_tiny_in1k.yaml --data.root data/jpegs --workers 1 2 4 8
 """
@@ -6,17 +6,18 @@ python tools/benchmark_loader.py --config configs/vim_tiny_in1k.yaml --data.root
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
-from vim.training import ConfigParser, TrainConfig, plain_errors
-from vim.training.loader_speed import loader_speed
-from vim.training.progress import plain_console
+from vim.console import ConfigParser, plain_errors
+from vim.console.progress import plain_console
+from vim.experiments.loader_speed import loader_speed
+from vim.training import TrainConfig
 
 
 def main() -> None:
     parser = ConfigParser(TrainConfig, __doc__)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="loading processes to try")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="numbers of workers to try")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement")
     config, arguments = parser.parse_config()
-    table = Table("loading processes", "images/s", "images/s a process")
+    table = Table("workers", "images/s", "images/s a worker")
     with plain_errors():
         for workers in arguments.workers:
             rate = loader_speed(config, workers, arguments.seconds)

@@ -1,4 +1,4 @@
-"""Write boxes of a CSV file (image_path, xmin, ymin, xmax, ymax, label) as annotations in COCO's format.
+"""Convert the boxes in a CSV file (image_path, xmin, ymin, xmax, ymax, label) to annotations in COCO format.
 
 python tools/boxes_to_coco.py boxes.csv photographs/ annotations.json
 """
@@ -6,14 +6,14 @@ python tools/boxes_to_coco.py boxes.csv photographs/ annotations.json
 import argparse
 import os
 
+from vim.console import plain_errors
 from vim.detection import boxes_to_coco
-from vim.training import plain_errors
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("boxes", type=os.path.expanduser, help="the CSV file")
-    parser.add_argument("images", type=os.path.expanduser, help="folder that its paths are relative to")
+    parser.add_argument("boxes", type=os.path.expanduser, help="CSV file")
+    parser.add_argument("images", type=os.path.expanduser, help="folder of the images; image_path is relative to it")
     parser.add_argument("output", type=os.path.expanduser, help="JSON file to write")
     arguments = parser.parse_args()
     with plain_errors():

@@ -1,4 +1,4 @@
-"""Compare how models learn: the best of a grid of learning rates for each, chosen on one split, tested on another.
+"""Compare how well models learn, each at its best learning rate of a grid, chosen on one split and tested on another.
 
 python tools/compare.py --config configs/compare_mnist5k.yaml
 """
@@ -6,10 +6,9 @@ python tools/compare.py --config configs/compare_mnist5k.yaml
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
-from vim.training import ConfigParser, plain_errors
-from vim.training.comparison import compare
-from vim.training.config import CompareConfig
-from vim.training.progress import plain_console
+from vim.console import ConfigParser, plain_errors
+from vim.console.progress import plain_console
+from vim.experiments.comparison import CompareConfig, compare
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Export features of images, by any timm model: rows of path, label, index and features, in shards.
+"""Export the features of images from any timm model, in shards: a row holds path, label, index and features.
 
 python tools/export_features.py --model runs/quickstart --images data/mnist5k/train  # writes runs/features_train
 python tools/export_features.py --model vim_small --images data/imagenet/val --pools [token,avg] --dtype fp16
@@ -9,9 +9,9 @@ Read them back: vim.features.load("runs/features_train").
 """
 
 import vim  # noqa: F401  (registers the vim_* models)
+from vim.console import ConfigParser, plain_errors
 from vim.data.names import plain_name
 from vim.features import FeaturesConfig, export_features
-from vim.training import ConfigParser, plain_errors
 
 
 def main() -> None:

@@ -8,13 +8,12 @@ import time
 
 import torch
 
+from vim.console import ConfigParser, plain_errors
+from vim.console.errors import ConfigError
 from vim.models.lm_checkpoint import checkpoint_folder
 from vim.models.mamba_lm import MambaLM
-from vim.models.text import AUTHORS_TOKENIZER, load_tokenizer, stream_text
-from vim.training import ConfigParser, plain_errors
-from vim.training.benchmark import DTYPES
-from vim.training.config import GenerateConfig
-from vim.training.errors import ConfigError
+from vim.models.text import AUTHORS_TOKENIZER, GenerateConfig, load_tokenizer, stream_text
+from vim.timm_models.precision import DTYPES
 
 
 def main() -> None:
@@ -22,12 +21,12 @@ def main() -> None:
     with plain_errors():
         try:
             generate(config, start_generator(config))
-        except (ValueError, OSError, ModuleNotFoundError) as error:  # files, prompts and tokens that do not fit
+        except (ValueError, OSError, ModuleNotFoundError) as error:  # bad files, prompts or tokens
             raise ConfigError(str(error)) from error
 
 
 def start_generator(config: GenerateConfig) -> torch.Generator:
-    """Random numbers on the device that is asked for. Raises: ConfigError for one that is not there."""
+    """Random numbers on the requested device. Raises: ConfigError for a device that is not there."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=device)
@@ -54,7 +53,7 @@ def generate(config: GenerateConfig, generator: torch.Generator) -> None:
         top_p=config.top_p,
         generator=generator,
     ):
-        if len(pieces) == 1:  # shown as it comes
+        if len(pieces) == 1:  # printed at once
             print(pieces[0] if steps else config.prompts[0] + pieces[0], end="", flush=True)
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         steps += 1

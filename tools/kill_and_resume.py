@@ -1,4 +1,4 @@
-"""Kill training runs at random moments, resume them, and compare them with a run that was left alone, on the CPU.
+"""Kill training runs at random moments, resume them, and compare them with an uninterrupted run, on the CPU.
 
 python tools/prepare_mnist.py data/mnist5k
 python tools/kill_and_resume.py runs/killed --signal SIGKILL -- tools/train.py --config configs/kill_test.yaml
@@ -13,26 +13,26 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from vim.training import plain_errors
-from vim.training.interruption import NAMES
-from vim.training.kill_test import KillTest
+from vim.console import plain_errors
+from vim.console.interruption import NAMES
+from vim.experiments.kill_test import KillTest
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=os.path.expanduser, help="for the runs; must be new")
-    parser.add_argument("--runs", type=int, default=20, help="that are killed")
-    parser.add_argument("--kills", type=int, default=2, help="signals for each run")
-    parser.add_argument("--signal", choices=["SIGKILL", *NAMES], default="SIGKILL")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("folder", type=os.path.expanduser, help="folder for the runs; must be new")
+    parser.add_argument("--runs", type=int, default=20, help="number of runs to kill")
+    parser.add_argument("--kills", type=int, default=2, help="signals to send to each run")
+    parser.add_argument("--signal", choices=["SIGKILL", *NAMES], default="SIGKILL", help="signal to send")
+    parser.add_argument("--jobs", type=int, default=2, help="runs in parallel")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the moments")
     parser.add_argument("command", nargs="+", help="training tool and its arguments, without --run_dir")
     args = parser.parse_args()
     if signal.getsignal(signal.Signals[args.signal]) == signal.SIG_IGN:
-        parser.error(f"{args.signal} is ignored here and in all that starts here, as under nohup; start this otherwise")
+        parser.error(f"{args.signal} is ignored in this process, as under nohup, and in its children; do without nohup")
     with plain_errors():
         test = KillTest(args.command, Path(args.folder), signal.Signals[args.signal], args.kills, args.seed)
-        print(f"left alone: {test.start_seconds:.1f} s to start, {test.run_seconds:.1f} s to run", flush=True)
+        print(f"uninterrupted run: {test.start_seconds:.1f} s to start, {test.run_seconds:.1f} s to run", flush=True)
         killed = test.run_all(args.runs, args.jobs)
     for index, run in enumerate(killed):
         print(f"run {index}: {args.signal} during {', '.join(run.moments)}: {run.differences or 'identical'}")

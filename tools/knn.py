@@ -1,4 +1,4 @@
-"""Classify exported features by their nearest neighbours, weighted as DINO has it.
+"""Classify exported features by their nearest neighbours, with weighted votes as in DINO.
 
 python tools/knn.py --train runs/features_train --val runs/features_val
 python tools/knn.py --train runs/features_train --val runs/features_val --column block23.token --shots [1,10]
@@ -7,10 +7,10 @@ python tools/knn.py --train runs/features_train --val runs/features_val --column
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
+from vim.console import ConfigParser, plain_errors
+from vim.console.progress import plain_console
 from vim.data.names import plain_name
 from vim.features import KnnConfig, knn
-from vim.training import ConfigParser, plain_errors
-from vim.training.progress import plain_console
 
 
 def main() -> None:

@@ -1,18 +1,18 @@
-"""Train linear classifiers on exported features: inputs x learning rates in one pass.
+"""Train linear classifiers on exported features, for all inputs and learning rates in one pass.
 
 python tools/linear_probe.py --train runs/features_train --val runs/features_val
 python tools/linear_probe.py --train runs/features_train --val runs/features_val --last_blocks [1,4] --shots [1,10]
 
-One that was stopped goes on where it was when the same command is given again.
+After an interruption, the same command goes on from there.
 """
 
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
+from vim.console import ConfigParser, plain_errors
+from vim.console.progress import plain_console
 from vim.data.names import plain_name
 from vim.features import LinearProbeConfig, probe
-from vim.training import ConfigParser, plain_errors
-from vim.training.progress import plain_console
 
 
 def main() -> None:

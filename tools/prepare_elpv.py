@@ -1,4 +1,4 @@
-"""Write ELPV, photographs of functional and defective solar cells, as an image folder tree.
+"""Write ELPV (photographs of functional and defective solar cells) as an image folder tree.
 
 pip install elpv-dataset
 python tools/prepare_elpv.py data/elpv
@@ -8,8 +8,8 @@ python tools/split_folder.py data/elpv --split all --parts train=0.6 val=0.2 tes
 import argparse
 import os
 
+from vim.console import plain_errors
 from vim.data.elpv import EDGE, write_elpv
-from vim.training import plain_errors
 
 
 def main() -> None:

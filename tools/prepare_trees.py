@@ -1,4 +1,4 @@
-"""Write aerial photographs with tree boxes, from the deepforest package, as a data set in COCO's format.
+"""Write aerial photographs with tree boxes, from the deepforest package, as a data set in COCO format.
 
 pip install --no-deps deepforest
 python tools/prepare_trees.py data/trees
@@ -7,8 +7,8 @@ python tools/prepare_trees.py data/trees
 import argparse
 import os
 
+from vim.console import plain_errors
 from vim.detection import CocoData, write_trees
-from vim.training import plain_errors
 
 
 def main() -> None:

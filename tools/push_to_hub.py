@@ -1,12 +1,13 @@
-"""Publish a finished run of tools/train.py on the Hugging Face hub, with a model card made from what the run knows.
+"""Publish a finished run of tools/train.py on the Hugging Face hub, with a model card from the run's records.
 
 python tools/push_to_hub.py --run_dir runs/quickstart --repo me/vim-digits --license apache-2.0 --output runs/look
 python tools/push_to_hub.py --run_dir runs/quickstart --repo me/vim-digits --license apache-2.0 --private true
 
-The first only writes the files to a folder. The second needs `hf auth login`, or HF_TOKEN.
+The first command only writes the files to a folder. The second needs `hf auth login`, or HF_TOKEN.
 """
 
-from vim.training import ConfigParser, PushConfig, plain_errors, push_to_hub
+from vim.console import ConfigParser, plain_errors
+from vim.publish import PushConfig, push_to_hub
 
 
 def main() -> None:

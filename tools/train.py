@@ -1,4 +1,4 @@
-"""Train an image classifier, any of timm's.
+"""Train an image classifier: any timm model.
 
 python tools/train.py --config configs/quickstart.yaml --optim.lr 1e-3
 python tools/train.py --config runs/quickstart/config.yaml --resume

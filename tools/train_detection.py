@@ -1,4 +1,4 @@
-"""Train a detector on data in COCO's format, on the feature maps of any timm model.
+"""Train a detector on data in COCO format, with any timm model as backbone.
 
 python tools/train_detection.py --config configs/detection_trees.yaml --model.name deit_tiny_patch16_224
 python tools/train_detection.py --config runs/trees/config.yaml --resume

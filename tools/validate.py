@@ -1,4 +1,4 @@
-"""Evaluate an image classifier, any of timm's, on one split of a data set, at one or several sizes.
+"""Evaluate an image classifier, any timm model, on one split of a data set, at one or several image sizes.
 
 python tools/validate.py --model runs/quickstart --data.root data/mnist5k
 python tools/validate.py --model vim_tiny --data.root data/imagenet
@@ -10,8 +10,9 @@ python tools/validate.py --model vim_tiny --data.root data --data.val_split imag
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
-from vim.training import ConfigParser, ValidateConfig, plain_errors, validate
-from vim.training.progress import plain_console
+from vim.console import ConfigParser, plain_errors
+from vim.console.progress import plain_console
+from vim.training import ValidateConfig, validate
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Evaluate a trained detector on data in COCO's format.
+"""Evaluate a trained detector on data in COCO format.
 
 python tools/validate_detection.py --model runs/trees --data.root data/trees \\
     --data.val_annotations val.json --data.val_images val
@@ -7,9 +7,9 @@ python tools/validate_detection.py --model runs/trees --data.root data/trees \\
 from rich.table import Table
 
 import vim  # noqa: F401  (registers the vim_* models)
+from vim.console import ConfigParser, plain_errors
+from vim.console.progress import plain_console
 from vim.detection import METRICS, DetectionValidateConfig, validate
-from vim.training import ConfigParser, plain_errors
-from vim.training.progress import plain_console
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
         results = validate(config)
     kinds = {"boxes": ""} | ({"masks": "mask_"} if "mask_AP" in results else {})
     table = Table("", *kinds, title=f"{results['annotations']}, {results['images']} images")
-    for name in METRICS:  # a line each: twelve columns leave a terminal no room for numbers
+    for name in METRICS:  # a row each: twelve columns would not fit a terminal
         table.add_row(name, *(f"{results[prefix + name]:.3f}" for prefix in kinds.values()))
     plain_console().print(table)
     print(f"written to {config.output}")

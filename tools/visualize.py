@@ -1,11 +1,11 @@
-"""Look inside a Vision Mamba: step sizes, what the class token reads, class maps and receptive fields, as PNG sheets.
+"""Look inside a Vision Mamba: PNG sheets of step sizes, reads of the class token, class maps and receptive fields.
 
 python tools/visualize.py --model runs/quickstart --images data/mnist5k/val
 python tools/visualize.py --model vim_small --images photographs/ --blocks [5,11,17,23] --count 8
 """
 
 import vim  # noqa: F401  (registers the vim_* models)
-from vim.training import ConfigParser, plain_errors
+from vim.console import ConfigParser, plain_errors
 from vim.visualize import VisualizeConfig, visualize
 
 

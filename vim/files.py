@@ -1,9 +1,11 @@
-"""Files that are whole or not there, and JSON that every reader takes."""
+"""Atomic writes of files and folders, and strict JSON."""
 
 import errno
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,15 +22,15 @@ _WHY = {
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; it becomes `path` when all is written, so that an interruption leaves the former file.
+    """A temporary name to write to, renamed to `path` at the end: an interruption leaves the earlier file.
 
-    The file gets the mode of new files, whatever its writer gives it.
+    The file gets the mode of new files, whatever mode its writer sets.
     """
     unfinished = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         unfinished.unlink(missing_ok=True)
         unfinished.touch()
-        mode = unfinished.stat().st_mode  # safetensors makes files that are their owner's alone
+        mode = unfinished.stat().st_mode  # safetensors makes files that only their owner can read
         yield unfinished
         unfinished.chmod(mode)
         move_durably(unfinished, path)
@@ -36,8 +38,23 @@ def whole_file(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(root: Path) -> Iterator[Path]:
+    """A temporary folder to write to, renamed to `root` at the end. `root` must not exist. A failure leaves nothing."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)  # only its owner can read a temporary folder
+        unfinished.rename(root)
+        sync_folder(root.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
 def move_durably(source: Path, path: Path) -> None:
-    """Rename a file that is written; when this returns, a loss of power loses neither its content nor its name."""
+    """Rename a file and sync it: a power failure afterwards loses neither its content nor its name."""
     with source.open("r+b") as file:
         os.fsync(file.fileno())  # the rename must not reach the disk before the content
     source.replace(path)
@@ -45,8 +62,8 @@ def move_durably(source: Path, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    if os.name != "posix":  # Windows opens no folders
+    """Sync the names in a folder to the disk."""
+    if os.name != "posix":  # Windows cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -55,8 +72,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def link_or_copy(source: str | Path, path: str | Path) -> None:
+    """Hard-link a file that nobody changes in place; copy it if the file system has no links."""
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
+
+
 def to_json(content: Any, indent: int | None = None) -> str:
-    """Strict JSON: a number that is not finite, which JSON does not have, becomes null."""
+    """Strict JSON: non-finite numbers become null."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 
@@ -66,7 +91,7 @@ def write_json(content: Any, path: Path) -> None:
 
 
 def why(error: OSError) -> str:
-    """What the system says, in words for a user."""
+    """The reason for a system error, for a message to the user."""
     return _WHY.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
 
 

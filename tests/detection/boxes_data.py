@@ -1,4 +1,4 @@
-"""A made-up data set in COCO's format: coloured rectangles on noise."""
+"""A synthetic data set in COCO's format: coloured rectangles on noise."""
 
 import json
 
@@ -9,9 +9,9 @@ COLOURS = {"red": (230, 40, 40), "blue": (40, 60, 230)}
 
 
 def write_boxes(root, split, images, seed=0, sizes=((64, 64), (48, 80), (90, 50)), boxes=(1, 3)):
-    """Write root/<split>/*.png and root/<split>.json; images of several sizes, with polygons, every fourth empty.
+    """Write root/<split>/*.png and root/<split>.json: images of several sizes, with polygons, every fourth empty.
 
-    Categories have the ids 3 (red), 7 (blue) and 9 (green, which never comes up). Returns the annotations.
+    Categories have the ids 3 (red), 7 (blue) and 9 (green, without objects). Returns the content of the JSON file.
     """
     rng = np.random.default_rng(seed)
     (root / split).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The cascade against torchvision's box head, hand-computed cases, and what must hold of three stages."""
+"""The cascade: one stage against torchvision's box head, hand-computed cases, properties of three stages."""
 
 import math
 
@@ -48,7 +48,7 @@ def boxes(count, seed=0):
 
 
 def scene(images=2, true_boxes=(3, 2), classes=3, masks=False):
-    """Feature maps, proposals (near the truth and elsewhere), image sizes and targets."""
+    """Feature maps, proposals (near the true boxes and elsewhere), image sizes and targets."""
     torch.manual_seed(1)
     features = {"0": torch.randn(images, CHANNELS, SIZE // 4, SIZE // 4, requires_grad=True)}
     targets, proposals = [], []
@@ -96,7 +96,7 @@ def test_one_stage_is_torchvisions_head(masks):
 
 
 @pytest.mark.parametrize("true_boxes", [(3, 2), (3, 0), (0, 0)])
-def test_filling_up_the_mask_heads_boxes_changes_nothing(true_boxes, monkeypatch):
+def test_padding_the_mask_heads_batch_changes_nothing(true_boxes, monkeypatch):
     found, counts = [], []
     for step in (1, 64):
         monkeypatch.setattr("vim.detection.cascade.MASK_STEP", step)
@@ -112,8 +112,8 @@ def test_filling_up_the_mask_heads_boxes_changes_nothing(true_boxes, monkeypatch
     assert 1 <= counts[0] < 64
 
 
-def test_each_stage_matches_by_its_own_threshold():
-    """A true box of 10 x 10 and boxes of the same height, of widths that overlap it by 0.45, 0.55, 0.65 and 0.75."""
+def test_each_stage_matches_at_its_own_threshold():
+    """Boxes with IoU 0.45, 0.55, 0.65 and 0.75 to a true box of 10 x 10."""
     heads = cascade()
     target = {"boxes": torch.tensor([[40.0, 40, 50, 50], [0.0, 0, 10, 10]]), "labels": torch.tensor([1, 2])}
     candidates = torch.tensor([[0.0, 0, 10 * iou, 10] for iou in (0.45, 0.55, 0.65, 0.75)])
@@ -121,7 +121,7 @@ def test_each_stage_matches_by_its_own_threshold():
         matched, labels = heads._match(stage, [candidates], [target])
         assert labels[0].tolist() == want
         assert matched[0][labels[0] > 0].eq(1).all()
-    lost = torch.tensor([[0.0, 5, 0, 9], [3.0, 7, 9, 7]])  # without area
+    lost = torch.tensor([[0.0, 5, 0, 9], [3.0, 7, 9, 7]])  # no area
     assert heads._match(0, [lost], [target])[1][0].tolist() == [-1, -1]
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     assert heads._match(1, [candidates], [nothing])[1][0].tolist() == [0, 0, 0, 0]
@@ -130,8 +130,8 @@ def test_each_stage_matches_by_its_own_threshold():
 
 @pytest.mark.parametrize("stage", range(3))
 def test_loss_by_hand(stage):
-    """A box of class 2, whose centre is off by (1, -2) and whose true size is 1.5 and 0.5 times its own; one of the
-    background; one that is ignored."""
+    """Three boxes: one of class 2 whose true box is moved by (1, -2) and scaled by (1.5, 0.5), one background box, and
+    one ignored box."""
     coder = cascade().coders[stage]
     box = torch.tensor([[10.0, 20, 20, 40], [0.0, 0, 5, 5], [3.0, 3, 3, 9]])  # width 10, height 20, centre (15, 30)
     truth = torch.tensor([[8.5, 23, 23.5, 33]])  # width 15, height 10, centre (16, 28)
@@ -150,9 +150,9 @@ def test_loss_by_hand(stage):
     assert [loss.item() for loss in found] == pytest.approx([want_class / 2, want_box / 2], rel=1e-5)
 
 
-def test_each_stage_trains_by_its_own_threshold_and_weights_and_masks_by_the_first():
-    """Constant predictions: 3/4 for the class, boxes left alone, masks of logit 2; a true box of 10 x 10, whose left
-    half is the object, and proposals of its left 55, 65 and 75 %. So 4, 3 and 2 of the 4 boxes are foreground."""
+def test_each_stage_trains_at_its_own_threshold_and_masks_at_the_first():
+    """Constant predictions: probability 3/4 for the class, zero deltas, mask logit 2. The true box is 10 x 10 and its
+    left half is the object. Proposals cover its left 55, 65 and 75 %, so 4, 3 and 2 of the 4 boxes are foreground."""
     heads = cascade(classes=2, masks=True).train()
     with torch.no_grad():
         for predictor in heads.box_predictor:
@@ -161,7 +161,7 @@ def test_each_stage_trains_by_its_own_threshold_and_weights_and_masks_by_the_fir
             predictor.cls_score.bias[1] = math.log(3)
         heads.mask_predictor.mask_fcn_logits.weight.zero_()
         heads.mask_predictor.mask_fcn_logits.bias.fill_(2.0)
-    overlaps = [0.55, 0.65, 0.75, 1.0]  # the true box itself is a proposal too
+    overlaps = [0.55, 0.65, 0.75, 1.0]  # the true box is added to the proposals
     mask = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
     mask[..., :15] = 1
     target = {"boxes": torch.tensor([[10.0, 10, 20, 20]]), "labels": torch.tensor([1]), "masks": mask}
@@ -173,14 +173,14 @@ def test_each_stage_trains_by_its_own_threshold_and_weights_and_masks_by_the_fir
         want[f"loss_classifier_{stage}"] = (len(inside) * math.log(4 / 3) + (4 - len(inside)) * math.log(4)) / 4
         distances = [d for iou in inside for d in (x * (1 / iou - 1) / 2, -w * math.log(iou))]
         want[f"loss_box_reg_{stage}"] = sum(d - 1 / 18 for d in distances if d) / 4
-    object_share = sum(0.45 / iou for iou in overlaps) / 4  # roi_align puts pixels half a pixel further left
+    object_share = sum(0.45 / iou for iou in overlaps) / 4  # roi_align shifts pixels by half a pixel to the left
     mask_loss = losses.pop("loss_mask").item()
     assert mask_loss == pytest.approx(math.log(1 + math.exp(2)) - 2 * object_share, abs=0.02)
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(want, rel=1e-5)
 
 
 def test_refined_boxes_are_detached_and_clipped(monkeypatch):
-    """Stage one pulls boxes by their own width to the left and by their height down, in wide images of two sizes."""
+    """Stage one moves boxes left by their width and down by their height, in images of two sizes."""
     heads = cascade(stages=2).train()
     features, proposals, _, targets = scene()
     shapes = [(48, SIZE), (40, SIZE)]
@@ -201,8 +201,8 @@ def test_refined_boxes_are_detached_and_clipped(monkeypatch):
         assert not after.requires_grad
 
 
-def test_three_equal_stages_teach_the_features_as_much_as_one():
-    """Stages that leave boxes alone and have the same weights and thresholds: each passes on a third."""
+def test_three_equal_stages_give_the_features_the_gradient_of_one():
+    """Three stages with equal weights and thresholds and zero deltas: each passes on a third of its gradient."""
     one = cascade(stages=1)
     three = cascade()
     three.coders, three.matchers = one.coders * 3, one.matchers * 3
@@ -219,7 +219,7 @@ def test_three_equal_stages_teach_the_features_as_much_as_one():
         sum(heads.train()(features, proposals, shapes, targets)[1].values()).backward()
         gradients.append((features["0"].grad, heads.box_head[-1].fc6.weight.grad))
     assert_close(gradients[1][0], gradients[0][0], atol=1e-6, rtol=1e-4)
-    assert_close(gradients[1][1], gradients[0][1], atol=1e-6, rtol=1e-4)  # the heads themselves learn in full
+    assert_close(gradients[1][1], gradients[0][1], atol=1e-6, rtol=1e-4)  # the heads get the whole gradient
 
 
 def test_scores_are_the_mean_of_the_stages():
@@ -237,12 +237,12 @@ def test_scores_are_the_mean_of_the_stages():
     want = sum(row.softmax(0) for row in logits) / 3
     assert_close(found["scores"], want[1:].sort(descending=True).values)
     assert found["labels"].tolist() == [1, 2]
-    shift = 10 * (1 / 10 + 1 / 20 + 1 / 30)  # a delta of 1 by the weights of the three stages, of a width of 10
+    shift = 10 * (1 / 10 + 1 / 20 + 1 / 30)  # a delta of 1 in each stage, divided by its weight, times the width 10
     assert_close(found["boxes"], (proposal + torch.tensor([shift, 0, shift, 0])).expand(2, 4))
 
 
 @pytest.mark.parametrize("true_boxes", [(0, 0), (0, 3)])
-def test_images_without_boxes_teach_the_background(true_boxes):
+def test_images_without_boxes_train_the_background(true_boxes):
     heads = cascade(masks=True).train()
     features, proposals, shapes, targets = scene(true_boxes=true_boxes, masks=True)
     losses = heads(features, proposals, shapes, targets)[1]
@@ -282,8 +282,8 @@ def test_boxes_keep_their_precision_under_autocast(monkeypatch):
     assert {value.dtype for name, value in found[0].items() if name != "labels"} == {torch.float32}
 
 
-def test_the_gradient_share_leaves_values_alone():
-    """In bf16, a third and two thirds of a value do not add up to it."""
+def test_scaling_the_gradient_keeps_the_values():
+    """In bf16, x / 3 + 2 * x / 3 is not always x."""
     heads, seen = cascade().train(), []
     heads.box_roi_pool.forward = lambda features, boxes, shapes: features["0"]
     heads.box_head[0].forward = lambda x: (seen.append(x), torch.zeros(len(x), WIDTH))[1]

@@ -1,4 +1,4 @@
-"""COCO's format: what is read, clipped and left out, what the evaluators get, and each way that a file can be wrong."""
+"""Reading COCO's format: boxes, masks, ground truth for the evaluators, errors for bad files; and boxes from CSV."""
 
 import contextlib
 import io
@@ -20,10 +20,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torch.testing import assert_close
 
+from vim.console import ConfigError
 from vim.data import DataError, ImageFolder
 from vim.detection import CocoData, boxes_to_coco, coco_metrics
 from vim.detection.training import _record
-from vim.training import ConfigError
 from vim.training.data_record import names_within, record_data
 
 WIDTH, HEIGHT = 20, 12
@@ -35,7 +35,7 @@ def thing(number, box, category=7, image=5, **more):
 
 @pytest.fixture
 def data(tmp_path):
-    """data(annotations, masks=False, **other parts of the file): two images, 5 and 2, and the categories 7 and 3."""
+    """data(annotations, masks=False, **other lists of the file) with images 5 and 2 and categories 7 and 3."""
     (tmp_path / "images" / "deep").mkdir(parents=True)
     for name in ("a.png", "deep/b.png"):
         Image.new("RGB", (WIDTH, HEIGHT), (10, 20, 30)).save(tmp_path / "images" / name)
@@ -65,14 +65,14 @@ def test_order_of_images_and_labels(data):
     assert boxes.describe() == "2 images, 2 classes, 3 boxes"
 
 
-def test_boxes_are_clipped_and_those_without_area_counted(data):
+def test_boxes_are_clipped_and_those_without_area_dropped(data):
     boxes = data(
         [
             thing(1, [-2, -3, 5, 7]),
             thing(2, [18.5, 10, 10, 10]),
             thing(3, [4, 4, 0, 3]),
             thing(4, [4, 4, 3, 0]),
-            thing(5, [WIDTH, 0, 5, 5]),  # only touches the image
+            thing(5, [WIDTH, 0, 5, 5]),  # touches the image from outside
             thing(6, [0, -5, 5, 5], iscrowd=1),
         ]
     )
@@ -80,10 +80,10 @@ def test_boxes_are_clipped_and_those_without_area_counted(data):
     found = [(a["bbox"], a["area"]) for a in boxes.truth()["annotations"]]
     assert found == [([0, 0, 3, 4], 12), ([18.5, 10, 1.5, 2], 3)]
     assert (boxes.boxes, boxes.dropped) == (2, 4)
-    assert boxes.describe() == "2 images, 2 classes, 2 boxes; 4 boxes without area left out"
+    assert boxes.describe() == "2 images, 2 classes, 2 boxes; dropped 4 boxes without area"
 
 
-def test_crowds_are_for_the_metrics_alone(data):
+def test_only_the_metrics_see_crowds(data):
     rows = [thing(1, [1, 1, 4, 4], iscrowd=1, area=9), thing(2, [2, 2, 5, 5]), thing(3, [8, 2, 5, 5], area=0)]
     rows += [thing(4, [0, 0, 1, 1], iscrowd=True), thing(5, [8, 2, 5, 5], iscrowd=False)]
     rows += [thing(6, [8, 2, 5, 5], iscrowd=None, area=None)]
@@ -100,7 +100,7 @@ def test_an_image_without_a_box(data):
     assert (target["masks"].shape, target["masks"].dtype) == ((0, HEIGHT, WIDTH), torch.uint8)
 
 
-def test_a_digest_tells_other_objects_from_the_same(data):
+def test_the_digest_changes_with_the_annotations(data):
     first = thing(1, [1, 1, 4, 4])
     changes = [{"bbox": [1, 1, 4, 5]}, {"category_id": 3}, {"image_id": 2}, {"iscrowd": 1}, {"area": 11.0}]
     digests = [data([first | change]).digest() for change in ({}, *changes)]
@@ -128,7 +128,7 @@ def test_both_evaluators_read_the_truth(tmp_path):
 
 
 def test_an_object_with_the_id_0_counts(data):
-    """Evaluators take 0 for "no object": without new numbers the precision would be 0."""
+    """Evaluators use the id 0 for "no object": without renumbering, the precision would be 0."""
     found = {"image_id": 5, "category_id": 7, "bbox": [1, 1, 6, 6], "score": 0.9}
     assert coco_metrics(data([thing(0, [1, 1, 6, 6])]).truth(), [found], "bbox")[0]["AP"] == pytest.approx(1)
 
@@ -148,7 +148,7 @@ def compressed(mask):
 
 
 def uncompressed(mask):
-    """Lengths of the runs of 0, 1, 0 ... down the columns."""
+    """Lengths of the runs of 0, 1, 0 ... in column-major order."""
     flat = mask.flatten(order="F")
     ends = [*(np.flatnonzero(np.diff(flat)) + 1).tolist(), flat.size]
     counts = np.diff([0, *ends]).tolist()
@@ -161,7 +161,7 @@ def test_masks_of_polygons_and_run_length_codes(data):
         "polygon": ([polygon(2, 3, 9, 8)], rectangle(2, 3, 9, 8)),
         "two": ([polygon(2, 3, 9, 8), polygon(0, 0, 2, 2)], notched),
         "beyond the image": ([polygon(15, 8, 16 * WIDTH, 40)], rectangle(15, 8, WIDTH, HEIGHT)),
-        # Four numbers in front would make decoders read boxes and forget the rest.
+        # Decoders would take the four numbers in front as a box and ignore the rest.
         "with a line": ([[1, 1, 5, 5], polygon(2, 3, 9, 8)], rectangle(2, 3, 9, 8)),
         "compressed": (compressed(notched), notched),
         "uncompressed": (uncompressed(notched), notched),
@@ -191,7 +191,7 @@ def test_masks_of_polygons_and_run_length_codes(data):
         ({"segmentation": [[1, 1, 5, 5, 3, float("nan")]]}, "no usable segmentation"),
         ({"segmentation": [[1, 1, 5, 5, 3, "7"]]}, "no usable segmentation"),
         ({"segmentation": [[1, 1, 5, 5, 3, 10**400]]}, "no usable segmentation"),
-        ({"segmentation": [[1, 1, 5, 5, 3, 1e9]]}, "no usable segmentation"),  # gigabytes, pixel by pixel
+        ({"segmentation": [[1, 1, 5, 5, 3, 1e9]]}, "no usable segmentation"),  # decoding would take gigabytes
         ({"segmentation": [[1, 1, 5, 5, 3, 16 * WIDTH + 1]]}, "no usable segmentation"),
         ({"segmentation": [[1, 1, 5, 5, 3, -1e9]]}, "no usable segmentation"),
         ({"segmentation": [{}]}, "no usable segmentation"),
@@ -221,7 +221,7 @@ def test_a_damaged_run_length_code(data, counts, crowd):
         boxes.load(0)
 
 
-def test_masks_say_what_to_install(data, monkeypatch):
+def test_masks_without_their_package_say_what_to_install(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
     data([])
     with pytest.raises(DataError, match=r"pip install 'vim-mamba\[detection\]'"):
@@ -242,14 +242,14 @@ PICTURE = {"id": 5, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
         ({"annotations": [thing(8, [1, 2, -3, 4])]}, r"annotation 8 of a.png has the box \[1, 2, -3, 4\]"),
         ({"annotations": [thing(8, [1, 2, True, 4])]}, r"annotation 8 of a.png has the box \[1, 2, True, 4\]"),
         ({"annotations": [thing(8, [1, 2, 3, 10**400])]}, r"annotation 8 of a.png has the box \[1, 2, 3, 1000"),
-        ({"annotations": [thing(8, None)]}, "one of annotations has None for bbox, want list: id 8"),
+        ({"annotations": [thing(8, None)]}, "an entry of annotations has None for bbox, want list: id 8"),
         (
             {"annotations": [{"segmentation": 99 * [0]} | thing(8, [1, 2, 3, 4], "7")]},
-            "one of annotations has '7' for category_id, want int: id 8",
+            "an entry of annotations has '7' for category_id, want int: id 8",
         ),
         ({"annotations": [thing(8, [1, 2, 3, 4], True)]}, "has True for category_id, want int: id 8"),
-        ({"annotations": [thing(8.0, [1, 2, 3, 4])]}, r"one of annotations has 8\.0 for id, want int: id 8\.0"),
-        ({"annotations": [thing(2**63, [1, 2, 3, 4])]}, f"has {2**63} for id, want an integer of 64 bits"),
+        ({"annotations": [thing(8.0, [1, 2, 3, 4])]}, r"an entry of annotations has 8\.0 for id, want int: id 8\.0"),
+        ({"annotations": [thing(2**63, [1, 2, 3, 4])]}, f"has {2**63} for id, want a 64-bit integer"),
         ({"annotations": [thing(10**400, [1, 2, 3, 4])]}, "has an integer of more than 100 digits for id"),
         *[
             (
@@ -263,33 +263,36 @@ PICTURE = {"id": 5, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}
             ({"annotations": [thing(8, [1, 2, 3, 4], area=v)]}, f"annotation 8 of a.png has area {v!r}; want pixels")
             for v in ("12", -1, float("nan"), True)
         ],
-        ({"annotations": [thing(8, [1, 2, 3, 4], image=1)]}, "annotation 8 is of image 1, which is not among"),
-        ({"annotations": [thing(8, [1, 2, 3, 4], 9)]}, "annotation 8 is of category 9, which is not among"),
-        ({"annotations": [thing(8, [1, 2, 3, 4]), thing(8, [1, 2, 3, 5])]}, "annotation id 8 stands there twice"),
-        ({"annotations": [{"id": 1, "image_id": 5, "bbox": [0, 0, 1, 1]}]}, "one of annotations has no category_id"),
+        ({"annotations": [thing(8, [1, 2, 3, 4], image=1)]}, "annotation 8 has image_id 1, which is not in"),
+        ({"annotations": [thing(8, [1, 2, 3, 4], 9)]}, "annotation 8 has category_id 9, which is not in"),
+        ({"annotations": [thing(8, [1, 2, 3, 4]), thing(8, [1, 2, 3, 5])]}, "annotation id 8 occurs twice"),
+        (
+            {"annotations": [{"id": 1, "image_id": 5, "bbox": [0, 0, 1, 1]}]},
+            "an entry of annotations has no category_id",
+        ),
         ({"annotations": None}, "not in COCO's format: it has no list of annotations"),
-        ({"categories": [CAT, CAT]}, "category id 7 stands there twice"),
-        ({"categories": [CAT, {"id": "3", "name": "bird"}]}, "one of categories has '3' for id, want int"),
-        ({"categories": [CAT, {"id": 3, "name": "cat"}]}, "category name cat stands there twice"),
+        ({"categories": [CAT, CAT]}, "category id 7 occurs twice"),
+        ({"categories": [CAT, {"id": "3", "name": "bird"}]}, "an entry of categories has '3' for id, want int"),
+        ({"categories": [CAT, {"id": 3, "name": "cat"}]}, "category name cat occurs twice"),
         ({"categories": []}, "has 2 images and 0 categories; want at least one"),
         ({"images": []}, "has 0 images and 2 categories; want at least one"),
-        ({"images": [PICTURE, PICTURE]}, "image id 5 stands there twice"),
-        ({"images": [5]}, "one of images has no id: 5"),
-        ({"images": [{"id": 5, "file_name": "a.png"}]}, "one of images has no width"),
+        ({"images": [PICTURE, PICTURE]}, "image id 5 occurs twice"),
+        ({"images": [5]}, "an entry of images has no id: 5"),
+        ({"images": [{"id": 5, "file_name": "a.png"}]}, "an entry of images has no width"),
         ({"images": [PICTURE | {"file_name": 5000 * "a"}]}, "1 of 1 images of .* are not in .*, the first is aaaa"),
-        ({"images": [PICTURE | {"width": 0}]}, "one of images has 0 for width, want pixels: id 5"),
+        ({"images": [PICTURE | {"width": 0}]}, "an entry of images has 0 for width, want pixels: id 5"),
         ({"images": [PICTURE | {"height": 10**400}]}, "has an integer of more than 100 digits for height, want pixels"),
-        ({"images": [PICTURE | {"width": 20.0}]}, r"one of images has 20\.0 for width, want int: id 5"),
-        ({"images": [PICTURE | {"file_name": "../a.png"}]}, r"file name '../a\.png' leads out of the folder"),
-        ({"images": [PICTURE | {"file_name": "b/../../a.png"}]}, r"file name 'b/\.\./\.\./a\.png' leads out of the"),
-        ({"images": [PICTURE | {"file_name": "/a.png"}]}, r"file name '/a\.png' leads out of the folder"),
+        ({"images": [PICTURE | {"width": 20.0}]}, r"an entry of images has 20\.0 for width, want int: id 5"),
+        ({"images": [PICTURE | {"file_name": "../a.png"}]}, r"file name '../a\.png' leaves the folder"),
+        ({"images": [PICTURE | {"file_name": "b/../../a.png"}]}, r"file name 'b/\.\./\.\./a\.png' leaves the"),
+        ({"images": [PICTURE | {"file_name": "/a.png"}]}, r"file name '/a\.png' leaves the folder"),
         (
             {"images": [PICTURE, PICTURE | {"id": 1, "file_name": "x.png"}, PICTURE | {"id": 2, "file_name": "y.png"}]},
             r"2 of 3 images of .*boxes\.json are not in .*images, the first is x\.png",
         ),
     ],
 )
-def test_a_file_that_contradicts_itself(data, parts, message):
+def test_an_inconsistent_file(data, parts, message):
     with pytest.raises(DataError, match=rf"boxes\.json.*{message}" if message[0] not in "12" else message):
         data(**{"annotations": [], **parts})
 
@@ -299,7 +302,7 @@ HOSTILE += [[], {}, [None], [[1, 2]], [[1e300] * 6], [0, 0, 10**400, 1], {"size"
 HOSTILE += [{"size": [HEIGHT, WIDTH], "counts": [-1, 241]}, {"size": [HEIGHT, WIDTH], "counts": [2**32, 240]}]
 
 
-def test_any_value_in_any_place_is_taken_or_refused_in_a_line(data):
+def test_any_value_is_accepted_or_refused_in_one_line(data):
     shape = {"size": [HEIGHT, WIDTH], "counts": [10, 20, 210]}
     rows = [thing(1, [1, 1, 4, 4], segmentation=[polygon(2, 3, 9, 8)], area=9), thing(2, [1, 1, 4, 4], iscrowd=1)]
     rows[1]["segmentation"] = shape
@@ -328,17 +331,17 @@ def test_any_value_in_any_place_is_taken_or_refused_in_a_line(data):
         (b"[]", "is not in COCO's format: want images, annotations and categories"),
         (b"[" * 200_000, "is not in COCO's format: it is nested too deeply"),
         (b'{"images": ' + b"9" * 5000 + b"}", "is not JSON: Exceeds the limit"),
-        (None, "no annotations .*; give a JSON file in COCO's format"),
+        (None, "no annotation file .*; give a JSON file in COCO's format"),
     ],
 )
-def test_a_file_of_another_kind(tmp_path, content, message):
+def test_a_file_that_is_not_in_coco_format(tmp_path, content, message):
     if content is not None:
         (tmp_path / "boxes.json").write_bytes(content)
     with pytest.raises(DataError, match=message):
         CocoData(tmp_path / "boxes.json", tmp_path)
 
 
-def test_images_that_are_not_what_the_file_says(data, tmp_path):
+def test_images_that_contradict_the_annotations(data, tmp_path):
     boxes = data([])
     path = tmp_path / "images" / "a.png"
     Image.new("RGB", (HEIGHT, WIDTH)).save(path)
@@ -349,8 +352,8 @@ def test_images_that_are_not_what_the_file_says(data, tmp_path):
         boxes.load(0)
 
 
-def test_images_stay_as_their_pixels_lie(data, tmp_path):
-    """EXIF says "turn it", COCO's boxes say otherwise."""
+def test_exif_orientation_is_ignored(data, tmp_path):
+    """COCO's boxes refer to the stored pixels, whatever the EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: a quarter turn
     Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "images" / "a.png", exif=exif)
@@ -359,8 +362,8 @@ def test_images_stay_as_their_pixels_lie(data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["plain", "x\ny", "\udcff\\n"])
-def test_where_images_lie_is_no_part_of_their_names(tmp_path, name):
-    """A folder may be renamed between the parts of a run, whatever its name is made of."""
+def test_image_names_do_not_contain_their_folder(tmp_path, name):
+    """The image folder, whatever its name, may be renamed before a run is resumed."""
     content = write_boxes(tmp_path, "boxes", 2)
     content["annotations"][0]["area"] += 1
     (tmp_path / "others.json").write_text(json.dumps(content))
@@ -384,7 +387,7 @@ HEADER = "image_path,xmin,ymin,xmax,ymax,label,score\n"
 
 @pytest.fixture
 def table(tmp_path):
-    """table(rows): a CSV file beside two images, one of them in a folder."""
+    """table(rows): write a CSV file beside two images, one of them in a subfolder."""
     (tmp_path / "deep").mkdir()
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "a.png")
     Image.new("RGB", (30, 40)).save(tmp_path / "deep" / "b.png")
@@ -397,7 +400,7 @@ def table(tmp_path):
     return table
 
 
-def test_boxes_of_a_table(table, tmp_path, monkeypatch, capsys):
+def test_boxes_from_a_csv_file(table, tmp_path, monkeypatch, capsys):
     file = table("a.png,1,2,4,6,Oak,0.9\ndeep/b.png,,,,,,,,\na.png,0.5,0,2,2,Ash,1\n")
     tool = Path(__file__).parents[2] / "tools" / "boxes_to_coco.py"
     monkeypatch.setattr(sys, "argv", [tool.name, str(file), str(tmp_path), str(tmp_path / "new" / "boxes.json")])
@@ -414,12 +417,12 @@ def test_boxes_of_a_table(table, tmp_path, monkeypatch, capsys):
     assert len(boxes.load(1)[1]["boxes"]) == 0
 
 
-def test_zeros_are_no_box(table, tmp_path):
+def test_a_row_of_zeros_is_an_image_without_boxes(table, tmp_path):
     content = boxes_to_coco(table("a.png,0,0,0,0,Oak,\ndeep/b.png,1,1,2,2,Oak,\n"), tmp_path, tmp_path / "boxes.json")
     assert [(len(content["images"]), a["image_id"]) for a in content["annotations"]] == [(2, 2)]
 
 
-def test_classes_are_in_the_order_of_their_names(table, tmp_path):
+def test_classes_are_sorted_by_name(table, tmp_path):
     rows = "".join(f"a.png,1,1,2,2,{label},\n" for label in "ecfadb")
     content = boxes_to_coco(table(rows), tmp_path, tmp_path / "boxes.json")
     assert content["categories"] == [{"id": place, "name": name} for place, name in enumerate("abcdef", 1)]
@@ -434,7 +437,7 @@ def test_classes_are_in_the_order_of_their_names(table, tmp_path):
         ("a.png,4,2,4,6,Oak,", r"line 4: want xmin < xmax"),
         ("a.png,1,6,4,2,Oak,", r"line 4: want xmin < xmax"),
         ("a.png,1,2,nan,6,Oak,", r"line 4: want xmin < xmax"),
-        ("a.png,1,2,4,6", r"line 4: a box has no label"),
+        ("a.png,1,2,4,6", r"line 4: the box has no label"),
         ("a.png,1,2,4,6,Oak,1,red", r"line 4: more values than the header has columns"),
         ("a.png,1,2,1_0,6,Oak,", r"line 4: want xmin < xmax"),
         ("pipe.png,1,2,4,6,Oak,", r"line 4: cannot read image .*pipe\.png: no such file"),
@@ -445,7 +448,7 @@ def test_classes_are_in_the_order_of_their_names(table, tmp_path):
         (",1,2,4,6,Oak,", r"line 4: want an image_path inside .*, got ''"),
     ],
 )
-def test_a_bad_row(table, tmp_path, row, message):
+def test_a_bad_csv_row(table, tmp_path, row, message):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(DataError, match=rf"boxes\.csv, {message}"):
         boxes_to_coco(table(f"a.png,1,2,4,6,Oak,\n\n{row}\n"), tmp_path, tmp_path / "boxes.json")
@@ -467,16 +470,16 @@ def test_an_output_that_cannot_be_written(table, tmp_path):
         ),
         (HEADER, "", "has no rows"),
         (f"label,{HEADER}", "Ash,a.png,1,2,4,6,Oak,\n", "has the column 'label' twice"),
-        (HEADER, "a.png,,,,,,\n", "has no box, only images without one"),
+        (HEADER, "a.png,,,,,,\n", "has no box, only images without boxes"),
     ],
 )
-def test_a_table_that_cannot_be_used(table, tmp_path, header, rows, message):
+def test_an_unusable_csv_file(table, tmp_path, header, rows, message):
     with pytest.raises(DataError, match=message):
         boxes_to_coco(table(rows, header), tmp_path, tmp_path / "boxes.json")
 
 
-def test_a_table_that_is_none(tmp_path):
-    with pytest.raises(DataError, match=r"no file .*boxes\.csv of boxes"):
+def test_a_missing_or_binary_csv_file(tmp_path):
+    with pytest.raises(DataError, match=r"no file .*boxes\.csv; give a CSV file of boxes"):
         boxes_to_coco(tmp_path / "boxes.csv", tmp_path, tmp_path / "boxes.json")
     (tmp_path / "boxes.csv").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(DataError, match=r"cannot read .*boxes\.csv: .*; want comma-separated text in UTF-8"):

@@ -1,9 +1,8 @@
-"""Every option of detection does what it says: a test sees its effect, and no option is without such a test."""
+"""Every option of detection has a test that sees its effect."""
 
 import dataclasses
 import json
 import os
-import sys
 
 import pytest
 import timm
@@ -18,25 +17,27 @@ from torchvision.transforms.functional import pil_to_tensor
 from whole_runs import one_thread  # noqa: F401  (the fixture)
 
 import vim  # noqa: F401  (registers the models)
+from vim.console.progress import Progress
 from vim.data import DataError, SampleKey
 from vim.detection import (
     Detection,
-    DetectionBenchmarkConfig,
     DetectionTrainConfig,
     DetectionValidateConfig,
     Detector,
     DetectorConfig,
-    benchmark,
-    build_detector_step,
     training,
     validate,
 )
-from vim.detection.config import DetectionDataConfig, DetectionEvalDataConfig, JitterConfig
+from vim.detection import validation as validation_module
+from vim.detection.loaders import DetectionDataConfig, DetectionEvalDataConfig
 from vim.detection.store import StoredDetector, load_detector, save_detector
-from vim.training.config import BenchmarkConfig, Contender, RunConfig, Workload
-from vim.training.progress import Progress
+from vim.detection.transforms import JitterConfig
+from vim.experiments import detection_benchmark as benchmark
+from vim.experiments.benchmark_config import BenchmarkConfig, Contender, Workload
+from vim.experiments.detection_benchmark import DetectionBenchmarkConfig, build_detector_step
+from vim.timm_models.accelerator import create_accelerator
+from vim.training.config import RunConfig
 from vim.training.run_folder import RunFolder
-from vim.training.trainer import create_accelerator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -46,7 +47,7 @@ sees = Seen()
 
 
 def test_every_field_has_a_test_that_sees_its_effect():
-    """Beside those of `RunConfig` and `BenchmarkConfig`, which have their own."""
+    """Except fields of `RunConfig` and `BenchmarkConfig`, which other files test."""
     classes = {
         DetectorConfig: None,
         DetectionDataConfig: None,
@@ -66,7 +67,7 @@ def test_every_field_has_a_test_that_sees_its_effect():
 
 @pytest.fixture(scope="module")
 def boxes(tmp_path_factory):
-    """Five images to train on and three others to evaluate, all of the square's size, with the same file names."""
+    """Five training and three evaluation images with the same file names, all as large as the square."""
     root = tmp_path_factory.mktemp("data")
     write_boxes(root, "train", 5, sizes=((SIZE, SIZE),))
     write_boxes(root, "val", 3, seed=1, sizes=((SIZE, SIZE),))
@@ -84,7 +85,7 @@ def data_of(boxes, **changes):
 
 
 def task(boxes, model=None, augment=None, run=(), **data):
-    """A run with these options, those of its data, and others."""
+    """A `Detection` with these sections of its config; run: other fields; data: fields of its data section."""
     config = DetectionTrainConfig(
         model=model or about(),
         data=data_of(boxes, **data),
@@ -101,7 +102,7 @@ def pixels(path):
 
 @sees(DetectorConfig, "name", "kwargs", "channels", "img_size", "regions")
 @pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn"])
-def test_the_parts_of_a_detector_are_as_large_as_it_says(kind):
+def test_a_detector_has_the_sizes_of_its_config(kind):
     model = Detector(about(kind, channels=16, img_size=128, regions=5, kwargs=BODY | {"depth": 4}), 2).train()
     assert len(model.body.model.blocks) == 4
     assert not Detector(about(name="resnet10t", kwargs={}), 2).backbone.plain
@@ -118,12 +119,12 @@ def test_the_parts_of_a_detector_are_as_large_as_it_says(kind):
     assert pooled == [(5, 4 * 16)]
     labels = [torch.cat([torch.ones(300), torch.zeros(300)])]
     drawn = [[mask.sum() for (mask,) in part.fg_bg_sampler(labels)] for part in (heads, model.network.rpn)]
-    assert drawn == [[1, 4], [128, 128]]  # of regions a quarter, of anchors a half shows objects
+    assert drawn == [[1, 4], [128, 128]]  # at most a quarter of the regions and half of the anchors are positives
 
 
 @sees(DetectorConfig, "pretrained", "checkpoint")
 @pytest.mark.parametrize("given", ["pretrained", "checkpoint", "neither"])
-def test_a_backbone_begins_with_the_weights_that_were_given(tmp_path, given):
+def test_a_backbone_starts_from_the_given_weights(tmp_path, given):
     torch.manual_seed(0)
     first = Detector(about(), 2)
     save_detector(StoredDetector(first, about(), ["a", "b"], [1, 2]), tmp_path)
@@ -144,7 +145,7 @@ def test_a_backbone_begins_with_the_weights_that_were_given(tmp_path, given):
     assert torch.equal(model.body.model.state_dict()[key], weights[key]) == (given != "neither")
     save_detector(StoredDetector(model, about(**changes), ["a", "b"], [1, 2]), tmp_path / "trained")
     (tmp_path / "body.pth").unlink()
-    load_detector(tmp_path / "trained")  # which needs no weights to begin with
+    load_detector(tmp_path / "trained")  # needs no initial weights
 
 
 KINDS = {
@@ -159,10 +160,10 @@ KINDS["cascade_mask_rcnn"] = KINDS["cascade_rcnn"] | {"loss_mask"}
 
 @sees(DetectorConfig, "detector", "score_threshold", "nms_threshold", "max_boxes")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_detector_reports_what_its_thresholds_leave(kind):
+def test_a_detector_applies_its_thresholds(kind):
     torch.manual_seed(0)
     first = Detector(about(kind), 2)
-    if kind == "fcos":  # boxes of four cells, which overlap their neighbours
+    if kind == "fcos":  # larger boxes, which overlap their neighbours
         torch.nn.init.constant_(first.network.head.regression_head.bbox_reg.bias, 2.0)
     target = {"boxes": torch.tensor([[4.0, 5, 40, 50]]), "labels": torch.tensor([1])}
     target["masks"] = torch.ones(1, SIZE, SIZE, dtype=torch.uint8)
@@ -176,13 +177,13 @@ def test_a_detector_reports_what_its_thresholds_leave(kind):
             return model.eval()([image])[0]
 
     def overlap(detected):
-        """Largest of two boxes of one class."""
+        """Largest IoU of two boxes of a class."""
         same = detected["labels"][:, None] == detected["labels"]
         return (box_iou(detected["boxes"], detected["boxes"]) * same).nan_to_num().fill_diagonal_(0).max()
 
     everything = found()
     assert len(everything["boxes"]) == 30
-    assert set(everything["labels"].tolist()) <= {1, 2}  # the background is nothing to report
+    assert set(everything["labels"].tolist()) <= {1, 2}  # never the background
     few = found(max_boxes=4)
     assert_close(few["scores"], everything["scores"][:4])
     least = everything["scores"][9:11].mean().item()
@@ -193,7 +194,7 @@ def test_a_detector_reports_what_its_thresholds_leave(kind):
 
 @sees(DetectorConfig, "grad_checkpointing", "compile", "cuda_graph")
 @pytest.mark.parametrize("option", ["grad_checkpointing", "compile", "cuda_graph"])
-def test_a_backbone_runs_as_the_model_says(boxes, monkeypatch, option):
+def test_only_the_backbone_is_checkpointed_compiled_or_captured(boxes, monkeypatch, option):
     captured, compiled = [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     monkeypatch.setattr(training, "wants_cuda_graph", lambda model, config, *_: config.cuda_graph)
@@ -201,7 +202,7 @@ def test_a_backbone_runs_as_the_model_says(boxes, monkeypatch, option):
     options = {"grad_checkpointing": False, "compile": False, "cuda_graph": False}
     model = task(boxes, about(**options | {option: True})).state.model
     assert {block.grad_checkpointing for block in model.body.model.blocks} == {option == "grad_checkpointing"}
-    assert compiled == [model.backbone] * (option == "compile")  # heads have other shapes with every image
+    assert compiled == [model.backbone] * (option == "compile")  # shapes in the heads change with every image
     assert [(part is model.backbone, sample.shape) for part, sample, _ in captured] == (
         [(True, (2, 3, SIZE, SIZE))] if option == "cuda_graph" else []
     )
@@ -210,7 +211,7 @@ def test_a_backbone_runs_as_the_model_says(boxes, monkeypatch, option):
 @sees(DetectionDataConfig, "root", "train_annotations", "train_images", "val_annotations", "val_images")
 @sees(DetectionDataConfig, "batch_size", "num_workers", "passes")
 def test_training_and_evaluation_read_their_own_images(boxes):
-    """File names of both are the same, and only pixels and boxes tell them apart."""
+    """Both sets have the same file names; pixels and boxes tell them apart."""
     run = task(boxes, batch_size=2, passes=3)
     assert run.train_batches.dataset.name(SampleKey(0, 1, 0)) == str(boxes / "train" / "001.png")
     for key in (1, 5 + 1, 10 + 1):
@@ -230,19 +231,19 @@ def test_training_and_evaluation_read_their_own_images(boxes):
     assert [batches.num_workers for batches in (more.train_batches, more.val_batches)] == [2, 2]
 
 
-def test_the_seed_is_of_order_and_changes_and_an_epoch_has_whole_updates(boxes):
+def test_the_seed_sets_order_and_augmentation_and_an_epoch_has_whole_updates(boxes):
     jitter = JitterConfig((0.5, 1.5))
     runs = [task(boxes, augment=jitter, run={"seed": seed, "accumulate": 2}, passes=3) for seed in (0, 0, 1)]
     orders = [[t["image_id"] for _, targets, _ in run.train_batches for t in targets] for run in runs]
     sizes = [[run.train_batches.dataset[SampleKey(0, n, 0)][0].shape for n in range(5)] for run in runs]
     for found in (orders, sizes):
         assert found[0] == found[1] != found[2]
-    assert [run.images_per_epoch for run in runs] == [12] * 3  # of 15, in updates of two batches of two
+    assert [run.images_per_epoch for run in runs] == [12] * 3  # 15, rounded down to whole updates of 4
 
 
 @sees(DetectionDataConfig, "bad_images")
 @pytest.mark.parametrize("bad_images", ["raise", "skip"])
-def test_images_that_cannot_be_read_stop_a_run_or_are_listed(tmp_path, bad_images):
+def test_unreadable_images_stop_a_run_or_are_listed(tmp_path, bad_images):
     for split in ("train", "val"):
         write_boxes(tmp_path, split, 4, sizes=((SIZE, SIZE),))
     bad = [tmp_path / "train" / name for name in ("001.png", "002.png")]
@@ -257,18 +258,18 @@ def test_images_that_cannot_be_read_stop_a_run_or_are_listed(tmp_path, bad_image
         assert set(listed) == set(map(str, bad))
         assert {target["image_id"] for target in targets} == {10, 13}
         instead = [batches.dataset[SampleKey(epoch, 1, 0)][1]["image_id"] for epoch in range(16)]
-        assert set(instead) == {10, 13}  # and not always the same
+        assert set(instead) == {10, 13}  # different replacements
 
 
 def augmented(boxes, number=1, draws=1, **changes):
-    """An image of the training set as it is given to the model, with its target, so many times."""
+    """`draws` augmented versions of one training image, with their targets."""
     data = task(boxes, augment=JitterConfig(**{"scale": (1.0, 1.0), "hflip": 0.0} | changes)).train_batches.dataset
     return [data[SampleKey(epoch, number, 0)][:2] for epoch in range(draws)]
 
 
 @sees(JitterConfig, "hflip", "vflip")
 @pytest.mark.parametrize(("flip", "axis"), [("hflip", 2), ("vflip", 1)])
-def test_a_flip_turns_pixels_and_boxes_about_its_axis_alone(boxes, flip, axis):
+def test_a_flip_mirrors_pixels_and_boxes_along_its_axis_only(boxes, flip, axis):
     ((image, target),), ((plain, want),) = augmented(boxes, **{flip: 1.0}), augmented(boxes)
     assert torch.equal(image, plain.flip(axis))
     moved = want["boxes"].clone()
@@ -286,23 +287,23 @@ def test_scales_are_drawn_from_their_range(boxes):
     assert 0.65 * SIZE < max(edges) <= 0.75 * SIZE + 1
     grown, ((plain, _),) = augmented(boxes, draws=20, scale=(2.0, 2.0)), augmented(boxes)
     assert {tuple(image.shape) for image, _ in grown} == {(3, SIZE, SIZE)}
-    assert len({image.sum().item() for image, _ in grown}) > 10  # cut off at other places
+    assert len({image.sum().item() for image, _ in grown}) > 10  # random crop positions
     assert all(not torch.equal(image, plain) for image, _ in grown)
     one_more = {image.sum().item() for image, _ in augmented(boxes, draws=40, scale=(1 + 1 / SIZE, 1 + 1 / SIZE))}
-    assert len(one_more) == 4  # a row and a column are too many, at either end
+    assert len(one_more) == 4  # the crop drops one row and one column, at either end
 
 
 @sees(JitterConfig, "erasing")
-def test_erasing_comes_with_its_probability(boxes):
+def test_erasing_has_its_probability(boxes):
     ((plain, _),) = augmented(boxes)
     changed = [not torch.equal(image, plain) for image, _ in augmented(boxes, draws=40, erasing=0.5)]
     assert 8 < sum(changed) < 32
 
 
 @sees(JitterConfig, "color_jitter")
-def test_colours_change_in_brightness_contrast_and_saturation_up_to_the_factor(tmp_path):
-    """Of an image of two halves brightness scales the mean; contrast what the halves differ by, too; saturation also
-    what red and green differ by."""
+def test_brightness_contrast_and_saturation_change_up_to_the_factor(tmp_path):
+    """In an image of two halves, brightness scales the mean; brightness and contrast scale the difference of the
+    halves; all three scale the difference of red and green."""
     for split in ("train", "val"):
         write_boxes(tmp_path, split, 2, sizes=((SIZE, SIZE),))
     image = Image.new("RGB", (SIZE, SIZE), (110, 80, 80))
@@ -323,7 +324,7 @@ def test_colours_change_in_brightness_contrast_and_saturation_up_to_the_factor(t
 
 @pytest.fixture(scope="module")
 def stored(boxes, tmp_path_factory):
-    """Two detectors that were never trained, in their folders, which find something everywhere."""
+    """Folders of two untrained detectors, which detect something everywhere."""
     root = tmp_path_factory.mktemp("stored")
     config = about(score_threshold=0.0, max_boxes=5)
     for seed, name in enumerate(("one", "other")):
@@ -335,8 +336,8 @@ def stored(boxes, tmp_path_factory):
 
 @pytest.fixture
 def validation(boxes, stored, tmp_path, monkeypatch):
-    """validation(data changes, changes): results, predictions and the loader that gave the images."""
-    module = sys.modules["vim.detection.validate"]
+    """validation(changes of data, **other changes): results, predictions and the dataloader that was used."""
+    module = validation_module
     loaders, eval_loader = [], module.eval_loader
     monkeypatch.setattr(module, "eval_loader", lambda *args: loaders.append(eval_loader(*args)) or loaders[-1])
 
@@ -344,7 +345,7 @@ def validation(boxes, stored, tmp_path, monkeypatch):
         given = DetectionEvalDataConfig(**{"root": str(boxes), "val_annotations": "val.json", "val_images": "val"}
                                         | {"batch_size": 2, "num_workers": 0} | dict(data))  # fmt: skip
         given = {"model": str(stored / "one"), "data": given, "output": str(tmp_path / "out"), "sheet": 0} | changes
-        AcceleratorState._reset_state(True)  # a process has one precision else
+        AcceleratorState._reset_state(True)  # otherwise a process keeps its first precision
         results = validate(DetectionValidateConfig(**given))
         assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
         return results, json.loads((tmp_path / "out" / "predictions.json").read_text()), loaders[-1]
@@ -355,7 +356,7 @@ def validation(boxes, stored, tmp_path, monkeypatch):
 
 @sees(DetectionValidateConfig, "model", "checkpoint", "precision", "output", "sheet")
 @sees(DetectionEvalDataConfig, "root", "val_annotations", "val_images", "batch_size", "num_workers")
-def test_a_validation_is_of_the_model_and_the_data_that_it_names(validation, boxes, stored, tmp_path):
+def test_validation_uses_the_model_and_data_of_its_config(validation, boxes, stored, tmp_path):
     results, one, loader = validation()
     assert (results["images"], loader.batch_size, loader.num_workers) == (3, 2, 0)
     assert not (tmp_path / "out" / "detections.png").exists()
@@ -378,7 +379,7 @@ def test_a_validation_is_of_the_model_and_the_data_that_it_names(validation, box
 
 
 @sees(DetectionBenchmarkConfig, "detector", "kwargs", "classes", "boxes")
-def test_a_benchmark_steps_as_it_says(monkeypatch):
+def test_a_benchmark_step_follows_its_config(monkeypatch):
     seen, detector = [], benchmark.Detector
 
     def recorded(config, classes):

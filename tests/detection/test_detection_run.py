@@ -1,4 +1,4 @@
-"""Whole runs of a tiny detector with masks: from data to a predictions file, resumed, loaded, evaluated, refused."""
+"""Whole runs of a tiny detector with masks: training, resuming, loading, evaluation, predictions, errors."""
 
 import contextlib
 import dataclasses
@@ -16,15 +16,18 @@ from torch.testing import assert_close
 from whole_runs import interrupt, one_thread, timeless  # noqa: F401  (the fixture)
 
 import vim  # noqa: F401  (registers the models)
+from vim.checkpoint import load_checkpoint
+from vim.console import ConfigError, InterruptedRunError, RunError
 from vim.detection import METRICS, Detection, DetectionTrainConfig, DetectionValidateConfig, load_detector, validate
-from vim.detection.config import DetectionDataConfig, DetectionEvalDataConfig, DetectorConfig, JitterConfig
-from vim.detection.detector import Detector
-from vim.training import ConfigError, InterruptedRunError, RunError, train
-from vim.training.checkpoint import load_checkpoint
-from vim.training.config import EmaConfig, OptimConfig, ScheduleConfig
+from vim.detection.detector import Detector, DetectorConfig
+from vim.detection.loaders import DetectionDataConfig, DetectionEvalDataConfig
+from vim.detection.transforms import JitterConfig
+from vim.training import train
+from vim.training.averaging import EmaConfig
+from vim.training.optim import OptimConfig, ScheduleConfig
 from vim.training.run_folder import RunFolder
 
-os.environ["ACCELERATE_USE_CPU"] = "true"  # on a CPU, equal means equal to the last bit
+os.environ["ACCELERATE_USE_CPU"] = "true"  # runs are bit-identical on a CPU
 BODY = {"depth": 3, "embed_dim": 32, "patch_size": 8, "class_token": "none", "global_pool": "avg"}
 
 
@@ -33,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def boxes(tmp_path_factory):
-    """17 and 6 images of three sizes, some without any box; a class that never comes up."""
+    """17 training and 6 evaluation images of three sizes, some without boxes; one class has no objects."""
     root = tmp_path_factory.mktemp("data")
     write_boxes(root, "train", 17)
     write_boxes(root, "val", 6, seed=1)
@@ -41,7 +44,7 @@ def boxes(tmp_path_factory):
 
 
 def config(boxes, run_dir, **changes):
-    """A run with everything random in it: jitter, erasing, sampling of boxes, drop path, and averaged weights."""
+    """A run with every source of randomness (jitter, erasing, box sampling, drop path), and with EMA."""
     defaults = {
         "run_dir": str(run_dir),
         "model": DetectorConfig(
@@ -70,7 +73,7 @@ def validation(boxes, model, output, **changes):
 
 @pytest.fixture(scope="module")
 def finished(boxes, tmp_path_factory):
-    """A run of two epochs: its folder and its summary."""
+    """The folder and the summary of a run of two epochs."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     return run_dir, train(config(boxes, run_dir), task=Detection)
 
@@ -92,7 +95,7 @@ def test_the_folder_holds_what_it_should(finished):
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_the_predictions_file_scores_as_the_summary_says(finished, boxes, kind):
+def test_the_predictions_file_scores_like_the_summary(finished, boxes, kind):
     run_dir, summary = finished
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(boxes / "val.json"))
@@ -105,7 +108,7 @@ def test_the_predictions_file_scores_as_the_summary_says(finished, boxes, kind):
 
 
 @pytest.mark.parametrize(("folder", "prefix"), [("", ""), ("ema", "ema_")])
-def test_a_run_folder_evaluates_as_in_training(finished, boxes, folder, prefix, tmp_path):
+def test_a_run_folder_evaluates_like_the_training_run(finished, boxes, folder, prefix, tmp_path):
     run_dir, summary = finished
     weights = load_checkpoint(run_dir / "checkpoints" / "last.pt")["model_ema" if folder else "model"]
     stored = load_detector(run_dir / folder)
@@ -113,7 +116,7 @@ def test_a_run_folder_evaluates_as_in_training(finished, boxes, folder, prefix, 
     for name, value in stored.model.state_dict().items():
         assert torch.equal(value, weights[name]), name
     results = validate(validation(boxes, run_dir / folder, tmp_path / "out"))
-    for name in ("AP", "AR100", "mask_AP", "mask_AP50"):  # batches of another size round in another order
+    for name in ("AP", "AR100", "mask_AP", "mask_AP50"):  # another batch size changes rounding
         assert results[name] == pytest.approx(summary[prefix + name], abs=1e-3)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "results.json", "predictions.json", "detections.png",
@@ -134,10 +137,10 @@ def test_a_checkpoint_evaluates_with_its_averaged_weights(finished, boxes, tmp_p
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, boxes, tmp_path, monkeypatch):
     run_dir = tmp_path / "cut"
     interrupt(monkeypatch, Detection, 14)
-    with pytest.raises(InterruptedRunError, match=r"stopped by SIGINT; go on with: python tools/train_detection.py"):
+    with pytest.raises(InterruptedRunError, match=r"stopped by SIGINT; resume with: python tools/train_detection.py"):
         train(config(boxes, run_dir), task=Detection)
     monkeypatch.undo()
-    torch.manual_seed(99)  # whatever the process drew before does not matter
+    torch.manual_seed(99)  # the state of the global generator must not matter
     train(config(boxes, run_dir), resume=True, task=Detection)
     whole, cut = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (finished[0], run_dir))
     assert timeless(whole["history"]) == timeless(cut["history"])
@@ -147,10 +150,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, boxes,
     assert (run_dir / "predictions.json").read_text() == (finished[0] / "predictions.json").read_text()
 
 
-def test_eight_images_are_learnt_by_heart(boxes, tmp_path):
-    """Without chance in the images, and the same images to evaluate."""
+def test_a_detector_overfits_eight_images(boxes, tmp_path):
+    """Without augmentation, evaluated on the training images."""
     content = json.loads((boxes / "train.json").read_text())
-    content["images"] = [image for image in content["images"] if image["id"] % 4 != 1][:8]  # those with boxes
+    content["images"] = [image for image in content["images"] if image["id"] % 4 != 1][:8]  # only images with boxes
     kept = {image["id"] for image in content["images"]}
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
     (boxes / "eight.json").write_text(json.dumps(content))
@@ -170,14 +173,14 @@ def test_eight_images_are_learnt_by_heart(boxes, tmp_path):
 
 def test_what_does_not_fit_is_refused(finished, boxes, tmp_path):
     run_dir = finished[0]
-    with pytest.raises(RunError, match=r"run folder .* exists; go on with it: python tools/train_detection.py"):
+    with pytest.raises(RunError, match=r"run folder .* exists; resume it: python tools/train_detection.py"):
         train(config(boxes, run_dir), task=Detection)
     content = json.loads((boxes / "val.json").read_text())
     content["categories"][0]["name"] = "rot"
     (boxes / "renamed.json").write_text(json.dumps(content))
     other = config(boxes, tmp_path / "no")
     other.data.val_annotations = "renamed.json"
-    with pytest.raises(ConfigError, match=r"train.json and renamed.json have other categories: .*red.* and .*rot"):
+    with pytest.raises(ConfigError, match=r"train.json and renamed.json have different categories: .*red.* and .*rot"):
         train(other, task=Detection)
     assert not (tmp_path / "no").exists()
     wrong = validation(boxes, run_dir, tmp_path / "no")
@@ -189,7 +192,7 @@ def test_what_does_not_fit_is_refused(finished, boxes, tmp_path):
     with pytest.raises(RunError, match=r"no detector in .*; give the folder of a finished run"):
         load_detector(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "vim_nano"}')
-    with pytest.raises(RunError, match=r"holds another model than a detector; train one with tools/train_detection.py"):
+    with pytest.raises(RunError, match=r"the model in .* is not a detector; train one with tools/train_detection.py"):
         load_detector(tmp_path)
     about = json.loads((run_dir / "config.json").read_text())
     about["classes"].append("more")
@@ -200,7 +203,7 @@ def test_what_does_not_fit_is_refused(finished, boxes, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"class_token": "none", "global_pool": "avg"}])
-def test_a_run_folder_of_a_classifier_is_a_backbone(tmp_path, changes):
+def test_a_classifiers_run_folder_serves_as_backbone(tmp_path, changes):
     torch.manual_seed(0)
     kwargs = BODY | {"img_size": 32, "class_token": "middle", "global_pool": "token"}
     classifier = timm.create_model("vim_nano", num_classes=5, **kwargs)
@@ -216,8 +219,8 @@ def test_a_run_folder_of_a_classifier_is_a_backbone(tmp_path, changes):
     assert_close(detector.network.transform.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
 
 
-def test_an_official_checkpoint_is_a_backbone(golden, tmp_path):
-    """The golden weights, under the authors' names, of patches of 16 in images of 64 pixels."""
+def test_an_official_checkpoint_serves_as_backbone(golden, tmp_path):
+    """Golden weights under the official names: patches of 16, images of 64 pixels."""
     state = golden("g1_midcls_p16_img64", "state_dict.")
     torch.save({"model": state}, tmp_path / "official.pth")
     kwargs = {"depth": 3, "embed_dim": 48, "class_token": "none", "global_pool": "avg"}
@@ -227,7 +230,7 @@ def test_an_official_checkpoint_is_a_backbone(golden, tmp_path):
     assert body.pos_embed.shape[1] == 8 * 8
 
 
-def test_fields_are_kept_in_the_folder(finished):
+def test_the_folder_keeps_the_config(finished):
     stored = load_detector(finished[0])
     assert dataclasses.asdict(stored.config)["regions"] == 16
     assert not stored.model.training

@@ -1,4 +1,4 @@
-"""Backbones, pyramids and detectors: sizes, strides, layers, where boxes end up, and what is refused."""
+"""Backbones, pyramids and detectors: sizes, strides, layers, positions of boxes, and errors."""
 
 import pytest
 import timm
@@ -11,13 +11,13 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 
 import vim  # noqa: F401  (registers the models)
+from vim.console import ConfigError
 from vim.detection import Detector, DetectorConfig
 from vim.detection.cascade import CascadePredictor
 from vim.detection.pyramid import PyramidBackbone, SimpleFeaturePyramid
-from vim.training import ConfigError
-from vim.training.config import ModelConfig, OptimConfig
+from vim.timm_models.config import ModelConfig
 from vim.training.graphs import capture_training
-from vim.training.optim import create_optimizer
+from vim.training.optim import OptimConfig, create_optimizer
 
 TINY = {"class_token": "none", "global_pool": "avg", "depth": 3, "embed_dim": 16}
 SMALL = {"img_size": 64, "regions": 16}
@@ -35,7 +35,7 @@ def test_a_pyramid_from_one_map(stride):
     maps = pyramid(torch.randn(2, 24, 128 // stride, 128 // stride))
     assert [tuple(m.shape) for m in maps] == [(2, 8, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
     assert sum(isinstance(m, torch.nn.ConvTranspose2d) for m in pyramid.modules()) == {4: 0, 8: 1, 16: 3, 32: 6}[stride]
-    between = {4: 0, 8: 0, 16: 1, 32: 3}[stride]  # transposed convolutions, which without it would be one
+    between = {4: 0, 8: 0, 16: 1, 32: 3}[stride]  # norms and GELUs between transposed convolutions
     assert sum(isinstance(m, LayerNorm2d) for m in pyramid.modules()) == 8 + between
     assert sum(isinstance(m, torch.nn.GELU) for m in pyramid.modules()) == between
 
@@ -57,16 +57,16 @@ def test_any_backbone_gives_five_levels_in_fp32(name, kwargs):
     assert [tuple(m.shape) for m in maps.values()] == [(1, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32, 64)]
     assert {m.dtype for m in maps.values()} == {torch.float32}
     assert torch.equal(maps["pool"], maps["3"][:, :, ::2, ::2])
-    sum(m.sum() for m in maps.values()).backward()  # DDP wants a gradient of every parameter
+    sum(m.sum() for m in maps.values()).backward()  # DDP needs a gradient for every parameter
     idle = {n for n, p in backbone.named_parameters() if p.grad is None}
-    # ViT's class token is cut off behind the last block, but has met the patches before.
+    # ViT's class token gets one too: the patches attend to it before it is dropped after the last block.
     assert idle == set()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_cell_sees_most_of_what_lies_at_its_place(name):
-    """Other pixels in the upper right corner change every map most there."""
+def test_a_cell_depends_most_on_its_part_of_the_image(name):
+    """Changing the upper right corner of the image changes every map most in that corner."""
     torch.manual_seed(0)
     backbone = PyramidBackbone(ModelConfig(name, kwargs=BACKBONES[name]), 128, 16).eval()
     images = torch.randn(2, 3, 128, 128)
@@ -82,7 +82,7 @@ def test_a_cell_sees_most_of_what_lies_at_its_place(name):
 
 
 def test_the_plain_map_is_the_last_blocks_without_its_class_token():
-    """Residual plus mixer output, without the final norm."""
+    """It is residual plus mixer output, without the final norm."""
     torch.manual_seed(0)
     backbone = PyramidBackbone(ModelConfig("vim_nano", kwargs=TINY), 64, 16)
     body = backbone.body.model
@@ -93,8 +93,8 @@ def test_the_plain_map_is_the_last_blocks_without_its_class_token():
     assert_close(backbone.body(images)[-1], want)
 
 
-def test_gradients_go_back_through_the_blocks_as_rows_of_tokens():
-    """A map that is copied into rows of channels sends back strided gradients, which all blocks then pay for."""
+def test_gradients_reach_the_blocks_contiguous():
+    """A map that is copied to channels-first sends back strided gradients, which slow down all blocks."""
     backbone = PyramidBackbone(ModelConfig("vim_nano", kwargs=TINY), 64, 16)
     contiguous = []
     for block in backbone.body.model.blocks:
@@ -110,12 +110,12 @@ def test_weights_of_a_classifier_with_another_size_and_a_class_token(tmp_path):
     body = detector(checkpoint=str(tmp_path / "weights.pth")).body.model
     assert_close(body.blocks.state_dict(), classifier.blocks.state_dict())
     assert body.cls_token is None
-    # The table without the class token's entry, enlarged from 2 x 2 to 4 x 4: its mean stays.
+    # The position table loses the class token's entry and grows from 2 x 2 to 4 x 4; its mean stays.
     assert body.pos_embed.shape == (1, 16, 16)
     assert_close(body.pos_embed.mean(1), classifier.pos_embed[:, 1:].mean(1), atol=2e-3, rtol=0.1)
 
 
-def test_layers_of_the_backbone_and_all_above_them():
+def test_layer_decay_and_weight_decay_cover_backbone_and_heads():
     model = detector()
     optimizer = create_optimizer(model, OptimConfig(lr=1.0, layer_decay=0.5), 8)
     scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
@@ -137,7 +137,7 @@ def test_layers_of_the_backbone_and_all_above_them():
     assert decay[id(named[f"{body}blocks.0.mixer.in_proj.weight"])] > 0
 
 
-def test_checkpointing_of_the_backbone_is_what_a_graph_can_or_cannot_hold():
+def test_gradient_checkpointing_keeps_gradients_and_is_graph_safe_for_vim():
     assert detector().graph_safe_checkpointing
     assert not detector(name="deit_tiny_patch16_224", kwargs={"depth": 3}).graph_safe_checkpointing
     images, nothing = [torch.rand(3, 64, 64)], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long()}]
@@ -161,7 +161,7 @@ def tensors(output):
 
 @pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "fcos"])
 def test_losses_and_detections_of_every_detector(kind):
-    """Images of several sizes in a batch, one without any box. What heads say of boxes is fp32 under autocast."""
+    """A batch of images of several sizes, one without boxes. The box heads' outputs are fp32 under autocast."""
     model, said = detector(kind, score_threshold=0.0), []
     parts = [m for m in model.modules() if isinstance(m, RPNHead | FastRCNNPredictor | CascadePredictor | FCOSHead)]
     for part in parts:
@@ -198,7 +198,7 @@ def test_losses_and_detections_of_every_detector(kind):
 
 
 @pytest.mark.parametrize(("kind", "factor", "ratios"), [("cascade_rcnn", 8, (0.5, 1, 2)), ("fcos", 1, (1,))])
-def test_anchors_stand_at_every_cell_in_the_size_of_its_level(kind, factor, ratios):
+def test_every_cell_has_anchors_of_the_size_of_its_level(kind, factor, ratios):
     network = detector(kind).network
     generator = network.anchor_generator if kind == "fcos" else network.rpn.anchor_generator
     strides = (4, 8, 16, 32, 64)
@@ -220,8 +220,8 @@ def test_stages_of_the_cascade_share_no_parameter():
 
 
 @pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn"])
-def test_regions_are_pooled_from_the_map_of_their_size_by_four_samples_a_cell(kind):
-    """Stripes of which a cell has two are grey."""
+def test_regions_are_pooled_from_the_map_of_their_size_with_four_samples_per_cell(kind):
+    """Averaged over four samples per cell, stripes of 0 and 1 give 1/2."""
     heads = detector(kind).network.roi_heads
     shape = [(512, 512)]
     for pool, size in ((heads.box_roi_pool, 7), (heads.mask_roi_pool, 14)):
@@ -254,7 +254,7 @@ def test_a_captured_backbone_gives_the_losses_and_gradients_of_an_eager_one(kind
             model.set_grad_checkpointing()
         if captured:
             capture_training(model.network.backbone, torch.zeros(2, 3, 64, 64, device="cuda"), None)
-        for seed in range(2):  # the second step replays on other random numbers and the same weights
+        for seed in range(2):  # the second step replays the graph with other random numbers and the same weights
             torch.manual_seed(seed)
             model.zero_grad()
             losses = model(images, [target] * 2)
@@ -264,8 +264,8 @@ def test_a_captured_backbone_gives_the_losses_and_gradients_of_an_eager_one(kind
 
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 64), (128, 96), (200, 50), (17, 31)])
-def test_boxes_come_back_in_the_pixels_of_the_image(size, monkeypatch):
-    """A detector that reports the padded square's inner part as one box: back in the image that is all of it."""
+def test_boxes_are_in_pixels_of_the_input_image(size, monkeypatch):
+    """A fake head reports the unpadded part of the square as a box; in the input image this is the whole image."""
     model = detector().eval()
     seen = {}
 
@@ -280,8 +280,8 @@ def test_boxes_come_back_in_the_pixels_of_the_image(size, monkeypatch):
     assert_close(boxes, torch.tensor([[0.0, 0, size[1], size[0]]]))
 
 
-def test_shrinking_filters_and_padding_is_zero():
-    """A fine grid of black and white, four times as large as the square, is grey when it has shrunk."""
+def test_downscaling_is_antialiased_and_padding_is_zero():
+    """A black and white checkerboard, four times as large as the square, turns grey when it is scaled down."""
     transform = detector().eval().network.transform
     grid = (torch.arange(256)[:, None] + torch.arange(128)) % 2
     images, _ = transform([grid.float().expand(3, 256, 128)])
@@ -299,7 +299,7 @@ def test_what_does_not_fit_is_refused():
         DetectorConfig(kwargs={"img_size": 64})
     with pytest.raises(ConfigError, match=r"no model 'vim_nona' .*did you mean"):
         detector(name="vim_nona", kwargs={})
-    with pytest.raises(ConfigError, match=r"has maps of stride 14, a pyramid wants one of \(4, 8, 16, 32\)"):
+    with pytest.raises(ConfigError, match=r"has a map of stride 14, a pyramid needs one of \(4, 8, 16, 32\)"):
         detector(name="vit_small_patch14_dinov2", kwargs={"depth": 3})
     with pytest.raises(ConfigError, match=r"vim_nano has 7 x 7 patches in 64 pixels, .*every 8 pixels .*not overlap"):
         detector(kwargs=TINY | {"patch_stride": 8})
@@ -311,7 +311,7 @@ def test_what_does_not_fit_is_refused():
         ValueError, match=r"model.channels must be at least 64 for fcos at img_size 64, .*; got 32, take 64"
     ):
         DetectorConfig(detector="fcos", channels=32, img_size=64)
-    with pytest.raises(ConfigError, match=r"resnet10t does not name its layers as a backbone"):
+    with pytest.raises(ConfigError, match=r"resnet10t has no layer groups as a backbone"):
         create_optimizer(detector(name="resnet10t", kwargs={}), OptimConfig(layer_decay=0.9), 8)
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     with pytest.raises(ValueError, match=r"training images must fit into 64 pixels, got 65 x 20"):

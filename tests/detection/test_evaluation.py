@@ -1,4 +1,4 @@
-"""COCO's metrics against pycocotools, and predictions as files of its format."""
+"""COCO's metrics against pycocotools, the result format, and plots of detections."""
 
 import contextlib
 import io
@@ -14,15 +14,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import Subset
 
+from vim.console import RunError
+from vim.console.progress import Progress
 from vim.detection import CocoData, evaluation, plots, sheet
 from vim.detection.evaluation import METRICS, Evaluation, as_results, coco_metrics, evaluate
 from vim.detection.loaders import EvalImages, eval_loader
-from vim.training import RunError
-from vim.training.progress import Progress
 
 
 def random_case(seed, images=12, categories=(2, 5, 11), size=200):
-    """Truth with crowds, empty images and a category without any object; predictions near some of it, and astray."""
+    """Ground truth with crowds, empty images and a category without objects; predictions near it and elsewhere."""
     rng = np.random.default_rng(seed)
     truth = {
         "images": [{"id": i, "width": size, "height": size} for i in range(images)],
@@ -101,7 +101,7 @@ def test_metrics_equal_those_of_pycocotools(kind, seed):
 
 
 def test_the_best_f1_and_its_threshold_by_hand():
-    """Four objects; found are three, with scores 0.9, 0.7 and 0.4, and nothing with 0.8, 0.35, 0.3 and 0.25."""
+    """Four objects. Detections with scores 0.9, 0.7 and 0.4 are correct, those with 0.8, 0.35, 0.3 and 0.25 are not."""
     places = [[20 * i, 0, 10, 10] for i in range(4)]
     annotations = [
         {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": box, "area": 100, "iscrowd": 0}
@@ -113,10 +113,10 @@ def test_the_best_f1_and_its_threshold_by_hand():
     rows = [{"image_id": 1, "category_id": 1, "bbox": box, "score": score} for box, score in scored]
     found = coco_metrics(truth, rows, "bbox")[1][1]
     assert found["threshold"] == pytest.approx(0.4)
-    assert found["F1"] == pytest.approx(2 * 0.75 * 0.75 / 1.5)  # three of four found, one of four wrong
+    assert found["F1"] == pytest.approx(2 * 0.75 * 0.75 / 1.5)  # recall 3/4, precision 3/4
 
 
-def test_nothing_found_and_nothing_to_find():
+def test_no_detections_and_no_objects():
     truth, predictions = random_case(0)
     assert coco_metrics(truth, [], "bbox")[0]["AP"] == 0
     empty = truth | {"annotations": []}
@@ -124,7 +124,7 @@ def test_nothing_found_and_nothing_to_find():
     assert set(coco_metrics(empty, predictions, "bbox")[0].values()) == {-1.0}
 
 
-def test_perfect_predictions_score_one_and_are_left_as_they_are():
+def test_perfect_predictions_score_one_and_stay_unchanged():
     truth, _ = random_case(1)
     things = [a for a in truth["annotations"] if not a["iscrowd"]]
     predictions = [{key: a[key] for key in ("image_id", "category_id", "bbox", "segmentation")} for a in things]
@@ -139,7 +139,7 @@ def test_perfect_predictions_score_one_and_are_left_as_they_are():
 def test_detections_become_results():
     masks = torch.zeros(2, 1, 6, 8)
     masks[0, 0, 1:3, 2:7] = 0.51
-    masks[1, 0, 0, 0] = 0.5  # not above one half
+    masks[1, 0, 0, 0] = 0.5  # not above the threshold
     detected = {
         "boxes": torch.tensor([[2.0, 1.0, 7.0, 3.0], [0.0, 0.0, 1.0, 1.5]]),
         "labels": torch.tensor([2, 1]),
@@ -156,7 +156,7 @@ def test_detections_become_results():
 
 
 class Perfect(torch.nn.Module):
-    """Finds all objects of images that it knows, and of those of the first class the shapes; notes how it is called."""
+    """Detects all objects of the images it knows, but masks only for the first class; records its calls."""
 
     def __init__(self, images, weight):
         super().__init__()
@@ -174,7 +174,7 @@ class Perfect(torch.nn.Module):
 
 
 def test_each_image_counts_once_for_any_number_of_processes(tmp_path, monkeypatch, capsys):
-    """Two processes get images twice, to fill up their batches, and in another order than the data's."""
+    """Two processes see some images twice, as padding, and in another order than the data."""
     write_boxes(tmp_path, "val", 5, seed=2)
     data = CocoData(tmp_path / "val.json", tmp_path / "val", masks=True)
     images, arrived, steps = EvalImages(data), [], []
@@ -185,9 +185,9 @@ def test_each_image_counts_once_for_any_number_of_processes(tmp_path, monkeypatc
         loader = eval_loader(Subset(images, places), 2, 0)
         return evaluate(model, loader, data, bf16, Progress(), lambda: steps.append(len(model.calls)))
 
-    with pytest.raises(RunError, match="evaluation saw 2 images of 5"):
+    with pytest.raises(RunError, match="evaluation saw 2 of 5 images"):
         of_process(Perfect(images, float("nan")), 4, 2)
-    assert "warning: the model has weights that are not finite; it will find nothing" in capsys.readouterr().out
+    assert "warning: the model has non-finite weights and will detect nothing" in capsys.readouterr().out
     steps.clear()
     model = Perfect(images, 1.0)
     result = of_process(model, 3, 1, 0, 4, 1)
@@ -204,7 +204,7 @@ def test_each_image_counts_once_for_any_number_of_processes(tmp_path, monkeypatc
 
 
 def test_pictures_of_detections_show_truth_and_predictions_in_the_colours_of_their_classes(tmp_path, monkeypatch):
-    """Of ids 7 and 30, of which none is its class's place; beyond 40 boxes they have no names."""
+    """With category ids that are no indices, 7 and 30. More than 40 boxes are drawn without names."""
     colormaps = pytest.importorskip("matplotlib").colormaps
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path, dpi: figures.append(figure))
@@ -230,7 +230,7 @@ def test_pictures_of_detections_show_truth_and_predictions_in_the_colours_of_the
     assert [(len(axes.patches), len(axes.texts)) for axes in (crowded, full)] == [(41, 0), (40, 40)]
 
 
-def test_the_learning_curve_is_of_each_precision_under_its_name(tmp_path, monkeypatch):
+def test_the_learning_curve_plots_every_average_precision(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path, dpi: figures.append(figure))
@@ -244,7 +244,7 @@ def test_the_learning_curve_is_of_each_precision_under_its_name(tmp_path, monkey
 
 
 def test_a_sheet_shows_spread_images_with_the_boxes_from_the_best_f1(tmp_path, monkeypatch):
-    """Of the class that was never found, those from one half."""
+    """For a class that was never detected: boxes with a score of at least 0.5."""
     content = write_boxes(tmp_path, "val", 5, seed=2)
     data = CocoData(tmp_path / "val.json", tmp_path / "val")
     scores = [(3, 0.2), (3, 0.3), (7, 0.49), (7, 0.5)]

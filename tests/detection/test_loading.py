@@ -1,4 +1,4 @@
-"""Augmented images: boxes and masks follow the pixels, every image fits, and a key gives the same image again."""
+"""Augmentation: boxes and masks follow the pixels, images fit the square, a key reproduces its image."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from vim.data import SampleKey
 from vim.detection.coco import CocoData
-from vim.detection.config import JitterConfig
-from vim.detection.loaders import EvalImages, TrainImages, train_transform
+from vim.detection.loaders import EvalImages, TrainImages
+from vim.detection.transforms import JitterConfig, train_transform
 
 SIZE = 64
 
@@ -28,7 +28,7 @@ def images(data, augment, passes=1, seed=0):
 
 
 def coloured(image, label):
-    """Where an image has the colour of a class."""
+    """Mask of the pixels in the colour of a class."""
     colour = torch.tensor(list(COLOURS.values())[label - 1]) / 255
     return (image - colour[:, None, None]).abs().sum(0) < 0.35
 
@@ -55,7 +55,7 @@ def test_boxes_and_masks_follow_the_pixels(data, augment, tolerance):
         assert target["masks"].shape[1:] == image.shape[1:]
         for box, label, mask in zip(target["boxes"], target["labels"], target["masks"], strict=True):
             if (box[2:] - box[:2]).min() < 6:
-                continue  # a sliver that a cut has left: bilinear edges are all it has
+                continue  # a sliver left by the crop, all blurred edge
             inside = coloured(image, label)
             rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
             found = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])[:, None].flatten()
@@ -66,7 +66,7 @@ def test_boxes_and_masks_follow_the_pixels(data, augment, tolerance):
 
 
 def test_scales_span_their_range(data):
-    """Square images: the jitter's factors are what the sizes say, until a cut."""
+    """In square images that are not cropped, the size gives the factor."""
     transformed = images(data, JitterConfig((0.25, 0.75)), passes=10)
     squares = [number for number in range(0, len(transformed), 3) if number % 24 % 3 == 0]
     edges = [transformed[SampleKey(0, number, 0)][0].shape[-1] for number in squares]
@@ -74,7 +74,7 @@ def test_scales_span_their_range(data):
     assert 0.65 * SIZE < max(edges) <= 0.75 * SIZE + 1
 
 
-def test_a_key_gives_the_same_image_whatever_was_drawn_before(data):
+def test_a_key_gives_the_same_image_for_any_generator_state(data):
     everything = JitterConfig((0.3, 2.0), vflip=0.5, color_jitter=0.4, erasing=0.5)
     first = images(data, everything)[SampleKey(3, 5, 0)]
     torch.manual_seed(7)
@@ -82,7 +82,7 @@ def test_a_key_gives_the_same_image_whatever_was_drawn_before(data):
     drawn = torch.rand(1)
     torch.manual_seed(7)
     again = images(data, everything)[SampleKey(3, 5, 0)]
-    assert_close(torch.rand(1), drawn, atol=0, rtol=0)  # nor does it change what others draw
+    assert_close(torch.rand(1), drawn, atol=0, rtol=0)  # the global generator is unchanged
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1]["boxes"], again[1]["boxes"])
     for other in (images(data, everything)[SampleKey(4, 5, 0)], images(data, everything, seed=1)[SampleKey(3, 5, 0)]):
@@ -124,7 +124,7 @@ def test_erasing_hides_pixels_and_takes_hidden_boxes_with_it(data):
     assert kept > 20
 
 
-def test_boxes_thinner_than_a_pixel_go_with_their_labels_and_masks():
+def test_boxes_thinner_than_a_pixel_are_dropped_with_their_labels_and_masks():
     boxes = torch.tensor([[9.0, 9, 9.9, 30], [9, 9, 10.1, 30], [9, 9, 30, 9.9], [9, 9, 30, 10.1], [60, 9, 70, 30]])
     target = {
         "boxes": boxes,
@@ -137,7 +137,7 @@ def test_boxes_thinner_than_a_pixel_go_with_their_labels_and_masks():
     assert left["boxes"][-1].tolist() == [60, 9, 64, 30]  # clipped
 
 
-def test_images_to_evaluate_are_left_as_they_are(data):
+def test_evaluation_images_are_unchanged(data):
     for number in range(4):
         image, target = EvalImages(data)[number]
         pixels, _ = data.load(number)

@@ -1,4 +1,4 @@
-"""The sampler beside torchvision's: how many it draws, of which, and that each has the same chance."""
+"""The sampler against torchvision's: counts, kinds, and equal chances."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ IMAGES = [[1] * 30 + [0] * 50 + [-1] * 20, [0] * 7 + [3, 5] + [-1] * 4, [-1] * 5
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(16, 0.25), (16, 0.5), (8, 0.0), (500, 0.25), (1, 0.5)])
-def test_numbers_drawn_are_torchvisions(count, fraction):
+def test_counts_equal_torchvisions(count, fraction):
     labels = [torch.tensor(of_image, dtype=torch.float32) for of_image in IMAGES]
     mine = BalancedSampler(count, fraction)(labels)
     theirs = BalancedPositiveNegativeSampler(count, fraction)(labels)
@@ -25,7 +25,7 @@ def test_numbers_drawn_are_torchvisions(count, fraction):
 
 
 def test_each_candidate_has_the_same_chance():
-    """4,000 images alike: 3 of 10 positives and 5 of 20 negatives; limits of five standard deviations."""
+    """4,000 equal images, 3 of 10 positives and 5 of 20 negatives drawn; tolerance: five standard deviations."""
     torch.manual_seed(0)
     labels = [torch.tensor([0, 1, 0] * 10)] * 4000
     positives, negatives = BalancedSampler(8, 0.375)(labels)

@@ -1,4 +1,4 @@
-"""Trees from above: where tiles lie, which boxes they have, and a data set that is whole or not there."""
+"""The trees data set: positions of tiles, their boxes, and that it is complete or absent."""
 
 import importlib.util
 import json
@@ -34,17 +34,17 @@ def test_tiles_cover_an_edge_and_stay_inside(length, step, want):
 
 
 @pytest.mark.parametrize("step", [200, 400])
-def test_tiles_are_as_few_as_can_be(step):
+def test_tiles_are_as_few_as_possible(step):
     for length in range(401, 2600, 37):
         starts = tile_starts(length, step)
         gaps = np.diff(starts)
         assert (starts[0], starts[-1]) == (0, length - 400)
         assert gaps.max() <= step
         assert len(gaps) == -(-(length - 400) // step)
-        assert gaps.max() - gaps.min() <= 1  # no two tiles are nearly the same
+        assert gaps.max() - gaps.min() <= 1  # evenly spread
 
 
-def test_a_tile_has_the_boxes_of_which_it_shows_half():
+def test_a_tile_keeps_boxes_that_are_at_least_half_visible():
     tile = (100, 200, 500, 600)
     boxes = [
         (110.0, 220.0, 130.0, 250.0),  # inside
@@ -70,7 +70,7 @@ def voc(*boxes):
 
 @pytest.fixture
 def source(tmp_path):
-    """A folder like that of the package, with small pictures, whose colours are the places of their pixels."""
+    """A folder like that of the package, with small pictures whose colours encode pixel positions."""
     folder = tmp_path / "source"
     folder.mkdir()
     for name, (width, height) in SIZES.items():
@@ -108,7 +108,7 @@ def test_tiles_and_their_boxes(tmp_path, source):
     assert {name for name in places if name.startswith(val)} == {f"{val}_{x}_0.png" for x in (0, 205, 410)}
 
 
-def test_what_is_there_stays_or_is_refused(tmp_path, source):
+def test_an_existing_folder_is_kept_or_refused(tmp_path, source):
     root = tmp_path / "trees"
     write_trees(root, source)
     tile = next((root / "val").glob("*.png"))
@@ -140,7 +140,7 @@ def test_what_is_there_stays_or_is_refused(tmp_path, source):
     [
         (".png", None, r"no .*OSBS_029\.png; want the data folder of deepforest"),
         (".xml", None, r"no .*OSBS_029\.xml; want the data folder of deepforest"),
-        (".png", "x", r"cannot read image .*OSBS_029\.png: .*install deepforest anew"),
+        (".png", "x", r"cannot read image .*OSBS_029\.png: .*reinstall deepforest"),
         (".xml", "<annotation>", r"cannot read the boxes of .*OSBS_029\.xml: no element found"),
         (".xml", voc((4, 1, 4, 9)), r"cannot read the boxes of .*OSBS_029\.xml: a box from 4, 1 to 4, 9"),
         (".xml", voc((1, 1, "inf", 9)), r"cannot read the boxes of .*OSBS_029\.xml: a box from 1, 1 to inf, 9"),
@@ -175,11 +175,11 @@ def test_the_tool_says_what_it_wrote_or_what_to_install(tmp_path, source, monkey
 
 @pytest.mark.skipif(importlib.util.find_spec("deepforest") is None, reason="needs: pip install --no-deps deepforest")
 def test_the_real_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image.Image, "save", lambda image, path: Path(path).touch())  # to encode them takes seconds
+    monkeypatch.setattr(Image.Image, "save", lambda image, path: Path(path).touch())  # encoding takes seconds
     assert write_trees(tmp_path / "trees")
     assert "deepforest" not in sys.modules
     for split, tiles, boxes in (("train", 133, 2281), ("val", 12, 414)):
         data = CocoData(tmp_path / "trees" / f"{split}.json", tmp_path / "trees" / split)
         assert (len(data), data.boxes, data.dropped) == (tiles, boxes, 0)
         per_tile = np.unique([a["image_id"] for a in data.truth()["annotations"]], return_counts=True)[1]
-        assert per_tile.max() <= 100  # what COCO's metric counts
+        assert per_tile.max() <= 100  # the most that COCO's metric counts

@@ -8,8 +8,8 @@ from timm.models import save_for_hf
 from torch.testing import assert_close
 
 from vim.models.vision_mamba import VisionMamba, checkpoint_filter_fn
-from vim.training.config import ModelConfig
-from vim.training.model import create_model
+from vim.timm_models.config import ModelConfig
+from vim.timm_models.create import create_model
 
 SMALL = {"embed_dim": 16, "depth": 1, "num_classes": 3}
 # Grids of 4 x 4 and 8 x 2 patches; 2 x 8 and 4 x 4; 2 x 3 and 3 x 2; 4 x 4 and 2 x 3.

@@ -16,8 +16,8 @@ import vim  # noqa: F401  (registers the models)
 from vim.layers.rename import rename
 from vim.models import official
 from vim.models.vision_mamba import VARIANTS, VisionMamba, checkpoint_filter_fn
-from vim.training.config import ModelConfig
-from vim.training.model import create_model
+from vim.timm_models.config import ModelConfig
+from vim.timm_models.create import create_model
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 MIDDLE = {"img_size": 64, "embed_dim": 48, "num_classes": 10}

@@ -1,7 +1,7 @@
-"""Small wrong versions of the project, each of which a test must fail: a suite that passes one cannot be believed.
+"""Mutation testing: run the tests on slightly wrong versions of the project, which they must detect.
 
-The YAML files beside this one list them by package. Each is made in a copy of the project, and the tests that stand
-beside it are run there: it is killed if one of them fails. One whose tests pass has survived.
+The YAML files in this folder list the mutants by package. Each mutant is made in a copy of the project, and its tests
+run there. A mutant is killed if a test fails, and survives if all pass.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import yaml
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 COPIED = ("vim", "kernels", "tools", "configs", "tests", "pyproject.toml")
-FAILED = 1  # pytest's exit code where a test failed; others are of tests that could not be collected
+FAILED = 1  # pytest's exit code if a test failed; others mean that tests could not run
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Mutant:
     """One wrong version.
 
     Attributes:
-        package: the name of its list.
-        wrong: what it does, in a few words.
-        file: that it changes, from the root.
-        old, new: a text that the file has once, and the one that takes its place.
-        tests: files or node ids, space between them.
+        package: name of the YAML file.
+        wrong: the fault in a few words.
+        file: the changed file, relative to the root.
+        old, new: a text that occurs once in the file, and its replacement.
+        tests: files or node ids, separated by spaces.
     """
 
     package: str
@@ -44,15 +44,16 @@ class Mutant:
     tests: str
 
     def text(self, root: Path) -> str:
-        """The file's text with the fault in it. Raises ValueError unless the old one is there once."""
+        """The file's text with the fault. Raises ValueError unless `old` occurs once."""
         text = (root / self.file).read_text()
         if text.count(self.old) != 1:
-            raise ValueError(f"{self.file} has {text.count(self.old)} times {self.old!r}, want it once ({self.wrong})")
+            count = text.count(self.old)
+            raise ValueError(f"{self.file} contains {self.old!r} {count} times, want it once ({self.wrong})")
         return text.replace(self.old, self.new)
 
 
 def read_mutants() -> list[Mutant]:
-    """All of them, in the order of the lists."""
+    """All mutants, in the order of the files."""
     return [
         Mutant(path.stem, **entry) for path in sorted(HERE.glob("*.yaml")) for entry in yaml.safe_load(path.read_text())
     ]
@@ -66,7 +67,7 @@ def run_tests(copy: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def verdict(copy: Path, mutant: Mutant) -> tuple[str, str]:
-    """What became of a mutant: killed, survived or broken; and the first test that failed or what went wrong."""
+    """Test a mutant. Returns killed, survived or broken; and the first test that failed, or the error output."""
     file = copy / mutant.file
     sound = file.read_text()
     file.write_text(mutant.text(copy))
@@ -84,9 +85,9 @@ def verdict(copy: Path, mutant: Mutant) -> tuple[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="those whose list, file or fault holds this text")
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 4), help="mutants at a time")
-    parser.add_argument("--skip_sound", action="store_true", help="do not first run all their tests without a fault")
+    parser.add_argument("--only", default="", help="only mutants whose list, file or fault contains this text")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 4), help="mutants tested in parallel")
+    parser.add_argument("--skip_sound", action="store_true", help="skip the first run of the tests without a fault")
     options = parser.parse_args()
     mutants = [m for m in read_mutants() if options.only in f"{m.package} {m.file} {m.wrong}"]
     for mutant in mutants:
@@ -128,12 +129,12 @@ def copy_project(copy: Path) -> Path:
 
 
 def check_sound(copy: Path, mutants: list[Mutant]) -> None:
-    """A test that fails without a fault would kill anything."""
+    """Run the tests without a fault: a test that fails here would kill every mutant."""
     tests = sorted({test for mutant in mutants for test in mutant.tests.split()})
     print(f"running {len(tests)} test files without a fault", flush=True)
     done = run_tests(copy, tests)
     if done.returncode:
-        sys.exit(f"{done.stdout[-3000:]}\nthe tests do not pass without a fault, so they would judge nothing")
+        sys.exit(f"{done.stdout[-3000:]}\nthe tests fail without a fault; mend them first")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vim.console.free_on_resume import FREE_ON_RESUME
+
 # timm's policies; it leaves out sections that it does not know, or fails at them without a word.
 AUTO_AUGMENT = re.compile(
     r"rand(-(m|n|mmax)\d+|-inc[01]|-(p|mstd)\d+(\.\d+)?|-t(weights|3aw?))*"
@@ -26,17 +28,17 @@ BadImages = Literal["raise", "skip"]
 class EvalDataConfig:
     """Images: root/<split>/<class>/<image>, or tar or Parquet shards root/<split>-*."""
 
-    root: str = "data/imagenet"
+    root: str = field(default="data/imagenet", metadata=FREE_ON_RESUME)
     """Folder of the data set; for Parquet also on the hub: hf://datasets/<organisation>/<name>[@<revision>][/<folder>]."""
     val_split: str = "val"
     """Split to evaluate on."""
-    batch_size: int = 128
+    batch_size: int = field(default=128, metadata=FREE_ON_RESUME)  # the total batch is checked with the checkpoint
     """Images per process and step."""
-    num_workers: int = 2
+    num_workers: int = field(default=2, metadata=FREE_ON_RESUME)
     """Processes that load images, for each training process; 0: it loads itself. Results do not depend on it."""
-    bad_images: BadImages = "raise"
+    bad_images: BadImages = field(default="raise", metadata=FREE_ON_RESUME)
     """Files that cannot be read: raise stops at the first; skip goes on without them, counts them and lists them."""
-    cache_gib: float | None = None
+    cache_gib: float | None = field(default=None, metadata=FREE_ON_RESUME)
     """GiB of disk for fetched Parquet shards, in $HF_ASSETS_CACHE; the longest unused give way. null: all stay."""
     img_size: int | None = None
     """Edge of the images in pixels, for models that take any size; null takes the model's."""

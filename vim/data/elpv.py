@@ -5,8 +5,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from vim.files import whole_folder
+
 from .errors import DataError
-from .whole_folder import whole_folder
 
 EDGE = 300  # pixels of the originals, which are square
 

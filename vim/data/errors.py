@@ -1,7 +1,9 @@
-"""What goes wrong with a data set, in words for its owner."""
+"""Errors of a data set, with a message for the user."""
+
+from vim.console.errors import UserError
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A data set folder or file cannot be used as it is; the message names the path and says what to do."""
 
 

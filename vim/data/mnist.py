@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vim.files import whole_folder
+
 from .errors import DataError
-from .whole_folder import whole_folder
 
 TRAIN_IMAGES, VAL_IMAGES = 4000, 1000
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
 
+from vim.console.escapes import as_escape
+
 from .errors import DataError
 
 MOST_CLASSES = 1_000_000
@@ -29,12 +31,6 @@ def plain_name(name: str) -> str:
     r"""A name as UTF-8 text in one line: other bytes and control characters are written \xe9, \n, \u2028."""
 
     return _UNPRINTABLE.sub(as_escape, name)
-
-
-def as_escape(found: re.Match[str]) -> str:
-    """A character that was found, written as in Python; a byte that is no UTF-8 as that byte."""
-    code = ord(found[0])
-    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else found[0].encode("unicode_escape").decode()
 
 
 def class_positions(names: Iterable[str], where: str | Path) -> tuple[list[str], dict[str, int]]:

@@ -4,9 +4,10 @@ import os
 import random
 from pathlib import Path
 
+from vim.files import link_or_copy, whole_folder
+
 from .errors import DataError
 from .folder import ImageFolder
-from .whole_folder import link_or_copy, whole_folder
 
 
 def split_folder(root: str | Path, split: str, parts: dict[str, float], seed: int = 0) -> dict[str, int]:

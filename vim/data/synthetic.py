@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vim.files import whole_folder
+
 from .errors import DataError
-from .whole_folder import whole_folder
 
 SIZES = ((500, 375), (500, 375), (375, 500), (500, 333), (640, 480), (400, 300))  # ImageNet's average is 469 x 387
 QUALITY = 90

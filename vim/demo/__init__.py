@@ -1,4 +1,4 @@
-"""A page on this machine to try a trained classifier: drop an image, see classes, maps and nearest neighbours."""
+"""A local web page to try a classifier: drop an image, see classes, maps and nearest neighbours."""
 
 from .app import serve
 from .config import DemoConfig

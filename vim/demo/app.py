@@ -1,4 +1,4 @@
-"""The page. gradio is optional, and imported only here."""
+"""The web page. gradio is optional: imported only here."""
 
 import base64
 import html
@@ -10,15 +10,15 @@ from typing import Any
 
 from PIL import Image
 
+from vim.console.errors import ConfigError
+from vim.console.escapes import visible
 from vim.data import DataError
-from vim.training.errors import ConfigError
-from vim.training.progress import visible
 
 from .config import DemoConfig
 from .predict import MAX_BYTES, Captioned, Predictor
 
 TOP = 5
-AT_ONCE, WAITING = 4, 64  # requests
+AT_ONCE, WAITING = 4, 64  # requests: running, queued
 CSS = """
 .dropped img { width: 100%; height: 100%; object-fit: contain; }
 .html-container { padding: 0 !important; }
@@ -30,12 +30,12 @@ CSS = """
 
 
 def serve(config: DemoConfig) -> None:
-    """Show the page until Ctrl-C.
+    """Serve the page until Ctrl-C.
 
     Raises: ConfigError, DataError, with a message for the user.
     """
     predictor = Predictor(config)
-    # gradio serves whatever lies in its folder of uploads, and other apps and users share the one that it chooses.
+    # gradio serves all files in its upload folder, and by default shares the folder with other apps and users.
     with tempfile.TemporaryDirectory(prefix="vim-demo-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         _serve(predictor, config)
@@ -56,31 +56,31 @@ def _serve(predictor: Predictor, config: DemoConfig) -> None:
             run_history=False,
             max_file_size=MAX_BYTES,
             footer_links=[],
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none to fetch
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no web fonts
             css=CSS,
         )
     except OSError as error:
         raise ConfigError(f"cannot listen on {config.host}, port {config.port}; choose another --port") from error
-    about = f"{visible(config.model)}: {url} (Ctrl-C ends it)"
+    about = f"{visible(config.model)}: {url} (Ctrl-C to stop)"
     print(f"{about}\nweights: {visible(str(predictor.weights))}", flush=True)
     app.block_thread()
 
 
 def page(predictor: Predictor, name: str) -> Any:
-    """A gradio app of one page, not yet started."""
+    """The page as a gradio app, not yet started."""
     import gradio as gr
 
     if predictor.blocks:
-        about_maps = "Bright is much; each map has its own scale. Blocks count from 0."
+        about_maps = "Bright means high. Each map has its own scale. Block 0 is the first."
     else:
-        about_maps = f"{name} is no Vision Mamba (vim_*): it has no scan to look into."
-    # Uploaded images go within the hour, and when the server ends.
+        about_maps = f"{name} is no Vision Mamba (vim_*): it has no scans to show."
+    # Check every 10 minutes for uploads older than an hour, and delete them. All go when the server ends.
     with gr.Blocks(analytics_enabled=False, title=visible(name), fill_width=True, delete_cache=(600, 3600)) as app:
-        _section("h2", name, "Drop an image to see what the model makes of it.")
+        _section("h2", name, "Drop an image to classify it.")
         message = gr.HTML()
         with gr.Row():
             image = gr.Image(label="your image", sources=["upload", "clipboard"], height=300, elem_classes="dropped")
-            _fetch_nothing(image)
+            _refuse_urls(image)
             label = gr.Label(label="classes", num_top_classes=TOP)
         with gr.Row():
             _section("h3", "Maps", about_maps)
@@ -89,7 +89,7 @@ def page(predictor: Predictor, name: str) -> Any:
         maps = gr.HTML()
         if predictor.features is not None:
             where = f"{len(predictor.features)} images in {predictor.features.manifest['images']}"
-            about = f"Of {where}: class, and cosine of the features ({predictor.column})."
+            about = f"Among {where}: class and cosine similarity of the features ({predictor.column})."
             _section("h3", "Nearest neighbours", about)
         neighbours = gr.HTML()
 
@@ -102,45 +102,47 @@ def page(predictor: Predictor, name: str) -> Any:
                 return [f"<b>{html.escape(visible(str(error)))}</b>", None, "", ""]
             return ["", found.classes, figures(found.maps, 165), figures(found.neighbours, 120)]
 
-        # Without gradio's reading of the file, which turns and converts images as validation does not, and has no word
-        # for one that it cannot read. It also does not check where a file lies that a request names by its path alone.
+        # Without gradio's preprocessing. It rotates and converts images, which validation does not, gives no message
+        # for unreadable files, and does not check the location of a file that a request names by path.
         outputs = [message, label, maps, neighbours]
         gr.on([image.change, block.change], answer, [image, block], outputs, preprocess=False)
     return app.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE)
 
 
 def uploaded(path: str | None, folder: Path) -> Path:
-    """The file behind a path, wherever links lead, if it lies in the folder.
+    """The file at a path, with links resolved.
 
-    Raises: DataError.
+    Raises: DataError unless it lies in the folder.
     """
     try:
         file = Path(path or "").resolve(strict=True)
         inside = file.is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # no such file, links in a circle, a null byte
+    except (OSError, RuntimeError, ValueError):  # no such file, circular links, a null byte
         inside = False
-    if not inside:  # and no word about whether there is such a file
-        raise DataError("this image is not, or no longer, among those uploaded here; drop it again")
+    if not inside:  # the message must not reveal whether the file exists
+        raise DataError("this image is not, or no longer, among the uploads; drop it again")
     return file
 
 
-def _fetch_nothing(image: Any) -> None:
-    """Close gradio's other way to a file: a request may name an address, from which the server would fetch one of any
-    size. (gradio writes a file for each subclass of a component, so this one is changed in place.)"""
+def _refuse_urls(image: Any) -> None:
+    """Make an image component refuse URLs: the server would download a file of any size from them.
+
+    It is patched in place because gradio writes a file for each subclass of a component.
+    """
     import gradio as gr
 
     keep = image.async_move_resource_to_block_cache
 
     async def keep_file(path: str | Path | None) -> str | None:
         if str(path).lower().startswith(("http:", "https:")):
-            raise gr.Error("this page takes files, no addresses", print_exception=False)
+            raise gr.Error("this page takes files, not URLs", print_exception=False)
         return await keep(path)
 
     image.async_move_resource_to_block_cache = keep_file
 
 
 def _section(heading: str, title: str, text: str) -> None:
-    """A heading and a line, as they are: in gr.Markdown a name could be markup."""
+    """A heading and a line, escaped: gr.Markdown would interpret names as markup."""
     import gradio as gr
 
     title, text = (html.escape(visible(part)) for part in (title, text))
@@ -148,7 +150,7 @@ def _section(heading: str, title: str, text: str) -> None:
 
 
 def figures(images: list[Captioned], width: int) -> str:
-    """HTML of images with captions, each at least so many pixels wide."""
+    """HTML of images with captions, each at least `width` pixels wide."""
     parts = [
         f'<figure><img alt="{caption}" src="data:image/png;base64,{_png(image)}">'
         f"<figcaption>{caption}</figcaption></figure>"

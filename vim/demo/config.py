@@ -1,8 +1,8 @@
-"""The configuration of the demo page; every field is read, and explained in `--help`."""
+"""Configuration of the demo page. `--help` shows the text under each field."""
 
 from dataclasses import dataclass
 
-from vim.training.config import LoadedModelConfig
+from vim.timm_models.config import LoadedModelConfig
 
 
 @dataclass
@@ -10,11 +10,11 @@ class DemoConfig(LoadedModelConfig):
     """The page."""
 
     model: str = "runs/quickstart"
-    """Any timm classifier, a run folder, local-dir:<folder> or hf-hub:<repository>. Only a Vision Mamba has maps."""
+    """Any timm classifier, a run folder, local-dir:<folder> or hf-hub:<repository>. Only Vision Mambas have maps."""
     features: str | None = None
-    """Export of tools/export_features.py with the same model, to find nearest neighbours in; null: none."""
+    """Export of tools/export_features.py with the same model, to search for nearest neighbours; null: none."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 opens the page to everybody on the network."""
+    """Address to listen on; 0.0.0.0 opens the page to everyone on the network."""
     port: int = 7860
     """Port to listen on."""
 

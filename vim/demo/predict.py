@@ -1,4 +1,4 @@
-"""From an image file to what the page shows of it. matplotlib is optional, and imported only here."""
+"""Predict classes, maps and nearest neighbours for an image file. matplotlib is optional: imported only here."""
 
 import os
 import threading
@@ -10,20 +10,21 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vim.console.errors import ConfigError
+from vim.console.escapes import visible
 from vim.data import DataError, EvalDataConfig, ImageSource, eval_transform
 from vim.data.decode import decode_image
 from vim.features import Features, load
 from vim.features.extract import FeatureExtractor, weights_hash
 from vim.features.judge import nearest
-from vim.training.errors import ConfigError
-from vim.training.model import label_names, load_model, resolve_input, weights_from
-from vim.training.progress import visible
+from vim.timm_models.create import label_names, load_model, weights_from
+from vim.timm_models.input import resolve_input
 from vim.visualize import CLASS_MAP, as_pixels, block_maps, has_scans
 
 from .config import DemoConfig
 
 NEIGHBOURS = 8
-EDGE = 224  # pixels of the longer edge of what is shown
+EDGE = 224  # longer edge of shown images, in pixels
 MAX_BYTES = 64 * 2**20  # of an image file
 
 Captioned = tuple[Image.Image, str]
@@ -31,11 +32,11 @@ Captioned = tuple[Image.Image, str]
 
 @dataclass
 class Answer:
-    """What the model makes of one image.
+    """Predictions for one image.
 
-    classes: name -> probability, of all classes in label order.
-    maps: what the model gets, then maps over it; none but the first if the model is no Vision Mamba.
-    neighbours: images of the export, nearest first, with class and cosine; none without an export.
+    classes: name -> probability of all classes, in label order.
+    maps: the model input, then the maps on top of it if the model is a Vision Mamba.
+    neighbours: images of the export, nearest first, with class and cosine similarity; empty without an export.
     """
 
     classes: dict[str, float]
@@ -46,25 +47,25 @@ class Answer:
 class Predictor:
     """A classifier on the CPU, and an export of its features if the configuration names one.
 
-    Threads may share it: they decode images beside each other, and take turns at the model, on which maps hang hooks.
+    Threads may share it. They decode images in parallel and take turns at the model, because maps use hooks.
 
-    weights: where they are from. blocks: number of blocks that have maps; 0 for a model that is no Vision Mamba.
+    weights: their source. blocks: number of blocks with maps; 0 if the model is no Vision Mamba.
 
-    Raises: ConfigError for a model that does not exist or classify, and for features of another one; DataError for a
-        folder without features, or whose images are no longer where they were.
+    Raises: ConfigError for an unknown model, one that is no classifier, and features of another model; DataError for a
+        folder without features, and if its images have moved.
     """
 
     def __init__(self, config: DemoConfig):
         self.model = load_model(config).eval()
         self.weights = weights_from(self.model)
-        classes: int = self.model.num_classes  # type: ignore[assignment]
+        classes = self.model.num_classes
         if not classes:
-            raise ConfigError(f"{config.model} has no classes to tell; choose a classifier")
+            raise ConfigError(f"{config.model} has no classes to predict; choose a classifier")
         self.data_config = resolve_input(self.model, config.kwargs, EvalDataConfig())
         self.transform = eval_transform(self.data_config)
         names = label_names(self.model)
         self.names = _labels(names, classes, config.model)
-        self.blocks = len(self.model.blocks) if has_scans(self.model) else 0  # type: ignore[arg-type]
+        self.blocks = len(self.model.blocks) if has_scans(self.model) else 0
         self.features: Features | None = None
         self._turn = threading.Lock()
         if config.features is not None:
@@ -72,19 +73,19 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, file: str | Path, block: int = -1) -> Answer:
-        """Classify an image file of any mode and size, as validation does; maps are those of the block.
+        """Classify an image file of any mode and size, with validation's preprocessing. Maps are those of `block`.
 
-        Raises: DataError for a file that is no image, or larger than 64 MiB, and for a block that the model lacks.
+        Raises: DataError for a file that is no image or larger than 64 MiB, and for a block that the model lacks.
         """
         if self.blocks and block not in range(-1, self.blocks):
             raise DataError(f"block must be from 0 to {self.blocks - 1}, got {block!r}")
-        if not os.path.isfile(file):  # to open a pipe would wait, and a device has no end
+        if not os.path.isfile(file):  # opening a pipe would block; a device has no end
             raise DataError(f"{Path(file).name} is no file")
         if Path(file).stat().st_size > MAX_BYTES:
             raise DataError(f"{Path(file).name} is larger than {MAX_BYTES // 2**20} MiB; scale it down")
         try:
             image = decode_image(file, self.data_config["input_size"][0], file)
-        except DataError as error:  # the page need not know where its files lie
+        except DataError as error:  # the page must not show the file's folder
             raise DataError(f"{Path(file).name} cannot be read as an image") from error
         batch = self.transform(image)[None]
         with self._turn:
@@ -94,8 +95,8 @@ class Predictor:
         probabilities = self.model(batch).float().softmax(1)[0]
         classes = dict(zip(self.names, probabilities.tolist(), strict=True))
         seen = self._as_seen(batch)
-        maps = [(seen, "what the model gets")]
-        if self.blocks:
+        maps = [(seen, "model input")]
+        if has_scans(self.model):
             label = probabilities.argmax()
             for name, values in block_maps(self.model, batch, label[None], int(block)).items():
                 caption = f"{name} of “{self.names[int(label)]}”" if name == CLASS_MAP else name
@@ -105,13 +106,13 @@ class Predictor:
     def _open_features(self, folder: str, model: str) -> None:
         self.features = features = load(folder)
         manifest = features.manifest
-        again = f"make them anew: tools/export_features.py --model {model}"
+        again = f"export them again: tools/export_features.py --model {model}"
         if manifest["weights_sha256"] != weights_hash(self.model):
             raise ConfigError(f"the features in {folder} are of another model, {manifest['model']}; {again}")
         ours = {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()}
         if manifest["preprocessing"] != ours:
             was = manifest["preprocessing"]
-            raise ConfigError(f"the images of the features in {folder} went in as {was}, here as {ours}; {again}")
+            raise ConfigError(f"the features in {folder} have another preprocessing: {was}, here {ours}; {again}")
         self.feature_classes = features.classes
         self.source = ImageSource(manifest["images"])
         if [entry.path for entry in self.source.entries] != features.paths:
@@ -137,7 +138,7 @@ class Predictor:
 
 
 def _labels(names: Sequence[str] | None, classes: int, model: str) -> list[str]:
-    """A name for each class, and no two alike: WordNet has two cranes."""
+    """A unique name for each class: WordNet has two cranes."""
     if not names:
         return [f"class {i}" for i in range(classes)]
     if len(names) != classes:
@@ -147,13 +148,13 @@ def _labels(names: Sequence[str] | None, classes: int, model: str) -> list[str]:
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """In colour and of one size on the page: digits of 28 pixels show their pixels, photographs shrink smoothly."""
+    """RGB, scaled to the size on the page: small images keep sharp pixels, photographs shrink smoothly."""
     method = Image.Resampling.NEAREST if max(image.size) < EDGE else Image.Resampling.BICUBIC
     return ImageOps.contain(image.convert("RGB"), (EDGE, EDGE), method)
 
 
 def _overlay(image: Image.Image, values: Tensor) -> Image.Image:
-    """A map (rows, columns) over an image; each in its own scale, from its least to its greatest value."""
+    """Blend a map (rows, columns) over an image. Each map has its own scale, from its minimum to its maximum."""
     from matplotlib import colormaps
 
     low, high = values.min(), values.max()

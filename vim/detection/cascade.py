@@ -1,4 +1,4 @@
-"""The three-stage cascade of box heads, which torchvision lacks."""
+"""A cascade of box heads (Cascade R-CNN), which torchvision lacks."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,19 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 
 from .sampling import BalancedSampler
 
-BETA = 1 / 9  # where torchvision's smooth L1 of boxes turns from a parabola to a line
+BETA = 1 / 9  # the smooth L1 loss is quadratic below and linear above, as in torchvision
 BACKGROUND, IGNORED = 0, -1
-MASK_STEP = 64  # the number of boxes in a training step's mask head is a multiple of it
+MASK_STEP = 64  # the mask head trains on a multiple of this many boxes
 
 Target = dict[str, Tensor]
 Stage = tuple[Tensor, Tensor]
 
 
 class CascadePredictor(nn.Module):
-    """Features (R, in_channels) -> class logits (R, num_classes), the background first, and box deltas (R, 4).
+    """Features (R, in_channels) -> class logits (R, num_classes), background first, and box deltas (R, 4).
 
-    All classes share the deltas. The results are fp32 under autocast too: in bf16 a delta moves a box by pixels.
+    All classes share the deltas. Outputs are fp32 under autocast too: rounding a delta to bf16 would move a box by
+    pixels.
     """
 
     def __init__(self, in_channels: int, num_classes: int):
@@ -35,24 +36,29 @@ class CascadePredictor(nn.Module):
 
 
 class CascadeRoIHeads(RoIHeads):
-    """Box heads of which each refines the boxes of the one before, trained for ever better overlap.
+    """A cascade of box heads: each stage refines the boxes of the previous one and trains at a higher IoU threshold.
 
-    The first stage trains on a sample of proposals and true boxes, like torchvision's RoIHeads. Each further stage
-    takes all boxes that the stage before made of them, detached and clipped to the image, and matches them anew by its
-    own threshold; a box that has lost its area teaches nothing. Each stage passes 1 / stages of its gradient to the
-    feature maps. At inference the class probabilities are the mean of all stages', and the boxes the last one's.
+    The first stage trains on a sample of proposals and true boxes, like torchvision's RoIHeads. Each later stage takes
+    all boxes of the previous stage, refined, detached and clipped to the image, and matches them at its own threshold.
+    Its loss ignores boxes without area. Each stage passes 1 / stages of its gradient to the feature maps. At inference
+    the class probabilities are the mean over all stages; the boxes are those of the last stage.
 
     Args:
-        box_roi_pool: feature maps and boxes -> (R, C, 7, 7). box_heads: each (R, C, 7, 7) -> (R, F).
-        box_predictors: each (R, F) -> logits and deltas, as `CascadePredictor`.
-        iou_thresholds: overlap with a true box from which a box is foreground. bbox_reg_weights: of each box coder.
-        batch_size_per_image, positive_fraction: boxes sampled of an image, and at most so many of them foreground.
-        score_thresh, nms_thresh, detections_per_img: as torchvision's.
-        mask_roi_pool, mask_head, mask_predictor: as torchvision's. Masks train on the first stage's foreground.
+        box_roi_pool: feature maps and boxes -> (R, C, 7, 7).
+        box_heads: one per stage, (R, C, 7, 7) -> (R, F).
+        box_predictors: one per stage, (R, F) -> logits and deltas, like `CascadePredictor`.
+        iou_thresholds: one per stage, minimum IoU of a foreground box with a true box.
+        bbox_reg_weights: one per stage, weights of its box coder.
+        batch_size_per_image, positive_fraction: boxes sampled per image, and maximum share of foreground among them.
+        score_thresh, nms_thresh, detections_per_img: as in torchvision.
+        mask_roi_pool, mask_head, mask_predictor: as in torchvision. Masks train on the first stage's foreground.
 
     Raises: ValueError unless there are as many heads as predictors, thresholds and weights.
     Source: Cai & Vasconcelos 2018, arXiv 1712.00726.
     """
+
+    box_head: nn.ModuleList
+    box_predictor: nn.ModuleList
 
     def __init__(
         self,
@@ -99,7 +105,7 @@ class CascadeRoIHeads(RoIHeads):
         )
         self.fg_bg_sampler = BalancedSampler(batch_size_per_image, positive_fraction)
         self.coders = [BoxCoder(weights) for weights in bbox_reg_weights]
-        self.box_coder = self.coders[-1]  # of the boxes that are reported
+        self.box_coder = self.coders[-1]  # decodes the reported boxes
         self.matchers = [Matcher(iou, iou, allow_low_quality_matches=False) for iou in iou_thresholds]
 
     def forward(
@@ -109,7 +115,7 @@ class CascadeRoIHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[Target] | None = None,
     ) -> tuple[list[Target], dict[str, Tensor]]:
-        """Detections and no losses, or in training losses and no detections; as torchvision's RoIHeads."""
+        """Detections and losses, like torchvision's RoIHeads: in training no detections, else no losses."""
         if self.training:
             return [], self._losses(features, proposals, image_shapes, targets)
         boxes, outputs = [p.float() for p in proposals], []
@@ -118,7 +124,7 @@ class CascadeRoIHeads(RoIHeads):
             if k + 1 < len(self.coders):
                 boxes = self._refined(k, outputs[k][1], boxes, image_shapes)
         probabilities = torch.stack([logits.softmax(-1) for logits, _ in outputs]).mean(0)
-        # torchvision goes on with logits, and deltas for each class. The softmax of log p is p.
+        # torchvision's post-processing takes logits, and deltas per class. softmax(log p) is p.
         deltas = outputs[-1][1].repeat(1, probabilities.shape[1])
         found = self.postprocess_detections(probabilities.log(), deltas, boxes, image_shapes)
         results = [
@@ -148,28 +154,33 @@ class CascadeRoIHeads(RoIHeads):
     def _stage(self, k: int, features, boxes: list[Tensor], image_shapes) -> Stage:
         """Class logits and box deltas of stage k for all boxes of all images."""
         pooled = self.box_roi_pool(features, boxes, image_shapes)
-        # Feature maps shall learn no more from three stages than from one.
+        # Three stages must not send the feature maps three times the gradient of one.
         if self.training and len(self.coders) > 1:
             fixed = pooled.detach()
-            pooled = fixed + (pooled - fixed) / len(self.coders)  # adds an exact zero; two shares would round in bf16
-        return self.box_predictor[k](self.box_head[k](pooled))  # type: ignore[index]
+            # Adds an exact zero; a sum of two weighted parts would round in bf16.
+            pooled = fixed + (pooled - fixed) / len(self.coders)
+        return self.box_predictor[k](self.box_head[k](pooled))
 
     def _refined(self, k: int, deltas: Tensor, boxes: list[Tensor], image_shapes) -> list[Tensor]:
-        """The boxes that stage k makes of its own, within the images."""
+        """The boxes after stage k has refined them, clipped to the images."""
         counts = [len(b) for b in boxes]
         moved = self.coders[k].decode_single(deltas.detach(), torch.cat(boxes)).split(counts)
         return [clip_boxes_to_image(b, shape) for b, shape in zip(moved, image_shapes, strict=True)]
 
     def _match(self, k: int, boxes: list[Tensor], targets: list[Target]) -> tuple[list[Tensor], list[Tensor]]:
-        """For each box, the true box that it overlaps most, and its class by the threshold of stage k.
+        """The index of each box's best true box, and its class at the threshold of stage k.
 
-        Boxes without area are ignored, not removed: cuDNN plans anew for every new number of boxes. (In profiles of a
-        step on an H100 a convolution took the CPU 0.37 ms forward and 0.74 ms backward on average; with numbers that
-        stay, 0.13 and 0.28.)
+        Boxes without area are marked as ignored, not removed: cuDNN plans again for every new number of boxes. Mean CPU
+        time of a convolution in a training step on an H100:
+
+        | number of boxes | forward | backward |
+        |---|---|---|
+        | varies | 0.37 ms | 0.74 ms |
+        | constant | 0.13 ms | 0.28 ms |
         """
         matched, labels = [], []
         for b, target in zip(boxes, targets, strict=True):
-            if len(target["boxes"]) and len(b):  # torchvision's matcher refuses either without boxes
+            if len(target["boxes"]) and len(b):  # torchvision's matcher refuses an empty side
                 match = self.matchers[k](box_iou(target["boxes"].to(b.dtype), b))
             else:
                 match = torch.full((len(b),), Matcher.BELOW_LOW_THRESHOLD, device=b.device)
@@ -183,17 +194,17 @@ class CascadeRoIHeads(RoIHeads):
         return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))).float()
 
     def _mask_loss(self, features, boxes, matched, labels, image_shapes, targets) -> Tensor:
-        """torchvision's, on the foreground of the first stage.
+        """torchvision's mask loss on the foreground of the first stage.
 
-        Boxes of no size fill their number up, and are cut off before the loss: cuDNN plans a convolution anew for every
-        number that it has not seen, which was 20 ms of a step of 155 (4 images of 1024 pixels, H100).
+        Empty boxes pad the batch to a multiple of MASK_STEP; the loss does not see them. Without padding cuDNN plans
+        its convolutions for every new number of boxes: 20 of 155 ms per step (4 images of 1024 pixels, H100).
         """
         inside = [of_image > BACKGROUND for of_image in labels]
         boxes = [b[i] for b, i in zip(boxes, inside, strict=True)]
         matched = [m[i] for m, i in zip(matched, inside, strict=True)]
         count = sum(map(len, boxes))
-        fill = boxes[-1].new_zeros(max(MASK_STEP, -(-count // MASK_STEP) * MASK_STEP) - count, 4)
-        logits = self._mask_logits(features, [*boxes[:-1], torch.cat((boxes[-1], fill))], image_shapes)[:count]
+        padding = boxes[-1].new_zeros(max(MASK_STEP, -(-count // MASK_STEP) * MASK_STEP) - count, 4)
+        logits = self._mask_logits(features, [*boxes[:-1], torch.cat((boxes[-1], padding))], image_shapes)[:count]
         return maskrcnn_loss(logits, boxes, [t["masks"] for t in targets], [t["labels"] for t in targets], matched)
 
 
@@ -206,13 +217,13 @@ def cascade_loss(
     labels: Sequence[Tensor],
     targets: Sequence[Target],
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of all boxes, and smooth L1 of the foreground's deltas, both as means over all boxes not ignored.
+    """Cross-entropy of all boxes and smooth L1 of the foreground deltas, both averaged over all boxes not ignored.
 
     Args:
-        logits (R, num_classes), deltas (R, 4): of the boxes of all images.
-        boxes (R_i, 4), matched (R_i,), labels (R_i,): of each image; the true box that a box matches, and its class.
+        logits (R, num_classes), deltas (R, 4): predictions for the boxes of all images.
+        boxes (R_i, 4): of image i. matched (R_i,): index of each box's true box. labels (R_i,): its class.
     """
-    # Nothing here waits for the GPU: what does not count is masked, not taken out.
+    # Masking, unlike indexing, does not synchronise with the GPU.
     all_labels = torch.cat(list(labels))
     count = (all_labels != IGNORED).sum().clamp(min=1)
     classification = F.cross_entropy(logits, all_labels, ignore_index=IGNORED, reduction="sum") / count
@@ -225,5 +236,5 @@ def cascade_loss(
 
 
 def _encoded(coder: BoxCoder, boxes: Tensor, matched: Tensor, truth: Tensor) -> Tensor:
-    """Deltas (R, 4) from boxes to the true boxes that they match; of an image without any, zeros."""
+    """Deltas (R, 4) from boxes to their true boxes; zeros for an image without true boxes."""
     return coder.encode_single(truth.to(boxes.dtype)[matched], boxes) if len(truth) else torch.zeros_like(boxes)

@@ -1,8 +1,9 @@
-"""Detectors: torchvision's, and the cascade, on the feature maps of any timm model."""
+"""Detectors on the feature maps of any timm model: torchvision's, and a three-stage cascade."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +18,71 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
+from vim.timm_models.config import ModelConfig
+
 from .cascade import CascadePredictor, CascadeRoIHeads
-from .config import DetectorConfig
 from .pyramid import LEVELS, STRIDES, OnBackbone, PyramidBackbone
 from .sampling import BalancedSampler
 
-BOX_POOL, MASK_POOL = 7, 14  # cells of a pooled region
+BOX_POOL, MASK_POOL = 7, 14  # edge of a pooled region, in cells
 STAGES = 3
+SIZE_STEP = 64  # stride of the pyramid's top level, in pixels
+
+Heads = Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "fcos"]
+
+
+@dataclass
+class DetectorConfig(ModelConfig):
+    """The detector. name, pretrained, checkpoint and kwargs are for its backbone, any timm model."""
+
+    detector: Heads = "cascade_mask_rcnn"
+    """Heads: faster_rcnn, mask_rcnn or fcos of torchvision; cascade_rcnn or cascade_mask_rcnn with three stages."""
+    img_size: int = 1024
+    """Edge of the square input in pixels, a multiple of 64; images are scaled to fit and padded."""
+    channels: int = 256
+    """Channels of each pyramid level and of the heads' convolutions; fully connected layers have four times as many."""
+    regions: int = 512
+    """Regions per image on which the box heads train."""
+    score_threshold: float = 0.05
+    """Minimum score of a reported box, 0..1."""
+    nms_threshold: float = 0.5
+    """Non-maximum suppression drops the worse of two boxes of a class if their IoU is above this, 0..1."""
+    max_boxes: int = 100
+    """Maximum number of reported boxes per image; COCO's average precision counts 100."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.img_size < SIZE_STEP or self.img_size % SIZE_STEP:
+            raise ValueError(f"model.img_size must be a multiple of {SIZE_STEP} pixels, got {self.img_size}")
+        if "img_size" in self.kwargs:
+            raise ValueError("model.kwargs.img_size would resize the backbone alone; set model.img_size")
+        for name in ("score_threshold", "nms_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"model.{name} must be from 0 to 1, got {getattr(self, name)}")
+        for name in ("channels", "regions", "max_boxes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.detector == "fcos" and self.channels % 32:  # the group norm of torchvision's heads has 32 groups
+            raise ValueError(f"model.channels must be a multiple of 32 for fcos, got {self.channels}")
+        if self.detector == "fcos" and self.channels == 32 and self.img_size == SIZE_STEP:
+            # The top level is one cell and each group one channel. Group norm refuses a single value, and turns
+            # values of several images into constants.
+            raise ValueError(
+                "model.channels must be at least 64 for fcos at img_size 64, or its group norm would see single "
+                "values; got 32, take 64 or a larger img_size"
+            )
+
+    @property
+    def masks(self) -> bool:
+        return "mask" in self.detector
 
 
 class Detector(OnBackbone):
     """Images in, losses or detections out.
 
     Args:
-        config: of detector and backbone. num_classes: without the background.
+        config: of detector and backbone.
+        num_classes: without the background.
 
     Raises: ConfigError for a backbone that does not fit.
     """
@@ -41,36 +93,36 @@ class Detector(OnBackbone):
         super().__init__()
         backbone = PyramidBackbone(config, config.img_size, config.channels)
         self.name = config.name
-        self.arrived = backbone.body.arrived  # of the backbone's weights; the rest is new
+        self.loaded_weights = backbone.body.loaded_weights  # of the backbone; the rest starts at random
         self.network = _NETWORKS[config.detector](backbone, config, num_classes)
-        cfg: dict[str, Any] = backbone.body.pretrained_cfg  # type: ignore[assignment]
+        cfg = backbone.body.pretrained_cfg
         self.network.transform = _FitSquare(config.img_size, cfg["mean"], cfg["std"])
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Training: losses by name, of images that fit into the square. Else: detections of images of any sizes.
+        """Losses by name in training mode, detections in evaluation mode.
 
         Args:
-            images: (3, H, W) each, 0..1.
+            images: (3, H, W) each, 0..1; of any size in evaluation mode, no larger than the square in training.
             targets: boxes (n, 4) as x1, y1, x2, y2 in pixels, labels (n,) from 1 up and, for masks, masks (n, H, W).
 
-        Returns: in evaluation mode, for each image boxes, labels, scores (n,) falling, and masks (n, 1, H, W), 0..1,
-            in pixels of the image as it was given.
+        Returns: in evaluation mode, for each image: boxes, labels, scores (n,) in descending order and, for masks,
+            masks (n, 1, H, W), 0..1, in pixels of the input image.
         """
         return self.network(images, targets)
 
 
 class _FitSquare(GeneralizedRCNNTransform):
-    """Normalise; scale to fit into a square (not in training, whose images fit already); pad to it, right and below.
+    """Normalise, scale to fit into a square, and pad to it on the right and at the bottom.
 
-    torchvision's own scales without a filter: what shrinks turns to noise.
+    Training images already fit and are not scaled. Unlike torchvision's transform, this one scales with antialiasing.
     """
 
     def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]):
         super().__init__(size, size, list(mean), list(std), size_divisible=size)
         self.size = size
-        # torchvision makes tensors of them for each image, and waits until the GPU has them.
+        # As buffers: torchvision builds tensors from them for each image, which synchronises with the GPU.
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
@@ -88,7 +140,7 @@ class _FitSquare(GeneralizedRCNNTransform):
         return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0], target
 
 
-# Box deltas of low precision would move a box by pixels: what heads say of boxes is fp32 under autocast too.
+# The outputs of all box heads are fp32 under autocast too: rounding a delta to bf16 would move a box by pixels.
 
 
 class _RegionHead(RPNHead):
@@ -107,7 +159,7 @@ class _PointHead(FCOSHead):
     def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
         found = {name: value.float() for name, value in super().forward(x).items()}
         if not self.training:
-            # torchvision has a class for the background too, and would report it like any other.
+            # torchvision's FCOS has an output for the background and would report it like any other class.
             found["cls_logits"][..., 0] = -math.inf
         return found
 
@@ -125,7 +177,7 @@ def _mask_parts(channels: int, num_classes: int) -> dict[str, Any]:
 
 
 def _two_stages(backbone: PyramidBackbone, config: DetectorConfig, num_classes: int) -> FasterRCNN:
-    """Region proposals and a box head, with masks if wanted."""
+    """Region proposals and a box head, with a mask head if the config has masks."""
     channels = backbone.out_channels
     anchors = AnchorGenerator(
         tuple((8 * stride,) for stride in (*STRIDES, 2 * STRIDES[-1])), ((0.5, 1.0, 2.0),) * (len(STRIDES) + 1)
@@ -134,8 +186,8 @@ def _two_stages(backbone: PyramidBackbone, config: DetectorConfig, num_classes: 
         backbone,
         rpn_anchor_generator=anchors,
         rpn_head=_RegionHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2),
-        # torchvision takes 2,000 of each level into the suppression: 15 % of the GPU's time in a step of Vim-Ti with
-        # the mask cascade, batch 4 at 1024 pixels on an H100.
+        # torchvision keeps 2,000 per level before suppression, which then took 15 % of the GPU time of a training step
+        # (Vim-Ti, mask cascade, batch 4 at 1024 pixels, H100).
         rpn_pre_nms_top_n_train=1000,
         rpn_post_nms_top_n_train=1000,
         box_roi_pool=_pool(BOX_POOL),
@@ -148,8 +200,8 @@ def _two_stages(backbone: PyramidBackbone, config: DetectorConfig, num_classes: 
         **(_mask_parts(channels, num_classes) if config.masks else {}),
     )
     for part in (network.rpn, network.roi_heads):
-        drawn = part.fg_bg_sampler
-        part.fg_bg_sampler = BalancedSampler(drawn.batch_size_per_image, drawn.positive_fraction)
+        theirs = part.fg_bg_sampler
+        part.fg_bg_sampler = BalancedSampler(theirs.batch_size_per_image, theirs.positive_fraction)
     return network
 
 

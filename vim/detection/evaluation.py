@@ -1,4 +1,4 @@
-"""Average precision as COCO counts it, each image once for any number of processes."""
+"""COCO's metrics of a detector, with each image counted once for any number of processes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,14 +11,15 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vim.console.errors import ConfigError, RunError
+from vim.console.progress import Progress
 from vim.data.loaders import batches_of
-from vim.training.errors import ConfigError, RunError
-from vim.training.progress import Progress
 
 from .coco import CocoData
 
-# COCO's twelve numbers, in its order: average precision over IoU 0.50..0.95, at 0.50 and 0.75, of small, medium and
-# large objects; average recall with 1, 10 and 100 boxes an image, and of small, medium and large objects.
+# COCO's twelve metrics, in its order.
+# AP: average precision over IoU 0.50..0.95, at 0.50, at 0.75, and of small, medium and large objects.
+# AR: average recall with 1, 10 and 100 boxes per image, and of small, medium and large objects.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 Kind = Literal["bbox", "segm"]
 PREFIXES: dict[Kind, str] = {"bbox": "", "segm": "mask_"}
@@ -27,11 +28,14 @@ MASK_THRESHOLD = 0.5
 
 @dataclass
 class Evaluation:
-    """Results on `images` images.
+    """The results of an evaluation.
 
-    predictions: in COCO's result format. values: COCO's twelve, from 0 to 1, of masks with mask_ before their names; -1
-    where there is no such object. per_class: for each class by its name AP and AP50, likewise, and from the curve at an
-    IoU of 0.5 the best F1 and the threshold of scores that gives it.
+    Attributes:
+        images: number of images.
+        predictions: in COCO's result format.
+        values: COCO's twelve METRICS, 0..1, or -1 if there is no such object; those of masks are prefixed with mask_.
+        per_class: by class name: AP and AP50, likewise; F1, the best on the precision-recall curve at IoU 0.5; and
+            threshold, the score at which it is reached.
     """
 
     images: int
@@ -46,12 +50,14 @@ class Evaluation:
 def coco_metrics(
     truth: dict[str, Any], predictions: list[dict[str, Any]], kind: Kind
 ) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
-    """COCO's metrics, from 0 to 1, and -1 where there is no object to find.
+    """COCO's metrics, 0..1, or -1 if there is no such object.
 
     Args:
-        truth: in COCO's annotation format, predictions: in its result format. kind: boxes or masks.
+        truth: in COCO's annotation format.
+        predictions: in COCO's result format.
+        kind: bbox for boxes, segm for masks.
 
-    Returns: the twelve METRICS, and of each category by its id AP, AP50, F1 and threshold; see `Evaluation`.
+    Returns: the twelve METRICS; and AP, AP50, F1 and threshold by category id, see `Evaluation`.
     """
     try:
         from faster_coco_eval import COCO, COCOeval_faster
@@ -63,18 +69,19 @@ def coco_metrics(
     run.evaluate()
     run.accumulate()
     run.summarize()
-    # (IoU, recall, category, area, boxes an image); -1: none
+    # (IoU, recall, category, area, boxes per image); -1: no such object
     precision, scores = (torch.from_numpy(run.eval[name]) for name in ("precision", "scores"))
     recall = torch.from_numpy(run.params.recThrs)
-    each = {}
+    per_category = {}
     for place, category in enumerate(run.params.catIds):
         values = {"AP": precision[:, :, place, 0, -1], "AP50": precision[0, :, place, 0, -1]}
-        each[category] = {name: v[v > -1].mean().item() if (v > -1).any() else -1.0 for name, v in values.items()}
+        row = {name: v[v > -1].mean().item() if (v > -1).any() else -1.0 for name, v in values.items()}
         at_half = values["AP50"].clamp(min=0)
         f1 = 2 * at_half * recall / (at_half + recall).clamp(min=1e-12)
         best = int(f1.argmax())
-        each[category] |= {"F1": f1[best].item(), "threshold": scores[0, best, place, 0, -1].clamp(min=0).item()}
-    return dict(zip(METRICS, map(float, run.stats[: len(METRICS)]), strict=True)), each
+        threshold = scores[0, best, place, 0, -1].clamp(min=0).item()
+        per_category[category] = row | {"F1": f1[best].item(), "threshold": threshold}
+    return dict(zip(METRICS, map(float, run.stats[: len(METRICS)]), strict=True)), per_category
 
 
 def _silent(*_: Any) -> None:
@@ -90,18 +97,18 @@ def evaluate(
     progress: Progress,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Detect on all images, and measure.
+    """Run a detector on all images and compute COCO's metrics.
 
     Args:
-        model: see `Detector`. Left in eval mode.
-        loader: of `data`, prepared by the accelerator.
-        after_batch: called after each batch, on all processes; may raise.
+        model: see `Detector`; stays in evaluation mode.
+        loader: the dataloader of `data`, prepared by the accelerator.
+        after_batch: called after each batch in every process; may raise.
 
-    Returns: the same on all processes.
+    Returns: the same in every process.
     """
     model.eval()
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        progress.line("warning: the model has weights that are not finite; it will find nothing")
+        progress.line("warning: the model has non-finite weights and will detect nothing")
     mine: dict[int, list[dict[str, Any]]] = {}
     with progress.bar("evaluating", len(loader)) as advance:
         for images, targets in batches_of(loader):
@@ -111,10 +118,10 @@ def evaluate(
                 mine[target["image_id"]] = as_results(detected, target["image_id"], data.category_ids)
             advance("")
             after_batch()
-    # An image may be in twice: the last batches are filled up to one for each process.
+    # An image may occur twice: accelerate pads the last batches so that every process gets one.
     images_of = dict(gather_object(list(mine.items())))
     if len(images_of) != len(data):
-        raise RunError(f"evaluation saw {len(images_of)} images of {len(data)}")
+        raise RunError(f"evaluation saw {len(images_of)} of {len(data)} images")
     evaluation = Evaluation(len(images_of), [row for image in data.image_ids for row in images_of[image]])
     truth = data.truth()
     kinds: tuple[Kind, ...] = ("bbox", "segm") if data.masks else ("bbox",)
@@ -129,7 +136,7 @@ def evaluate(
 
 
 def as_results(detected: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:
-    """Detections of one image in COCO's result format: boxes as x, y, width, height; masks run-length encoded."""
+    """The detections of an image in COCO's result format: boxes as x, y, width, height; masks run-length encoded."""
     corners = detected["boxes"].double().cpu()
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
     rows = [

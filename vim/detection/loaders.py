@@ -1,118 +1,71 @@
-"""Images with boxes and masks for training, and images for evaluation."""
+"""Datasets and dataloaders: augmented images with boxes and masks to train on, plain images to evaluate."""
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.ops import box_area
 from torchvision.transforms import v2
-from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
-from torchvision.tv_tensors import Image as TVImage
 
+from vim.console.free_on_resume import FREE_ON_RESUME
 from vim.data import SampleKey
-from vim.data.config import BadImages
+from vim.data.config import BadImages, check_loading
 from vim.data.loaders import load_or_replace, loader
 from vim.data.randomness import derive_seed, preserved_generators, seed_cpu_generators
 
 from .coco import CocoData
-from .config import JitterConfig
+from .transforms import Target, Transform
 
-Target = dict[str, Any]
 Sample = tuple[Tensor, Target, list[str]]  # image, target, and the paths of files that could not be read
 Batch = tuple[list[Tensor], list[Target], list[str]]
-Transform = Callable[[Image.Image, Target], tuple[Tensor, Target]]
-SMALLEST_EDGE = 1.0  # pixels; of a box that a cut has left
-MOST_HIDDEN = 0.5  # of a box's area, by erasing
 
 
-class _CropToFit(v2.Transform):
-    """Cut off at random places what is larger than a square; padding waits for the batch."""
+@dataclass
+class DetectionEvalDataConfig:
+    """Data in COCO's format."""
 
-    def __init__(self, size: int):
-        super().__init__()
-        self.size = size
+    root: str = field(default="data/coco", metadata=FREE_ON_RESUME)
+    """Folder of the data set."""
+    val_annotations: str = "annotations/instances_val2017.json"
+    """Annotation file to evaluate on, relative to root."""
+    val_images: str = "val2017"
+    """Folder of the evaluation images, relative to root."""
+    batch_size: int = field(default=8, metadata=FREE_ON_RESUME)  # the total batch is checked with the checkpoint
+    """Images per process and step."""
+    num_workers: int = field(default=4, metadata=FREE_ON_RESUME)
+    """Dataloader workers per process; 0 loads in the process itself. Results do not depend on it."""
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2.query_size(flat_inputs)
-        new = min(height, self.size), min(width, self.size)
-        top, left = (int(torch.randint(old - n + 1, ())) for old, n in zip((height, width), new, strict=True))
-        return {"top": top, "left": left, "height": new[0], "width": new[1]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(v2.functional.crop, inpt, **params)
-
-
-class _RandomErasing(v2.RandomErasing):
-    """A rectangle in one random colour over the image; boxes go of which it hides more than half.
-
-    (torchvision's own leaves boxes and masks as they are.) For images of 0..1, in front of SanitizeBoundingBoxes.
-    """
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        params = super().make_params(flat_inputs)
-        return params if params["v"] is None else params | {"v": torch.rand(3, 1, 1)}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if params["v"] is None:  # no place found for a rectangle
-            return inpt
-        top, left, bottom, right = params["i"], params["j"], params["i"] + params["h"], params["j"] + params["w"]
-        changed = inpt.clone()
-        if isinstance(inpt, BoundingBoxes):
-            hidden = inpt.as_subclass(Tensor).clone()
-            hidden[:, 0::2].clamp_(left, right)
-            hidden[:, 1::2].clamp_(top, bottom)
-            changed[box_area(hidden) > MOST_HIDDEN * box_area(inpt)] = 0
-        else:
-            changed[..., top:bottom, left:right] = params["v"] if isinstance(inpt, TVImage) else 0
-        return changed
+    def __post_init__(self):
+        check_loading(self.batch_size, self.num_workers)
 
 
-def train_transform(augment: JitterConfig, size: int) -> Transform:
-    """Large-scale jitter, a cut to fit into size x size pixels, flips, colours and erasing; from the global generators.
+@dataclass
+class DetectionDataConfig(DetectionEvalDataConfig):
+    """Data in COCO's format."""
 
-    A box of which a cut leaves less than a pixel goes, with its mask.
+    train_annotations: str = "annotations/instances_train2017.json"
+    """Annotation file to train on, relative to root."""
+    train_images: str = "train2017"
+    """Folder of the training images, relative to root."""
+    passes: int = 1
+    """Passes over the training set per epoch, each with new augmentation; raise it for small sets."""
+    bad_images: BadImages = field(default="raise", metadata=FREE_ON_RESUME)
+    """Unreadable training images: raise stops at the first; skip replaces each by another, counts and lists them."""
 
-    Source: Ghiasi et al. 2021, arXiv 2012.07177, "large scale jittering".
-    """
-    jitter = augment.color_jitter
-    steps = [
-        v2.ScaleJitter((size, size), augment.scale),
-        _CropToFit(size),
-        v2.RandomHorizontalFlip(augment.hflip),
-        v2.RandomVerticalFlip(augment.vflip),
-        *([v2.ColorJitter(jitter, jitter, jitter)] if jitter else []),
-        v2.ClampBoundingBoxes(),
-        v2.ToDtype(torch.float32, scale=True),
-        *([_RandomErasing(augment.erasing)] if augment.erasing else []),
-        v2.SanitizeBoundingBoxes(min_size=SMALLEST_EDGE, labels_getter=_follow_boxes),
-        v2.ToPureTensor(),
-    ]
-    compose = v2.Compose(steps)
-
-    def transform(image: Image.Image, target: Target) -> tuple[Tensor, Target]:
-        pixels = v2.functional.to_image(image)
-        canvas = (image.height, image.width)
-        boxes = BoundingBoxes(target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=canvas)  # type: ignore[call-overload]
-        masks = {"masks": Mask(target["masks"])} if "masks" in target else {}
-        return compose(pixels, target | {"boxes": boxes} | masks)
-
-    return transform
-
-
-def _follow_boxes(inputs: tuple[Tensor, Target]) -> tuple[Tensor, ...]:
-    """What has a row for each box."""
-    target = inputs[1]
-    return tuple(target[name] for name in ("labels", "masks") if name in target)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.passes < 1:
+            raise ValueError(f"data.passes must be at least 1, got {self.passes}")
 
 
 class TrainImages(Dataset[Sample]):
-    """Augmented images (3, H, W), 0..1, with boxes, labels and maybe masks: a SampleKey gives the same in any process.
+    """Augmented images (3, H, W), 0..1, with boxes, labels and, if the data has them, masks.
 
-    passes: times that an epoch has each image.
-    bad_images: with "skip", another image takes the place of one that cannot be read.
+    A SampleKey gives the same sample in every process.
+
+    Args:
+        passes: how often an epoch uses each image.
+        bad_images: "skip" replaces an unreadable image by another.
     """
 
     def __init__(self, data: CocoData, transform: Transform, seed: int, passes: int, bad_images: BadImages = "raise"):
@@ -137,7 +90,7 @@ class TrainImages(Dataset[Sample]):
 
 
 class EvalImages(Dataset[tuple[Tensor, Target]]):
-    """Images (3, H, W), 0..1, as they are, with their image_id, in the order of the data."""
+    """Unchanged images (3, H, W), 0..1, with their targets, in the order of the data."""
 
     def __init__(self, data: CocoData):
         self.data = data
@@ -156,7 +109,7 @@ def train_loader(images: TrainImages, sampler: Sampler, batch_size: int, num_wor
 
 
 def eval_loader(images: EvalImages, batch_size: int, num_workers: int) -> DataLoader:
-    """Batches (list of images, list of targets) in the data's order, the last one as small as it is."""
+    """Batches (list of images, list of targets) in the order of the data; the last one may be smaller."""
     return loader(images, batch_size, num_workers, shuffle=False, collate_fn=_as_lists)
 
 

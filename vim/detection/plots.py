@@ -1,4 +1,4 @@
-"""Pictures of detections and learning curves, as PNG files. matplotlib is optional, and imported only here."""
+"""Plots of detections and learning curves as PNG files. matplotlib is optional; only these functions import it."""
 
 from pathlib import Path
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vim.training.plots import plain_text, save_figure
+from vim.figures import plain_text, save_figure
 
 from .coco import decode_mask
 
-MAX_NAMES = 40  # boxes in a picture beyond which their names would hide it
+MAX_NAMES = 40  # with more boxes in an image, their names would cover it
 
 
 def plot_learning_curve(history: list[dict[str, Any]], path: Path) -> None:
-    """Loss and average precision by epoch; `history` holds the lines of log.jsonl."""
+    """Plot loss and average precision by epoch; `history` holds the lines of log.jsonl."""
     from matplotlib.figure import Figure
 
     epochs = [record["epoch"] for record in history]
@@ -40,18 +40,19 @@ def plot_detections(
     names: dict[int, str],
     path: Path,
 ) -> None:
-    """A row for each image: the truth on the left, predictions on the right.
+    """Draw one row per image: ground truth on the left, predictions on the right.
 
     Args:
-        truths, predictions: annotations and results in COCO's format, of each image. names: of the categories.
+        truths, predictions: for each image, its annotations and results in COCO's format.
+        names: of the categories, by id.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6 * len(images)), layout="constrained")
     grid = figure.subplots(len(images), 2, squeeze=False)
     for (left, right), image, truth, found in zip(grid, images, truths, predictions, strict=True):
-        _draw(left, image, truth, names, f"truth: {len(truth)}")
-        _draw(right, image, found, names, f"predicted, from the score of the best F1: {len(found)}")
+        _draw(left, image, truth, names, f"ground truth: {len(truth)}")
+        _draw(right, image, found, names, f"predictions at the threshold of the best F1: {len(found)}")
     save_figure(figure, path, 80)
 
 

@@ -1,18 +1,20 @@
-"""A trained detector in its run folder."""
+"""Saving a trained detector to its run folder, and loading it."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vim.training.errors import RunError
-from vim.training.store import CONFIG, load_trained, read_about, save_trained
+from vim.console.errors import RunError
+from vim.timm_models.name import CONFIG
+from vim.training.store import load_trained, read_about, save_trained
 
-from .config import DetectionTrainConfig, DetectorConfig
-from .detector import Detector
+from .detector import Detector, DetectorConfig
+
+TRAINING_TOOL = "tools/train_detection.py"
 
 
 @dataclass
 class StoredDetector:
-    """A detector with its classes in label order, their ids in COCO's format, and where its weights are from."""
+    """A detector, its classes in label order, their COCO category ids, and the source of its weights."""
 
     model: Detector
     config: DetectorConfig
@@ -22,7 +24,7 @@ class StoredDetector:
 
 
 def save_detector(detector: StoredDetector, folder: Path) -> None:
-    # Weights that the training began with are no part of the trained model.
+    # Loading must not fetch the initial weights of the training run.
     config = asdict(detector.config) | {"pretrained": False, "checkpoint": None}
     about = {"detector": config, "classes": detector.classes, "category_ids": detector.category_ids}
     save_trained(detector.model, about, folder)
@@ -32,17 +34,17 @@ def load_detector(folder: str | Path, checkpoint: str | None = None) -> StoredDe
     """The detector of a run folder, in evaluation mode.
 
     Args:
-        checkpoint: takes the weights from this file instead: safetensors, or a checkpoint of a run, of which the
-            averaged weights count where there are any.
+        checkpoint: take the weights from this file instead: safetensors, or a checkpoint of a run; its averaged
+            weights (EMA) if it has any.
 
-    Raises: RunError for a folder without a detector, or weights that do not fit it.
+    Raises: RunError for a folder without a detector or a damaged file; ConfigError for weights that do not fit.
     """
     folder = Path(folder)
-    about = read_about(folder, "detector", DetectionTrainConfig.TOOL)
+    about = read_about(folder, "detector", TRAINING_TOOL)
     try:
         config, classes, ids = DetectorConfig(**about["detector"]), list(about["classes"]), list(about["category_ids"])
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{folder / CONFIG} is damaged, or of another version: {error}") from error
+        raise RunError(f"{folder / CONFIG} is damaged or from another version: {error}") from error
     model = Detector(config, len(classes))
     weights = load_trained(model, folder, checkpoint)
     return StoredDetector(model.eval(), config, classes, ids, weights)

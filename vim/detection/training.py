@@ -1,37 +1,51 @@
-"""Detection: its parts of a training run."""
+"""Training a detector: the parts of a run that are specific to detection."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from vim.console.errors import ConfigError
+from vim.console.progress import Progress
 from vim.data import KeyedSampler
 from vim.files import write_json
+from vim.timm_models.create import weights_from
+from vim.timm_models.precision import AUTOCAST
+from vim.training.config import RunConfig
 from vim.training.data_record import names_within, record_data
-from vim.training.errors import ConfigError
 from vim.training.graphs import capture_training, wants_cuda_graph
-from vim.training.model import weights_from
-from vim.training.progress import Progress
 from vim.training.run_folder import RunFolder
-from vim.training.trainer import AUTOCAST, Trainer
+from vim.training.trainer import Trainer
 
 from .coco import CocoData
-from .config import DetectionDataConfig, DetectionTrainConfig
-from .detector import Detector
+from .detector import Detector, DetectorConfig
 from .evaluation import Evaluation, evaluate
-from .loaders import EvalImages, Target, TrainImages, eval_loader, train_loader, train_transform
+from .loaders import DetectionDataConfig, EvalImages, TrainImages, eval_loader, train_loader
 from .plots import plot_learning_curve
 from .sheet import write_sheet
-from .store import StoredDetector, save_detector
+from .store import TRAINING_TOOL, StoredDetector, save_detector
+from .transforms import JitterConfig, Target, train_transform
 
 SHEET_IMAGES = 6
 
 
+@dataclass
+class DetectionTrainConfig(RunConfig):
+    """The run."""
+
+    TOOL: ClassVar[str] = TRAINING_TOOL
+
+    model: DetectorConfig = field(default_factory=DetectorConfig)
+    data: DetectionDataConfig = field(default_factory=DetectionDataConfig)
+    augment: JitterConfig = field(default_factory=JitterConfig)
+
+
 class Detection(Trainer):
-    """Training of a detector; see `Trainer`."""
+    """The training run of a detector; see `Trainer`."""
 
     METRIC = "AP"
     config: DetectionTrainConfig
@@ -43,7 +57,7 @@ class Detection(Trainer):
         self.data = _read(data, data.val_annotations, data.val_images, config.model.masks)
         if train.categories != self.data.categories:
             raise ConfigError(
-                f"{data.train_annotations} and {data.val_annotations} have other categories: "
+                f"{data.train_annotations} and {data.val_annotations} have different categories: "
                 f"{train.categories} and {self.data.categories}"
             )
         self.about_data = f"training on {train.describe()}\nevaluating on {self.data.describe()}"
@@ -65,7 +79,7 @@ class Detection(Trainer):
         if config.model.grad_checkpointing:
             model.set_grad_checkpointing()
         if config.model.compile:
-            backbone.compile()  # the heads' shapes change with every image
+            backbone.compile()  # not the heads: their shapes change with every image
         captured = wants_cuda_graph(model, config.model, self.accelerator, self.sharded)
         if captured:
             size = config.model.img_size
@@ -81,13 +95,13 @@ class Detection(Trainer):
 
     def initial_weights(self) -> str:
         line, from_elsewhere = super().initial_weights(), weights_from(self.state.model) is not None
-        return f"{line}; of pyramid and heads: random (seed {self.config.seed})" if from_elsewhere else line
+        return f"{line}; pyramid and heads: random (seed {self.config.seed})" if from_elsewhere else line
 
     def describe(self) -> str:
         model, parameters = self.config.model, sum(p.numel() for p in self.state.model.parameters())
         return (
             f"{model.detector} on {model.name}: {parameters:,} parameters, {len(self.data.classes)} classes, "
-            f"{model.img_size} pixels, {self.images_per_epoch} images an epoch, "
+            f"{model.img_size} pixels, {self.images_per_epoch} images per epoch, "
             f"{self.accelerator.num_processes} x {self.accelerator.device.type}\n{self.about_data}"
         )
 
@@ -96,7 +110,7 @@ class Detection(Trainer):
         return "  ".join(f"{key} {record[key]:.3f}" for key in keys if key in record)
 
     def summary(self) -> dict[str, Any]:
-        """Average precisions from 0 to 1, of the weights after the last epoch and of the best one."""
+        """Average precisions, 0..1, of the weights after the last epoch and of the best ones."""
         about = {"model": self.config.model.name, "detector": self.config.model.detector}
         last, metrics = self.state.history[-1], self.evaluation.metrics()
         averaged = {f"ema_{name}": last[f"ema_{name}"] for name in metrics if f"ema_{name}" in last}
@@ -104,7 +118,7 @@ class Detection(Trainer):
         return about | metrics | averaged | counted | super().summary()
 
     def write_results(self, run: RunFolder, models: dict[str, nn.Module]) -> str:
-        """Models, predictions.json, detections.png and learning_curve.png."""
+        """Write the models, predictions.json, detections.png and learning_curve.png."""
         for name, model in models.items():
             assert isinstance(model, Detector)
             stored = StoredDetector(model, self.config.model, self.data.classes, self.data.category_ids)

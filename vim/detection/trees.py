@@ -1,7 +1,7 @@
-"""Trees from above: real photographs with boxes, from the deepforest package, as a data set in COCO's format.
+"""A data set of trees in aerial photographs, from the deepforest package, in COCO's format.
 
-Two pictures are for training and one, taken 13 km away, for evaluation. All are cut into tiles, because COCO's metric
-counts at most 100 boxes an image.
+Two photographs are for training; one, taken 13 km away, is for evaluation. All are cut into tiles because COCO's metric
+counts at most 100 boxes per image.
 """
 
 import importlib.util
@@ -15,32 +15,31 @@ from PIL import Image
 
 from vim.data import DataError
 from vim.data.decode import decode_image
-from vim.data.whole_folder import whole_folder
-from vim.files import write_json
+from vim.files import whole_folder, write_json
 
 from .coco import annotation
 
 TILE = 400  # pixels
-LEAST_VISIBLE = 0.5  # part of a box's area in a tile, from which the tile has it
+LEAST_VISIBLE = 0.5  # a tile keeps the boxes of which it shows at least this share
 PICTURES = {
     "train": ("2019_YELL_2_528000_4978000_image_crop2", "OSBS_029"),
     "val": ("2019_YELL_2_541000_4977000_image_crop",),
 }
-STEPS = {"train": TILE // 2, "val": TILE}  # at most so many pixels from tile to tile
+STEPS = {"train": TILE // 2, "val": TILE}  # maximum distance between tiles, in pixels
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 Box = tuple[float, float, float, float]
 
 
 def write_trees(root: str | Path, source: Path | None = None) -> bool:
-    """Write root/train and root/val, tiles as PNG, with root/train.json and root/val.json.
+    """Write tiles as PNG to root/train and root/val, and their annotations to root/train.json and root/val.json.
 
-    A data set that is there already is left as it is. It appears at once, when it is complete.
+    An existing data set stays as it is. A new one appears only when it is complete.
 
     Args:
-        source: folder of the pictures and their boxes; None for that of the installed deepforest package.
+        source: folder of the photographs and their boxes; None takes the installed deepforest package.
 
     Returns: True if it wrote the data set.
-    Raises: DataError if root exists and is something else, or the pictures cannot be found.
+    Raises: DataError if root exists and holds something else, or if the photographs cannot be found or read.
     """
     root = Path(root)
     if root.exists():
@@ -57,19 +56,19 @@ def write_trees(root: str | Path, source: Path | None = None) -> bool:
 
 
 def _has_split(root: Path, split: str) -> bool:
-    """Are all tiles there that the annotations name, and no others?"""
+    """Does the folder hold exactly the tiles that the annotations name?"""
     try:
         names = {image["file_name"] for image in json.loads((root / f"{split}.json").read_bytes())["images"]}
         ours = bool(names) and all(name.startswith(PICTURES[split]) for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no such file, or another form
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no such file, or not in this format
         return False
     return ours and names == {path.name for path in (root / split).glob("*.png")}
 
 
 def _package_data() -> Path:
-    spec = importlib.util.find_spec("deepforest")  # not imported: it would need much that we do not
+    spec = importlib.util.find_spec("deepforest")  # finds it without importing its many dependencies
     if spec is None or not spec.submodule_search_locations:
-        raise DataError("the pictures come with the package deepforest: pip install --no-deps deepforest")
+        raise DataError("the photographs come with the package deepforest: pip install --no-deps deepforest")
     return Path(spec.submodule_search_locations[0]) / "data"
 
 
@@ -93,7 +92,7 @@ def _write_split(root: Path, split: str, pictures: list[Path]) -> None:
 
 
 def _read(picture: Path) -> tuple[Image.Image, list[Box]]:
-    """A picture and its boxes x1, y1, x2, y2, from the PNG and XML (Pascal VOC) files of that name."""
+    """A photograph and its boxes x1, y1, x2, y2, from the PNG and the XML (Pascal VOC) file of that name."""
     image_file, boxes_file = (picture.with_name(picture.name + suffix) for suffix in (".png", ".xml"))
     for file in (image_file, boxes_file):
         if not file.is_file():
@@ -106,23 +105,22 @@ def _read(picture: Path) -> tuple[Image.Image, list[Box]]:
                 raise ValueError(f"a box from {x1:g}, {y1:g} to {x2:g}, {y2:g}")
             boxes.append((x1, y1, x2, y2))
     except (ElementTree.ParseError, ValueError) as error:
-        raise DataError(f"cannot read the boxes of {boxes_file}: {error}; install deepforest anew") from error
+        raise DataError(f"cannot read the boxes of {boxes_file}: {error}; reinstall deepforest") from error
     try:
         return decode_image(image_file, 3, image_file), boxes
     except DataError as error:
-        raise DataError(f"{error}; or install deepforest anew") from error
+        raise DataError(f"{error}; or reinstall deepforest") from error
 
 
 def tile_starts(length: int, step: int) -> list[int]:
-    """Where tiles start along an edge, evenly spread, at most `step` pixels apart, none reaching beyond the end."""
+    """Starts of tiles along an edge: evenly spread, at most `step` pixels apart, the last one ending at the end."""
     rest = max(0, length - TILE)
     count = -(-rest // step)
     return [round(i * rest / count) for i in range(count + 1)] if count else [0]
 
 
 def boxes_in_tile(boxes: list[Box], tile: tuple[int, int, int, int]) -> list[Box]:
-    """The parts x, y, width, height of boxes in a tile x1, y1, x2, y2, of boxes that are visible enough, from its
-    corner."""
+    """The boxes of which a tile x1, y1, x2, y2 shows enough: their visible part as x, y, width, height in the tile."""
     found = []
     for x1, y1, x2, y2 in boxes:
         left, top, right, bottom = max(x1, tile[0]), max(y1, tile[1]), min(x2, tile[2]), min(y2, tile[3])

@@ -1,4 +1,4 @@
-"""Models as files that run without this package: torch.export, ONNX and AOTInductor."""
+"""Export models to files that run without this package: torch.export, ONNX and AOTInductor."""
 
 from .config import ExportConfig
 from .export import export_model

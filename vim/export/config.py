@@ -1,8 +1,8 @@
-"""The configuration of a model export; every field is read, and explained in `--help`."""
+"""Configuration of a model export. `--help` shows the text under each field."""
 
 from dataclasses import dataclass, field
 
-from vim.training.config import LoadedModelConfig
+from vim.timm_models.config import LoadedModelConfig
 
 from .programs import FORMATS
 
@@ -12,15 +12,15 @@ class ExportConfig(LoadedModelConfig):
     """The export."""
 
     formats: list[str] = field(default_factory=lambda: ["pt2", "onnx"])
-    """pt2: torch.export, runs with torch alone; onnx: ONNX; aoti: compiled by TorchInductor for this CPU (minutes)."""
+    """pt2: torch.export, runs with torch alone. onnx: ONNX. aoti: compiled by TorchInductor for this CPU (minutes)."""
     images: str = "data/imagenet/val"
     """Images to check the files with: a folder at any depth, a list (.txt, .tsv), a .tar file or a folder of such."""
     batch_size: int = 4
-    """Images of the check, evenly spread over all; the files take any number."""
+    """Images to verify and time with, evenly spaced in `images`. The exported files take any batch size."""
     threads: int = 2
-    """CPU threads of the timing."""
+    """CPU threads for timing."""
     output: str = "runs/export"
-    """Folder for model.pt2, model.onnx, model_aoti.pt2 and export.json; an older export in it is replaced."""
+    """Folder for model.pt2, model.onnx, model_aoti.pt2 and export.json; an existing export is replaced."""
 
     def __post_init__(self):
         if wrong := [f for f in self.formats if f not in FORMATS]:

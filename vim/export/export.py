@@ -1,4 +1,4 @@
-"""Export, check against the model, time, and say how it went."""
+"""Export a model, verify the files against it, and time them."""
 
 import time
 from pathlib import Path
@@ -8,35 +8,36 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from vim.console.environment import versions
+from vim.console.errors import RunError
+from vim.console.output import make_output
+from vim.console.progress import Progress
 from vim.data import EvalDataConfig, ImageSource, eval_transform
 from vim.files import whole_file, write_json
-from vim.training.environment import versions
-from vim.training.errors import RunError
-from vim.training.model import label_names, load_model, resolve_input, weights_from
-from vim.training.output import make_output
-from vim.training.progress import Progress
+from vim.timm_models.create import label_names, load_model, weights_from
+from vim.timm_models.input import resolve_input
 
 from .config import ExportConfig
 from .programs import FORMATS, Format, Runner, export_program
 
-TOLERANCE = 1e-4  # of outputs up to 1, in fp32; of the largest if they are larger
+TOLERANCE = 1e-4  # fp32; absolute for outputs up to 1, relative to the largest output above
 
 
 def export_model(config: ExportConfig) -> dict[str, Any]:
-    """Write the model to config.output in the chosen formats, and export.json with what a caller of them must know.
+    """Write the model to config.output in the chosen formats, and export.json, which describes input and output.
 
-    Each file is loaded, compared with the model on real images, and gets its name only if they agree.
+    Each file is loaded and compared with the model on real images. It is kept only if they agree.
 
-    Returns: the content of export.json: input (how images become the model's input), output shape and label_names,
-        eager milliseconds, and of each format its file, bytes, seconds, max_abs_error and milliseconds.
-    Raises: DataError, ConfigError, or RunError for a file that does not agree; with a message for the user.
+    Returns: the content of export.json: input (shape and preprocessing), output (shape and label_names), eager
+        milliseconds, and for each format file, bytes, seconds, max_abs_error and milliseconds.
+    Raises: DataError, ConfigError, or RunError for a file that differs from the model; with a message for the user.
     """
     progress = Progress()
     model = load_model(config).eval()
     progress.line(f"weights: {weights_from(model)}")
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
     images, folder = _images(config, data_config), make_output(config.output)
-    eager: Runner = torch.inference_mode()(model)  # type: ignore[assignment]
+    eager: Runner = torch.inference_mode()(model)
     expected = eager(images)
     report: dict[str, Any] = {
         "model": config.model,
@@ -49,17 +50,17 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
     }
     progress.line(f"eager: {_times(report['eager'])}")
     about = folder / "export.json"
-    about.unlink(missing_ok=True)  # it must not describe other files than lie there
+    about.unlink(missing_ok=True)  # an old one would describe other files
     for name in config.formats:
         path = folder / FORMATS[name].file
         report[name] = found = _export(FORMATS[name], model, images, expected, path, config.threads)
         progress.line(
             f"{name}: {path}, {found['bytes'] / 1e6:.1f} MB in {found['seconds']:.0f} s, "
-            f"differs by {found['max_abs_error']:.1e} at most; {_times(found)}"
+            f"largest difference {found['max_abs_error']:.1e}; {_times(found)}"
         )
     write_json(report, about)
     for name in FORMATS.keys() - set(config.formats):
-        (folder / FORMATS[name].file).unlink(missing_ok=True)  # of an older export
+        (folder / FORMATS[name].file).unlink(missing_ok=True)  # from an earlier export
     return report
 
 
@@ -77,7 +78,7 @@ def _export(
         form.write(export_program(model, images.shape[1:], loop=form.loop), unfinished)
         seconds = time.perf_counter() - start
         run = form.read(unfinished, threads)
-        # One image too: a program that takes the example's number for a constant would fail.
+        # Also one image: a program with the example's batch size as a constant would fail.
         error = max(_difference(run(images), expected), _difference(run(images[:1]), expected[:1]))
         allowed = TOLERANCE * max(1.0, expected.abs().max().item())
         if not error <= allowed:
@@ -91,7 +92,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _milliseconds(run: Runner, images: Tensor, threads: int) -> dict[int, float]:
-    """Median time of a call, by the number of images."""
+    """Median time of a call by batch size."""
     found = {}
     for batch in sorted({1, len(images)}):
         timer = Timer("run(images)", globals={"run": run, "images": images[:batch]}, num_threads=threads)

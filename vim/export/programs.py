@@ -1,4 +1,4 @@
-"""A model as a program, and the programs as files that can be called. Input "images" (B, C, H, W), any B >= 1."""
+"""Export models to programs, write programs to files, and read them. Input "images" (B, C, H, W), any B >= 1."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from vim.training.errors import ConfigError
+from vim.console.errors import ConfigError
 from vim_kernels.decompositions import decompositions
 
 Runner = Callable[[Tensor], Tensor]
 
 
 class _Named(nn.Module):
-    """The model under a forward whose argument has a name that its users see."""
+    """Names the model's input "images": users of the exported program see the name."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -26,13 +26,13 @@ class _Named(nn.Module):
 
 
 def export_program(model: nn.Module, image_shape: Sequence[int], *, loop: bool) -> ExportedProgram:
-    """The model in evaluation mode, of ATen operators, for any number of images of the shape (C, H, W).
+    """Export the model in eval mode to ATen operators, for any number of images (C, H, W).
 
-    The model's parameters are frozen: else each call of the program would keep all of its states for a backward.
+    This freezes the model's parameters. Otherwise each call of the program would keep all states for a backward pass.
 
-    loop: each scan is one loop, which ONNX needs; else ATen operators alone.
+    Args: loop: export each scan as one loop, which ONNX needs; otherwise only ATen operators.
     """
-    example = torch.zeros(2, *image_shape)  # sizes of 0 and 1 would be taken for constants
+    example = torch.zeros(2, *image_shape)  # torch.export specialises on sizes 0 and 1
     with torch.no_grad():
         program = torch.export.export(
             _Named(model.eval().requires_grad_(False)), (example,), dynamic_shapes={"images": {0: Dim("batch", min=1)}}
@@ -62,12 +62,12 @@ def read_pt2(path: Path) -> Runner:
 
 
 def read_onnx(path: Path, threads: int) -> Runner:
-    """Under ONNX Runtime on the CPU."""
+    """For ONNX Runtime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Threads take ever smaller parts of a loop: a step of a scan is short, and they wait for each other after each.
+    # Dynamic block sizes balance the threads, which synchronise after every short step of a scan.
     options.add_session_config_entry("session.dynamic_block_base", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
@@ -78,7 +78,7 @@ def read_aoti(path: Path) -> Runner:
 
 
 class Format(NamedTuple):
-    """A kind of file. loop: what its program is made of, as in `export_program`; read: (path, threads of its calls)."""
+    """A file format. loop: as in `export_program`. read: takes the path and the number of threads for calls."""
 
     file: str
     loop: bool

@@ -1,4 +1,4 @@
-"""Features of any timm model for images: exported to shards, read back with one call, judged by simple classifiers."""
+"""Image features of any timm model: export to shards, read them back, evaluate them with kNN and linear probes."""
 
 from .config import FeaturesConfig, KnnConfig, LinearProbeConfig
 from .export import export_features

@@ -1,10 +1,11 @@
-"""The configuration of a feature export; every field is read, and explained in `--help`."""
+"""Configurations of the feature export, kNN and the linear probe. `--help` shows the text under each field."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from vim.training.config import LoadedModelConfig, Precision
+from vim.timm_models.config import LoadedModelConfig
+from vim.timm_models.precision import Precision
 
 POOLS = ("token", "avg", "map")
 
@@ -16,25 +17,25 @@ class FeaturesConfig(LoadedModelConfig):
     images: str = "data/imagenet/val"
     """A folder of images at any depth, a list (.txt, .tsv: path, tab, label), a .tar file or a folder of such."""
     output: str | None = None
-    """Folder; null: runs/features_<name of images>. An unfinished export of the same configuration is gone on with."""
+    """Folder; null: runs/features_<name of images>. An unfinished export of the same configuration is continued."""
     pools: list[str] = field(default_factory=lambda: ["token"])
-    """What to keep of the tokens: token (the class token), avg (mean over the image), map (the image, row by row)."""
+    """Tokens to store: token (the class token), avg (mean over the patches), map (all patches, row by row)."""
     blocks: list[int] | None = None
-    """Blocks whose normalised tokens to take, from 0, or from -1 backwards; null: the model's last features."""
+    """Blocks whose normalised tokens to store; 0 is the first, -1 the last. null: the model's final features."""
     dtype: Literal["fp16", "fp32"] = "fp32"
-    """Of the stored features."""
+    """Type of the stored features."""
     l2: bool = False
     """Scale each feature vector to length 1."""
     format: Literal["parquet", "npz", "safetensors"] = "parquet"
-    """Of the shards."""
+    """File format of the shards."""
     rows_per_shard: int = 8192
-    """Images in a shard. A killed export loses at most the shard at hand of each process."""
+    """Images per shard. A killed export loses at most one unfinished shard per process."""
     batch_size: int = 128
-    """Images in a step."""
+    """Images per batch and process."""
     num_workers: int = 2
-    """Processes that load images, for each exporting process; 0: it loads itself. Results do not depend on it."""
+    """Worker processes per exporting process; 0 loads in that process. Results do not depend on it."""
     precision: Precision = "fp32"
-    """Of the forward pass."""
+    """Autocast precision of the forward pass."""
 
     def __post_init__(self):
         if self.output is None:
@@ -43,9 +44,9 @@ class FeaturesConfig(LoadedModelConfig):
             if pool not in POOLS:
                 raise ValueError(f"pools must be of {', '.join(POOLS)}, got {pool!r}")
         if not self.pools or len(set(self.pools)) < len(self.pools):
-            raise ValueError(f"pools must name at least one, and none twice, got {self.pools}")
+            raise ValueError(f"pools must name at least one pool, and none twice, got {self.pools}")
         if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks)):
-            raise ValueError(f"blocks must name at least one, and none twice, got {self.blocks}; null for the last")
+            raise ValueError(f"blocks must name at least one block, and none twice, got {self.blocks}; null: the last")
         for name in ("rows_per_shard", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -55,28 +56,28 @@ class FeaturesConfig(LoadedModelConfig):
 
 @dataclass
 class KnnConfig:
-    """Nearest-neighbour classification of exported features."""
+    """k-nearest-neighbour classification of exported features."""
 
     train: str = "runs/features_train"
     """Export whose labelled images vote."""
     val: str = "runs/features_val"
     """Export whose labelled images are classified."""
     column: str | None = None
-    """Features to compare, by cosine; null: the first column."""
+    """Column to compare by cosine similarity; null: the first."""
     k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
-    """Numbers of neighbours."""
+    """Numbers of neighbours to try."""
     temperature: float | None = 0.07
-    """A vote weighs exp(similarity / temperature); null: all weigh the same."""
+    """A vote weighs exp(similarity / temperature); null: equal weights."""
     shots: list[int] = field(default_factory=list)
-    """Also with so many images of each class, drawn from train."""
+    """Few-shot runs: images per class, drawn from train. They come in addition to the run on all images."""
     draws: int = 3
-    """Draws for each number of shots."""
+    """Random draws per number of shots."""
     sheet: int = 8
     """Images of val to show with their nearest neighbours, if their files can be read; 0: none."""
     projection: int = 2000
-    """Images of val to lay out in the plane by t-SNE; 0: none."""
+    """Images of val in the t-SNE plot; 0: no plot."""
     output: str = "runs/knn"
-    """Folder for knn.json, knn.png, neighbours.png and projection.png; those of an earlier run are overwritten."""
+    """Folder for knn.json, knn.png, neighbours.png and projection.png; existing ones are overwritten."""
 
     def __post_init__(self):
         if not self.k or min(self.k) < 1:
@@ -88,35 +89,35 @@ class KnnConfig:
 
 @dataclass
 class LinearProbeConfig:
-    """Linear classifiers on exported features: inputs x learning rates, in one pass."""
+    """Linear classifiers on exported features, one for each input and learning rate, trained in one pass."""
 
     train: str = "runs/features_train"
     """Export to train on."""
     val: str = "runs/features_val"
     """Export to report on."""
     last_blocks: list[int] = field(default_factory=lambda: [1, 4])
-    """Inputs: the last so many of the exported blocks, side by side. More than there are count as all."""
+    """Inputs: numbers of last exported blocks to concatenate. Larger numbers mean all blocks."""
     pools: list[str] | None = None
-    """Inputs: of each block, pools that were exported, joined by +; null: the first, and all but maps together."""
+    """Inputs: exported pools to read of each block, several joined by +; null: the first, and all except map."""
     learning_rates: list[float] = field(
         default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0]
     )
-    """The grid, for 256 images an update; scaled by batch_size / 256."""
+    """Learning rates to try, for a batch of 256; scaled by batch_size / 256."""
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 256
-    """Images an update."""
+    """Images per update."""
     select: float = 0.1
-    """Part of the training images that chooses inputs and learning rate; the chosen one is trained again on all."""
+    """Held-out fraction of the training images that selects input and learning rate. The winner is retrained on all."""
     shots: list[int] = field(default_factory=list)
-    """Also with so many images of each class, drawn from train."""
+    """Few-shot runs: images per class, drawn from train. They come in addition to the run on all images."""
     draws: int = 3
-    """Draws for each number of shots."""
+    """Random draws per number of shots."""
     seed: int = 0
-    """Of weights, order and draws."""
+    """Seed of initial weights, order and draws."""
     output: str = "runs/linear_probe"
-    """Folder for linear_probe.json and linear_probe.png; those of an earlier run are overwritten. An unfinished probe
-    of the same configuration is gone on with."""
+    """Folder for linear_probe.json and linear_probe.png; existing ones are overwritten. An unfinished probe of the same
+    configuration is continued."""
 
     def __post_init__(self):
         for name in ("last_blocks", "pools", "learning_rates"):

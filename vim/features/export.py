@@ -1,4 +1,4 @@
-"""Features of every image of a source, in shards that do not depend on how many processes made them."""
+"""Export the features of all images to shards. The number of processes does not change the files."""
 
 import hashlib
 import time
@@ -13,14 +13,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vim.console.environment import versions
+from vim.console.errors import InterruptedRunError, RunError
+from vim.console.interruption import Interruption, interruptible
+from vim.console.progress import Progress
 from vim.data import EvalDataConfig, ImageSource, Transform, eval_transform
 from vim.data.loaders import batches_of, leave_signals_to_the_parent
-from vim.training.environment import versions
-from vim.training.errors import InterruptedRunError, RunError
-from vim.training.interruption import Interruption, interruptible
-from vim.training.model import load_model, resolve_input, weights_from
-from vim.training.progress import Progress
-from vim.training.trainer import create_accelerator
+from vim.timm_models.accelerator import create_accelerator
+from vim.timm_models.create import load_model, weights_from
+from vim.timm_models.input import resolve_input
 
 from .config import FeaturesConfig
 from .extract import FeatureExtractor, weights_hash
@@ -36,11 +37,11 @@ from .store import (
     write_shard,
 )
 
-LONGEST_VALUE = 200  # in a message
+LONGEST_VALUE = 200  # characters of a value in a message
 
 
 class SourceImages(Dataset[tuple[Tensor, int]]):
-    """(in_chans, H, W) and its position."""
+    """Images (in_chans, H, W) with their positions in the source."""
 
     def __init__(self, source: ImageSource, transform: Transform, in_chans: int):
         self.source, self.transform, self.in_chans = source, transform, in_chans
@@ -53,16 +54,17 @@ class SourceImages(Dataset[tuple[Tensor, int]]):
 
 
 def export_features(config: FeaturesConfig) -> dict[str, Any]:
-    """Write config.output: manifest.json, and shards of rows_per_shard images each in the source's order.
+    """Write manifest.json and shards of rows_per_shard images to config.output, in the source's order.
 
-    A shard is the work of one process, cut into batches of its own, and written whole. So its bytes are the same for
-    any number of processes, and a killed export goes on with the shards that are missing. Every process calls this.
+    One process computes a whole shard, in batches that do not cross its ends, and writes it atomically. So its bytes
+    do not depend on the number of processes, and an export that was killed continues with the missing shards.
+    All processes call this function.
 
-    Returns: rows, shards, of these made_now, seconds, images_per_second over all processes.
+    Returns: rows, shards, made_now (shards written by this call), seconds, images_per_second over all processes.
     Raises: DataError, ConfigError or RunError, with a message for the user; InterruptedRunError after SIGTERM or
         Ctrl-C.
     """
-    with interruptible(lambda: "run it again to go on") as interruption:
+    with interruptible(lambda: "run it again to continue") as interruption:
         return _export(config, interruption)
 
 
@@ -78,7 +80,7 @@ def _export(config: FeaturesConfig, interruption: Interruption) -> dict[str, Any
     folder = _folder(config)
     manifest = _manifest(config, extractor, data_config, source, accelerator)
     _check_folder(folder, manifest)
-    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    accelerator.wait_for_everyone()  # all processes have checked the folder before one writes
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder, manifest)
@@ -129,23 +131,23 @@ def _export_shards(
         worker_init_fn=leave_signals_to_the_parent,
     )
     parts: list[dict[str, np.ndarray]] = []
-    held, todo = 0, iter(zip(shards, ranges, strict=True))
+    collected, remaining = 0, iter(zip(shards, ranges, strict=True))
     writing: Future | None = None
     with ThreadPoolExecutor(1) as writer, progress.bar("features", len(batches)) as advance:
-        shard, rows = next(todo, (0, range(0)))
+        shard, rows = next(remaining, (0, range(0)))
         for index, found in _features(loader, extractor, config, accelerator):
             _check_finite(found, index, images.source, config)
             parts.append(found)
-            held += len(index)
-            if held == len(rows):
+            collected += len(index)
+            if collected == len(rows):
                 if writing is not None:
-                    writing.result()  # a full disk shows here; and no more than one shard waits in memory
+                    writing.result()  # raises if the disk is full; keeps one shard at most waiting in memory
                 file = shard_file(_folder(config), shard, config.format)
                 writing = writer.submit(write_shard, file, _joined(parts, rows, images.source), config.format)
-                parts, held = [], 0
-                shard, rows = next(todo, (0, range(0)))
+                parts, collected = [], 0
+                shard, rows = next(remaining, (0, range(0)))
             advance("")
-            interruption.obey()  # between batches; a shard that is being written is finished first
+            interruption.obey()  # the writer thread finishes its shard first
         if writing is not None:
             writing.result()
 
@@ -154,7 +156,7 @@ def _export_shards(
 def _features(
     loader: DataLoader, extractor: FeatureExtractor, config: FeaturesConfig, accelerator: Accelerator
 ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-    """(positions, columns) of each batch. One batch behind the GPU, so that neither waits for the other."""
+    """(positions, columns) of each batch, one batch behind the GPU so that neither CPU nor GPU waits."""
     cuda = accelerator.device.type == "cuda"
     dtype = torch.float16 if config.dtype == "fp16" else torch.float32
     waiting: tuple[list[int], dict[str, Tensor], Any] | None = None
@@ -224,7 +226,7 @@ def _manifest(
         "columns": {name: list(t.shape[1:]) for name, t in sample.items()},
         "dtype": config.dtype,
         "precision": config.precision,
-        "batch_size": config.batch_size,  # another one may round differently
+        "batch_size": config.batch_size,  # other sizes may round differently
         "images": config.images,
         "classes": source.classes,  # in label order
         "images_sha256": names.hexdigest(),  # of their paths and labels
@@ -249,7 +251,7 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."  # a thousand names of classes
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."  # e.g. a thousand class names
 
 
 def _folder(config: FeaturesConfig) -> Path:

@@ -1,4 +1,4 @@
-"""From a batch of images to named features, for any timm model."""
+"""Compute named features of a batch of images, for any timm model."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,47 +6,47 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vim.training.errors import ConfigError
+from vim.console.errors import ConfigError
+from vim.timm_models.timm_model import TimmModel
 
 
 class FeatureExtractor(nn.Module):
-    """Images (B, C, H, W) -> {column: (B, D), or (B, P, D) for maps of P places}.
+    """Images (B, C, H, W) -> {column: (B, D), or (B, P, D) for maps of P patches}.
 
     Args:
-        model: a timm model.
-        pools: of token, avg, map.
-        blocks: of which to take the normalised tokens; None for the model's last features.
+        pools: some of token, avg, map.
+        blocks: read the normalised tokens of these blocks; None: the model's final features.
         l2: scale the vectors to length 1.
 
-    Columns: the pools' names, with blocks block<i>.<pool>.
+    Columns are named <pool>, or block<i>.<pool> with blocks.
 
-    Raises: ConfigError for what the model does not have.
+    Raises: ConfigError if the model has no class token or no such block.
     """
 
-    def __init__(self, model: nn.Module, pools: Sequence[str], blocks: Sequence[int] | None = None, l2: bool = False):
+    def __init__(self, model: TimmModel, pools: Sequence[str], blocks: Sequence[int] | None = None, l2: bool = False):
         super().__init__()
         self.model, self.pools, self.l2 = model.eval(), tuple(pools), l2
-        self.prefix: int = getattr(model, "num_prefix_tokens", 0)  # type: ignore[assignment]
-        registers = getattr(model, "reg_token", None)  # which timm counts among the prefix, behind the class token
+        self.prefix: int = getattr(model, "num_prefix_tokens", 0)
+        registers = getattr(model, "reg_token", None)  # timm counts registers as prefix tokens
         self.class_tokens = self.prefix - (registers.shape[1] if isinstance(registers, Tensor) else 0)
         if "token" in pools and not self.class_tokens:
             raise ConfigError(f"{type(model).__name__} has no class token; take pools avg or map")
         self.blocks = None
         if blocks is not None:
-            count = len(model.feature_info)  # type: ignore[arg-type]
+            count = len(model.feature_info)
             if wrong := [b for b in blocks if not -count <= b < count]:
                 raise ConfigError(f"{type(model).__name__} has blocks 0 to {count - 1}, got {wrong[0]}")
             self.blocks = sorted({b % count for b in blocks})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         if self.blocks is None:
-            tokens = self.model.forward_features(images)  # type: ignore[operator]
-            if tokens.dim() == 4:  # a map, of whichever layout
+            tokens = self.model.forward_features(images)
+            if tokens.dim() == 4:  # a feature map, NCHW or NHWC
                 channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
                 tokens = tokens.flatten(1, 2) if channels_last else tokens.flatten(2).transpose(1, 2)
             return self._pooled("", tokens[:, : self.prefix], tokens[:, self.prefix :])
         with_prefix = {"return_prefix_tokens": True} if self.prefix else {}
-        found = self.model.forward_intermediates(  # type: ignore[operator]
+        found = self.model.forward_intermediates(
             images, indices=self.blocks, norm=True, intermediates_only=True, **with_prefix
         )
         columns: dict[str, Tensor] = {}
@@ -58,7 +58,7 @@ class FeatureExtractor(nn.Module):
 
     def _pooled(self, name: str, prefix: Tensor, patches: Tensor) -> dict[str, Tensor]:
         taken = {
-            "token": lambda: prefix[:, : self.class_tokens].mean(1),  # of one, or as token pooling does with two
+            "token": lambda: prefix[:, : self.class_tokens].mean(1),  # like token pooling if there are two
             "avg": lambda: patches.mean(1),
             "map": lambda: patches,
         }
@@ -67,7 +67,7 @@ class FeatureExtractor(nn.Module):
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, their names, dtypes and shapes."""
+    """SHA-256 of all parameters and buffers, with names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""How much a classifier without training of the model can read out of features: nearest neighbours, linear probe."""
+"""Classifiers on frozen features: k nearest neighbours and linear probes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from vim.data import derive_seed
 
-CHUNK = 1024  # queries at a time: of 1.3 million neighbours' similarities 5 GB in fp32
+CHUNK = 1024  # queries per step: with a bank of 1.3 million images, 5 GB of fp32 similarities
 
 
 def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(similarities, positions in the bank), (Q, k) each, of the k nearest by cosine, nearest first.
+    """The k nearest rows of the bank by cosine similarity, nearest first.
 
-    bank: (N, D). queries: (Q, D).
+    Args: bank: (N, D). queries: (Q, D).
+
+    Returns: similarities and positions in the bank, (Q, k) each.
     """
     bank = F.normalize(bank, dim=1)
     found = [(F.normalize(chunk, dim=1) @ bank.T).topk(k, dim=1) for chunk in queries.split(CHUNK)]
@@ -32,11 +34,12 @@ def knn_scores(
 
     Args:
         similarities, neighbour_labels: (Q, K), nearest first, K >= k.
-        temperature: a vote weighs exp(similarity / temperature), as DINO has it with 0.07 (Caron et al. 2021, arXiv
-            2104.14294, appendix F.1); None: all weigh the same.
+        temperature: a vote weighs exp(similarity / temperature); None: equal weights.
+
+    Source: Caron et al. 2021 (DINO), arXiv 2104.14294, appendix F.1, with temperature 0.07.
     """
     labels = neighbour_labels[:, :k]
-    # Against the nearest: the same proportions, and nothing overflows.
+    # Relative to the nearest: the proportions are the same, and exp does not overflow.
     votes = torch.ones_like(similarities[:, :k])
     if temperature is not None:
         votes = ((similarities[:, :k] - similarities[:, :1]) / temperature).exp()
@@ -44,14 +47,14 @@ def knn_scores(
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """top1 and top5 in percent; among equal scores the first class counts as higher."""
+    """top1 and top5 in percent. Ties go to the first class."""
     ranks = scores.argsort(dim=1, descending=True, stable=True)[:, :5]
     right = ranks == labels[:, None]
     return {"top1": 100 * right[:, 0].double().mean().item(), "top5": 100 * right.any(1).double().mean().item()}
 
 
 def few_shot(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Positions of `shots` images of each class, drawn by the seed, in ascending order; all of a smaller class."""
+    """Ascending positions of `shots` images per class, drawn with the seed; all images of a smaller class."""
     rng = np.random.RandomState(seed)
     chosen = [rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)]
     return np.sort(np.concatenate(chosen))
@@ -59,7 +62,7 @@ def few_shot(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Probe:
-    """One linear classifier of a grid: which inputs it reads, and its learning rate (for 256 images an update)."""
+    """One linear classifier of the grid: the input that it reads, and its learning rate for a batch of 256."""
 
     inputs: str
     lr: float
@@ -79,18 +82,19 @@ def linear_probe(
     after_update: Callable[[Callable[[], dict[str, Any]]], None] = lambda state: None,
     advance: Callable[[str], None] = lambda news: None,
 ) -> dict[Probe, Tensor]:
-    """Train a linear classifier for every input and learning rate, all of them in one pass over the data.
+    """Train a linear classifier for every input and learning rate, all in one pass over the data.
 
-    By SGD with momentum 0.9 and a cosine to zero, learning rates times batch_size / 256 (Caron et al. 2021; Oquab et
-    al. 2023, arXiv 2304.07193). Inputs are standardised by the training images' mean and deviation, so that a grid of
-    learning rates fits any model. Decay of the weights is 1 / images: where training ends, it is at the optimum of
-    logistic regression with a penalty of half the squared weights beside the summed loss, as scikit-learn's default.
+    SGD with momentum 0.9 and a cosine schedule to zero. Learning rates are scaled by batch_size / 256 (Caron et al.
+    2021; Oquab et al. 2023, arXiv 2304.07193). Inputs are standardised with the training images' mean and standard
+    deviation, so one grid of learning rates fits all models. Weight decay is 1 / images: training converges to the
+    optimum of logistic regression with a penalty of half the squared weights on the summed loss, scikit-learn's
+    default.
 
     Args:
         train, held_out: name -> features (images, D).
-        saved: a state to go on from; what follows is, on a CPU, as if nothing had come between.
-        after_update: called after each update with a function that gives the state: tensors and numbers, with `epoch`,
-            the epochs that are done.
+        saved: state to resume from. On a CPU the result is the same as without the interruption.
+        after_update: called after each update with a function that returns the state: tensors and numbers, among them
+            `epoch`, the number of finished epochs.
         advance: called after each epoch.
 
     Returns: logits (images, classes) of the held-out images.
@@ -103,7 +107,7 @@ def linear_probe(
         for lr in learning_rates
     }
     generator = torch.Generator().manual_seed(derive_seed("probe weights", seed))
-    for head in heads.values():  # on the CPU, which draws the same numbers for any device
+    for head in heads.values():  # on the CPU: the same numbers for any device
         nn.init.normal_(head.weight, std=0.01, generator=generator)
         nn.init.zeros_(head.bias)
     together = nn.ModuleList(heads.values()).to(device)
@@ -130,10 +134,9 @@ def linear_probe(
         order = torch.randperm(len(train_labels), generator=generator).to(device)
         for batch in order.split(batch_size)[update % per_epoch :]:
             inputs = {name: features[batch] for name, (features, _) in scaled.items()}
-            # A sum: each head has the gradient of its own loss, also beside one that diverges.
-            loss = sum(F.cross_entropy(h(inputs[probe.inputs]), train_labels[batch]) for probe, h in heads.items())
+            losses = [F.cross_entropy(h(inputs[probe.inputs]), train_labels[batch]) for probe, h in heads.items()]
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[union-attr]
+            torch.autograd.backward(losses)  # each head gets the gradient of its own loss alone
             optimizer.step()
             schedule.step()
             update += 1

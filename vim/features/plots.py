@@ -1,4 +1,4 @@
-"""Plots of what features tell, as PNG files. matplotlib and scikit-learn are optional, and imported only here."""
+"""Plots of kNN, linear probes, neighbours and t-SNE. matplotlib and scikit-learn are optional: imported only here."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,13 @@ import numpy as np
 from torch import Tensor
 
 from vim.data import ImageSource
-from vim.training.plots import plain_text, save_figure
+from vim.figures import plain_text, save_figure
 
 from .store import Features
 
 
 def plot_knn(results: list[dict[str, Any]], path: Path) -> None:
-    """top-1 by k, a line for each number of shots, with the span of its draws."""
+    """top-1 by k: a line per number of shots, with the range over its draws."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -22,7 +22,7 @@ def plot_knn(results: list[dict[str, Any]], path: Path) -> None:
         rows = [row for row in results if row["shots"] == shots]
         ks = sorted({row["k"] for row in rows})
         tops = [[row["top1"] for row in rows if row["k"] == k] for k in ks]
-        label = "all images" if shots is None else f"{shots} a class"
+        label = "all images" if shots is None else f"{shots} per class"
         (line,) = axes.plot(ks, [np.mean(top) for top in tops], marker="o", label=label)
         axes.fill_between(ks, [min(t) for t in tops], [max(t) for t in tops], color=line.get_color(), alpha=0.2, lw=0)
     axes.set(xlabel="neighbours", ylabel="top-1 (%)", xscale="log")
@@ -35,8 +35,7 @@ def plot_knn(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_linear_probe(result: dict[str, Any], path: Path) -> None:
-    """top-1 of the grid on the images that chose, a line for each input, without those that diverged; a ring around
-    the choice."""
+    """Held-out top-1 by learning rate: a line per input, a ring around the winner. Omits diverged classifiers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4), layout="constrained")
@@ -49,10 +48,10 @@ def plot_linear_probe(result: dict[str, Any], path: Path) -> None:
         )
     best = next(c for c in grid if (c["inputs"], c["lr"]) == (result["inputs"], result["lr"]))
     axes.plot(best["lr"], best["top1"], "o", ms=12, mfc="none", mec="black")
-    axes.set(xlabel="learning rate for 256 images an update", ylabel="top-1 on held-out training images (%)")
+    axes.set(xlabel="learning rate for a batch of 256", ylabel="top-1 on held-out training images (%)")
     axes.set_xscale("log")
     chosen = plain_text(result["inputs"])
-    axes.set_title(f"chosen: {chosen}, {result['lr']:g}; {result['top1']:.1f} % on val", fontsize=10)
+    axes.set_title(f"chosen: {chosen}, learning rate {result['lr']:g}; {result['top1']:.1f} % on val", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_figure(figure, path, 120)
@@ -67,9 +66,9 @@ def plot_neighbours(
     similarities: Tensor,
     path: Path,
 ) -> None:
-    """A row for each query: the image, then its neighbours, framed green where the class is the query's, else red.
+    """A row per query: the image, then its neighbours, framed green if they have its class, else red.
 
-    Raises: DataError for an image that cannot be read any more.
+    Raises: DataError for an image that can no longer be read.
     """
     from matplotlib.figure import Figure
 
@@ -92,7 +91,7 @@ def plot_neighbours(
 
 
 def plot_projection(features: np.ndarray, labels: np.ndarray, path: Path) -> None:
-    """Images in the plane by t-SNE of their cosine distances, coloured by class."""
+    """t-SNE by cosine distance, coloured by class."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from sklearn.manifold import TSNE

@@ -1,4 +1,4 @@
-"""Runs of the classifiers in `judge` over exports: results as JSON, and plots."""
+"""kNN and linear probes on two exports: results as JSON, and plots."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vim.console.errors import ConfigError, RunError, did_you_mean
+from vim.console.interruption import Interruption, interruptible
+from vim.console.progress import Progress
 from vim.data import DataError, ImageSource
 from vim.files import whole_file, write_json
-from vim.training.errors import ConfigError, RunError, did_you_mean
-from vim.training.interruption import Interruption, interruptible
-from vim.training.progress import Progress
 
 from .config import KnnConfig, LinearProbeConfig
 from .judge import Probe, accuracy, few_shot, knn_scores, nearest
@@ -23,10 +23,10 @@ from .unfinished import UnfinishedProbe
 
 
 def knn(config: KnnConfig) -> dict[str, Any]:
-    """Classify the images of one export by those of another.
+    """Classify the images of one export by their nearest neighbours in another.
 
-    Returns: content of knn.json: column, and for each number of shots (null: all images), draw and k top1 and top5 in
-        percent.
+    Returns: content of knn.json: column, and results, a row with top1 and top5 in percent for each number of shots
+        (null: all images), draw and k.
     Raises: DataError, ConfigError, with a message for the user.
     """
     train, val, classes = _exports(config.train, config.val)
@@ -46,7 +46,7 @@ def knn(config: KnnConfig) -> dict[str, Any]:
             scores = knn_scores(similarities, neighbour_labels, classes, k, config.temperature).cpu()
             results.append({"shots": shots, "draw": draw, "k": k, **accuracy(scores, val_labels)})
     if not results:
-        raise ConfigError(f"k {config.k} are more than the {len(train)} images of {config.train}")
+        raise ConfigError(f"k must name a number up to {len(train)}, the images in {config.train}, got {config.k}")
     report = {"config": asdict(config), "column": column, "classes": classes, "results": results}
     folder = _write(config.output, "knn.json", report)
     progress = Progress()
@@ -69,17 +69,17 @@ def knn(config: KnnConfig) -> dict[str, Any]:
 
 
 def probe(config: LinearProbeConfig) -> dict[str, Any]:
-    """Train linear classifiers on one export and report on another.
+    """Train linear classifiers on one export and evaluate the best on another.
 
-    Inputs and learning rate are chosen on a part of the training images; the choice is trained on all of them.
-    A probe that was stopped, and is called again, goes on where it was saved last.
+    Input and learning rate are selected on held-out training images; the winner is retrained on all of them.
+    A probe that was stopped continues from its last save when it is called again.
 
-    Returns: content of linear_probe.json: for each number of shots and draw the choice, its top1 and top5 on val in
-        percent, and those of the grid on the part that chose, null for classifiers that diverged.
+    Returns: content of linear_probe.json: for each number of shots and draw the winner, its top1 and top5 on val in
+        percent, and those of the whole grid on the held-out images, null for classifiers that diverged.
     Raises: DataError, ConfigError or RunError, with a message for the user; InterruptedRunError after SIGTERM or
         Ctrl-C, when the state is saved.
     """
-    with interruptible(lambda: "run it again to go on") as interruption:
+    with interruptible(lambda: "run it again to continue") as interruption:
         return _probe(config, interruption)
 
 
@@ -117,7 +117,7 @@ def _probe(config: LinearProbeConfig, interruption: Interruption) -> dict[str, A
             results.append({"shots": shots, "draw": draw, **found, "grid": grid})
     for result in results:
         if diverged := [cell for cell in result["grid"] if cell["top1"] is None]:
-            progress.line(f"warning: left out of the choice: {_diverged(diverged)}")
+            progress.line(f"warning: {_diverged(diverged)}; excluded from the selection")
     report = {"config": asdict(config), "inputs": inputs, "classes": classes, "results": results}
     folder = _write(config.output, "linear_probe.json", report)
     with whole_file(folder / "linear_probe.png") as path:
@@ -127,13 +127,13 @@ def _probe(config: LinearProbeConfig, interruption: Interruption) -> dict[str, A
 
 
 def _choice(grid: list[dict[str, Any]]) -> Probe:
-    """The best of the classifiers; of equal ones the smallest learning rate, and the first of the inputs.
+    """The classifier with the best top-1. Ties go to the smallest learning rate, then to the first input.
 
-    Raises: RunError if all of them diverged.
+    Raises: RunError if all classifiers diverged.
     """
     finite = [cell for cell in grid if cell["top1"] is not None]
     if not finite:
-        raise RunError(f"{_diverged(grid)}, and there is no other to choose; give smaller learning_rates")
+        raise RunError(f"{_diverged(grid)}, and no other is left; give smaller learning_rates")
     best = max(finite, key=lambda cell: (cell["top1"], -cell["lr"]))
     return Probe(best["inputs"], best["lr"])
 
@@ -143,35 +143,37 @@ def _diverged(cells: list[dict[str, Any]]) -> str:
 
 
 def _exports(train: str, val: str) -> tuple[Features, Features, int]:
-    """Both exports, with labels as positions in the classes of train, and the number of these.
+    """Both exports, and the number of classes in train. Labels of both are positions in the classes of train.
 
-    Raises: DataError for images without labels, for classes that train does not have, or exports that differ in more
-        than their images.
+    Raises: DataError for images without labels, for classes that train does not have, and for exports that differ in
+        more than their images.
     """
     both = load(train), load(val)
     for name, features in zip((train, val), both, strict=True):
         if (features.labels == NO_LABEL).any():
             path = features.paths[int(np.argmax(features.labels == NO_LABEL))]
-            raise DataError(f"{name} has images without a label, {path} first; export folders <class>/<image>")
+            raise DataError(f"{name} has images without a label, first {path}; export folders <class>/<image>")
     for key in ("weights_sha256", "preprocessing", "columns", "l2"):
         a, b = (features.manifest[key] for features in both)
         if a != b:
             raise DataError(f"{train} and {val} cannot be compared: {key} is {a} in one, {b} in the other")
-    both[1].labels = _same_labels(*both, f"{val} has classes that {train} has not")
+    both[1].labels = _same_labels(*both, f"{val} has classes that {train} lacks")
     return *both, len(both[0].classes)
 
 
 def _same_labels(train: Features, val: Features, otherwise: str) -> np.ndarray:
-    """Labels of val as positions in the classes of train, by their names.
+    """Labels of val as positions in the classes of train, matched by name.
 
-    Raises: DataError, which begins with `otherwise`, for names that train does not have, or has twice.
+    Raises: DataError, which begins with `otherwise`, for names that train lacks or has twice.
     """
     if train.classes == val.classes:
         return val.labels
     used = sorted(set(val.labels.tolist()))
     known = {name: label for label, name in enumerate(train.classes)}
     if len(known) < len(train.classes):
-        raise DataError(f"{otherwise}: names that several classes have cannot be matched; export both from one list")
+        raise DataError(
+            f"{otherwise}, and names shared by several classes cannot be matched; export both from one list"
+        )
     if unknown := [val.classes[label] for label in used if val.classes[label] not in known]:
         some = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
         raise DataError(f"{otherwise}: {len(unknown)} of {len(used)} ({some}); export splits of the same classes")
@@ -188,7 +190,7 @@ def _images(features: Features) -> ImageSource:
 
 
 def _features(features: Features, columns: list[str]) -> Tensor:
-    """(images, D) in fp32, columns side by side; maps flattened."""
+    """(images, D) in fp32: flattened columns, concatenated."""
     for name in columns:
         if name not in features.columns:
             hint = did_you_mean(name, features.columns, f"there are {', '.join(features.columns)}")
@@ -198,7 +200,7 @@ def _features(features: Features, columns: list[str]) -> Tensor:
 
 
 def _draws(labels: np.ndarray, shots: list[int], draws: int, seed: int) -> Iterator[tuple[int | None, int, np.ndarray]]:
-    """(shots, draw, rows to train on), all images first."""
+    """(shots, draw, rows to train on); the first is the run on all images."""
     yield None, 0, np.arange(len(labels))
     for count in shots:
         for draw in range(draws):
@@ -217,7 +219,7 @@ def _inputs(features: Features, config: LinearProbeConfig) -> dict[str, list[str
         wanted = names.split("+")
         if missing := [pool for pool in wanted if pool not in exported]:
             raise ConfigError(
-                f"--pools: {missing[0]!r} was not exported, only {', '.join(exported)}; export it, with --pools of "
+                f"--pools: {missing[0]!r} was not exported, only {', '.join(exported)}; export it with --pools of "
                 f"tools/export_features.py, or leave {names!r} out"
             )
         if blocks is None:

@@ -1,4 +1,4 @@
-"""The folder of an export: shards of rows, and manifest.json, which says what they hold."""
+"""The folder of an export: shards of rows, and manifest.json, which describes them."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from vim.files import whole_file, write_json
 MANIFEST = "manifest.json"
 SUFFIX = {"parquet": ".parquet", "npz": ".npz", "safetensors": ".safetensors"}
 NO_LABEL = -1
-# Entries of a manifest that are read, and what they hold.
+# Manifest entries that `load` relies on, and their types.
 ENTRIES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("rows", "rows_per_shard", "shards"), int),
     **dict.fromkeys(("format", "images", "model", "weights_sha256"), str),
@@ -26,7 +26,7 @@ ENTRIES: dict[str, type | tuple[type, ...]] = {
     "blocks": (list, type(None)),
     "l2": bool,
 }
-# What the readers of the formats raise.
+# Errors that the format readers raise for a damaged file.
 DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
@@ -35,8 +35,8 @@ class Features:
     """Rows of an export, in the order of its images.
 
     columns: name -> (rows, D), or (rows, P, D) for maps, float16 or float32.
-    index: (rows,), position among the source's images. labels: (rows,), positions in `classes`, -1 where an image has
-    none. paths: as `plain_name` writes them.
+    index: (rows,), positions in the source. labels: (rows,), positions in `classes`, -1 for images without a label.
+    paths: as `plain_name` writes them.
     """
 
     columns: dict[str, np.ndarray]
@@ -53,14 +53,14 @@ class Features:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, in label order; the numbers where they have none.
+        """Class names in label order; classes without a name have their number.
 
-        Raises: DataError for an export of an earlier version, which did not keep them.
+        Raises: DataError for an export by an earlier version, which did not store them.
         """
         if "classes" not in self.manifest:
             where = self.manifest["images"]
             raise DataError(
-                f"the features of {where} have no names of classes, as of an earlier version; export them anew"
+                f"the features of {where} are by an earlier version and have no class names; export them again"
             )
         return self.manifest["classes"]
 
@@ -84,16 +84,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is damaged: {reason(error)}; export the features anew") from error
+        raise DataError(f"{file} is damaged: {reason(error)}; export the features again") from error
     if wrong := _wrong_entry(manifest):
-        raise DataError(f"{file} is damaged: {wrong}; export the features anew")
+        raise DataError(f"{file} is damaged: {wrong}; export the features again")
     return manifest
 
 
 def _wrong_entry(manifest: Any) -> str | None:
-    """What a manifest has that none of an export has."""
+    """The first wrong entry of a manifest, for a message."""
     if not isinstance(manifest, dict):
-        return f"it holds {type(manifest).__name__}, no mapping"
+        return f"it holds {type(manifest).__name__}, not a mapping"
     for key, kind in ENTRIES.items():
         if not isinstance(manifest.get(key), kind):
             return f"{key} is {manifest.get(key)!r}"
@@ -109,7 +109,7 @@ def _wrong_entry(manifest: Any) -> str | None:
     for name, shape in manifest["columns"].items():
         if not isinstance(shape, list) or not all(isinstance(size, int) and size > 0 for size in shape):
             return f"the shape of {name} is {shape!r}"
-    classes = manifest.get("classes", [])  # since a later version
+    classes = manifest.get("classes", [])  # missing in exports by earlier versions
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         return f"classes is {classes!r}"
     return None
@@ -120,15 +120,15 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def write_shard(file: Path, rows: Features, file_format: str) -> None:
-    """Write a shard whole or not at all; the same rows give the same bytes."""
+    """Write a shard atomically. The same rows give the same bytes."""
     with whole_file(file) as path:
         {"parquet": _write_parquet, "npz": _write_npz, "safetensors": _write_safetensors}[file_format](path, rows)
 
 
 def load(folder: str | Path) -> Features:
-    """Read an export back.
+    """Read an export.
 
-    Raises: DataError for a folder without one, or with an unfinished one.
+    Raises: DataError for a folder without an export, and for an unfinished one.
     """
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
@@ -136,7 +136,7 @@ def load(folder: str | Path) -> Features:
     files = [shard_file(folder, i, manifest["format"]) for i in range(manifest["shards"])]
     if missing := [file.name for file in files if not file.is_file()]:
         raise DataError(f"the export in {folder} is not finished: {len(missing)} of {len(files)} shards are missing, "
-                        f"{missing[0]} first; run it again to go on")  # fmt: skip
+                        f"first {missing[0]}; run it again to continue")  # fmt: skip
     parts = [_read(file, number, manifest) for number, file in enumerate(files)]
     return Features(
         {name: np.concatenate([part.columns[name] for part in parts]) for name in manifest["columns"]},
@@ -148,13 +148,13 @@ def load(folder: str | Path) -> Features:
 
 
 def check_format(file_format: str) -> None:
-    """Raise DataError for a format whose library is not there."""
+    """Raise DataError if the library of a format is not installed."""
     if file_format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise DataError("features in Parquet need pyarrow: pip install 'vim-mamba[features]', or export to npz")
 
 
 def _read(file: Path, number: int, manifest: dict[str, Any]) -> Features:
-    """Raises: DataError for a shard that is damaged, or holds other rows than the manifest says."""
+    """Raises: DataError for a shard that is damaged or does not match the manifest."""
     read = {"parquet": _read_parquet, "npz": _read_npz, "safetensors": _read_safetensors}[manifest["format"]]
     rows = rows_of(number, manifest)
     try:
@@ -181,10 +181,10 @@ def _write_parquet(path: Path, rows: Features) -> None:
         "label": pa.array(rows.labels, mask=rows.labels == NO_LABEL),
     }
     for name, values in rows.columns.items():
-        # A map is stored flat; the manifest has its shape.
+        # Maps are stored flat; the manifest has their shapes.
         flat = np.ascontiguousarray(values).reshape(len(values), -1)
         arrays[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
-    # Features do not compress; statistics of their columns would say nothing.
+    # Features do not compress, and column statistics of them are of no use.
     pq.write_table(pa.table(arrays), path, compression="none", use_dictionary=False, write_statistics=False)
 
 
@@ -213,7 +213,7 @@ def _write_npz(path: Path, rows: Features) -> None:
     arrays = {"index": rows.index, "label": rows.labels, "path": np.array(rows.paths), **rows.columns}
     with zipfile.ZipFile(path, "w") as archive:
         for name, values in arrays.items():
-            # numpy's own savez stamps the time of day, and no two exports would be alike.
+            # Not numpy.savez: it writes the time, and no two exports would be equal.
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.ascontiguousarray(values), allow_pickle=False)
 

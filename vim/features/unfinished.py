@@ -1,4 +1,4 @@
-"""A linear probe that is not finished: what it has found, and where it is, in a file to go on from."""
+"""Save and resume a linear probe."""
 
 import time
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vim.training.checkpoint import load_checkpoint, save_checkpoint
-from vim.training.errors import RunError
-from vim.training.interruption import Interruption
+from vim.checkpoint import load_checkpoint, save_checkpoint
+from vim.console.errors import RunError
+from vim.console.interruption import Interruption
 
 from .judge import accuracy, linear_probe
 
@@ -18,23 +18,23 @@ SECONDS_BETWEEN_SAVES = 60
 
 
 class UnfinishedProbe:
-    """Trains linear classifiers, set after set; of a probe that was stopped, only those that are left.
+    """Trains sets of linear classifiers, and skips those that a stopped probe had finished.
 
-    The file is written once a minute, and when a signal comes.
+    It saves its state once a minute and after a signal.
 
     Args:
-        path: of the file. One that is damaged is as none.
-        identity: what the results depend on, epochs among it.
-        interruption: entered.
-        warn: told what is wrong with the file.
+        path: of the saved state. A damaged file is ignored with a warning.
+        identity: all that the results depend on, including epochs.
+        interruption: an entered context.
+        warn: receives the warning.
 
-    Raises: RunError for a file with another identity.
+    Raises: RunError if the file has another identity.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], interruption: Interruption, warn: Callable[[str], None]):
         self.path, self.identity, self.interruption = path, identity, interruption
-        self.done: list[list[dict[str, Any]]] = []  # what `train` returned, in order
-        self.at_hand: dict[str, Any] | None = None  # state of the training after those
+        self.done: list[list[dict[str, Any]]] = []  # results of the finished `train` calls, in order
+        self.current: dict[str, Any] | None = None  # state of the unfinished one
         self._trained = 0
         self._saved_at = time.monotonic()
         if not path.exists():
@@ -42,19 +42,19 @@ class UnfinishedProbe:
         try:
             saved = load_checkpoint(path)
         except RunError as error:
-            warn(f"warning: {error}\nbeginning anew")
+            warn(f"warning: {error}\nstarting over")
             return
         if changed := [key for key in identity if saved["identity"].get(key) != identity[key]]:
             raise RunError(
-                f"{path} is of a probe that is not finished and had another {', another '.join(changed)}; choose "
-                "another --output, or remove it"
+                f"{path} is of an unfinished probe with another {', another '.join(changed)}; choose another --output, "
+                "or remove it"
             )
-        self.done, self.at_hand = saved["done"], saved["at_hand"]
+        self.done, self.current = saved["done"], saved["at_hand"]
 
     @property
     def epochs_done(self) -> int:
-        at_hand = 0 if self.at_hand is None else self.at_hand["epoch"]
-        return len(self.done) * self.identity["epochs"] + at_hand
+        current = 0 if self.current is None else self.current["epoch"]
+        return len(self.done) * self.identity["epochs"] + current
 
     def train(
         self,
@@ -65,15 +65,15 @@ class UnfinishedProbe:
         classes: int,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """`linear_probe` with these options.
+        """Run `linear_probe` with these options.
 
-        Returns: for each input and learning rate inputs, lr, and top1 and top5 of the held-out images in percent, None
-            where the classifier diverged.
-        Raises: InterruptedRunError after a signal, when all is saved.
+        Returns: a row for each input and learning rate: inputs, lr, and top1 and top5 of the held-out images in
+            percent, None if the classifier diverged.
+        Raises: InterruptedRunError after a signal, once the state is saved.
         """
         self._trained += 1
         if self._trained > len(self.done):
-            saved, self.at_hand = self.at_hand, None
+            saved, self.current = self.current, None
             with self.interruption.postponed():
                 logits = linear_probe(
                     train, train_labels, held_out, classes, saved=saved, after_update=self._after_update, **options

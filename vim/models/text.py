@@ -1,8 +1,9 @@
 """Text as input and output of a language model."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -14,6 +15,46 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 AUTHORS_TOKENIZER = "EleutherAI/gpt-neox-20b"
+
+
+@dataclass
+class GenerateConfig:
+    """Text from a language model."""
+
+    prompts: list[str]
+    """Texts to go on from, at once."""
+    model: str = "state-spaces/mamba-130m"
+    """Folder with config.json and weights, or a repository on the Hugging Face hub."""
+    tokenizer: str | None = None
+    """File tokenizer.json, or folder or hub repository with one; null: the model's, else EleutherAI/gpt-neox-20b."""
+    max_new_tokens: int = 100
+    """At most, after each prompt."""
+    temperature: float = 0.0
+    """Logits are divided by it before sampling; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Sample among so many likeliest tokens; null for all."""
+    top_p: float | None = None
+    """Sample among the fewest tokens that have this probability together, 0..1; null for all."""
+    seed: int = 0
+    """Of the sampling."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of weights and activations; states of the scan are fp32."""
+    device: str | None = None
+    """cpu, cuda ...; null for the GPU if there is one."""
+
+    def __post_init__(self):
+        if not self.prompts or not all(self.prompts):
+            raise ValueError(f"prompts must be one text or more, none of them empty, got {self.prompts}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or null for all tokens, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, or null for all tokens, got {self.top_p}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in 0 .. 2**64 - 1, got {self.seed}")
 
 
 def load_tokenizer(source: str | Path) -> "Tokenizer":

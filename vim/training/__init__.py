@@ -1,30 +1,9 @@
-"""Training, evaluation and benchmark of any timm model: timm's parts, accelerate's loop."""
+"""Training and evaluation of any timm model, built from timm's parts and accelerate."""
 
-from .benchmark import benchmark, benchmark_table
 from .classification import Classification
-from .cli import ConfigParser, plain_errors
-from .config import BenchmarkConfig, PushConfig, TrainConfig, ValidateConfig
-from .errors import ConfigError, InterruptedRunError, RunError
-from .hub import push_to_hub
+from .config import TrainConfig
+from .run import train
 from .tool import training_tool
-from .train import train
-from .validate import validate
+from .validation import ValidateConfig, validate
 
-__all__ = [
-    "BenchmarkConfig",
-    "Classification",
-    "ConfigError",
-    "ConfigParser",
-    "InterruptedRunError",
-    "PushConfig",
-    "RunError",
-    "TrainConfig",
-    "ValidateConfig",
-    "benchmark",
-    "benchmark_table",
-    "plain_errors",
-    "push_to_hub",
-    "train",
-    "training_tool",
-    "validate",
-]
+__all__ = ["Classification", "TrainConfig", "ValidateConfig", "train", "training_tool", "validate"]

@@ -1,4 +1,6 @@
-"""The moving average of the weights."""
+"""Exponential moving average (EMA) of the weights."""
+
+from dataclasses import dataclass
 
 import torch
 from timm.utils import ModelEmaV3
@@ -7,24 +9,40 @@ from torch import Tensor, nn
 Tensors = list[Tensor]
 
 
-class AveragedWeights(ModelEmaV3):
-    """timm's average, to the last bit, without the state dicts of both models that it makes in every update.
+@dataclass
+class EmaConfig:
+    """Exponential moving average (EMA) of the weights, evaluated and saved in addition to them."""
 
-    Whatever changes the model must do it in place, as optimizers, batch norm and load_state_dict do.
+    decay: float = 0.0
+    """Decay: fraction of the EMA kept at each update, at least 0 and below 1. 0: no EMA."""
+    warmup: bool = False
+    """Start with a small decay, 1 - n ** (-2/3) at update n up to decay: in short runs the EMA forgets its start."""
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay must be at least 0 and below 1, got {self.decay}")
+        if self.warmup and not self.decay:
+            raise ValueError("ema.warmup needs ema.decay above 0; set both, or leave ema.warmup out")
+
+
+class AveragedWeights(ModelEmaV3):
+    """timm's EMA, bit for bit, without its overhead of building the state dicts of both models at every update.
+
+    The model's tensors must be changed in place only, as optimizers, batch norm and load_state_dict do.
     """
 
     tensors: tuple[tuple[Tensors, Tensors], tuple[Tensors, Tensors]] | None = None
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        if self.tensors is None:  # not earlier: sharding makes other parameters
-            self.tensors = self._tensors(model, floats=True), self._tensors(model, floats=False)
-        (averages, weights), (counters, counts) = self.tensors
+        if self.tensors is None:  # at the first update, because sharding replaces the parameters
+            self.tensors = self._pairs(model, floats=True), self._pairs(model, floats=False)
+        (averages, weights), (own_counters, counters) = self.tensors
         torch._foreach_lerp_(averages, weights, weight=1.0 - decay)
         if counters:
-            torch._foreach_copy_(counters, counts)
+            torch._foreach_copy_(own_counters, counters)
 
-    def _tensors(self, model: nn.Module, floats: bool) -> tuple[Tensors, Tensors]:
-        """Those of the average, and the model's."""
+    def _pairs(self, model: nn.Module, floats: bool) -> tuple[Tensors, Tensors]:
+        """Matching tensors of the EMA and of the model: floating point or integer."""
         pairs = zip(self.module.state_dict().values(), model.state_dict().values(), strict=True)
         chosen = [pair for pair in pairs if pair[0].is_floating_point() == floats]
-        return [own for own, _ in chosen], [other for _, other in chosen]
+        return [average for average, _ in chosen], [weight for _, weight in chosen]

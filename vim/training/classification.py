@@ -9,6 +9,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from vim.console.progress import Progress
 from vim.data import (
     AugmentConfig,
     EvalImages,
@@ -22,6 +23,9 @@ from vim.data import (
     train_loader,
     train_transform,
 )
+from vim.timm_models.create import create_model_at, enable_grad_checkpointing, weights_from
+from vim.timm_models.input import check_size, resolve_input
+from vim.timm_models.precision import AUTOCAST
 
 from .checkpointer import Checkpointer
 from .config import TrainConfig
@@ -29,12 +33,10 @@ from .data_record import names_within, record_data
 from .distillation import Teacher, distillation_loss
 from .evaluation import Evaluation, evaluate
 from .graphs import capture_training, wants_cuda_graph
-from .model import check_size, create_model_at, enable_grad_checkpointing, resolve_input, weights_from
 from .plots import write_plots
-from .progress import Progress
 from .progressive import check_sizes, create_model_of_sizes
 from .run_folder import RunFolder
-from .trainer import AUTOCAST, Trainer
+from .trainer import Trainer
 
 
 class Classification(Trainer):
@@ -67,7 +69,7 @@ class Classification(Trainer):
             self.teacher = Teacher(config.distill, self.classes, self.data_config, accelerator)
             progress.line(f"the teacher's weights: {weights_from(self.teacher.model)}")
             if hasattr(model, "set_distilled_training"):
-                model.set_distilled_training(True)  # type: ignore[operator]  # logits of both heads
+                model.set_distilled_training(True)  # logits of both heads
 
         total_batch = self.images_per_update(data.batch_size)
         lengths, ahead = (train.shards.lengths, FetchAhead(train.shards.fetch)) if train.shards else (None, None)

@@ -10,9 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from vim.console.errors import RunError
 from vim.data.names import plain_name
-
-from .errors import RunError
 
 SHOWN = 3  # examples of each kind
 

@@ -1,4 +1,4 @@
-"""Where in a model numbers grow out of bounds."""
+"""Finds the block of a model where values stop being finite."""
 
 import math
 import re
@@ -12,24 +12,24 @@ _BLOCK = re.compile(r"(.*?\.\d+)(\.|$)")  # up to the first number: blocks.3, st
 
 
 def block_of(parameter: str) -> str:
-    """Name of the block that a parameter is in: up to its first number, or else the module that stands on top."""
+    """Name of a parameter's block: up to its first number; without a number, the top-level module."""
     numbered = _BLOCK.match(parameter)
     return numbered[1] if numbered else parameter.split(".")[0]
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """Norm of the gradient of each block, in the order of the model."""
+    """Gradient norm of each block, in the order of the model."""
     squares: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             norm = parameter.grad.double().norm()
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded
             squares[block_of(name)] = squares.get(block_of(name), 0.0) + norm.item() ** 2
     return {block: math.sqrt(square) if math.isfinite(square) else square for block, square in squares.items()}
 
 
 def largest_activations(model: nn.Module, forward: Callable[[], Any]) -> dict[str, float]:
-    """Largest absolute value that each block gives out, in the order of the forward pass; NaN where there is one.
+    """Largest absolute output of each block, in the order of the forward pass; NaN if any output is NaN.
 
     Args:
         forward: runs the model.
@@ -54,12 +54,12 @@ def largest_activations(model: nn.Module, forward: Callable[[], Any]) -> dict[st
 
 
 def first_not_finite(values: dict[str, float]) -> str:
-    """The first block whose value is not finite, in words."""
+    """Part of a message: the first block whose value is not finite, or the largest finite value."""
     for block, value in values.items():
         if not math.isfinite(value):
             return f"first in {block} ({value})"
     block = max(values, key=values.__getitem__, default="")
-    return f"finite in all blocks, at most {values[block]:.3g} in {block}" if values else "not known"
+    return f"finite in all blocks, largest in {block} ({values[block]:.3g})" if values else "unknown"
 
 
 def _tensors(output: Any) -> Iterable[Tensor]:

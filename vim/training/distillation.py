@@ -1,32 +1,64 @@
-"""Distillation: a trained model, the teacher, is asked about the images that another one learns from."""
+"""Knowledge distillation: a student also learns from a trained teacher's predictions on its training images."""
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from vim.console.errors import ConfigError
 from vim.data import EvalDataConfig
+from vim.timm_models.config import LoadedModelConfig
+from vim.timm_models.create import label_names, load_model
+from vim.timm_models.input import resolve_input
 
-from .config import DistillConfig, LoadedModelConfig
-from .errors import ConfigError
-from .model import label_names, load_model, resolve_input
+
+@dataclass
+class DistillConfig:
+    """Distillation from a trained teacher: loss = (1 - alpha) x label loss + alpha x teacher loss."""
+
+    teacher: str | None = None
+    """Any timm model, a run folder (runs/quickstart), local-dir:<folder> or hf-hub:<repository>; null: no teacher."""
+    checkpoint: str | None = None
+    """Weights file of the teacher; null: its released weights, or those of the folder or repository."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of timm.create_model for the teacher, for example img_size."""
+    mode: Literal["soft", "hard"] = "hard"
+    """soft: learn the teacher's probabilities (Hinton et al. 2015). hard: learn its most probable class (DeiT)."""
+    alpha: float = 0.5
+    """Weight of the teacher loss, 0..1."""
+    temperature: float = 3.0
+    """Soft mode: divides the logits of both models. Above 1, less probable classes count more."""
+
+    def __post_init__(self):
+        if "num_classes" in self.kwargs:
+            raise ValueError(
+                "distill.kwargs.num_classes could give the teacher an untrained head; leave it out, and train the "
+                "teacher on the classes of the data set first"
+            )
+        if self.teacher is None and (self.checkpoint or self.kwargs):
+            raise ValueError("distill.checkpoint and distill.kwargs need a distill.teacher; set one")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"distill.alpha must be in 0 .. 1, got {self.alpha}")
+        if not self.temperature > 0:
+            raise ValueError(f"distill.temperature must be positive, got {self.temperature}")
 
 
 class Teacher:
-    """A trained model that only answers: nothing of it is learned, sharded or saved with the run.
+    """A trained model in eval mode. It is not trained, sharded or saved with the run.
 
-    (timm.task has teachers too. They take the student's mean and std from its model, whatever the data's are, leave
+    (timm.task has teachers too. They take mean and std from the student model, even if the data use others, keep
     images at the student's size, and make the CPU wait for the GPU in every step.)
 
     Args:
-        config: names it.
-        classes: of the data set, in label order.
+        config: which teacher.
+        classes: class names of the data set, in label order.
         data_config: input_size, mean and std of the student's images.
-        accelerator: has the device, and the precision of the forward pass.
+        accelerator: sets the device and the precision of the forward pass.
 
-    Raises: ConfigError as `load_model`, and for other classes or channels than the student's.
+    Raises: ConfigError as `load_model`, and if classes or channels differ from the student's.
     """
 
     def __init__(
@@ -37,12 +69,12 @@ class Teacher:
         self.model = model.eval().requires_grad_(False).to(accelerator.device)
         self.accelerator = accelerator
         own = resolve_input(self.model, config.kwargs, EvalDataConfig())
-        _check(config.teacher, self.model.num_classes, label_names(self.model), classes)  # type: ignore[arg-type]
+        _check_classes(config.teacher, self.model.num_classes, label_names(self.model), classes)
         (channels, *size), student_channels = own["input_size"], data_config["input_size"][0]
         if channels != student_channels:
             raise ConfigError(
-                f"the teacher {config.teacher} wants images of {channels} channels, the model {student_channels}; "
-                "set distill.kwargs.in_chans or choose another teacher"
+                f"the teacher {config.teacher} takes images with {channels} channels, the student {student_channels}; "
+                "set distill.kwargs.in_chans, or choose another teacher"
             )
         self.size = tuple(size)
         mean, std, own_mean, own_std = (
@@ -53,7 +85,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) in fp32, for the student's images (B, C, H, W), normalised and sized for the teacher."""
+        """Logits (B, classes) in fp32. The student's images (B, C, H, W) are renormalised and resized first."""
         images = torch.addcmul(self.shift, images, self.scale)
         if images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
@@ -61,28 +93,28 @@ class Teacher:
             return self.model(images).float()
 
 
-def distillation_loss(logits: Tensor, answers: Tensor, config: DistillConfig) -> Tensor:
-    """How far a student is from its teacher; mean over the batch.
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, config: DistillConfig) -> Tensor:
+    """Loss of the student against the teacher, mean over the batch.
 
-    hard: cross-entropy with the teacher's class. soft: Kullback-Leibler divergence of the probabilities at a
-    temperature, times its square, so that gradients do not shrink with it.
+    hard: cross-entropy with the teacher's most probable class. soft: KL divergence of the probabilities at a
+    temperature T, times T squared, so that gradients do not shrink with T.
 
     Args:
-        logits, answers: of the student and of the teacher, (B, classes).
+        logits, teacher_logits: (B, classes).
 
     Source: Hinton et al. 2015, arXiv 1503.02531; DeiT, Touvron et al. 2021, arXiv 2012.12877, equations 2 and 3. (The
-        code of DeiT divides the divergence by the number of classes besides.)
+        code of DeiT also divides the divergence by the number of classes.)
     """
     if config.mode == "hard":
-        return F.cross_entropy(logits, answers.argmax(1))
-    student, teacher = (F.log_softmax(x / config.temperature, 1) for x in (logits, answers))
+        return F.cross_entropy(logits, teacher_logits.argmax(1))
+    student, teacher = (F.log_softmax(x / config.temperature, 1) for x in (logits, teacher_logits))
     return config.temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def _check(teacher: str, num_classes: int, names: list[str] | None, classes: list[str]) -> None:
-    remedy = "give one that was trained on the classes of the data set"
+def _check_classes(teacher: str, num_classes: int, names: list[str] | None, classes: list[str]) -> None:
+    remedy = "choose a teacher that was trained on the classes of the data set"
     if num_classes != len(classes):
         raise ConfigError(f"the teacher {teacher} has {num_classes} classes, the data set {len(classes)}; {remedy}")
     for label, (name, own) in enumerate(zip(names or classes, classes, strict=False)):
         if name != own:
-            raise ConfigError(f"class {label} of the teacher {teacher} is {name!r}, of the data set {own!r}; {remedy}")
+            raise ConfigError(f"class {label} is {name!r} in the teacher {teacher}, {own!r} in the data set; {remedy}")

@@ -1,4 +1,4 @@
-"""A few updates of a run, to see that it works and how fast, without leaving anything behind."""
+"""A few updates of a run, to check that it works and how fast. Nothing is left on disk."""
 
 import copy
 import math
@@ -10,32 +10,33 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from vim.console.errors import ConfigError
+from vim.console.interruption import Interruption
+from vim.console.progress import Progress
 from vim.data import DataError
+from vim.timm_models.accelerator import create_accelerator
 
 from .checkpointer import Checkpointer
 from .classification import Classification
 from .config import CheckpointConfig, RunConfig, TrainConfig
-from .errors import ConfigError
-from .interruption import Interruption
-from .progress import Progress
 from .run_folder import RunFolder
 from .summary import peak_memory_mib
-from .trainer import Trainer, create_accelerator
+from .trainer import Trainer
 
-STEPS_OF_A_TRIAL = 3
+TRIAL_STEPS = 3
 
 
 class _DoneError(Exception):
-    """Enough updates."""
+    """All updates of the dry run are done."""
 
 
-class _Watch(Checkpointer):
-    """Saves nothing; notes when the update to warm up ends, and after some more stops."""
+class _Stopwatch(Checkpointer):
+    """Saves nothing. Notes when the warm-up update ends, and ends the run `steps` updates later."""
 
     steps: int
     ends: list[float]
 
-    def wants(self, update: int) -> bool:
+    def due_at(self, update: int) -> bool:
         return update in (1, 1 + self.steps)
 
     def after_failure(self) -> None:
@@ -44,7 +45,7 @@ class _Watch(Checkpointer):
     def after_update(self, save: bool, stop: bool) -> None:
         if stop:
             self.stop()
-        if self.wants(self.state.update):
+        if self.due_at(self.state.update):
             self.ends.append(time.perf_counter())
             self.state.so_far.waited = 0.0 if len(self.ends) == 1 else self.state.so_far.waited
         if len(self.ends) == 2:
@@ -52,10 +53,10 @@ class _Watch(Checkpointer):
 
 
 def dry_run(config: RunConfig, steps: int, task: type[Trainer] = Classification) -> dict[str, Any]:
-    """Do one update to warm up and `steps` more, and evaluate one batch. Images have their full size from the start.
+    """Run one warm-up update and `steps` more, then evaluate one batch. Images have full size from the start.
 
-    Returns: images_per_second over all processes; data_wait, the part of the time in which this process waited for its
-        loader; loss; first_update_seconds; peak_memory_mib.
+    Returns: images_per_second over all processes; data_wait, the fraction of time that this process waited for its
+        dataloader; loss; first_update_seconds; peak_memory_mib.
     Raises: as `train`.
     """
     if steps < 1:
@@ -71,7 +72,7 @@ def dry_run(config: RunConfig, steps: int, task: type[Trainer] = Classification)
         report = _measure(task(config, accelerator, progress), steps, run, interruption, progress)
     progress.line(
         f"{steps} updates: {report['images_per_second']:.0f} images/s, {100 * report['data_wait']:.0f} % of the time "
-        f"waiting for data, {report['peak_memory_mib'] or math.nan:.0f} MiB at the peak, loss {report['loss']:.3f}; "
+        f"waiting for data, peak memory {report['peak_memory_mib'] or math.nan:.0f} MiB, loss {report['loss']:.3f}; "
         f"the first update took {report['first_update_seconds']:.1f} s"
     )
     accelerator.end_training()
@@ -79,25 +80,25 @@ def dry_run(config: RunConfig, steps: int, task: type[Trainer] = Classification)
 
 
 def find_batch_size(config: RunConfig, task: type[Trainer] = Classification) -> int:
-    """The largest power of two for data.batch_size that this GPU has memory for, tried with a few updates each.
+    """Find the largest power of two for data.batch_size that fits in GPU memory, with a few updates per size.
 
-    Raises: ConfigError where there is no GPU to run out of memory, or several processes.
+    Raises: ConfigError without a GPU, or with several processes.
     """
     accelerator = Accelerator()
     progress = Progress()
     if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
         raise ConfigError("--find_batch_size needs one process with a GPU; choose data.batch_size by hand")
-    fits, size = 0, 2  # mixing wants pairs
+    fits, size = 0, 2  # even, because mixing needs pairs
     while True:
         trial = copy.deepcopy(config)
         trial.data.batch_size = size  # type: ignore[attr-defined]  # the configuration of every task has it
         try:
-            dry_run(trial, STEPS_OF_A_TRIAL, task)
+            dry_run(trial, TRIAL_STEPS, task)
         except (torch.cuda.OutOfMemoryError, DataError) as error:
-            why = str(error) if isinstance(error, DataError) else "memory ends there"
+            why = str(error) if isinstance(error, DataError) else "out of memory"
             progress.line(f"data.batch_size {size}: {why}")
             if not fits:
-                raise ConfigError(f"not even {size} images fit") from error
+                raise ConfigError(f"not even data.batch_size {size} fits: {why}") from error
             progress.line(f"largest data.batch_size: {fits}")
             return fits
         fits, size = size, 2 * size
@@ -111,12 +112,12 @@ def _measure(
     accelerator, state = trainer.accelerator, trainer.state
     progress.line(trainer.describe())
     progress.line(trainer.initial_weights())
-    watch = _Watch(run, CheckpointConfig(None), interruption, accelerator, state)
-    watch.steps, watch.ends = steps, []
+    stopwatch = _Stopwatch(run, CheckpointConfig(None), interruption, accelerator, state)
+    stopwatch.steps, stopwatch.ends = steps, []
     waited, start = 0.0, time.perf_counter()
     try:
-        while True:  # a small data set has several epochs
-            trainer.train_epoch(watch)
+        while True:  # a small data set takes several epochs
+            trainer.train_epoch(stopwatch)
             waited += state.so_far.waited
             state.end_epoch({})
     except _DoneError:
@@ -125,11 +126,11 @@ def _measure(
     trainer.model.eval()
     with torch.no_grad(), accelerator.autocast():
         trainer.model(inputs)
-    seconds = watch.ends[1] - watch.ends[0]
+    seconds = stopwatch.ends[1] - stopwatch.ends[0]
     return {
         "images_per_second": steps * state.total_batch / seconds,
         "data_wait": waited / seconds,
         "loss": state.so_far.mean_loss,
-        "first_update_seconds": watch.ends[0] - start,
+        "first_update_seconds": stopwatch.ends[0] - start,
         "peak_memory_mib": peak_memory_mib(accelerator.device),
     }

@@ -1,4 +1,4 @@
-"""Accuracy on a split, each image counted once for any number of processes."""
+"""Accuracy on a split. Each image counts once, whatever the number of processes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,20 +9,19 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vim.console.errors import RunError
+from vim.console.progress import Progress
 from vim.data import DataError
 from vim.data.loaders import NO_LABEL, batches_of
-
-from .errors import RunError
-from .progress import Progress
 
 
 @dataclass
 class Evaluation:
-    """Results over `images` images: top1 and top5 in percent, mean cross-entropy, and of each image the classes.
+    """Results over `images` images: top1 and top5 in percent, mean cross-entropy, true and predicted class per image.
 
-    not_finite: images whose logits are not finite. They count as wrong, and make the loss NaN.
-    true, predicted: (images - not_finite,), in the order of the split. classes: number that the model has.
-    bad_images: files that could not be read and are not counted.
+    not_finite: images with non-finite logits. They count as wrong and make the loss NaN.
+    true, predicted: (images - not_finite,), in the order of the split. classes: number of classes of the model.
+    bad_images: unreadable files; they are not counted.
     """
 
     images: int
@@ -41,7 +40,7 @@ class Evaluation:
 
     @property
     def confusion(self) -> Tensor:
-        """Counts of images (true, predicted)."""
+        """Number of images by (true, predicted) class."""
         pairs = torch.bincount(self.true * self.classes + self.predicted, minlength=self.classes**2)
         return pairs.view(self.classes, self.classes)
 
@@ -60,15 +59,15 @@ def evaluate(
 
     Args:
         model: images (B, C, H, W) -> logits (B, classes). Left in eval mode.
-        loader: prepared by the accelerator, whose padding of the last batches is taken off again.
-        answers: (labels, most) int64, the classes that are right for each label of the loader, filled up with NO_LABEL;
-            None: a label is its class.
-        candidates: (classes,) bool, those that take part, with the right ones among them; None: all do.
+        loader: prepared by the accelerator, whose padding of the last batches is removed here.
+        answers: (labels, n) int64, up to n correct classes for each label of the loader, padded with NO_LABEL; None:
+            each label is its own class.
+        candidates: (classes,) bool, the classes that may be predicted, including all correct ones; None: all.
         after_batch: called after each batch, on all processes; may raise.
 
-    Of several right classes, finding one is right, and the loss is -log of the probability that they have together. As
-    true counts the predicted class if it is right, else the first of them. With fewer than five classes, top5 counts
-    all of them. Logits that are not finite are wrong, and told of.
+    If several classes are correct, predicting any of them is correct, and the loss is -log of their total probability.
+    `true` is then the predicted class if it is correct, else the first correct one. With fewer than five classes, top5
+    counts all of them. Images with non-finite logits count as wrong, with a warning.
     """
     model.eval()
     answers, candidates = (None if t is None else t.to(accelerator.device) for t in (answers, candidates))
@@ -92,8 +91,8 @@ def evaluate(
             losses = -likelihoods.masked_fill(right == NO_LABEL, -torch.inf).logsumexp(1)
             ranked = logits.topk(min(5, classes)).indices
             losses = losses.where(finite, torch.nan)
-            mine = losses, ranked, right, finite
-            losses, ranked, right, finite = (t.cpu() for t in accelerator.gather_for_metrics(mine))
+            local = losses, ranked, right, finite
+            losses, ranked, right, finite = (t.cpu() for t in accelerator.gather_for_metrics(local))
             labelled = right[:, 0] != NO_LABEL
             loss += losses[labelled].double().sum()
             images += int(labelled.sum())
@@ -109,11 +108,9 @@ def evaluate(
     if images + len(bad) != len(loader.dataset):  # type: ignore[arg-type]
         raise RunError(f"evaluation counted {images} images of {len(loader.dataset)}")  # type: ignore[arg-type]
     if not images:
-        raise DataError(f"no image could be read, {min(bad)} for one" if bad else "no images to evaluate on")
+        raise DataError(f"no image could be read, for example {min(bad)}" if bad else "no images to evaluate on")
     if not_finite:
-        progress.line(
-            f"warning: the model's logits are not finite for {not_finite} of {images} images, which count as wrong"
-        )
+        progress.line(f"warning: the logits of {not_finite} of {images} images are not finite; they count as wrong")
     top1, top5 = (100 * hits.double() / images).tolist()
     return Evaluation(
         images,

@@ -6,18 +6,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import Tensor, nn
+from torch import Tensor
 
+from vim.console.errors import ConfigError
 from vim.data import LabelledImages
 from vim.data.loaders import NO_LABEL
+from vim.timm_models.create import label_names
+from vim.timm_models.timm_model import TimmModel
 
-from .config import LabelSet
-from .errors import ConfigError
-from .model import label_names
+LabelSet = Literal["folder", "imagenet-v2", "imagenet-real", "imagenet-a", "imagenet-r"]
 
 
 @dataclass
@@ -45,7 +46,7 @@ class RealImages:
         return self.split.load(self.chosen[index], in_chans)[0], index
 
 
-def map_labels(labels: LabelSet, split: LabelledImages, where: str, model: nn.Module, name: str) -> LabelMap:
+def map_labels(labels: LabelSet, split: LabelledImages, where: str, model: TimmModel, name: str) -> LabelMap:
     """What the labels of a split mean to a model.
 
     Classes are found by their names: those that the model keeps, or WordNet's numbers (n01440764), in timm's order, for

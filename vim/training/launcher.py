@@ -1,4 +1,4 @@
-"""The end of a launcher, which may leave its processes behind."""
+"""Stops a run when its launcher dies, which may leave its processes behind."""
 
 import ctypes
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 _LAUNCHER = re.compile(
     r"(^|/)(accelerate|accelerate-launch|torchrun)$|^accelerate\.commands|^torch\.distributed\.(run|launch)$"
 )
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def end_with_the_launcher() -> None:
-    """Have the system send this process a SIGTERM when its parent dies, if that is accelerate's or torch's launcher.
+    """Make the kernel send SIGTERM to this process when its parent dies, if that is accelerate's or torch's launcher.
 
-    (`accelerate launch` with one process dies of a SIGTERM, and does not pass it on.) A shell, nohup or a scheduler may
-    end before the run does. On Linux alone, which has such a signal and shows what the parent is.
+    (`accelerate launch` with one process dies from SIGTERM without passing it on.) Other parents, such as a shell,
+    nohup or a scheduler, may end before the run. Linux only: it has this signal, and shows the parent's command line.
     """
     if sys.platform != "linux":
         return
@@ -29,5 +29,5 @@ def end_with_the_launcher() -> None:
     if not any(_LAUNCHER.search(word) for word in words[:4]):  # python, its options, the launcher
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died meanwhile
+    if os.getppid() != parent:  # the parent died in the meantime
         os.kill(os.getpid(), signal.SIGTERM)

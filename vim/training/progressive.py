@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import ModelConfig
-from .errors import ConfigError
-from .model import create_model_at
+from vim.console.errors import ConfigError
+from vim.timm_models.config import ModelConfig
+from vim.timm_models.create import create_model_at
+from vim.timm_models.timm_model import TimmModel
 
 
 def create_model_of_sizes(
     config: ModelConfig, num_classes: int, img_size: int | None
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[TimmModel, dict[str, Any]]:
     """`create_model_at` of a model that takes images of several sizes, if it can.
 
     Returns: the model, and its arguments of timm.create_model.

@@ -1,4 +1,4 @@
-"""One process at a time for a run folder."""
+"""Lets one process at a time train in a run folder."""
 
 import os
 import socket
@@ -6,16 +6,16 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from .errors import RunError
+from vim.console.errors import RunError
 
 NAME = ".lock"
 
 
 class RunLock:
-    """A lock on a folder that ends with the process, however it ends.
+    """A lock on a folder. The system releases it when the process ends, however it ends.
 
-    It is POSIX's, on a file: unlike flock's, the processes that load images do not inherit it, and it works on NFS.
-    Without effect on Windows, and on file systems that have no locks, where `acquire` says so.
+    It is a POSIX file lock: unlike flock, workers do not inherit it, and it works on NFS. It has no effect on Windows,
+    or on file systems without locks; for these `acquire` returns a warning.
     """
 
     def __init__(self, folder: Path):
@@ -23,9 +23,9 @@ class RunLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> str | None:
-        """Lock the folder, which must be there. Returns: a warning where it cannot be locked.
+        """Lock the folder, which must exist. Returns: a warning if the file system has no locks.
 
-        Raises: RunError that says who has it.
+        Raises: RunError that names the process that holds the lock.
         """
         if sys.platform == "win32":
             return None
@@ -38,27 +38,28 @@ class RunLock:
             except (BlockingIOError, PermissionError) as error:  # POSIX allows either
                 owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
                 os.close(descriptor)
-                raise RunError(f"{owner} trains in {self.path.parent}; wait until it ends, or stop it") from error
+                raise RunError(f"{owner} is training in {self.path.parent}; wait until it ends, or stop it") from error
             except OSError as error:
                 os.close(descriptor)
-                return f"warning: {self.path.parent} cannot be locked ({error.strerror}); start no second run in it"
-            if self._is_named(descriptor):
+                reason = f"{self.path.parent} cannot be locked ({error.strerror})"
+                return f"warning: {reason}; do not start a second run in it"
+            if self._still_in_folder(descriptor):
                 break
-            os.close(descriptor)  # whoever had it has just removed the file
+            os.close(descriptor)  # the previous owner has just removed the file
         os.truncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         self._descriptor = descriptor
         return None
 
     def release(self) -> None:
-        """Unlock the folder, if it was locked, and leave nothing in it."""
+        """Remove the lock file and unlock the folder, if it is locked."""
         if self._descriptor is not None:
-            with suppress(OSError):  # a disk that cannot be written to any more
+            with suppress(OSError):  # the disk may not be writable any more
                 self.path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _is_named(self, descriptor: int) -> bool:
+    def _still_in_folder(self, descriptor: int) -> bool:
         try:
             return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
         except FileNotFoundError:

@@ -1,6 +1,5 @@
-"""A trained model that is none of timm's, as files: model.safetensors and config.json in its run folder."""
+"""Trained models that timm does not know, such as detectors: model.safetensors and config.json in the run folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +7,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vim.checkpoint import load_weights
+from vim.console.errors import ConfigError, RunError
 from vim.files import whole_file, write_json
-
-from .checkpoint import load_weights
-from .errors import ConfigError, RunError
-from .weights import FOLDER_WEIGHTS, check_file, put, unreadable
-
-CONFIG = "config.json"
+from vim.timm_models.name import CONFIG, read_json
+from vim.timm_models.weights import FOLDER_WEIGHTS, check_file, put, unreadable
 
 
 def save_trained(model: nn.Module, about: dict[str, Any], folder: Path) -> None:
-    """Write the weights and `about`, from which `read_about` and a constructor make the model again."""
+    """Write the weights, and `about`: what a constructor needs to build the model again."""
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / FOLDER_WEIGHTS) as unfinished:
         save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, unfinished)
@@ -26,41 +23,30 @@ def save_trained(model: nn.Module, about: dict[str, Any], folder: Path) -> None:
 
 
 def read_about(folder: Path, kind: str, tool: str) -> dict[str, Any]:
-    """What `save_trained` wrote about a model of a kind, which is a key of it.
+    """Read the `about` that `save_trained` wrote.
 
-    Raises: RunError for a folder without a model, or with one of another kind; tool: what would train it.
+    Args:
+        kind: of model: a key that `about` must have.
+        tool: the tool that trains this kind; for the message.
+
+    Raises: RunError for a folder without a model, or with a model of another kind.
     """
     if not (folder / CONFIG).is_file():
         raise RunError(f"no {kind} in {folder}: {folder / CONFIG} is missing; give the folder of a finished run")
     about = read_json(folder / CONFIG)
     if kind not in about:
-        raise RunError(f"{folder} holds another model than a {kind}; train one with {tool}")
-    return about
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a configuration.
-
-    Raises: RunError for a file that is damaged, or holds none.
-    """
-    try:
-        about = json.loads(path.read_text())
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise RunError(f"{path} is damaged: {error}; take the folder from a backup, or train again") from error
-    if not isinstance(about, dict):
-        raise RunError(f"{path} holds no model's configuration; give the folder of a finished run")
+        raise RunError(f"the model in {folder} is not a {kind}; train one with {tool}")
     return about
 
 
 def load_trained(model: nn.Module, folder: Path, checkpoint: str | None) -> str:
-    """Put the weights of a run folder into a model.
+    """Load the weights of a run folder into a model.
 
     Args:
-        checkpoint: takes the weights from this file instead: safetensors, or a checkpoint of a run, of which the
-            averaged weights count where there are any.
+        checkpoint: load from this file instead: safetensors, or a run's checkpoint (its EMA weights if it has any).
 
-    Returns: where the weights are from, and how many.
-    Raises: ConfigError for weights that do not fit, RunError for a file that is damaged.
+    Returns: source and number of the weights.
+    Raises: ConfigError if the weights do not fit; RunError if the file is damaged.
     """
     path = Path(checkpoint) if checkpoint else folder / FOLDER_WEIGHTS
     check_file(path)

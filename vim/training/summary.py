@@ -1,4 +1,4 @@
-"""What a run reports: a line for each epoch, and summary.json."""
+"""What a run reports: a line per epoch, and summary.json."""
 
 import re
 import sys
@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from .environment import device_name, versions
+from vim.console.environment import device_name, versions
+
 from .state import TrainingState
 
 
 def epoch_line(state: TrainingState, epochs: int, results: str, device: torch.device) -> str:
-    """The last epoch in one line, with the results of its evaluation, the most memory so far on the main process, and
-    the time that the rest will take."""
+    """The last epoch in one line: losses, results, speed, peak memory of the main process so far, and time left."""
     record = state.history[-1]
     rate = record["images_per_second"]
     left = timedelta(seconds=round(record["seconds"] * (epochs - state.epoch)))
     peak = peak_memory_mib(device)
-    memory = "" if peak is None else f"{peak:,.0f} MiB  "
-    skipped = f"({record['skipped']} updates skipped, not finite)  " if record["skipped"] else ""
+    memory = "" if peak is None else f"peak {peak:,.0f} MiB  "
+    skipped = f"({record['skipped']} non-finite updates skipped)  " if record["skipped"] else ""
     return (
         f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  train loss {record['train_loss']:.3f}  {skipped}"
         f"{results}  lr {record['lr']:.1e}  {rate:.{0 if rate >= 10 else 1}f} images/s  {memory}{left} left"
@@ -28,7 +28,7 @@ def epoch_line(state: TrainingState, epochs: int, results: str, device: torch.de
 
 
 def summarise(state: TrainingState, seed: int, device: torch.device) -> dict[str, Any]:
-    """What summary.json says of any run."""
+    """The part of summary.json that every kind of run has."""
     history, metric = state.history, state.metric
     return {
         "parameters": sum(p.numel() for p in state.model.parameters()),
@@ -49,12 +49,12 @@ def summarise(state: TrainingState, seed: int, device: torch.device) -> dict[str
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Most memory that this process had: the tensors' on a GPU, else all of it; None on Windows without a GPU."""
+    """Peak memory of this process: tensors on the GPU, else its whole memory; None on Windows without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if sys.platform == "win32":
         return None
-    # Linux, where getrusage also counts the program that started this one.
+    # Linux: getrusage would also count the program that started this one.
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(found[1]) / 2**10

@@ -1,22 +1,24 @@
-"""What the training tools have in common: from a command line to a run."""
+"""The command line of all training tools."""
 
-from .cli import ConfigParser, plain_errors
+from vim.console.config_parser import ConfigParser
+from vim.console.exits import plain_errors
+
 from .config import RunConfig
 from .dry_run import dry_run, find_batch_size
-from .train import train
+from .run import train
 from .trainer import Trainer
 
 
 def training_tool(config_class: type[RunConfig], task: type[Trainer], description: str) -> None:
-    """Read the configuration, and train, or try out.
+    """Read the configuration; then train, do a dry run or find a batch size.
 
     Args:
         description: first lines of `--help`.
     """
     parser = ConfigParser(config_class, description)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--resume", action="store_true", help="go on with the run in run_dir")
-    what.add_argument("--steps", type=int, metavar="N", help="dry run: speed and memory of N updates")
+    what.add_argument("--resume", action="store_true", help="resume the run in run_dir from its last checkpoint")
+    what.add_argument("--steps", type=int, metavar="N", help="dry run: measure speed and memory over N updates")
     what.add_argument("--find_batch_size", action="store_true", help="find the largest data.batch_size for this GPU")
     config, arguments = parser.parse_config()
     with plain_errors():

@@ -1,8 +1,8 @@
-"""The configuration of a sheet of maps; every field is read, and explained in `--help`."""
+"""Configuration of the sheets of maps. `--help` shows the text under each field."""
 
 from dataclasses import dataclass
 
-from vim.training.config import LoadedModelConfig
+from vim.timm_models.config import LoadedModelConfig
 
 
 @dataclass
@@ -14,14 +14,14 @@ class VisualizeConfig(LoadedModelConfig):
     images: str = "data/imagenet/val"
     """A folder of images at any depth, a list (.txt, .tsv), a .tar file or a folder of such."""
     count: int = 4
-    """Images to show, evenly spread over all."""
+    """Number of images to show, evenly spaced in `images`."""
     blocks: list[int] | None = None
-    """Blocks to show, from 0, or from -1 backwards; null: the first, the middle and the last."""
+    """Blocks to show; 0 is the first, -1 the last. null: the first, the middle and the last."""
     output: str = "runs/visualize"
-    """Folder for a PNG for each image, and receptive_fields.png."""
+    """Folder for one PNG per image, and receptive_fields.png."""
 
     def __post_init__(self):
         if self.count < 1:
             raise ValueError(f"count must be at least 1, got {self.count}")
         if self.blocks is not None and not self.blocks:
-            raise ValueError("blocks must name at least one; null for the first, the middle and the last")
+            raise ValueError("blocks must name at least one block; null for the first, the middle and the last")

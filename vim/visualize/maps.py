@@ -1,4 +1,7 @@
-"""Numbers behind the pictures. B batch, L tokens, P patches, E channels of a scan, N its states, D model width."""
+"""Compute the maps.
+
+Shapes: B batch, L tokens, P patches, E channels of a scan, N states of a channel, D model width.
+"""
 
 from typing import Any
 
@@ -6,25 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Scan = dict[str, Any]
+from .scanning_model import Scan, ScanningModel
 
-CLASS_MAP = "class map"  # its name among the maps of a block
-
-
-def has_scans(model: nn.Module) -> bool:
-    """Whether the model is a Vision Mamba, with blocks to look into."""
-    return hasattr(model, "blocks") and hasattr(getattr(model.blocks[0], "mixer", None), "scan_inputs")  # type: ignore[index]
+CLASS_MAP = "class map"  # its key in block_maps
 
 
 def as_pixels(images: Tensor, data_config: dict[str, Any]) -> Tensor:
-    """What a model gets, (B, 1 or 3, H, W), as pixels in 0..1: (B, H, W) or (B, H, W, 3)."""
+    """Undo the normalisation of model inputs (B, 1 or 3, H, W): pixels (B, H, W) or (B, H, W, 3) in 0..1."""
     mean, std = (torch.tensor(data_config[key])[:, None, None] for key in ("mean", "std"))
     return (images.cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).squeeze(-1)
 
 
 @torch.no_grad()
-def block_maps(model: nn.Module, images: Tensor, classes: Tensor, block: int) -> dict[str, Tensor]:
-    """All maps (B, rows, columns) of one block, by name: means over the channels, and the map of `classes` (B,)."""
+def block_maps(model: ScanningModel, images: Tensor, classes: Tensor, block: int) -> dict[str, Tensor]:
+    """All maps (B, rows, columns) of one block by name: means over channels, and the class map of `classes` (B,)."""
     scan = scan_of_block(model, images, block)
     directions = ("forward", "backward")
     values = {f"step size, {d}": v.mean(2) for d, v in zip(directions, step_sizes(scan), strict=True)}
@@ -38,20 +36,20 @@ def block_maps(model: nn.Module, images: Tensor, classes: Tensor, block: int) ->
 
 
 @torch.no_grad()
-def scan_of_block(model: nn.Module, images: Tensor, block: int) -> Scan:
-    """What the scan of a block gets for images (B, C, H, W): arguments of `bidirectional_selective_scan`."""
-    mixer = model.blocks[block].mixer  # type: ignore[index,union-attr]
+def scan_of_block(model: ScanningModel, images: Tensor, block: int) -> Scan:
+    """Inputs of a block's scan for images (B, C, H, W): arguments of `bidirectional_selective_scan`."""
+    mixer = model.blocks[block].mixer
     seen: list[Tensor] = []
-    handle = mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))  # type: ignore[union-attr]
+    handle = mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
         model(images)
     finally:
         handle.remove()
-    return mixer.scan_inputs(seen[0])  # type: ignore[union-attr,operator]
+    return mixer.scan_inputs(seen[0])
 
 
 def step_sizes(scan: Scan) -> tuple[Tensor, Tensor]:
-    """delta (B, L, E) of the forward and the backward direction: how much of a token enters the state."""
+    """delta (B, L, E), forward and backward: how strongly a token enters the state."""
     forward, backward = (
         F.softplus(dt.float() + bias.float()) for dt, bias in zip(scan["dt"], scan["dt_bias"], strict=True)
     )
@@ -59,18 +57,18 @@ def step_sizes(scan: Scan) -> tuple[Tensor, Tensor]:
 
 
 def implicit_attention(scan: Scan, rows: Tensor | list[int]) -> tuple[Tensor, Tensor]:
-    """Of each direction, how much each token writes to the scan's output at chosen tokens, before D and the gate.
+    """How much each token contributes to the scan's output at chosen tokens, before D and the gate.
 
-    A selective scan is a matrix over tokens for each channel: y[t] = sum over s of attention[t, s] u[s], with
+    For each channel, a selective scan is a matrix over tokens: y[t] = sum over s of attention[t, s] u[s], with
 
         attention[t, s] = sum over n of C[t, n] exp(A[n] (delta[s + 1] + ... + delta[t])) delta[s] B[s, n]
 
     for s <= t in the forward direction and s >= t in the backward one, else 0.
 
     Args:
-        scan: of `scan_of_block`. rows: tokens t, in sequence order.
+        scan: from `scan_of_block`. rows: the tokens t, in sequence order.
 
-    Returns: (B, rows, L, E) of the forward and the backward direction.
+    Returns: (B, rows, L, E), forward and backward.
 
     Source: Ali et al. 2024, arXiv 2403.01590, equation 12.
     """
@@ -94,25 +92,25 @@ def implicit_attention(scan: Scan, rows: Tensor | list[int]) -> tuple[Tensor, Te
     return found[0], found[1]
 
 
-def image_maps(model: nn.Module, values: Tensor) -> Tensor:
-    """Values of tokens in sequence order (B, L) -> those of the patches as a map (B, rows, columns)."""
-    patches = model.prefix_first(values.unsqueeze(2))[:, model.num_prefix_tokens :, 0]  # type: ignore[operator,index]
-    return patches.unflatten(1, model.patch_embed.grid_size)  # type: ignore[union-attr,arg-type]
+def image_maps(model: ScanningModel, values: Tensor) -> Tensor:
+    """Values of tokens in sequence order (B, L) -> map of the patches (B, rows, columns)."""
+    patches = model.prefix_first(values.unsqueeze(2))[:, model.num_prefix_tokens :, 0]
+    return patches.unflatten(1, model.patch_embed.grid_size)
 
 
-def class_tokens(model: nn.Module, length: int) -> Tensor:
+def class_tokens(model: ScanningModel, length: int) -> Tensor:
     """Positions of the class tokens in a sequence."""
-    order = model.prefix_first(torch.arange(length)[None, :, None])[0, :, 0]  # type: ignore[operator]
-    return order[: model.num_prefix_tokens]  # type: ignore[misc]
+    order = model.prefix_first(torch.arange(length)[None, :, None])[0, :, 0]
+    return order[: model.num_prefix_tokens]
 
 
-def class_map(model: nn.Module, images: Tensor, classes: Tensor, block: int) -> Tensor:
-    """Grad-CAM on the tokens that a block reads: (B, rows, columns), 0 and up.
+def class_map(model: ScanningModel, images: Tensor, classes: Tensor, block: int) -> Tensor:
+    """Grad-CAM on the input tokens of a block: (B, rows, columns), non-negative.
 
-    Those, not what it writes: behind the last block a class token alone decides.
+    Not on its output: after the last block, only the class token affects the logits.
 
     Args:
-        images: (B, C, H, W). classes: (B,), whose logits to explain.
+        images: (B, C, H, W). classes: (B,), to explain.
 
     Source: Selvaraju et al. 2017, arXiv 1610.02391, equations 1 and 2.
     """
@@ -122,34 +120,34 @@ def class_map(model: nn.Module, images: Tensor, classes: Tensor, block: int) -> 
         seen.append(inputs[0].detach().requires_grad_())
         return (seen[0],)
 
-    handle = model.blocks[block].register_forward_pre_hook(keep)  # type: ignore[index,union-attr]
+    handle = model.blocks[block].register_forward_pre_hook(keep)
     try:
         with torch.enable_grad():
             score = model(images).gather(1, classes[:, None]).sum()
             (gradient,) = torch.autograd.grad(score, seen)
     finally:
         handle.remove()
-    prefix: int = model.num_prefix_tokens  # type: ignore[assignment]
-    value, gradient = (model.prefix_first(t)[:, prefix:] for t in (seen[0].detach(), gradient))  # type: ignore[operator]
-    weights = gradient.mean(1, keepdim=True)  # of a channel, over the image
-    return (value * weights).sum(2).relu().unflatten(1, model.patch_embed.grid_size)  # type: ignore[union-attr,arg-type]
+    prefix = model.num_prefix_tokens
+    value, gradient = (model.prefix_first(t)[:, prefix:] for t in (seen[0].detach(), gradient))
+    weights = gradient.mean(1, keepdim=True)  # per channel, mean over the image
+    return (value * weights).sum(2).relu().unflatten(1, model.patch_embed.grid_size)
 
 
-def receptive_field(model: nn.Module, images: Tensor, block: int) -> Tensor:
-    """How much each pixel moves the patch in the middle of the image behind a block: (H, W), mean over the images.
+def receptive_field(model: ScanningModel, images: Tensor, block: int) -> Tensor:
+    """Gradient of the centre patch after a block with respect to the pixels: (H, W), magnitude, mean over the images.
 
     Source: Luo et al. 2016, arXiv 1701.04128, section 2.
     """
     images = images.detach().clone().requires_grad_()
     seen: list[Tensor] = []
-    handle = model.blocks[block].register_forward_hook(lambda *args: seen.append(args[-1]))  # type: ignore[index,union-attr]
+    handle = model.blocks[block].register_forward_hook(lambda *args: seen.append(args[-1]))
     try:
         with torch.enable_grad():
             model(images)
     finally:
         handle.remove()
-    patches = model.prefix_first(seen[0])[:, model.num_prefix_tokens :]  # type: ignore[operator,misc]
-    rows, columns = model.patch_embed.grid_size  # type: ignore[union-attr,misc]
+    patches = model.prefix_first(seen[0])[:, model.num_prefix_tokens :]
+    rows, columns = model.patch_embed.grid_size
     middle = patches[:, rows // 2 * columns + columns // 2]
     (gradient,) = torch.autograd.grad(middle.sum(), images)
     return gradient.abs().sum(1).mean(0)

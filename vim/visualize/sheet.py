@@ -1,24 +1,26 @@
-"""Sheets of maps as PNG files. matplotlib is optional, and imported only here."""
+"""Sheets of maps as PNG files. matplotlib is optional: imported only here."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vim.console.errors import ConfigError
+from vim.console.output import make_output
+from vim.console.progress import Progress
 from vim.data import EvalDataConfig, ImageSource, eval_transform
-from vim.training.errors import ConfigError
-from vim.training.model import label_names, load_model, resolve_input, weights_from
-from vim.training.output import make_output
-from vim.training.plots import MAX_LINE, plain_text, save_figure
-from vim.training.progress import Progress
+from vim.figures import MAX_LINE, plain_text, save_figure
+from vim.timm_models.create import label_names, load_model, weights_from
+from vim.timm_models.input import resolve_input
 
 from .config import VisualizeConfig
-from .maps import as_pixels, block_maps, has_scans, receptive_field
+from .maps import as_pixels, block_maps, receptive_field
+from .scanning_model import ScanningModel, has_scans
 
 
 def visualize(config: VisualizeConfig) -> list[Path]:
-    """Write a sheet for each image, a row a block, and one of receptive fields.
+    """Write a sheet per image, with a row per block, and a sheet of receptive fields.
 
     Returns: the files.
     Raises: DataError, ConfigError, with a message for the user.
@@ -29,7 +31,9 @@ def visualize(config: VisualizeConfig) -> list[Path]:
         raise ConfigError(f"{config.model} has no classes to explain; choose a classifier")
     Progress().line(f"weights: {weights_from(model)}")
     if not has_scans(model):
-        raise ConfigError(f"{config.model} is no Vision Mamba: its blocks have no selective scan to look into")
+        raise ConfigError(
+            f"{config.model} is no Vision Mamba: its blocks have no selective scan to show; choose a vim_* model"
+        )
     blocks = _chosen_blocks(model, config.blocks)
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
     transform, in_chans = eval_transform(data_config), data_config["input_size"][0]
@@ -56,8 +60,8 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     return files
 
 
-def _chosen_blocks(model: nn.Module, blocks: list[int] | None) -> list[int]:
-    count = len(model.blocks)  # type: ignore[arg-type]
+def _chosen_blocks(model: ScanningModel, blocks: list[int] | None) -> list[int]:
+    count = len(model.blocks)
     if blocks is None:
         return sorted({0, count // 2, count - 1})
     if wrong := [b for b in blocks if not -count <= b < count]:
@@ -78,7 +82,7 @@ def _draw(path: Path, title: str, image: np.ndarray, rows: list[dict[str, Tensor
         axes[0].set_ylabel(f"block {block}")
         for place, name in zip(axes[1:], names, strict=True):
             place.imshow(image, cmap="gray", vmin=0, vmax=1)
-            # Each map in its own scale, from its least to its greatest value.
+            # Each map has its own scale, from its minimum to its maximum.
             drawn = place.imshow(
                 row[name].numpy(), cmap="magma", alpha=0.75, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
             )
@@ -94,8 +98,8 @@ def _draw_fields(path: Path, fields: list[Tensor], blocks: list[int]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.6 * len(fields), 3), layout="constrained")
-    figure.suptitle("what moves the patch in the middle (square root)")
+    figure.suptitle("gradient of the centre patch\n(square root)")
     for axes, field, block in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields, blocks, strict=True):
         axes.imshow(field.sqrt().numpy(), cmap="magma")
-        axes.set(xticks=[], yticks=[], title=f"behind block {block}")
+        axes.set(xticks=[], yticks=[], title=f"after block {block}")
     save_figure(figure, path, 110)

@@ -1,0 +1,1 @@
+"""Experiments on top of training: benchmarks, comparisons, the kill test, dataloader speed."""
