@@ -8,7 +8,7 @@ from torch import Tensor
 from . import backends, cpu_conv, reference, torch_conv
 from .checks import check, check_shape, check_tensors, shape_of
 from .packing import check_seq_idx, segments_of
-from .reference import state_dtype
+from .precision import state_dtype
 
 
 def causal_conv1d(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .reference import state_dtype
+from .precision import state_dtype
 
 _ARRAYS = ("weight", "bias", "initial_state")
 

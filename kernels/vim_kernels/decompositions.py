@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan_op as torch_scan_operator
 
 from . import reference
+from .precision import state_dtype
 
 
 def decompositions(*, loop: bool = False) -> dict[torch._ops.OpOverload, Callable]:
@@ -55,7 +56,7 @@ def _causal_conv1d(
             reference.causal_conv1d(x, w, b, initial_state, segments, silu=silu, reverse=r).to(x.dtype)
             for w, b, r in zip(weight, biases, reverse, strict=True)
         ]
-    dtype, width = reference.state_dtype(x, *weight), weight[0].shape[1]
+    dtype, width = state_dtype(x, *weight), weight[0].shape[1]
     rows = x.to(dtype).unsqueeze(1).permute(0, 3, 1, 2)  # (B, E, 1, L)
 
     def one(weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:

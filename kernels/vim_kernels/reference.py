@@ -9,12 +9,7 @@ from torch import Tensor
 
 from .directions import Direction
 from .packing import reached
-
-
-def state_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 where any tensor is, else fp32: low precision cannot hold exp(delta * A) close to 1."""
-    double = any(t is not None and t.dtype in (torch.float64, torch.complex128) for t in tensors)
-    return torch.float64 if double else torch.float32
+from .precision import state_dtype
 
 
 def scan(d: Direction, *, dt_softplus: bool) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from . import backends, cpu_scan, reference, torch_scan
 from .checks import FLOATS, check, check_shape, check_tensors, shape_of
 from .directions import Direction, DirectionGrads, ScanOutput
 from .packing import check_seq_idx, cuts_of
-from .reference import state_dtype
+from .precision import state_dtype
 
 
 def selective_scan(

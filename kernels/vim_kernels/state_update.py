@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import FLOATS, check, check_shape, check_tensors, shape_of
-from .reference import state_dtype
+from .precision import state_dtype
 
 
 def selective_state_update(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import reference
 from .packing import reached
-from .reference import state_dtype
+from .precision import state_dtype
 
 
 def forward(

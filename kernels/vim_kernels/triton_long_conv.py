@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends import check_no_tangents
-from .long_conv import fft_points, hankel
-from .precision import own_precision
-from .reference import state_dtype
+from .precision import own_precision, state_dtype
 from .rows import on_device_of
+from .torch_long_conv import fft_points, hankel
 
 
 @triton.jit(do_not_specialize=["first", "steps", "width", "tiles", "x_batch", "out_batch"])

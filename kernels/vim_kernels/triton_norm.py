@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import state_dtype
+from .precision import state_dtype
 from .rows import on_device_of
-from .triton_tiles import sigmoid
+from .triton_activations import sigmoid
 
 # Programs that share the rows in the backward: each adds a row to the sum that is left to torch.
 PROGRAMS = 1024

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from .directions import Direction, ScanOutput
 from .rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, sizes
+from .triton_activations import LOG2E
 from .triton_scan_backward import backward
 from .triton_scan_windows import window_length, window_starts
 from .triton_tiles import (
-    LOG2E,
     Tile,
     along,
     both,

@@ -27,11 +27,10 @@ from torch import Tensor
 
 from .directions import Direction, DirectionGrads
 from .rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, row_strides, sizes
+from .triton_activations import LN2, LOG2E, sigmoid
 from .triton_scan_windows import window_length, window_starts
 from .triton_tiles import (
     INTERVAL,
-    LN2,
-    LOG2E,
     Tile,
     along,
     both,
@@ -45,7 +44,6 @@ from .triton_tiles import (
     load_steps,
     row_from_lane,
     scaled,
-    sigmoid,
     spread_of_fours,
     step_sizes,
     store_states,
@@ -53,8 +51,8 @@ from .triton_tiles import (
     unless,
     unpack,
     unpack_all,
-    zeros,
 )
+from .triton_tuples import zeros
 
 
 @triton.jit

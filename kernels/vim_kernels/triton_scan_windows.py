@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .directions import Direction
 from .rows import columns, cut_bytes, row_arguments, sizes
+from .triton_activations import LOG2E
 from .triton_tiles import (
     INTERVAL,
-    LOG2E,
     Tile,
     along,
     fold,
@@ -38,8 +38,8 @@ from .triton_tiles import (
     step_sizes,
     store_states,
     unpack_all,
-    zeros,
 )
+from .triton_tuples import zeros
 
 
 @triton.jit(

@@ -28,9 +28,7 @@ from torch import Tensor
 
 from .directions import Direction
 from .rows import row_strides
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from .triton_activations import softplus
 
 # Steps between the states that the forward pass keeps: at 64 they take an eighth of the memory of xz (a Vim-Ti block).
 INTERVAL = 64
@@ -39,33 +37,6 @@ INTERVAL = 64
 def checkpoint_rows(length: int, directions: int) -> int:
     """States kept of a direction. Where two directions meet in the middle, the count begins anew there."""
     return directions * triton.cdiv(triton.cdiv(length, directions), INTERVAL)
-
-
-@triton.jit
-def sigmoid(x):
-    return 1 / (1 + tl.exp2(-x * LOG2E))
-
-
-@triton.jit
-def softplus(x):
-    """max(x, 0) + log1p(exp(-|x|)), which in fp32 is x where PyTorch's is, above 20."""
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    if x.dtype == tl.float64:
-        w = 1 + e
-        log1p = tl.where(x > 20, 0.0, tl.log(w) + (e - (w - 1)) / w)
-    else:
-        # Minimax polynomial of log1p(e) / e on [0, 1], relative error 1.7e-7 in fp32: log(1 + e) would lose the digits
-        # of a small step, and the hardware logarithm would queue for the unit that computes the exponentials.
-        p = 0.005232694558799267 * e - 0.02950524352490902
-        p = p * e + 0.07822596281766891
-        p = p * e - 0.13663247227668762
-        p = p * e + 0.19106008112430573
-        p = p * e - 0.2484298199415207
-        p = p * e + 0.3331909775733948
-        p = p * e - 0.4999949336051941
-        p = p * e + 0.9999999403953552
-        log1p = e * p
-    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit
@@ -91,14 +62,6 @@ def heading(dirs, length, REVERSE: tl.constexpr):
         first = dirs
         sign = dirs + 1
     return first, sign
-
-
-@triton.jit
-def zeros(COUNT: tl.constexpr, like, S: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros(like.shape, S),)
-    return tiles
 
 
 @triton.jit

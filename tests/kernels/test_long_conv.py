@@ -5,7 +5,7 @@ import torch
 from triton_checks import long_conv_excess
 
 from vim_kernels import long_conv
-from vim_kernels.long_conv import fft_points
+from vim_kernels.torch_long_conv import fft_points
 
 
 @pytest.fixture(params=["fft", "matrix"])

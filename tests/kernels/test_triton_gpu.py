@@ -230,9 +230,9 @@ DUALITIES = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", DUALITIES, ids=str)
 def test_duality_equals_recurrence(shape, dtype, in_order, monkeypatch):
-    from vim_kernels import triton_ssd
+    from vim_kernels import triton_ssd_states
 
-    monkeypatch.setattr(triton_ssd, "PROGRAMS", 1 if in_order else 10**9)
+    monkeypatch.setattr(triton_ssd_states, "PROGRAMS", 1 if in_order else 10**9)
     assert_within(ssd_excess(dtype, device="cuda", **shape))
 
 
@@ -244,6 +244,8 @@ def test_duality_takes_its_kernels():
     y, last = ssd(**given, return_last_state=True)
     assert y.equal(want)
     assert last.equal(state)
+    assert ssd(**given, backend="triton").equal(want)
+    assert not ssd(**given, backend="torch").equal(want)
     assert ssd(**given | {"A": given["A"].double()}).dtype == torch.bfloat16
     assert ssd(**given | {name: given[name][:, :0] for name in ("x", "dt", "B", "C")}).shape[1] == 0
 
@@ -325,7 +327,15 @@ def test_two_processes_give_the_same_bits():
 
 
 def test_a_new_length_compiles_nothing():
-    from vim_kernels import triton_conv, triton_scan, triton_scan_backward, triton_scan_windows, triton_ssd
+    from vim_kernels import (
+        triton_conv,
+        triton_scan,
+        triton_scan_backward,
+        triton_scan_windows,
+        triton_ssd,
+        triton_ssd_backward,
+        triton_ssd_states,
+    )
 
     kernels = [
         triton_scan._forward_kernel,
@@ -338,10 +348,10 @@ def test_a_new_length_compiles_nothing():
         triton_conv._forward_kernel,
         triton_conv._backward_kernel,
         triton_conv._tap_sums_kernel,
-        triton_ssd._states,
-        triton_ssd._carry,
+        triton_ssd_states._states,
+        triton_ssd_states._carry,
         triton_ssd._outputs,
-        triton_ssd._gradients,
+        triton_ssd_backward._gradients,
     ]
 
     def compiled() -> list[int]:

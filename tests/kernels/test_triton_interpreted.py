@@ -126,7 +126,7 @@ def cases() -> dict[str, dict[str, float]]:
         triton_norm,
         triton_scan_backward,
         triton_scan_windows,
-        triton_ssd,
+        triton_ssd_states,
         triton_tiles,
     )
 
@@ -214,7 +214,7 @@ def cases() -> dict[str, dict[str, float]]:
         "ssd_a_head_a_group": ssd_excess(half, batch=1, length=33, heads=3, groups=3, chunk_size=31, reverse=True),
     }
     # Chunks in order, as if these heads filled a chip.
-    triton_ssd.PROGRAMS = 1
+    triton_ssd_states.PROGRAMS = 1
     found["ssd_in_order"] = ssd_excess(half, length=37, chunk_size=16)
     found["ssd_in_order_in_slices"] = ssd_excess(half, **wide, strided=True, reverse=True)
     found["ssd_in_order_bare"] = ssd_excess(half, **wide, absent=("D", "dt_bias", "initial_state"))

@@ -254,7 +254,7 @@ def step_excess(
 
     Args: small: steps of the size of fp32's last digit, from a state of 0 which shows them.
     """
-    from vim_kernels import MambaBlockWeights, block_step, triton_step
+    from vim_kernels import MambaBlockWeights, torch_step, triton_step
 
     generator = torch.Generator().manual_seed(0)
 
@@ -277,7 +277,7 @@ def step_excess(
     ssm_state = random(batch, d_inner, d_state, scale=0 if small else 1).float()
     wide_x, *states = (t.double() for t in (x, conv_state, ssm_state))
     wide_weights = MambaBlockWeights._make(w.double() for w in weights)
-    want = [block_step.torch_step(wide_x, states[0], states[1], wide_weights, eps), *states]
+    want = [torch_step.block_step(wide_x, states[0], states[1], wide_weights, eps), *states]
     got = [triton_step.block_step(x, conv_state, ssm_state, weights, eps), conv_state, ssm_state]
     return {name: error(g, w) / limit for name, g, w in zip(("x", "conv", "ssm"), got, want, strict=True)}
 
@@ -317,8 +317,7 @@ def ssd_results(function, given: dict, dy=None, d_state=None, **options) -> dict
 
 def ssd_excess(dtype, *, reverse=False, chunk_size=64, dt_softplus=True, **shape) -> dict[str, float]:
     """`ssd` by its kernels against the fp64 recurrence, as fractions of what is allowed: see `excess`."""
-    from vim_kernels import triton_ssd
-    from vim_kernels.ssd import _by_torch
+    from vim_kernels import torch_ssd, triton_ssd
 
     given, options = ssd_inputs(dtype, **shape), {"reverse": reverse, "dt_softplus": dt_softplus}
     if not dt_softplus:
@@ -330,7 +329,7 @@ def ssd_excess(dtype, *, reverse=False, chunk_size=64, dt_softplus=True, **shape
     want = ssd_results(recurrence, truth, **options)
     cotangents = {"dy": want["y"].to(dtype), "d_state": want["state"].float()}
     want = ssd_results(recurrence, truth, **{k: t.double() for k, t in cotangents.items()}, **options)
-    eager = ssd_results(_by_torch, given, **cotangents, **options, chunk_size=chunk_size)
+    eager = ssd_results(torch_ssd.ssd, given, **cotangents, **options, chunk_size=chunk_size)
     got = ssd_results(triton_ssd.ssd, given, **cotangents, **options, chunk_size=chunk_size)
     assert all(got[name].dtype == t.dtype for name, t in eager.items())
     budgets = {
