@@ -1,4 +1,4 @@
-"""State-space kernels: the selective scan, its single step and its dual, convolutions short and long, and the norm."""
+"""State-space kernels: the selective scan, its single step and its dual, short and long convolutions, and the norm."""
 
 from .backends import available_backends
 from .block_step import mamba_block_step

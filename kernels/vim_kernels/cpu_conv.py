@@ -1,4 +1,4 @@
-"""Backend `cpu` of the causal convolution: hands tensors to csrc/conv.c."""
+"""Backend `cpu` of the causal convolution: passes tensors to csrc/conv.c."""
 
 import ctypes
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Backend `torch` of the causal convolution: ATen operators only, one tap after another, channel-last."""
+"""Backend `torch` of the causal convolution: ATen operators only, tap by tap, channel-last."""
 
 import torch
 from torch import Tensor

@@ -369,11 +369,11 @@ def test_no_compiler(cache, tmp_path):
     ("command", "message"),
     [
         ('cc "-DX', r"CC must be a command as a shell reads it, got 'cc \"-DX': No closing quotation"),
-        ("true", "the C compiler makes no library: true "),
+        ("true", "the C compiler writes no library: true "),
         ("false", "the C compiler fails: false "),
         ("{tmp_path}", "is not on PATH"),
         ("{tmp_path}/text", "is not on PATH"),
-        ("{tmp_path}/nonsense", r"the library that \S*nonsense .* made does not load"),
+        ("{tmp_path}/nonsense", r"the library compiled by \S*nonsense .* does not load"),
     ],
 )
 def test_a_command_that_is_no_compiler(cache, tmp_path, monkeypatch, command, message):
