@@ -27,6 +27,7 @@ from .triton_scan_backward import backward
 from .triton_scan_windows import window_length, window_starts
 from .triton_tiles import (
     Tile,
+    advance,
     along,
     both,
     checkpoint_rows,
@@ -202,20 +203,8 @@ def _forward_kernel(
                     C_q = row_from_lane(C_rows, j * EACH + q, p, TILES, SPREAD, LANES)
                     if cuts is not None:
                         h = unless(from_lane(begins[j], t - p + q), h)
-                    h_q = ()
-                    for r in tl.static_range(REPEAT):
-                        delta = deltas[j * REPEAT + r]
-                        delta_q = from_lane(delta, t - p + q)
-                        x_q = from_lane(delta * us_now[j * REPEAT + r], t - p + q)
-                        for i in tl.static_range(TILES):
-                            h_i = tl.exp2(delta_q * A_tiles[r * TILES + i]) * h[r * TILES + i] + x_q * B_q[i]
-                            if i == 0:
-                                y_q = h_i * C_q[i]
-                            else:
-                                y_q += h_i * C_q[i]
-                            h_q = h_q + (h_i,)
-                        sums = sums + (y_q,)
-                    h = h_q
+                    h, y_q = advance(h, j * EACH + q, us_now, deltas, A_tiles, B_q, C_q, t, p, REPEAT, TILES, EACH)
+                    sums = sums + y_q
                 valid = (p < EACH) & (step + j * EACH + p < end)
                 ys = ()
                 for r in tl.static_range(REPEAT):

@@ -32,6 +32,7 @@ from .triton_scan_windows import window_length, window_starts
 from .triton_tiles import (
     INTERVAL,
     Tile,
+    advance,
     along,
     both,
     fold,
@@ -278,14 +279,7 @@ def _backward_kernel(
                     B_k = row_from_lane(B_rows, k, p, TILES, SPREAD, LANES)
                     if cuts is not None:
                         h = unless(from_lane(begins[k // EACH], t - p + k % EACH), h)
-                    h_k = ()
-                    for r in tl.static_range(REPEAT):
-                        delta = deltas[k // EACH * REPEAT + r]
-                        delta_k = from_lane(delta, t - p + k % EACH)
-                        x_k = from_lane(delta * us_now[k // EACH * REPEAT + r], t - p + k % EACH)
-                        for i in tl.static_range(TILES):
-                            h_k = h_k + (tl.exp2(delta_k * A_tiles[r * TILES + i]) * h[r * TILES + i] + x_k * B_k[i],)
-                    h = h_k
+                    h, _ = advance(h, k, us_now, deltas, A_tiles, B_k, None, t, p, REPEAT, TILES, EACH)
 
             for i in tl.static_range(STATES):
                 tl.store(slot + ((subs - 1) * STATES + i) * 32, h[i])

@@ -274,6 +274,34 @@ def row_from_lane(rows, k: tl.constexpr, p, TILES: tl.constexpr, SPREAD: tl.cons
 
 
 @triton.jit
+def advance(
+    h, k: tl.constexpr, us, deltas, A_tiles, B_k, C_k, t, p,
+    REPEAT: tl.constexpr, TILES: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """Step k of a block: h = exp(delta A) h + delta u B, with A_tiles = log2(e) A.
+
+    Returns: the states, and the sum of C h over the lane's states of each channel; no sums if C_k is None.
+    """
+    states = ()
+    sums = ()
+    for r in tl.static_range(REPEAT):
+        delta = deltas[k // EACH * REPEAT + r]
+        delta_k = from_lane(delta, t - p + k % EACH)
+        x_k = from_lane(delta * us[k // EACH * REPEAT + r], t - p + k % EACH)
+        for i in tl.static_range(TILES):
+            h_i = tl.exp2(delta_k * A_tiles[r * TILES + i]) * h[r * TILES + i] + x_k * B_k[i]
+            states = states + (h_i,)
+            if C_k is not None:
+                if i == 0:
+                    y_k = h_i * C_k[i]
+                else:
+                    y_k += h_i * C_k[i]
+        if C_k is not None:
+            sums = sums + (y_k,)
+    return states, sums
+
+
+@triton.jit
 def fold(values, t, W: tl.constexpr, LEAST: tl.constexpr):
     """Sums over the lanes t that differ only in the bits LEAST, 2 LEAST, ... W / 2; all numbers are powers of two.
 
