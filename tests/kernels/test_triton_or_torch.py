@@ -1,4 +1,4 @@
-"""`backend=` of ssd, long_conv, rms_norm and mamba_block_step: a name runs or raises, "auto" picks and logs once."""
+"""`backend=` of ssd, long_conv, rms_norm, mamba_block_step: a named one runs or raises; "auto" picks and logs once."""
 
 import functools
 
@@ -96,7 +96,7 @@ LIMITS = {
 
 @pytest.mark.parametrize("case", LIMITS)
 def test_a_call_beyond_the_kernels_limits(case, gpu, caplog):
-    """By name it is an error that says which limit; "auto" takes torch and logs once why."""
+    """By name it raises and names the limit; "auto" takes torch and logs the reason once."""
     backends._log_fallback.cache_clear()
     call, reason = LIMITS[case]
     with pytest.raises(
@@ -119,7 +119,7 @@ def test_a_call_within_the_limits_takes_triton(gpu):
 
 @each_operator
 def test_transforms_take_torch(operator, gpu):
-    """A name raises there; "auto" does what it does in eager mode."""
+    """A named Triton raises there, and "auto" runs."""
 
     def total(scale, backend):
         return (CALLS[operator](backend=backend) * scale).sum()
