@@ -35,7 +35,7 @@ def ssd(
         rows = (0, count * steps - length)
 
         def chunks(t: Tensor, *last: int) -> Tensor:
-            """(B, L, ...) -> (b, c, q, *last). Steps behind the end have delta = 0: they change no state."""
+            """(B, L, ...) -> (b, c, q, *last). Padded steps have delta = 0, which changes no state."""
             t = F.pad(t, (0, 0) * (t.ndim - 2) + rows) if rows[1] else t
             return t.reshape(batch, count, steps, *last)
 
@@ -73,32 +73,31 @@ def ssd(
 
 
 def _division(length: int, chunk_size: int) -> tuple[int, int]:
-    """How many chunks, and their steps: as even as can be, so that little is padded."""
+    """Number of chunks and steps per chunk, chosen for little padding."""
     most = -(-length // chunk_size)
     steps = max(1, -(-length // max(most, 1)))
     if most > 1:
-        # Tensor cores read rows of 16 bytes: eight numbers in half precision.
+        # Tensor cores read rows of 16 bytes: eight values in half precision.
         steps = min(chunk_size, -(-steps // 8) * 8)
     return -(-length // steps), steps
 
 
 def _sums(exponent: Tensor, reverse: bool) -> Tensor:
-    """Sums over the steps up to each, itself included, in the order of processing: (..., Q) -> (..., Q)."""
-    # The flips are of numbers a head. The sequences themselves stay as they are: in reverse, decays are triangular the
-    # other way round.
+    """Cumulative sums over the steps in processing order: (..., Q) -> (..., Q)."""
+    # Only values per head are flipped, not the sequences: in reverse, the decays are triangular the other way round.
     return exponent.flip(-1).cumsum(-1).flip(-1) if reverse else exponent.cumsum(-1)
 
 
 def _segment_decays(exponent: Tensor, reverse: bool) -> Tensor:
-    """How much of what step k adds is left behind step q: exp of the sum of the exponents after k up to q.
+    """The share of step k's input that remains after step q: exp of the sum of the exponents after k up to q.
 
-    Args: exponent: (..., Q), not above 0.
-    Returns: (..., Q, Q), 0 where k comes after q.
+    Args: exponent: (..., Q), at most 0.
+    Returns: (..., Q, Q), 0 if k comes after q.
     """
-    # Each segment is summed by itself. As a difference of two sums from the start, which may be large and nearly equal,
-    # it would lose its digits, and its gradient too.
+    # Each segment is summed separately. The difference of two sums from the start, which may be large and nearly equal,
+    # would lose digits, and so would its gradient.
     steps = exponent.shape[-1]
-    if reverse:  # the segment is from q up to what stands in front of k
+    if reverse:  # the segment runs from q to the step before k
         exponent = F.pad(exponent[..., :-1], (1, 0))
     sums = exponent.unsqueeze(-2).expand(*exponent.shape, steps).triu(1).cumsum(-1)  # from row to column
     behind = torch.ones(steps, steps, dtype=torch.bool, device=exponent.device).tril(-1)
@@ -107,10 +106,10 @@ def _segment_decays(exponent: Tensor, reverse: bool) -> Tensor:
 
 
 def _carry(added: Tensor, exponent: Tensor, initial: Tensor, reverse: bool, most: int = 64) -> tuple[Tensor, Tensor]:
-    """The recurrence over chunks, state = exp(exponent) * state + added, itself in chunks of at most `most`, and so on.
+    """The recurrence over chunks, state = exp(exponent) * state + added, recursively in blocks of `most` chunks.
 
     Args: added: (B, C, H, F). exponent: (B, C, H). initial: (B, H, F).
-    Returns: the states in front of each chunk, (B, C, H, F), and behind the last one processed, (B, H, F).
+    Returns: the states before each chunk, (B, C, H, F), and after the last one processed, (B, H, F).
     """
     batch, count = added.shape[:2]
     if count <= most:
@@ -128,7 +127,7 @@ def _carry(added: Tensor, exponent: Tensor, initial: Tensor, reverse: bool, most
 
 
 def _carry_within(added: Tensor, exponent: Tensor, initial: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """`_carry` by one product with all decays from chunk to chunk; the initial state counts as a chunk's."""
+    """`_carry` as one product with the decays between all chunks; the initial state acts as a chunk."""
     first, none = initial.unsqueeze(1), initial.new_zeros(initial[..., 0].shape).unsqueeze(1)
     states = torch.cat((added, first) if reverse else (first, added), 1)
     exponent = torch.cat((exponent, none) if reverse else (none, exponent), 1)
