@@ -70,7 +70,7 @@ def mamba_block_step(
     chosen = backends.triton_or_torch("mamba_block_step", backend, x.device, limit)
     with torch.no_grad():
         if chosen == "triton" and batch:  # a grid cannot be empty
-            from . import triton_step  # imports triton, which not every platform has
+            from .triton_kernels import step as triton_step  # imports triton, which not every platform has
 
             return triton_step.block_step(x, conv_state, ssm_state, weights, eps)
         return torch_step.block_step(x, conv_state, ssm_state, weights, eps)

@@ -171,7 +171,7 @@ def _triton(backend: str, x: Tensor):
     """The module that takes all directions at once; None if `_one_direction` runs them one by one."""
     if x.numel() == 0 or backends.resolve(backend, x.device) != "triton":  # a grid cannot be empty
         return None
-    from . import triton_conv  # imports triton, which not every platform has
+    from .triton_kernels import conv as triton_conv  # imports triton, which not every platform has
 
     return triton_conv
 

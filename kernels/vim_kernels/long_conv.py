@@ -40,7 +40,7 @@ def long_conv(u: Tensor, kernel: Tensor, *, ahead: int = 0, method: Method = "ff
     check(ahead < lags <= ahead + length, "kernel", kernel, f"have {ahead + 1} to {ahead + length} lags", got=lags)
     with own_precision(u.device.type):  # there is no FFT in half precision
         if chosen == "triton":
-            from . import triton_long_conv  # imports triton, which not every platform has
+            from .triton_kernels import long_conv as triton_long_conv  # imports triton, which not every platform has
 
             return triton_long_conv.long_conv(u, kernel, ahead, method)
         return torch_long_conv.long_conv(u, kernel, ahead, method)

@@ -58,7 +58,7 @@ def rms_norm(
     schema="(Tensor x, Tensor weight, Tensor? gate, float eps, int groups, ScalarType dtype) -> Tensor",
 )
 def _forward_op(x, weight, gate, eps, groups, dtype):
-    from . import triton_norm  # imports triton, which not every platform has
+    from .triton_kernels import norm as triton_norm  # imports triton, which not every platform has
 
     backends.check_no_tangents()
     return triton_norm.forward(x, weight, gate, eps, groups, dtype)
@@ -76,7 +76,7 @@ def _(x, weight, gate, eps, groups, dtype):
     schema="(Tensor dy, Tensor x, Tensor weight, Tensor? gate, float eps, int groups) -> (Tensor, Tensor, Tensor)",
 )
 def _backward_op(dy, x, weight, gate, eps, groups):
-    from . import triton_norm
+    from .triton_kernels import norm as triton_norm
 
     backends.check_no_tangents()
     return triton_norm.backward(dy, x, weight, gate, eps, groups)

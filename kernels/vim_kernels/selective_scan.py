@@ -269,7 +269,7 @@ def _implementation(backend: str, u: Tensor):
 def _module(backend: str, u: Tensor):
     backend = backends.resolve(backend, u.device)
     if backend == "triton":
-        from . import triton_scan  # imports triton, which not every platform has
+        from .triton_kernels import scan as triton_scan  # imports triton, which not every platform has
 
         return triton_scan
     return cpu_scan if backend == "cpu" else torch_scan

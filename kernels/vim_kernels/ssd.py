@@ -68,7 +68,7 @@ def ssd(
     options: dict[str, Any] = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "reverse": reverse}
     chosen = backends.triton_or_torch("ssd", backend, x.device, lambda: _triton_limit(*inputs))
     if chosen == "triton" and x.numel() > 0:  # a grid cannot be empty
-        from . import triton_ssd  # imports triton, which not every platform has
+        from .triton_kernels import ssd as triton_ssd  # imports triton, which not every platform has
 
         y, last_state = triton_ssd.ssd(*inputs, **options)
     else:

@@ -111,8 +111,9 @@ def test_vim_tiny_at_224_pixels(precision):
 @pytest.mark.parametrize("tile", [(4, 4, 4), (2, 16, 8), (1, 16, 8)], ids=str)
 def test_every_tile(monkeypatch, tile):
     """Each tile that a shape can select, on an input small enough to compare with fp64."""
-    from vim_kernels import triton_scan, triton_scan_backward
-    from vim_kernels.triton_tiles import Tile
+    from vim_kernels.triton_kernels import scan as triton_scan
+    from vim_kernels.triton_kernels import scan_backward as triton_scan_backward
+    from vim_kernels.triton_kernels.tiles import Tile
 
     monkeypatch.setattr(triton_scan, "_tile", lambda d: Tile(*tile))
     monkeypatch.setattr(triton_scan_backward, "_tile", lambda d: Tile(min(2, tile[0]), tile[1], 4))
@@ -123,7 +124,7 @@ def test_every_tile(monkeypatch, tile):
 def test_windows(precision):
     """Sequences long enough for several, the last one short, with states going in and out."""
     from vim_kernels.directions import Direction
-    from vim_kernels.triton_scan_windows import window_length
+    from vim_kernels.triton_kernels.scan_windows import window_length
 
     d = Direction(torch.empty(2, 600, 40), None, None, None, None, None, None, None, False)
     assert 600 / window_length(d, 1) > 2
@@ -230,14 +231,14 @@ DUALITIES = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", DUALITIES, ids=str)
 def test_duality_equals_recurrence(shape, dtype, in_order, monkeypatch):
-    from vim_kernels import triton_ssd_states
+    from vim_kernels.triton_kernels import ssd_states as triton_ssd_states
 
     monkeypatch.setattr(triton_ssd_states, "PROGRAMS", 1 if in_order else 10**9)
     assert_within(ssd_excess(dtype, device="cuda", **shape))
 
 
 def test_duality_takes_its_kernels():
-    from vim_kernels import triton_ssd
+    from vim_kernels.triton_kernels import ssd as triton_ssd
 
     given = ssd_inputs(torch.bfloat16, device="cuda", length=100)
     want, state = triton_ssd.ssd(**given, dt_softplus=True, chunk_size=64, reverse=False)
@@ -327,15 +328,13 @@ def test_two_processes_give_the_same_bits():
 
 
 def test_a_new_length_compiles_nothing():
-    from vim_kernels import (
-        triton_conv,
-        triton_scan,
-        triton_scan_backward,
-        triton_scan_windows,
-        triton_ssd,
-        triton_ssd_backward,
-        triton_ssd_states,
-    )
+    from vim_kernels.triton_kernels import conv as triton_conv
+    from vim_kernels.triton_kernels import scan as triton_scan
+    from vim_kernels.triton_kernels import scan_backward as triton_scan_backward
+    from vim_kernels.triton_kernels import scan_windows as triton_scan_windows
+    from vim_kernels.triton_kernels import ssd as triton_ssd
+    from vim_kernels.triton_kernels import ssd_backward as triton_ssd_backward
+    from vim_kernels.triton_kernels import ssd_states as triton_ssd_states
 
     kernels = [
         triton_scan._forward_kernel,

@@ -83,7 +83,7 @@ NAMES = [
 def long_convolutions():
     from triton_checks import long_conv_excess
 
-    from vim_kernels.triton_long_conv import long_conv
+    from vim_kernels.triton_kernels.long_conv import long_conv
 
     for method in ("fft", "matrix"):
         yield method, long_conv_excess(long_conv, method, lags=4)
@@ -119,16 +119,12 @@ def cases() -> dict[str, dict[str, float]]:
         widened_pair,
     )
 
-    from vim_kernels import (
-        bidirectional_causal_conv1d,
-        bidirectional_selective_scan,
-        selective_scan,
-        triton_norm,
-        triton_scan_backward,
-        triton_scan_windows,
-        triton_ssd_states,
-        triton_tiles,
-    )
+    from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan, selective_scan
+    from vim_kernels.triton_kernels import norm as triton_norm
+    from vim_kernels.triton_kernels import scan_backward as triton_scan_backward
+    from vim_kernels.triton_kernels import scan_windows as triton_scan_windows
+    from vim_kernels.triton_kernels import ssd_states as triton_ssd_states
+    from vim_kernels.triton_kernels import tiles as triton_tiles
 
     bf16 = 0.02  # the interpreter truncates fp32 to bf16; the hardware rounds
     # Outputs and scratch memory start as NaN, so that unwritten elements show.

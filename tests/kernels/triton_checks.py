@@ -183,7 +183,7 @@ def norm_excess(
     The gate is a slice of a wider tensor, as a layer has it, in x's dtype or in one that is given. Strided, all else is
     too.
     """
-    from vim_kernels import triton_norm
+    from vim_kernels.triton_kernels import norm as triton_norm
 
     generator = torch.Generator().manual_seed(0)
     x = (3 * torch.randn(*shape, generator=generator)).to(device, dtype)
@@ -254,7 +254,8 @@ def step_excess(
 
     Args: small: steps of the size of fp32's last digit, from a state of 0 which shows them.
     """
-    from vim_kernels import MambaBlockWeights, torch_step, triton_step
+    from vim_kernels import MambaBlockWeights, torch_step
+    from vim_kernels.triton_kernels import step as triton_step
 
     generator = torch.Generator().manual_seed(0)
 
@@ -317,7 +318,8 @@ def ssd_results(function, given: dict, dy=None, d_state=None, **options) -> dict
 
 def ssd_excess(dtype, *, reverse=False, chunk_size=64, dt_softplus=True, **shape) -> dict[str, float]:
     """`ssd` by its kernels against the fp64 recurrence, as fractions of what is allowed: see `excess`."""
-    from vim_kernels import torch_ssd, triton_ssd
+    from vim_kernels import torch_ssd
+    from vim_kernels.triton_kernels import ssd as triton_ssd
 
     given, options = ssd_inputs(dtype, **shape), {"reverse": reverse, "dt_softplus": dt_softplus}
     if not dt_softplus:

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="assignment"
-"""Backend `triton` of `ssd`: the backward pass, in which each program takes a chunk of a head; see `triton_ssd`."""
+"""Backend `triton` of `ssd`: the backward pass, in which each program takes a chunk of a head; see `ssd`."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import on_device_of, row_arguments
-from .triton_activations import sigmoid
-from .triton_ssd_states import (
+from ..rows import on_device_of, row_arguments
+from .activations import sigmoid
+from .ssd_states import (
     FORGOTTEN,
     VARIABLE,
     Shape,

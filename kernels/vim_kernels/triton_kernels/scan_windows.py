@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .directions import Direction
-from .rows import columns, cut_bytes, row_arguments, sizes
-from .triton_activations import LOG2E
-from .triton_tiles import (
+from ..directions import Direction
+from ..rows import columns, cut_bytes, row_arguments, sizes
+from .activations import LOG2E
+from .tiles import (
     INTERVAL,
     Tile,
     along,
@@ -39,7 +39,7 @@ from .triton_tiles import (
     store_states,
     unpack_all,
 )
-from .triton_tuples import zeros
+from .tuples import zeros
 
 
 @triton.jit(

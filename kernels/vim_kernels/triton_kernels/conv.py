@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .precision import state_dtype
-from .rows import as_rows, on_device_of, row_arguments
-from .triton_activations import sigmoid
-from .triton_tuples import zeros
+from ..precision import state_dtype
+from ..rows import as_rows, on_device_of, row_arguments
+from .activations import sigmoid
+from .tuples import zeros
 
 
 @triton.jit

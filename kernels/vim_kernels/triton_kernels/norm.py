@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .precision import state_dtype
-from .rows import on_device_of
-from .triton_activations import sigmoid
+from ..precision import state_dtype
+from ..rows import on_device_of
+from .activations import sigmoid
 
 # Programs of the backward. Each leaves one row of the weight's gradient for torch to sum.
 PROGRAMS = 1024

@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .directions import Direction
-from .rows import row_strides
-from .triton_activations import softplus
+from ..directions import Direction
+from ..rows import row_strides
+from .activations import softplus
 
 # Steps between the states that the forward saves. At 64 they take an eighth of the memory of xz (a Vim-Ti block).
 INTERVAL = 64

@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import check_no_tangents
-from .precision import own_precision, state_dtype
-from .rows import on_device_of
-from .torch_long_conv import fft_points, hankel
+from ..backends import check_no_tangents
+from ..precision import own_precision, state_dtype
+from ..rows import on_device_of
+from ..torch_long_conv import fft_points, hankel
 
 
 @triton.jit(do_not_specialize=["first", "steps", "width", "tiles", "x_batch", "out_batch"])

@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import check_no_tangents
-from .rows import on_device_of, row_arguments
-from .triton_ssd_backward import backward
-from .triton_ssd_states import (
+from ..backends import check_no_tangents
+from ..rows import on_device_of, row_arguments
+from .ssd_backward import backward
+from .ssd_states import (
     VARIABLE,
     Shape,
     chunk_rows,

@@ -3,7 +3,7 @@
 # mypy: disable-error-code="assignment"
 """Backend `triton` of the scan: channel-last, both directions in one launch, no atomics, bit-identical between runs.
 
-This file has the forward pass; `triton_tiles` defines the layout of a warp's states. A program runs both directions of
+This file has the forward pass; `tiles` defines the layout of a warp's states. A program runs both directions of
 its channels, one in each of its two warps. They meet in the middle of the sequence. Up to there each warp writes its y
 as a partial sum; from there on each reads the other's part, adds, gates and stores. One barrier in the middle orders
 the two, and no second kernel has to read the parts back from memory.
@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .directions import Direction, ScanOutput
-from .rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, sizes
-from .triton_activations import LOG2E
-from .triton_scan_backward import backward
-from .triton_scan_windows import window_length, window_starts
-from .triton_tiles import (
+from ..directions import Direction, ScanOutput
+from ..rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, sizes
+from .activations import LOG2E
+from .scan_backward import backward
+from .scan_windows import window_length, window_starts
+from .tiles import (
     Tile,
     advance,
     along,
@@ -72,7 +72,7 @@ def _forward_kernel(
     checkpoints,  # (directions, B, rows, E, N) or None
     batch,
     length,
-    window,  # steps per window; see triton_scan_windows
+    window,  # steps per window; see scan_windows
     started,
     d_inner,
     group_size,  # E / G

@@ -1,7 +1,7 @@
 # Triton grows a tuple by `tiles + (tile,)` and by nothing else.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated"
-"""Backend `triton` of the scan: the backward pass; `triton_tiles` defines the layout of a warp's states.
+"""Backend `triton` of the scan: the backward pass; `tiles` defines the layout of a warp's states.
 
 A program takes a window of the sequence (with many rows, the whole sequence). It walks through the chunks whose initial
 states the forward saved, the last chunk first:
@@ -25,11 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .directions import Direction, DirectionGrads
-from .rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, row_strides, sizes
-from .triton_activations import LN2, LOG2E, sigmoid
-from .triton_scan_windows import window_length, window_starts
-from .triton_tiles import (
+from ..directions import Direction, DirectionGrads
+from ..rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, row_strides, sizes
+from .activations import LN2, LOG2E, sigmoid
+from .scan_windows import window_length, window_starts
+from .tiles import (
     INTERVAL,
     Tile,
     advance,
@@ -53,7 +53,7 @@ from .triton_tiles import (
     unpack,
     unpack_all,
 )
-from .triton_tuples import zeros
+from .tuples import zeros
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def _backward_kernel(
     items,  # blocks of channels over all batch entries, directions and windows
     batch,
     length,
-    window,  # steps per window; see triton_scan_windows
+    window,  # steps per window; see scan_windows
     windows,
     started,
     d_inner,

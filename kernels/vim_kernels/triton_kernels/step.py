@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_weights import MambaBlockWeights
-from .rms_norm import rms_norm
-from .rows import on_device_of
-from .triton_activations import sigmoid, softplus
+from ..block_weights import MambaBlockWeights
+from ..rms_norm import rms_norm
+from ..rows import on_device_of
+from .activations import sigmoid, softplus
 
 FEW = 4  # most sequences whose products are done here
 TILE = 16384  # most weights that a program holds

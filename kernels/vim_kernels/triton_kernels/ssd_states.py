@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import as_rows, row_arguments
-from .triton_activations import softplus
+from ..rows import as_rows, row_arguments
+from .activations import softplus
 
 # The lowest exponent of a step. Its decay is nothing in fp32, and the sums over a chunk keep their digits after steps
 # that forget everything.
