@@ -1,8 +1,9 @@
-"""The house keeps its rules: who imports whom, no import of Triton without need."""
+"""The house keeps its rules: who imports whom, no circles, no large files, no import of Triton without need."""
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,9 @@ ALLOWED = {
     },
     "vim.publish": {*BELOW_TRAINING, "vim.training", "timm", "huggingface_hub", "yaml", *NUMERIC},
 }
+MOST_FILES = 30
+MOST_LINES = 500
+LONG_FILES = {"kernels/vim_kernels/triton_kernels/scan_backward.py"}  # one kernel, and all its steps
 
 
 def package_files(package: str) -> list[Path]:
@@ -125,10 +129,45 @@ def test_every_package_has_its_rule():
     assert packages == ALLOWED.keys() - {"vim_kernels"}
 
 
+def test_no_files_import_each_other_in_a_circle():
+    files = {module_name(path): path for path in [*package_files("vim"), *package_files("vim_kernels")]}
+    arrows = {}
+    for module, path in files.items():
+        # A package's __init__ is not in here under the package's name: its submodules may import each other through it.
+        arrows[module] = {name for name in imports(path, module) & files.keys() if name != module}
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        pytest.fail(f"files import each other: {' <- '.join(error.args[1])}")
+
+
+def test_packages_and_files_stay_small():
+    for folder in [path for room in ("vim", "kernels", "tools") for path in (ROOT / room).rglob("*") if path.is_dir()]:
+        files = sorted(folder.glob("*.py"))
+        assert len(files) <= MOST_FILES, f"{folder} has {len(files)} files; does it hold a second subject?"
+        for path in files:
+            name, lines = str(path.relative_to(ROOT)), path.read_text().count("\n")
+            assert lines <= MOST_LINES or name in LONG_FILES, f"{name} has {lines} lines; split it at a seam"
+
+
+def test_no_function_hides_its_module():
+    """`vim.training.train` is a function; a module of that name could not be imported by name."""
+    for package in ALLOWED.keys() - {"vim_kernels"}:  # there a file is named after its operator
+        face = next(path for path in package_files(package) if path.name == "__init__.py")
+        taken = {
+            alias.asname or alias.name
+            for node in ast.walk(ast.parse(face.read_text()))
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        modules = {path.stem for path in package_files(package)}
+        assert not taken & modules, f"{package} exports {taken & modules}, the names of its own modules"
+
+
 def test_only_triton_files_import_triton():
     for path in package_files("vim_kernels"):
         uses = any(name.split(".")[0] == "triton" for name in imports(path, module_name(path)))
-        assert uses == path.name.startswith("triton_"), path.name
+        assert uses == (path.parent.name == "triton_kernels" and path.name != "__init__.py"), path.name
 
 
 def test_tools_do_not_import_each_other():

@@ -2,10 +2,10 @@
 
     python kernels/benchmarks/cpu_scan.py --output kernels/benchmarks/results/cpu_scan.md
 
-Every contender is checked against the fp64 reference first; nothing is reported if one is wrong. Contenders take turns,
-so that a slow spell of the machine hits all of them, and a figure is the median over the rounds. The machine should be
-idle: torch's threads spin while they wait, so one busy process beside them multiplies the time of the small operators
-that `reference` and `torch` are made of.
+Every contender is first checked against the fp64 reference; if one is wrong, nothing is reported. Contenders take
+turns, so a slow period of the machine hits all of them. Figures are medians over the rounds. The machine should be
+idle: torch's threads spin while they wait, so another busy process multiplies the time of the small operators of
+`reference` and `torch`.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from vim_kernels import bidirectional_selective_scan, causal_conv1d, cpu, select
 
 BATCH, D_INNER, D_STATE = 8, 384, 16  # Vim-Ti
 LENGTHS = (197, 785, 3137)  # images of 224, 448 and 896 pixels in patches of 16
-SMALL = ((64, 17, 128), (64, 50, 192))  # batch, length, d_inner of the quick start's models
+SMALL = ((64, 17, 128), (64, 50, 192))  # batch, length, d_inner of the quick-start models
 TOLERANCE = 1e-5  # of the largest value of each tensor
 
 
 def scan_inputs(batch: int, length: int, d_inner: int = D_INNER) -> list[Tensor]:
-    """u, dt, A, B, C, D, z, dt_bias as a trained model has them."""
+    """u, dt, A, B, C, D, z, dt_bias with the values of a trained model."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -51,7 +51,7 @@ def scan(tensors: list[Tensor], backend: str) -> Tensor:
 
 
 def pair_inputs(batch: int, length: int, d_inner: int = D_INNER) -> list[Tensor]:
-    """The tensors of a second direction, without a z of their own, behind those of the first."""
+    """The tensors of the first direction, then those of the second, which shares z."""
     first, second = (scan_inputs(batch, length, d_inner) for _ in range(2))
     return [*first, *second[:6], second[7]]
 
@@ -74,7 +74,7 @@ def conv(tensors: list[Tensor], backend: str) -> Tensor:
 
 
 def conv1d(tensors: list[Tensor]) -> Tensor:
-    """The same by F.conv1d, which wants channels first."""
+    """The same by F.conv1d, which is channel-first."""
     x, weight, bias = tensors
     padded = F.pad(x.transpose(1, 2), (weight.shape[1] - 1, 0))
     return F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=x.shape[2])).transpose(1, 2)
@@ -84,7 +84,7 @@ Contender = Callable[[list[Tensor]], Tensor]
 
 
 def check(name: str, run: Contender, right: Contender, inputs: list[Tensor]) -> float:
-    """Largest error of the output and of all gradients, relative to the largest value of the tensor; exits if wrong."""
+    """Largest error of output and gradients, relative to the largest value of the tensor; exits if it is too large."""
 
     def results(run: Contender, dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
@@ -173,7 +173,7 @@ def report(rounds: int) -> str:
         rows.append(f"| {n} | {forward:.2f} | {both:.2f} | {ratio:.2f} |")
     parts += ["## Growth of `cpu` with the length", "\n".join(rows), "Bar: 1.3 (stretch 1.1)."]
 
-    parts += ["## Small sizes, both directions, and what a call costs before it computes"]
+    parts += ["## Small sizes, both directions, and the overhead of a call"]
     small = {f"{b} x {n} x {e}": measure({"cpu": two["cpu"]}, pair_inputs(b, n, e), rounds)["cpu"] for b, n, e in SMALL}
     small["1 x 1 x 1"] = measure({"cpu": two["cpu"]}, pair_inputs(1, 1, 1), 10 * rounds)["cpu"]
     rows = ["| batch x length x d_inner | forward ms | forward + backward ms |", "|---|---|---|"]

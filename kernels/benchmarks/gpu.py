@@ -2,10 +2,10 @@
 
     python kernels/benchmarks/gpu.py --output kernels/benchmarks/results/gpu.md
 
-A row is both directions of a Vim block in one call: for the scan two u, dt, B, C, A, D, dt_bias and one z give one
-gated y; for the convolution one x gives two u. Before a shape is timed, outputs and gradients of one batch entry, of a
-sequence cut to CHECKED steps, are compared with the fp64 reference; a wrong kernel is not reported. A figure is the
-median over rounds of a CUDA graph of many calls, so that launches from Python do not count. The authors' CUDA kernels
+A row is both directions of a Vim block in one call. The scan turns two sets of u, dt, B, C, A, D, dt_bias and one z
+into one gated y; the convolution turns one x into two u. Before a shape is timed, outputs and gradients of one batch
+entry, of a sequence cut to CHECKED steps, are compared with the fp64 reference; a wrong kernel is not reported. Figures
+are medians over rounds of a CUDA graph of many calls, which excludes launches from Python. The authors' CUDA kernels
 (packages mamba_ssm and causal_conv1d) take one direction: their figure is two calls, without any flip.
 """
 
@@ -44,7 +44,7 @@ Pairs = list[list[Tensor]]
 
 
 def scan_inputs(batch: int, d_inner: int, length: int) -> tuple[Pairs, Tensor, Tensor]:
-    """(u, dt, A, B, C, D, dt_bias) as pairs, z, dy: laid out as a Vim block has them, z and B, C slices of a row."""
+    """(u, dt, A, B, C, D, dt_bias) as pairs, z, dy, laid out as in a Vim block: z, B and C are slices of rows."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -83,9 +83,9 @@ def conv_and_gradients(x: Tensor, weights: list[Tensor], biases: list[Tensor], d
 
 
 def error_of(gradients: Callable[..., list[Tensor]], sequences: Sequence, dy: Tensor) -> float:
-    """Largest error of outputs and gradients as a part of their norm, for a loss of batch entry 0 alone.
+    """Largest error of outputs and gradients as a fraction of their norm, for a loss on batch entry 0 only.
 
-    sequences: arguments of `gradients`, tensors or lists of tensors; those of three dimensions have a batch.
+    sequences: arguments of `gradients`, tensors or lists of tensors; three-dimensional ones have a batch.
     """
 
     def first(t):
@@ -125,7 +125,7 @@ def conv_inputs(x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 
 
 def kernel_calls(pairs: Pairs, z: Tensor, dy: Tensor) -> dict[str, Call]:
-    """What is timed, by name of the row. With `saving`, a forward pass keeps what the backward needs."""
+    """The timed calls by row name. With "saving", a forward pass saves the tensors for the backward."""
     columns = [list(pair) for pair in pairs]
     columns = [*columns[:3], *([t.unsqueeze(2) for t in pair] for pair in columns[3:5]), *columns[5:], []]
     options = z, None, [False, True], True, 0.5
@@ -143,9 +143,9 @@ def kernel_calls(pairs: Pairs, z: Tensor, dy: Tensor) -> dict[str, Call]:
 
 
 def authors_calls(pairs: Pairs, z: Tensor, dy: Tensor) -> dict[str, Call]:
-    """The authors' kernels on the same inputs in their layout, (B, E, L); empty where they are not installed.
+    """The authors' kernels on the same inputs in their layout, (B, E, L); empty if they are not installed.
 
-    A backward call runs the forward pass too: see `authors_milliseconds`.
+    A backward call includes the forward pass; see `authors_milliseconds`.
     """
     try:
         from causal_conv1d import causal_conv1d_fn
@@ -183,7 +183,7 @@ def authors_calls(pairs: Pairs, z: Tensor, dy: Tensor) -> dict[str, Call]:
 
 
 def authors_milliseconds(calls: dict[str, Call]) -> dict[str, float]:
-    """Medians by name of the row; a backward is what a call takes longer than the forward."""
+    """Medians by row name. The time of a backward is that of its call minus the forward."""
     found = {}
     for name, call in calls.items():
         times = []
@@ -199,7 +199,7 @@ def authors_milliseconds(calls: dict[str, Call]) -> dict[str, float]:
 
 
 def milliseconds(function: Call, calls: int, rounds: int = 5) -> list[float]:
-    """Time of a call in each round, sorted."""
+    """Time per call in each round, sorted."""
     function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -219,14 +219,14 @@ def milliseconds(function: Call, calls: int, rounds: int = 5) -> list[float]:
 
 
 def floors(name: str, batch: int, d_inner: int, length: int) -> tuple[float, float]:
-    """Milliseconds to move the bytes once, and to compute the exponentials (nothing worth a mention: 0)."""
-    # Sequences (batch, length, d_inner) of 16 bits that are read or written once.
+    """Milliseconds to move the bytes once, and to compute the exponentials (0 if negligible)."""
+    # 16-bit sequences (batch, length, d_inner) that are read or written once.
     sequences = {"scan fwd": 6, "scan fwd, saving": 7, "scan bwd": 12, "conv fwd": 3, "conv bwd": 4}[name]
     moved = sequences * batch * length * d_inner * 2
     steps = 2 * batch * length * d_inner
     if name.startswith("conv"):
         return moved / BYTES_PER_SECOND * 1e3, 0.0
-    backward = 2 if name == "scan bwd" else 1  # it computes the states again, and reads and writes B and C
+    backward = 2 if name == "scan bwd" else 1  # it recomputes the states, and reads and writes B and C
     moved += backward * 2 * batch * length * 2 * D_STATE * 2
     # A quarter on top for softplus and silu.
     return moved / BYTES_PER_SECOND * 1e3, backward * 1.25 * steps * D_STATE / EXPONENTIALS_PER_SECOND * 1e3
@@ -253,9 +253,9 @@ def measure(batch: int, d_inner: int, length: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="Markdown file for the table, besides the screen")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
-    parser.add_argument("--no-check", action="store_true", help="while tuning: time without comparing")
+    parser.add_argument("--output", type=Path, help="also write the table to this Markdown file")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="measure only this many of the shapes")
+    parser.add_argument("--no-check", action="store_true", help="for tuning: skip the comparison with the reference")
     args = parser.parse_args()
     lines = [
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "

@@ -1,16 +1,16 @@
-"""Measure ways to mix a sequence: the selective scan, state-space duality, and S4D's convolution.
+"""Measure sequence mixers: the selective scan, state-space duality, and S4D's convolution.
 
     python kernels/benchmarks/sequence_mixing.py --output sequence_mixing.json
 
-One direction, d_inner 384: the scan with a decay, a step and a bias for each channel, duality with one for each head of
-64 channels, and the convolution with kernels made from S4D's parameters in every call. On a GPU inputs are bf16 (the
-FFT computes in fp32) and all lengths are measured; on a CPU fp32 and the short ones. Operators are called as a model
-without CUDA graphs calls them: what their launches from Python take counts, and duality has the most of them.
+One direction, d_inner 384. The scan has a decay, a step and a bias per channel, duality one per head of 64 channels.
+The convolution makes its kernels from S4D's parameters in every call. On a GPU inputs are bf16 (the FFT computes in
+fp32) and all lengths are measured; on a CPU inputs are fp32 and only the short lengths are measured. Operators are
+called as in a model without CUDA graphs: launches from Python count, and duality has the most of them.
 
 Before a length is timed, output and gradients of every operator, for a batch of one and at most CHECKED steps, are
-compared with a plain recurrence in fp64; nothing is reported if one is wrong. Operators take turns, so that a slow
-spell of the machine hits all of them, and a figure is the median over the rounds. On a CPU the machine should be idle,
-or OMP_NUM_THREADS be 1: torch's threads spin while they wait.
+compared with a plain recurrence in fp64; if one is wrong, nothing is reported. Operators take turns, so a slow period
+of the machine hits all of them. Figures are medians over the rounds. On a CPU the machine should be idle, or
+OMP_NUM_THREADS be 1: torch's threads spin while they wait.
 """
 
 import argparse
@@ -38,22 +38,22 @@ from vim_kernels.long_conv import Method
 
 D_INNER, HEAD_DIM, D_STATES = 384, 64, (16, 64)
 LENGTHS = (197, 1024, 6084, 65536)  # images of 224, 512, 1248 and 4096 pixels in patches of 16
-TOKENS = {"cpu": 1576, "cuda": 65536}  # of a batch
-CHECKED = 4609  # more chunks than duality carries over in one product
-# Of the norm of each tensor. In fp32 S4D's gradients need as much, because its phases grow with the length.
+TOKENS = {"cpu": 1576, "cuda": 65536}  # per batch
+CHECKED = 4609  # more chunks than duality joins in one product
+# As a fraction of each tensor's norm. S4D's fp32 gradients need 1e-4, because its phases grow with the length.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 Run = Callable[..., Tensor]
 
 
 class Operator(NamedTuple):
-    run: Run  # of the inputs
+    run: Run
     right: Run  # the same as a plain recurrence
     inputs: list[Tensor]
 
 
 def operators(batch: int, length: int, d_state: int, device: str) -> dict[str, Operator]:
-    """With inputs as a trained model has them; those that a projection gives are in the precision to measure."""
+    """Operators with inputs like those of a trained model; outputs of projections have the measured precision."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
@@ -105,7 +105,7 @@ def operators(batch: int, length: int, d_state: int, device: str) -> dict[str, O
 
 
 class System(nn.Module):
-    """A kernel that gives its recurrence when it is called."""
+    """A kernel whose forward returns its recurrence."""
 
     def __init__(self, kernel: DiagonalKernel):
         super().__init__()
@@ -120,21 +120,21 @@ def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor
 
 
 def scan_by_head(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor) -> Tensor:
-    """What `ssd` computes, as a selective scan whose channels have their head's numbers."""
+    """`ssd` as a selective scan whose channels repeat the values of their head."""
     dt, A, dt_bias = (t.repeat_interleave(x.shape[3], -1) for t in (dt, A, dt_bias))
     A = A.unsqueeze(1).expand(-1, B.shape[3])
     return scan(x.flatten(2), dt, A, B, C, dt_bias, backend="reference").view_as(x)
 
 
 def check(length: int, d_state: int, device: str) -> dict[str, float]:
-    """Largest error of output and gradients, as a part of the tensor's norm, by operator; exits if one is wrong."""
+    """Largest error of output and gradients by operator, as a fraction of the tensor's norm; exits if one is wrong."""
     found = {}
     for name, (run, right, inputs) in operators(1, min(length, CHECKED), d_state, device).items():
 
         def results(run: Run, inputs: list[Tensor], dy: Tensor | None = None) -> list[Tensor]:
             leaves = [t.detach().requires_grad_() for t in inputs]
             y = run(*leaves)
-            # The gradient of half of y's square. A random one would leave of dA what its terms do not cancel.
+            # The gradient of y^2 / 2. With a random dy the terms of dA would nearly cancel.
             dy = y.detach().bfloat16() if dy is None else dy
             return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y)), dy]
 
@@ -163,7 +163,7 @@ def milliseconds(call: Callable[[], object], device: str) -> float:
 
 
 def measure(batch: int, length: int, d_state: int, device: str, rounds: int) -> dict[str, dict]:
-    """Times and, on a GPU, the most memory that one forward + backward takes besides the inputs, by operator."""
+    """Times by operator and, on a GPU, the peak memory of a forward + backward beyond the inputs."""
     contenders = operators(batch, length, d_state, device)
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in contenders}
     memory: dict[str, float] = {}
@@ -201,9 +201,9 @@ def measure(batch: int, length: int, d_state: int, device: str, rounds: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--lengths", type=int, nargs="+", help="of the sequences; on a CPU only the short ones")
+    parser.add_argument("--lengths", type=int, nargs="+", help="sequence lengths; default on a CPU: only short ones")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, help="JSON file for the figures, besides the screen")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args()
     lengths = args.lengths or (LENGTHS if args.device == "cuda" else LENGTHS[:2])
     report: dict[str, Any] = {

@@ -1,7 +1,8 @@
-"""State-space kernels: the selective scan, its single step and its dual, convolutions short and long, and the norm."""
+"""State-space kernels: the selective scan, its single step and its dual, short and long convolutions, and the norm."""
 
 from .backends import available_backends
-from .block_step import MambaBlockWeights, mamba_block_step
+from .block_step import mamba_block_step
+from .block_weights import MambaBlockWeights
 from .causal_conv import bidirectional_causal_conv1d, causal_conv1d
 from .long_conv import long_conv
 from .rms_norm import rms_norm

@@ -1,9 +1,10 @@
-"""Which backend runs: by name, or the fastest one that the tensors' device allows."""
+"""Dispatch: a call runs on the backend it names, or on the fastest one that the tensors' device allows."""
 
 import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -12,18 +13,19 @@ from torch.autograd import forward_ad
 from . import cpu
 
 BACKENDS = ("triton", "cpu", "torch", "reference")
+TRITON_OR_TORCH = ("triton", "torch")  # the backends of ssd, long_conv, rms_norm and mamba_block_step
 
 _log = logging.getLogger("vim_kernels")
 
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that can run on this machine, fastest first. May compile the `cpu` backend."""
-    return tuple(name for name in BACKENDS if unavailable(name) is None)
+    return _available(BACKENDS)
 
 
-def check_name(backend: str) -> None:
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+def check_name(backend: str, names: tuple[str, ...] = BACKENDS) -> None:
+    if backend not in ("auto", *names):
+        raise ValueError(f"backend must be one of {('auto', *names)}, got {backend!r}")
 
 
 @functools.cache
@@ -41,41 +43,53 @@ def unavailable(backend: str) -> str | None:
 
 
 def resolve(backend: str, device: torch.device) -> str:
-    """The backend that runs tensors on `device`: the named one, or for "auto" the fastest.
+    """The backend of the scan and the convolution for tensors on `device`: the named one; "auto" takes the fastest.
 
     Raises: RuntimeError if a named backend cannot run here.
     """
     if backend == "auto":
         return _fastest(device.type)
-    if (reason := unavailable(backend)) is not None:
-        raise RuntimeError(f"backend {backend!r} cannot run here: {reason}; available: {available_backends()}")
-    if backend == "cpu" and device.type != "cpu":
-        raise RuntimeError(f"backend 'cpu' takes CPU tensors, got tensors on {device}; use backend='auto'")
-    if backend == "triton" and device.type != "cuda" and not _triton_interprets():
-        raise RuntimeError(f"backend 'triton' takes CUDA tensors, got tensors on {device}; use backend='auto'")
+    _check_runs(backend, device, BACKENDS)
     return backend
 
 
-@functools.cache
-def _fastest(device_type: str) -> str:
-    wanted = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "torch")
-    reason = unavailable(wanted)
-    if reason is None:
-        _log.info("backend %r for tensors on %s", wanted, device_type)
-        return wanted
-    _log.warning("backend 'torch' for tensors on %s: the faster %r cannot run here: %s", device_type, wanted, reason)
-    return "torch"
+def triton_or_torch(
+    operator: str, backend: str, device: torch.device, limit: Callable[[], str | None] | None = None
+) -> str:
+    """The backend of an operator that has only Triton kernels and a version in ATen operators.
 
+    "auto" takes "torch" under torch.compile, torch.export, torch.func transforms and forward mode: they can trace and
+    differentiate ATen operators only.
 
-def takes_triton(device: torch.device) -> bool:
-    """Whether to run a Triton kernel where there are ATen's operators too, which compilers and transforms know."""
-    return not torch.compiler.is_compiling() and not _transformed() and resolve("auto", device) == "triton"
+    Args:
+        limit: returns why the kernels cannot take these tensors, or None if they can. Only called if Triton may run.
+
+    Raises: ValueError for an unknown name; RuntimeError if a named backend cannot run here.
+    """
+    if backend == "auto":
+        if torch.compiler.is_compiling() or _transformed() or _fastest(device.type, operator) == "torch":
+            return "torch"
+        if limit is not None and (reason := limit()) is not None:
+            _log_fallback(operator, device.type, reason)
+            return "torch"
+        return "triton"
+    check_name(backend, TRITON_OR_TORCH)
+    if backend == "torch":
+        return backend
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"backend 'triton' of {operator} cannot be compiled or exported; use backend='auto'")
+    if _transformed():
+        raise RuntimeError(f"backend 'triton' of {operator} {_NO_TRANSFORM}")
+    _check_runs(backend, device, TRITON_OR_TORCH)
+    if limit is not None and (reason := limit()) is not None:
+        raise RuntimeError(f"backend 'triton' of {operator} cannot run this call: {reason}; use backend='auto'")
+    return backend
 
 
 def under_transforms(backend: str) -> str:
-    """`backend`; under a transform of torch.func or a forward-mode derivative "reference" for "auto".
+    """`backend`, but "reference" for "auto" under a torch.func transform or in forward mode.
 
-    The operators have a backward and nothing else, and would lose a tangent without a word.
+    The registered operators only have a backward: they would drop a tangent silently.
 
     Raises: RuntimeError for a named backend.
     """
@@ -83,26 +97,65 @@ def under_transforms(backend: str) -> str:
         return backend
     if backend != "auto":
         raise RuntimeError(f"backend {backend!r} {_NO_TRANSFORM}")
-    if not torch.compiler.is_compiling():  # which cannot trace a log
+    if not torch.compiler.is_compiling():  # it cannot trace a log call
         _log_reference()
     return "reference"
 
 
 def refuse_transform(*args) -> NoReturn:
-    """The rule of an operator where it has none."""
+    """Stands in for the vmap rules and double backwards that operators do not have."""
     raise RuntimeError(f"an operator of vim_kernels {_NO_TRANSFORM}")
 
 
 def check_no_tangents() -> None:
-    """Raise where an operator itself is called in forward mode: it does not see whether its tensors have tangents."""
+    """Raise if an operator itself is called in forward mode: it cannot see whether its tensors have tangents."""
     if forward_ad._current_level >= 0:
         refuse_transform()
 
 
 _NO_TRANSFORM = (
-    "has first derivatives in reverse mode alone and no rules for vmap: take them by torch.func (jvp, vmap, grad, "
-    "jacrev, hessian) with backend='auto', or anyhow with backend='reference'"
+    "supports only first derivatives in reverse mode, and no vmap; inside torch.func (jvp, vmap, grad, jacrev, "
+    "hessian) use backend='auto', elsewhere backend='reference' (scan, convolution) or 'torch' (other operators)"
 )
+
+
+def _available(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if unavailable(name) is None)
+
+
+def _check_runs(backend: str, device: torch.device, names: tuple[str, ...]) -> None:
+    """Raise RuntimeError unless `backend`, one of `names`, runs tensors on `device`."""
+    if (reason := unavailable(backend)) is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run here: {reason}; available: {_available(names)}")
+    if backend == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"backend 'cpu' takes CPU tensors, got tensors on {device}; use backend='auto'")
+    if backend == "triton" and device.type != "cuda" and not _triton_interprets():
+        raise RuntimeError(f"backend 'triton' takes CUDA tensors, got tensors on {device}; use backend='auto'")
+
+
+@functools.cache
+def _fastest(device_type: str, operator: str | None = None) -> str:
+    """For the scan and the convolution, or for an operator that has only TRITON_OR_TORCH. Logs once."""
+    wanted = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "torch")
+    if operator is not None and wanted not in TRITON_OR_TORCH:
+        wanted = "torch"
+    reason = unavailable(wanted)
+    if reason is None:
+        _log.info("backend %r%s for tensors on %s", wanted, f" of {operator}" if operator else "", device_type)
+        return wanted
+    _log_fallback(operator, device_type, reason, wanted)
+    return "torch"
+
+
+@functools.cache
+def _log_fallback(operator: str | None, device_type: str, reason: str, wanted: str = "triton") -> None:
+    _log.warning(
+        "backend 'torch'%s for tensors on %s: the faster %r cannot run here: %s",
+        f" of {operator}" if operator else "",
+        device_type,
+        wanted,
+        reason,
+    )
 
 
 def _transformed() -> bool:
@@ -111,7 +164,7 @@ def _transformed() -> bool:
 
 @functools.cache
 def _log_reference() -> None:
-    _log.warning("backend 'reference', a plain loop, under a transform of torch.func or in forward mode")
+    _log.warning("backend 'reference', a plain Python loop, under a torch.func transform or in forward mode")
 
 
 def _triton_interprets() -> bool:

@@ -1,4 +1,4 @@
-"""The depthwise causal convolution in front of the scan: public functions, validation and operator."""
+"""The depthwise causal convolution before the scan: public functions, validation and operator."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from . import backends, cpu_conv, reference, torch_conv
 from .checks import check, check_shape, check_tensors, shape_of
 from .packing import check_seq_idx, segments_of
-from .reference import state_dtype
+from .precision import state_dtype
 
 
 def causal_conv1d(
@@ -23,23 +23,22 @@ def causal_conv1d(
     seq_idx: Tensor | None = None,
     backend: str = "auto",
 ):
-    """Convolve each channel with its own filter over the present and past steps, channel-last.
+    """Convolve each channel with its own filter over the current and past steps, channel-last.
 
         y[t] = activation(bias + sum_k weight[:, k] * x[t - (width - 1) + k])
 
     Args:
         x: (batch, length, channels), any float dtype, may be strided; the sum runs in fp32 (fp64 for fp64 inputs).
-        weight: (channels, width), the last tap meets the present step. bias: (channels,).
+        weight: (channels, width); the last tap applies to the current step. bias: (channels,).
         activation: None or "silu".
-        reverse: the past of step t is t+1, t+2, ...: equal to flipping x and y along the length.
-        initial_state: (batch, width - 1, channels), the steps in front of the first one processed, oldest first;
-            zeros if not given.
+        reverse: the past of step t is t+1, t+2, ...: the same as flipping x and y along the length.
+        initial_state: (batch, width - 1, channels), the steps before the first one processed, oldest first; default
+            zeros.
         return_final_state: also return the last width - 1 steps processed, in the form of `initial_state`.
-        seq_idx: (batch, length), int32 or int64, for several sequences packed into a row: which one a step belongs to.
-            A step of another sequence counts as zero, and so does one beyond a change of seq_idx: a value that comes
-            again later is another sequence. The initial state belongs to the first sequence processed, the final state
-            to the last one.
-        backend: "auto", "triton", "cpu", "torch" or "reference". A backend asked for by name runs or raises.
+        seq_idx: (batch, length), int32 or int64, the sequence of each step if a row packs several. Steps of other
+            sequences count as zero. Only changes count: a value that comes again later is another sequence. The initial
+            state belongs to the first sequence processed, the final state to the last one.
+        backend: "auto", "triton", "cpu", "torch" or "reference". A named backend runs or raises.
 
     Returns: y (batch, length, channels) in x's dtype, or (y, final_state) with final_state in x's dtype.
 
@@ -64,9 +63,9 @@ def bidirectional_causal_conv1d(
     seq_idx: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`causal_conv1d` of x with a first filter and, in reverse, with a second: each reads x once for both.
+    """`causal_conv1d` of x with one filter forward and another in reverse, reading x once for both.
 
-    Args: weight, bias: pairs (forward, reverse) of what `causal_conv1d` takes; all else as there.
+    Args: as `causal_conv1d`; weight and bias are pairs (forward, reverse).
 
     Returns: the pair of outputs, (batch, length, channels) in x's dtype.
 
@@ -117,7 +116,7 @@ def _convolve(
     backend = backends.under_transforms(backend)
     dtype = state_dtype(x, *weight, *(bias or []), initial_state)
     if dtype == torch.float64:
-        weight = [w.to(dtype) for w in weight]  # the backends take fp64 where x or a weight is, for each direction
+        weight = [w.to(dtype) for w in weight]  # backends compute a direction in fp64 if x or its weight is
     if backend == "reference":
         biases = [None] * len(weight) if bias is None else bias
         return [
@@ -129,9 +128,9 @@ def _convolve(
 
 
 def _final_state(x: Tensor, past: int, reverse: bool, initial_state: Tensor | None, segments: Tensor | None) -> Tensor:
-    """The last `past` steps processed, oldest first; short sequences leave part of the initial state in it.
+    """The last `past` steps processed, oldest first; after a short sequence part of the initial state remains.
 
-    Of packed sequences the last one's steps, zero in front of it.
+    For packed sequences: the steps of the last one, with zeros before it.
     """
     recent = x[:, :past].flip(1) if reverse else x[:, x.shape[1] - min(past, x.shape[1]) :]
     older = x.new_zeros(x.shape[0], past, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
@@ -144,7 +143,7 @@ def _final_state(x: Tensor, past: int, reverse: bool, initial_state: Tensor | No
     return state.masked_fill(~of_last.unsqueeze(-1), 0)
 
 
-# The operator: one direction, or two over the same x, whose gradient is the sum of theirs.
+# The operator: one direction, or two over the same x, whose gradients with respect to x are summed.
 
 _INPUTS = (
     "Tensor x, Tensor[] weight, Tensor[] bias, Tensor? initial_state, Tensor? segments, "
@@ -155,7 +154,7 @@ _INPUTS = (
 def _check_sizes(
     x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], initial_state: Tensor | None, segments: Tensor | None
 ) -> None:
-    """Raise unless all tensors have the sizes that a kernel is told: traced programs call the operator by itself."""
+    """Raise unless all tensors have the sizes that a kernel assumes: traced programs call the operator directly."""
     batch, length, channels = x.shape
     width = weight[0].shape[1]
     for name, tensors, size in (("weight", weight, (channels, width)), ("bias", bias, (channels,))):
@@ -169,10 +168,10 @@ def _check_sizes(
 
 
 def _triton(backend: str, x: Tensor):
-    """The module that takes all directions at once; None where `_one_direction` runs each by itself."""
+    """The module that takes all directions at once; None if `_one_direction` runs them one by one."""
     if x.numel() == 0 or backends.resolve(backend, x.device) != "triton":  # a grid cannot be empty
         return None
-    from . import triton_conv  # imports triton, which not every platform has
+    from .triton_kernels import conv as triton_conv  # imports triton, which not every platform has
 
     return triton_conv
 
@@ -191,7 +190,7 @@ def _forward_op(x, weight, bias, initial_state, segments, silu, reverse, backend
     run = _one_direction(backend, x).forward
     directions = zip(weight, bias or [None] * len(weight), reverse, strict=True)
     found = [run(x, w, b, initial_state, segments, silu=silu, reverse=r) for w, b, r in directions]
-    return [y.contiguous() for y in found]  # as the fake says, whatever the strides of x
+    return [y.contiguous() for y in found]  # as the fake promises, for any strides of x
 
 
 @_forward_op.register_fake
@@ -203,7 +202,7 @@ def _(x, weight, bias, initial_state, segments, silu, reverse, backend):
     "vim_kernels::causal_conv1d_backward", mutates_args=(), schema=f"(Tensor[] dy, {_INPUTS}) -> Tensor[]"
 )
 def _backward_op(dy, x, weight, bias, initial_state, segments, silu, reverse, backend):
-    """Gradients of x, the weights, and of biases and initial_state if they are given; contiguous, in their dtypes."""
+    """Gradients of x, the weights, and any biases and initial_state; contiguous, in their tensors' dtypes."""
     backends.check_no_tangents()
     reverse = [bool(r) for r in reverse]
     if (triton := _triton(backend, x)) is not None:

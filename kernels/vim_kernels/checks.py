@@ -1,4 +1,4 @@
-"""Argument checks that the public functions share: name the argument, its value and the rule it breaks."""
+"""Argument checks of the public functions. Messages give the argument, its value and the rule it breaks."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def check(holds: bool, name: str, t: Tensor, rule: str, got: object = None) -> N
 
 
 def check_tensors(tensors: dict[str, Tensor | None], like: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
-    """Each tensor present is one, of an allowed dtype, on the device of the argument named `like`."""
+    """Raise unless each argument is None or a tensor of an allowed dtype on the device of the argument `like`."""
     present = {name: t for name, t in tensors.items() if t is not None}
     for name, t in present.items():
         if not isinstance(t, Tensor):
@@ -31,5 +31,5 @@ def check_tensors(tensors: dict[str, Tensor | None], like: str, dtypes: tuple[to
 
 
 def check_shape(name: str, t: Tensor | None, dims: str, want: tuple[int, ...]) -> None:
-    if t is not None and t.shape != want:  # the message takes longer to make than the rest
+    if t is not None and t.shape != want:  # first: formatting the message costs more than the check
         raise ValueError(f"{name} must be {dims} = {want}, got {shape_of(t)}")

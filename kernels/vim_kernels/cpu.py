@@ -1,8 +1,8 @@
-"""The library behind backend `cpu`: C, compiled on first use with the system's compiler into the user's cache.
+"""The library of backend `cpu`: C, compiled on first use with the system's compiler into the user's cache.
 
-One library holds one precision. The name of its file is a hash of all that decides the machine code, so a cache may be
-shared between machines, compilers and versions of this package; behind it stands a hash of the file itself, without
-which a truncated one would end the process that loads it. Nothing is loaded that another user can write.
+Each precision has its own library. Its file name has two hashes. The first covers everything that determines the
+machine code, so machines, compilers and versions of this package can share a cache. The second is a checksum of the
+file: loading a truncated library would kill the process. A file that another user can write is never loaded.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ _FLAGS = (
 
 
 def load_error() -> str | None:
-    """Why the backend cannot run on this machine; None if it can. Compiles the library if need be."""
+    """Why the backend cannot run on this machine; None if it can. Compiles the library if necessary."""
     try:
         library(torch.float32)
     except RuntimeError as error:
@@ -60,7 +60,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     name = f"{sysconfig.get_platform()}-{key.hexdigest()[:24]}"
     try:
         return _cached(_cache_folder(), name, command)
-    except (OSError, RuntimeError) as error:  # a read-only or full disk, one that runs no programs, others' files
+    except (OSError, RuntimeError) as error:  # disk read-only, full or noexec; files of others
         _log.warning("compiling the CPU kernels into a temporary folder, because the cache does not work: %s", error)
     with contextlib.ExitStack() as stack:
         try:
@@ -69,13 +69,13 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
         except OSError as error:
             raise RuntimeError(f"there is no folder to keep the compiled CPU kernels in: {error}") from error
         try:
-            return ctypes.CDLL(str(path))  # once loaded, a library needs no file
+            return ctypes.CDLL(str(path))  # a loaded library does not need its file
         except OSError as error:
-            raise RuntimeError(f"the library that {shlex.join(command)} made does not load: {error}") from error
+            raise RuntimeError(f"the library compiled by {shlex.join(command)} does not load: {error}") from error
 
 
 def _compiler(flags: list[str]) -> tuple[list[str], bytes]:
-    """The command that compiles, and its predefined macros: they tell the compiler's version and what the CPU can do.
+    """The compiler command, and its predefined macros, which reflect its version and the CPU's features.
 
     Raises: RuntimeError if there is no compiler or none works.
     """
@@ -100,7 +100,7 @@ def _compiler(flags: list[str]) -> tuple[list[str], bytes]:
 
 
 def _run_compiler(command: list[str]) -> tuple[str | None, bytes]:
-    """What went wrong (None if nothing), and the output."""
+    """The failure (None if it worked), and the output."""
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     except OSError as error:
@@ -111,10 +111,10 @@ def _run_compiler(command: list[str]) -> tuple[str | None, bytes]:
 
 
 def _cache_folder() -> Path:
-    """The folder of compiled kernels, made if need be. Raises: OSError."""
+    """The folder of compiled kernels, created if necessary. Raises: OSError."""
     if chosen := os.environ.get("VIM_KERNELS_CACHE"):
         folder = Path(_STARTED_IN, os.path.expanduser(chosen))
-    elif os.path.isabs(chosen := os.environ.get("XDG_CACHE_HOME", "")):  # its standard: ignore a relative one
+    elif os.path.isabs(chosen := os.environ.get("XDG_CACHE_HOME", "")):  # the standard ignores a relative one
         folder = Path(chosen) / "vim_kernels"
     else:
         home = os.path.expanduser("~")
@@ -122,7 +122,7 @@ def _cache_folder() -> Path:
             raise OSError("there is no home directory")
         folder = Path(home, "Library/Caches" if sys.platform == "darwin" else ".cache") / "vim_kernels"
     if not folder.is_absolute():
-        raise OSError(f"VIM_KERNELS_CACHE={chosen} is relative to a working directory that is gone")
+        raise OSError(f"VIM_KERNELS_CACHE={chosen} is relative to a working directory that no longer exists")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
@@ -130,40 +130,40 @@ def _cache_folder() -> Path:
 def _started_in() -> str:
     try:
         return os.getcwd()
-    except OSError:  # it is gone
+    except OSError:  # deleted
         return ""
 
 
-_STARTED_IN = _started_in()  # a relative cache stays the same one when the process goes elsewhere
+_STARTED_IN = _started_in()  # so that a relative cache survives a chdir
 
 
 def _cached(folder: Path, name: str, command: list[str]) -> ctypes.CDLL:
-    """The library of this name, compiled if there is no whole one. Raises: OSError, RuntimeError (the compiler)."""
+    """The library of this name, compiled if no intact one exists. Raises: OSError, RuntimeError (the compiler)."""
     if (fault := _others_may_write(folder)) is not None:
         raise PermissionError(f"{folder} {fault}; set VIM_KERNELS_CACHE to a folder of your own")
     if (found := _load(folder, name)) is not None:
         return found
     with _alone(folder) as alone:
         for left in folder.glob("build-*") if alone else ():
-            shutil.rmtree(left, ignore_errors=True)  # of a compilation that was killed
+            shutil.rmtree(left, ignore_errors=True)  # left by a killed compilation
         found = _load(folder, name)  # another process may have compiled it meanwhile
         return ctypes.CDLL(str(_compile(folder, name, command))) if found is None else found
 
 
 def _load(folder: Path, name: str) -> ctypes.CDLL | None:
-    """A library of this name that is in the folder; damaged ones are removed."""
+    """A library of this name from the folder; damaged ones are removed."""
     for path in sorted(folder.glob(f"{name}-*.so")):
         if (fault := _fault(path)) is not None:
             _log.warning("compiling the CPU kernels again, because %s %s", path, fault)
             path.unlink(missing_ok=True)
             continue
-        with contextlib.suppress(OSError):  # of a machine with another C library
+        with contextlib.suppress(OSError):  # compiled against another C library
             return ctypes.CDLL(str(path))
     return None
 
 
 def _fault(path: Path) -> str | None:
-    """Why a file must not be loaded; None if nothing is wrong."""
+    """Why a file must not be loaded; None if it may."""
     if path.name != f"{path.name.rpartition('-')[0]}-{_digest(path)}.so":
         return "is damaged: its checksum is not the one in its name"
     return _others_may_write(path)
@@ -174,18 +174,18 @@ def _digest(path: Path) -> str:
 
 
 def _others_may_write(path: Path) -> str | None:
-    """In words, if they may; None if only this user and root may."""
+    """How another user can write the file; None if only this user and root can."""
     found = path.stat()
     if found.st_uid not in (os.geteuid(), 0):
         return f"belongs to another user, uid {found.st_uid}"
     if found.st_mode & 0o022:
-        return f"can be written by other users (mode {found.st_mode & 0o777:o}; `chmod go-w` takes that away)"
+        return f"can be written by other users (mode {found.st_mode & 0o777:o}; fix it with `chmod go-w`)"
     return None
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock, so that one process compiles and the others wait; yields whether it is held."""
+    """Hold the folder's lock, so that one process compiles and the others wait. Yields whether it is held."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield _lock(descriptor)
@@ -194,7 +194,7 @@ def _alone(folder: Path) -> Iterator[bool]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether the lock was to be had, within the time that a compiler may take. Some network disks have no locks."""
+    """Whether the lock was acquired within the time of a compilation. Some network disks have no locks."""
     import fcntl  # not on Windows
 
     end = time.monotonic() + 120
@@ -210,30 +210,30 @@ def _lock(descriptor: int) -> bool:
 
 
 def _compile(folder: Path, name: str, command: list[str]) -> Path:
-    """The library, whole or not at all. Raises: OSError, RuntimeError (the compiler)."""
+    """Compile the library; it appears whole or not at all. Raises: OSError, RuntimeError (the compiler)."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-", ignore_cleanup_errors=True) as own:
         built = Path(own) / "kernels.so"
         sources = [str(source) for source in sorted(_SOURCES.glob("*.c"))]
         failure, _ = _run_compiler([*command, *sources, "-o", str(built), "-lm"])
         if failure is None and not built.is_file():
-            failure = f"the C compiler makes no library: {shlex.join(command)}"
+            failure = f"the C compiler writes no library: {shlex.join(command)}"
         if failure is not None:
             raise RuntimeError(failure)
-        built.chmod(0o755)  # whatever the umask: see `_others_may_write`
+        built.chmod(0o755)  # regardless of the umask; see `_others_may_write`
         with open(built, "rb") as file:
-            os.fsync(file)  # a crash of the machine must not leave the name without the content
+            os.fsync(file)  # a machine crash must not leave the name without the content
         path = folder / f"{name}-{_digest(built)}.so"
         os.replace(built, path)
     _log.info("compiled the CPU kernels with %s in %.1f s: %s", command[0], time.perf_counter() - start, path)
     return path
 
 
-# What the two kernels share of their launchers.
+# Shared by the launchers of the scan and the convolution.
 
 
 class Sequence(ctypes.Structure):
-    """csrc/layout.h; also for its Flags and Numbers."""
+    """The struct of csrc/layout.h; also used for its Flags and Numbers."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -244,13 +244,13 @@ class Sequence(ctypes.Structure):
 
 
 class Call(ctypes.Structure):
-    """The fields that every kernel's argument begins with."""
+    """The first fields of every kernel's argument."""
 
     _fields_: ClassVar[tuple] = (("team", ctypes.c_void_p), ("threads", ctypes.c_int64))
 
 
 def readable(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """In the kernel's precision and with neighbouring channels (states) next to each other; copied only if it must."""
+    """`t` in the kernel's precision with a contiguous last dimension; copied only if necessary."""
     if t is None:
         return None
     if t.dtype != dtype:
@@ -259,32 +259,32 @@ def readable(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def per_step(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """(B, L) of what is known of a step, as a sequence of one channel."""
+    """Per-step values (B, L) as a sequence of one channel."""
     return None if t is None else t.to(dtype).unsqueeze(-1)
 
 
 def dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """In the kernel's precision and contiguous; copied only if it must."""
+    """`t` in the kernel's precision and contiguous; copied only if necessary."""
     return None if t is None else t.to(dtype).contiguous()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor for the kernel to write, in huge pages where it is large and Linux has them.
+    """A contiguous tensor for the kernel to write; a large one uses huge pages on Linux.
 
-    Memory of this size is new from the system on each call, and its page faults were a third of the time of long scans.
+    Each call gets memory of this size fresh from the system. Its page faults took a third of the time of long scans.
     """
     t = torch.empty(shape, dtype=dtype)
     if sys.platform == "linux" and t.nbytes >= 4 * _HUGE_PAGE:
         begin = -(-t.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
         size = (t.data_ptr() + t.nbytes - begin) // _HUGE_PAGE * _HUGE_PAGE
-        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)  # a wish: may be refused
+        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)  # may be ignored
     return t
 
 
 def fill(
     struct: ctypes.Structure, sequences: Mapping[str, Tensor | None], arrays: Mapping[str, Tensor | None], reverse: bool
 ) -> None:
-    """Point the fields of `struct` at tensors, which the caller keeps alive; fields of None stay NULL.
+    """Point the fields of `struct` at tensors, which the caller keeps alive; None leaves a field NULL.
 
     sequences: (B, L, [groups,] channels or states). arrays: contiguous.
     """
@@ -302,7 +302,7 @@ def fill(
 
 
 def run(kernel: str, dtype: torch.dtype, call: Call) -> None:
-    """Run a kernel of csrc/ on as many threads as torch's own operators take."""
+    """Run a kernel of csrc/ with torch's number of threads."""
     call.team, call.threads = _team(), torch.get_num_threads()
     if getattr(library(dtype), kernel)(ctypes.byref(call)):
         raise MemoryError(f"no memory for the scratch space of {kernel}")
@@ -314,7 +314,7 @@ _libc = functools.cache(functools.partial(ctypes.CDLL, None))
 
 
 def _team() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded; None if there is none to use."""
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded; None if it cannot be used."""
     return _openmp() if os.getpid() == _PROCESS else None  # libgomp's threads do not survive a fork
 
 

@@ -1,4 +1,4 @@
-"""Backend `cpu` of the causal convolution: hands tensors to csrc/conv.c."""
+"""Backend `cpu` of the causal convolution: passes tensors to csrc/conv.c."""
 
 import ctypes
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .reference import state_dtype
+from .precision import state_dtype
 
 _ARRAYS = ("weight", "bias", "initial_state")
 

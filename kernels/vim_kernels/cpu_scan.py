@@ -1,4 +1,4 @@
-"""Backend `cpu` of the selective scan: hands tensors to csrc/scan.c."""
+"""Backend `cpu` of the selective scan: passes tensors to csrc/scan.c."""
 
 import ctypes
 from collections.abc import Sequence

@@ -1,12 +1,12 @@
-"""The operators in terms of ATen alone, for programs that must run where this package is not installed.
+"""The operators as ATen operators only, for programs that must run without this package.
 
-An exported program calls `vim_kernels::selective_scan`. These functions take its place:
+An exported program calls `vim_kernels::selective_scan`. These functions replace it:
 
     program = torch.export.export(model, (images,))
     program = program.run_decompositions(decompositions())          # ATen operators only
     program = program.run_decompositions(decompositions(loop=True))  # the scan as one loop, which becomes ONNX's Scan
 
-They are functional, and for inference. Both directions of a scan run as one, the reverse one on flipped tensors.
+They are functional and for inference. Both directions of a scan run as one batch, the reverse one on flipped tensors.
 Shapes in comments: S directions, B batch, L length, G groups, E channels of a group, N d_state, R = S B G.
 """
 
@@ -20,16 +20,17 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan_op as torch_scan_operator
 
 from . import reference
+from .precision import state_dtype
 
 
 def decompositions(*, loop: bool = False) -> dict[torch._ops.OpOverload, Callable]:
     """A table for `torch.export.ExportedProgram.run_decompositions`.
 
     Args:
-        loop: the recurrence as torch's `scan` operator, a graph of constant size that torch.onnx turns into ONNX's
-            Scan; if not, unrolled to some 20 sqrt(length) ATen operators.
+        loop: express the recurrence as torch's `scan` operator, a graph of constant size that torch.onnx turns into
+            ONNX's Scan. By default it is unrolled to some 20 sqrt(length) ATen operators.
 
-    The operators must have been exported without gradients, under `torch.no_grad()`: else the functions raise.
+    The program must have been exported under `torch.no_grad()`; otherwise the functions raise.
     """
     recurrence = _looped if loop else _chunked
     return {
@@ -48,14 +49,14 @@ def _causal_conv1d(
     reverse: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
-    """What the operator `causal_conv1d` returns, from its arguments."""
+    """The operator `causal_conv1d`."""
     biases: Sequence[Tensor | None] = bias or [None] * len(weight)
     if segments is not None:
         return [
             reference.causal_conv1d(x, w, b, initial_state, segments, silu=silu, reverse=r).to(x.dtype)
             for w, b, r in zip(weight, biases, reverse, strict=True)
         ]
-    dtype, width = reference.state_dtype(x, *weight), weight[0].shape[1]
+    dtype, width = state_dtype(x, *weight), weight[0].shape[1]
     rows = x.to(dtype).unsqueeze(1).permute(0, 3, 1, 2)  # (B, E, 1, L)
 
     def one(weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
@@ -91,7 +92,7 @@ def _selective_scan(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the operator `selective_scan` returns, from its arguments."""
+    """The operator `selective_scan`."""
     if save:
         raise RuntimeError("the scan was exported for training; export under torch.no_grad()")
     dtype, groups = A[0].dtype, B[0].shape[2]
@@ -111,7 +112,7 @@ def _selective_scan(
         return torch.stack(list(vectors)).to(dtype).unsqueeze(1)
 
     def states(tensors: Sequence[Tensor]) -> Tensor:
-        """Each (B or 1, G E, N) -> (R, N, E): the channels, of which there are many, innermost."""
+        """Each (B or 1, G E, N) -> (R, N, E), with the largest dimension, the channels, innermost."""
         turned = torch.stack(list(tensors)).to(dtype).unflatten(2, (groups, -1)).transpose(3, 4)
         return turned.expand(*split, -1, -1).reshape(rows, d_state, -1).contiguous()
 
@@ -122,7 +123,7 @@ def _selective_scan(
         delta = _softplus(delta)
     rates = states([a.unsqueeze(0) for a in A])
     h = states(initial_state) if initial_state else torch.zeros_like(rates)
-    keep = None  # (L, R, 1, 1): 0 where a sequence begins, which its first step's decay is multiplied by
+    keep = None  # (L, R, 1, 1): factor of each step's decay, 0 where a sequence begins
     if cuts is not None:
         keep = 1 - steps([cuts[:, 1:] if r else cuts[:, :-1] for r in reverse])  # (L, S, B)
         keep = keep.unsqueeze(3).expand(-1, -1, -1, groups).reshape(-1, rows, 1, 1)
@@ -148,20 +149,20 @@ def _selective_scan(
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """max(x, 0) + log(1 + e) with e = exp(-|x|), of full relative precision (a small step is e itself).
+    """max(x, 0) + log(1 + e) with e = exp(-|x|), to full relative precision (a small result is e itself).
 
-    Written out because ONNX has no log1p, and because its Softplus is several times slower in ONNX Runtime.
+    Written out because ONNX has no log1p, and its Softplus is several times slower in ONNX Runtime.
     """
     e = torch.exp(-x.abs())
     one_more = 1 + e
-    lost = (one_more - 1) - e  # in rounding, exactly; it matters where e is small, and there the slope of log is 1
+    lost = (one_more - 1) - e  # the exact rounding error; it matters for small e, where the slope of log is 1
     return torch.relu(x) + (torch.log(one_more) - lost)
 
 
 def _looped(
     h: Tensor, A: Tensor, delta: Tensor, x: Tensor, B: Tensor, C: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y (L, R, 1, E) and the last state, one step after another."""
+    """y (L, R, 1, E) and the last state, step by step."""
 
     def step(h: Tensor, delta: Tensor, x: Tensor, B: Tensor, C: Tensor, A: Tensor) -> list[Tensor]:
         if packed:
@@ -172,10 +173,10 @@ def _looped(
 
     packed = keep is not None
     if keep is not None:
-        # Not an input of its own: after scans of four inputs, torch would trace their number as one that may change,
-        # and torch.onnx cannot translate that.
+        # Part of B, not a fifth input: after scans of four inputs torch would trace the number of inputs as dynamic,
+        # which torch.onnx cannot translate.
         B = torch.cat([B, keep], 2)
-    # Not by way of its function `scan`, which compiles: torch 2.10 cannot do that in a decomposition.
+    # The operator and not its function `scan`, which compiles: torch 2.10 cannot do that in a decomposition.
     h, y = torch_scan_operator(step, [h], [delta, x, B, C], (A,))
     return y, h
 
@@ -183,19 +184,19 @@ def _looped(
 def _chunked(
     h: Tensor, A: Tensor, delta: Tensor, x: Tensor, B: Tensor, C: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same in chunks of T steps: all chunks at once as if each began at zero, then the states between them."""
+    """`_looped` in chunks of T steps: all chunks in parallel as if each began at zero, then the states between them."""
     length = delta.shape[0]
     T = math.ceil(math.sqrt(length) / 2)
     chunks = -(-length // T)
 
     def by_step(t: Tensor, fill: float = 0.0) -> tuple[Tensor, ...]:
-        """(L, R, ...) -> T times (chunks, R, ...). A step of 0, which fills up, leaves a state as it is."""
+        """(L, R, ...) -> T times (chunks, R, ...), padded with steps of 0, which leave the state unchanged."""
         return F.pad(t, (0,) * 7 + (chunks * T - length,), value=fill).unflatten(0, (chunks, T)).unbind(1)
 
     deltas, xs, Bs, Cs = by_step(delta), by_step(x), by_step(B), by_step(C)
     since_start = torch.stack(deltas).cumsum(0).unbind(0)  # sums of delta from the chunk's start to each step
-    keeps: Sequence[Tensor | None] = [None] * T  # of each step, and of all from the chunk's start on
-    all_keeps = keeps
+    keeps: Sequence[Tensor | None] = [None] * T  # of each step
+    all_keeps = keeps  # products of `keeps` from the chunk's start to each step
     if keep is not None:
         steps = by_step(keep, 1.0)
         keeps, all_keeps = steps, torch.stack(steps).cumprod(0).unbind(0)

@@ -1,4 +1,4 @@
-"""What a scan backend is given and what it gives back.
+"""The interface of the scan backends: what they take and return.
 
 A scan runs along one or two directions and sums their outputs before the gate, so a backend takes a sequence of
 `Direction`s and one `z`. Shapes: B batch, L length, E d_inner, G groups of channels that share B and C, N d_state.
@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# A forward pass that will be differentiated keeps the state in front of every K-th step (in processing order) and the
-# backward recomputes what lies between. This is K on the CPU; a chunk's states fit in its cache.
+# A forward pass with gradients saves the state before every K-th step (in processing order), and the backward
+# recomputes the states in between. This is K on the CPU: the states of a chunk fit in its cache.
 CHECKPOINT_INTERVAL = 32
 
 
 def checkpoint_rows(length: int, directions: int) -> int:
-    """States that the CPU backends keep of a direction."""
+    """Number of states that the CPU backends save per direction."""
     return -(-length // CHECKPOINT_INTERVAL)
 
 
@@ -28,29 +28,30 @@ class Direction(NamedTuple):
     C: Tensor  # (B, L, G, N)
     D: Tensor | None  # (E,)
     dt_bias: Tensor | None  # (E,)
-    initial_state: Tensor | None  # (B, E, N), the state in front of the first step processed
+    initial_state: Tensor | None  # (B, E, N), the state before the first step processed
     reverse: bool  # process step L-1 first
     cuts: Tensor | None = None  # (B, L + 1) bool, see `packing.cuts_of`; the same for both directions
 
-    # Methods, not properties: torch.compile of torch 2.10 reads no property of a named tuple.
+    # Methods, because torch.compile of torch 2.10 cannot read properties of a named tuple.
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What has a gradient, in the order of `DirectionGrads`."""
+        """The tensors with gradients, in the order of `DirectionGrads`."""
         return self.u, self.dt, self.A, self.B, self.C, self.D, self.dt_bias, self.initial_state
 
     def starts(self) -> Tensor | None:
-        """(B, L) bool: whether the state is zero in front of a step, as one sequence ends and another begins there."""
+        """(B, L) bool: whether a new sequence begins at a step, so that the state before it is zero."""
         if self.cuts is None:
             return None
         return self.cuts[:, 1:] if self.reverse else self.cuts[:, :-1]
 
 
 class ScanOutput(NamedTuple):
-    """y = scale * sum(y_d) * silu(z), and what the backward needs."""
+    """y = scale * sum(y_d) * silu(z), and the tensors that the backward needs."""
 
     y: Tensor  # (B, L, E), u's dtype
     last_state: Tensor  # (directions, B, E, N), the state's dtype
-    checkpoints: Tensor  # (directions, B, rows, E, N), the state's dtype; empty if nothing is saved (only the
-    # backend that wrote them may read them: which rows it fills, and their order within, are its own)
+    # (directions, B, rows, E, N), the state's dtype; empty if nothing is saved. The layout of the rows differs between
+    # backends, so only the one that wrote them may read them.
+    checkpoints: Tensor
     y_sum: Tensor  # (B, L, E), u's dtype: sum(y_d) ungated; empty if nothing is saved or there is no z
 
 

@@ -1,7 +1,7 @@
-"""Several sequences packed into one row: the argument `seq_idx`, and the two forms in which the kernels take it.
+"""Several sequences packed into one row: the argument `seq_idx`, and the two forms that the kernels read.
 
-A sequence begins wherever seq_idx changes from one step to the next, so only changes count: a value that comes again
-later in the row is another sequence. Both forms serve both directions.
+A sequence begins wherever seq_idx changes from one step to the next. Only changes count: a value that comes again later
+in the row is another sequence. Both forms serve both directions.
 """
 
 import torch
@@ -11,7 +11,7 @@ from .checks import check, check_shape, check_tensors
 
 
 def check_seq_idx(seq_idx: Tensor | None, name: str, like: Tensor) -> None:
-    """Raise unless seq_idx fits to the sequences of the argument `name`, (batch, length, channels)."""
+    """Raise unless seq_idx matches `like`, (batch, length, channels), the argument called `name`."""
     if seq_idx is None:
         return
     check_tensors({"seq_idx": seq_idx}, like="seq_idx", dtypes=(torch.int32, torch.int64))
@@ -22,26 +22,26 @@ def check_seq_idx(seq_idx: Tensor | None, name: str, like: Tensor) -> None:
 
 
 def cuts_of(seq_idx: Tensor | None) -> Tensor | None:
-    """(B, L + 1) bool, for the scan: whether one sequence ends and another begins in front of step i, or behind i - 1.
+    """(B, L + 1) bool, for the scan: entry i tells whether sequences change between steps i - 1 and i.
 
-    The ends of the row are no cuts: what is in front of it belongs to its first sequence. None for no steps too.
+    The ends of the row are no cuts: the initial state belongs to the first sequence. None also for length 0.
     """
     if seq_idx is None or seq_idx.shape[1] == 0:
         return None
-    # Not by slices of length - 1: an exported program would refuse a length of 2, where those broadcast.
+    # No slices of length - 1: at length 2 they would broadcast, so an exported program would refuse that length.
     return torch.cat([seq_idx[:, :1], seq_idx], 1) != torch.cat([seq_idx, seq_idx[:, -1:]], 1)
 
 
 def segments_of(seq_idx: Tensor | None) -> Tensor | None:
-    """(B, L) int32, for the convolution: the sequences numbered 0, 1, ... from the left. None for no steps too."""
+    """(B, L) int32, for the convolution: sequences numbered 0, 1, ... from the left. None also for length 0."""
     cuts = cuts_of(seq_idx)
     return None if cuts is None else cuts[:, :-1].cumsum(1, dtype=torch.int32)
 
 
 def reached(segments: Tensor, back: int, reverse: bool) -> Tensor:
-    """(B, L, 1) bool: whether the step `back` steps before, in processing order, is of the same sequence.
+    """(B, L, 1) bool: whether the step `back` steps earlier, in processing order, is in the same sequence.
 
-    What lies in front of the first step processed is of its sequence.
+    The initial state counts as part of the first sequence processed.
     """
     length = segments.shape[1]
     steps = torch.arange(length, device=segments.device)

@@ -1,6 +1,6 @@
-"""The specification: plain loops that run on any device and dtype and that autograd can differentiate.
+"""Backend `reference`, the specification: plain loops under autograd, for any device and dtype.
 
-Every other backend is tested against these functions.
+All other backends are tested against these functions.
 """
 
 import torch
@@ -9,12 +9,7 @@ from torch import Tensor
 
 from .directions import Direction
 from .packing import reached
-
-
-def state_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 where any tensor is, else fp32: low precision cannot hold exp(delta * A) close to 1."""
-    double = any(t is not None and t.dtype in (torch.float64, torch.complex128) for t in tensors)
-    return torch.float64 if double else torch.float32
+from .precision import state_dtype
 
 
 def scan(d: Direction, *, dt_softplus: bool) -> tuple[Tensor, Tensor]:
@@ -41,7 +36,7 @@ def scan(d: Direction, *, dt_softplus: bool) -> tuple[Tensor, Tensor]:
         h = torch.zeros(batch, d_inner, A.shape[1], dtype=state, device=d.u.device)
     else:
         h = d.initial_state.to(state)
-    # unbind, not indexing: the gradient of a slice fills a tensor of the full length, quadratic in all.
+    # unbind instead of indexing: the gradient of each slice would fill a full-length tensor, quadratic in total.
     steps = list(zip(u.unbind(1), delta.unbind(1), B.to(state).unbind(1), C.to(state).unbind(1), strict=True))
     starts = d.starts()
     resets = [None] * len(steps) if starts is None else list(starts[:, :, None, None].unbind(1))
@@ -53,7 +48,7 @@ def scan(d: Direction, *, dt_softplus: bool) -> tuple[Tensor, Tensor]:
             h = h.masked_fill(reset_t, 0)
         h = torch.exp(delta_t * A) * h + delta_t * B_t * u_t.unsqueeze(-1)
         y_t = (C_t * h).sum(-1)
-        # A complex A stands for half of its conjugate pairs: the other half doubles the real part.
+        # A complex A holds one of each conjugate pair: the other one doubles the real part.
         outputs.append(2 * y_t.real if A.is_complex() else y_t)
     if not outputs:
         return u, h
@@ -78,14 +73,14 @@ def causal_conv1d(
     silu: bool,
     reverse: bool,
 ) -> Tensor:
-    """Depthwise causal convolution, one tap after another. Shapes as in the public function and `packing`."""
+    """Depthwise causal convolution, tap by tap. Shapes as in the public function and `packing`."""
     dtype, length, width = state_dtype(x, weight), x.shape[1], weight.shape[1]
     x = x.to(dtype)
     if initial_state is None:
         past = x.new_zeros(x.shape[0], width - 1, x.shape[2])
     else:
         past = initial_state.to(dtype)
-    # `past` is in processing order; in reverse the first step processed stands at the end of the sequence.
+    # `past` is in processing order; in reverse the first step processed is at the end of the sequence.
     padded = torch.cat([x, past.flip(1)], 1) if reverse else torch.cat([past, x], 1)
     y = x.new_zeros(x.shape) if bias is None else bias.to(dtype).expand_as(x)
     for tap in range(width):

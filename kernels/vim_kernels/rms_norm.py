@@ -1,12 +1,10 @@
-"""Root-mean-square normalisation of a residual stream, or of a gated output: public function and operator."""
+"""Root-mean-square normalisation of a residual stream or of a gated output: public function and operator."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
+from . import backends, torch_norm
 from .checks import check, check_shape, check_tensors
-from .reference import state_dtype
 
 
 def rms_norm(
@@ -17,23 +15,26 @@ def rms_norm(
     gate: Tensor | None = None,
     groups: int = 1,
     dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 at least and rounded once; with a
-    gate, of x * silu(gate).
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; with a gate, the same of x * silu(gate).
 
-    With autocast a stream stays in fp32 and what is made of it is not: torch normalises into fp32 and casts in a pass
-    of its own. On a GPU this is one kernel, and one for all gradients.
+    Computed in fp32 at least and rounded once. Under autocast the stream stays in fp32 and its consumers do not: torch
+    normalises into fp32 and casts in a second pass. On a GPU this is one kernel forward and one for all gradients.
+    "auto" leaves the norm to the compiler under torch.compile, which fuses it with its neighbours.
 
     Args:
         x: (..., channels), any float dtype. weight: (channels,).
         eps: added to the mean of squares.
         gate: x's shape, any float dtype.
-        groups: the channels are normalised in so many blocks, each by itself.
-        dtype: of the result, x's if None.
+        groups: number of equal blocks of channels; each is normalised separately.
+        dtype: of the result; None: x's.
+        backend: "auto", "triton" or "torch". A named backend runs or raises.
 
     Returns: (..., channels).
 
-    Raises: ValueError, TypeError: a wrong shape, device or dtype.
+    Raises: ValueError, TypeError: a wrong shape, device, dtype or backend name. RuntimeError: a named backend that
+        cannot run here.
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467, equation 4; gate and groups: Dao & Gu 2024, arXiv 2405.21060,
         section 7.
@@ -45,14 +46,9 @@ def rms_norm(
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"groups must divide the {x.shape[-1]} channels of x, got {groups}")
     dtype = x.dtype if dtype is None else dtype
-    # The compiler fuses torch's own with its neighbours.
-    if x.numel() == 0 or not backends.takes_triton(x.device):
-        full = state_dtype(x, weight, gate)
-        x = x.to(full) if gate is None else x.to(full) * F.silu(gate.to(full))
-        if groups == 1:
-            return F.rms_norm(x, weight.shape, weight.to(full), eps).to(dtype)
-        blocks = x.unflatten(-1, (groups, -1))
-        return (F.rms_norm(blocks, blocks.shape[-1:], eps=eps).flatten(-2) * weight.to(full)).to(dtype)
+    chosen = backends.triton_or_torch("rms_norm", backend, x.device)
+    if chosen == "torch" or x.numel() == 0:  # a grid cannot be empty
+        return torch_norm.rms_norm(x, weight, gate, eps, groups, dtype)
     return torch.ops.vim_kernels.rms_norm(x, weight, gate, eps, groups, dtype)
 
 
@@ -62,7 +58,7 @@ def rms_norm(
     schema="(Tensor x, Tensor weight, Tensor? gate, float eps, int groups, ScalarType dtype) -> Tensor",
 )
 def _forward_op(x, weight, gate, eps, groups, dtype):
-    from . import triton_norm  # imports triton, which not every platform has
+    from .triton_kernels import norm as triton_norm  # imports triton, which not every platform has
 
     backends.check_no_tangents()
     return triton_norm.forward(x, weight, gate, eps, groups, dtype)
@@ -73,14 +69,14 @@ def _(x, weight, gate, eps, groups, dtype):
     return x.new_empty(x.shape, dtype=dtype)
 
 
-# Without a gate the last of the gradients is empty.
+# The last gradient, that of the gate, is empty if there is no gate.
 @torch.library.custom_op(
     "vim_kernels::rms_norm_backward",
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor weight, Tensor? gate, float eps, int groups) -> (Tensor, Tensor, Tensor)",
 )
 def _backward_op(dy, x, weight, gate, eps, groups):
-    from . import triton_norm
+    from .triton_kernels import norm as triton_norm
 
     backends.check_no_tangents()
     return triton_norm.backward(dy, x, weight, gate, eps, groups)

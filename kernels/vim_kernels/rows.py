@@ -1,4 +1,4 @@
-"""Sequences seen as (batch, length) rows of channels or states: the form in which the Triton kernels address them."""
+"""Sequences as (batch, length) rows of channels or states, as the Triton kernels address them."""
 
 import functools
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from .directions import Direction
 
 
 def as_rows(t: Tensor) -> Tensor:
-    """t (B, L, ...), copied unless each row t[b, l] is contiguous and rows are spaced as `row_strides` can say."""
+    """t (B, L, ...), copied unless each row t[b, l] is contiguous and `row_strides` can express the row spacing."""
     batch, length = t.shape[:2]
     even = batch == 1 or length == 1 or (t.stride(1) > 0 and t.stride(0) % t.stride(1) == 0)
     return t if even and t[0, 0].is_contiguous() else t.contiguous()
@@ -20,7 +20,8 @@ def as_rows(t: Tensor) -> Tensor:
 def row_strides(t: Tensor) -> tuple[int, int]:
     """(pitch, stride) of a result of `as_rows`: row l of batch entry b begins at element (b * pitch + l) * stride.
 
-    The stride alone tells how rows are aligned, so kernels need not be specialised on the pitch, which changes with L.
+    The stride alone determines the alignment of rows. So kernels need no specialisation on the pitch, which changes
+    with L.
     """
     batch, length = t.shape[:2]
     if length == 1:
@@ -29,7 +30,7 @@ def row_strides(t: Tensor) -> tuple[int, int]:
 
 
 def row_arguments(**tensors: Tensor | None) -> dict[str, int]:
-    """Kernel arguments <name>_pitch and <name>_stride of each tensor; 0 for an absent one."""
+    """Kernel arguments <name>_pitch and <name>_stride of each tensor; 0 if it is None."""
     arguments = {}
     for name, t in tensors.items():
         arguments[f"{name}_pitch"], arguments[f"{name}_stride"] = (0, 0) if t is None else row_strides(t)
@@ -37,19 +38,19 @@ def row_arguments(**tensors: Tensor | None) -> dict[str, int]:
 
 
 def direction_as_rows(d: Direction) -> Direction:
-    """Sequences as rows, everything else contiguous."""
+    """The sequences as rows, all else contiguous."""
     u, dt, B, C = (as_rows(t) for t in (d.u, d.dt, d.B, d.C))
     D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (d.D, d.dt_bias, d.initial_state))
     return Direction(u, dt, d.A.contiguous(), B, C, D, dt_bias, initial_state, d.reverse, d.cuts)
 
 
 def columns(directions: Sequence[Direction]) -> list[tuple[Tensor, ...] | None]:
-    """The tensors field by field; None for a field that is absent."""
+    """The tensors field by field; None for an absent field."""
     return [None if column[0] is None else column for column in zip(*(d.tensors() for d in directions), strict=True)]
 
 
 def agreeing(directions: Sequence[Direction]) -> list[Direction]:
-    """The directions as rows, with one dtype, and strides in common, for each field: one launch takes them all."""
+    """The directions as rows. Each field gets one dtype and the same strides, so that one launch takes all."""
     rows = [direction_as_rows(d) for d in directions]
     fields = []
     for tensors in zip(*(d.tensors() for d in rows), strict=True):
@@ -68,7 +69,7 @@ def cut_bytes(d: Direction) -> Tensor | None:
 
 
 def sizes(d: Direction) -> dict[str, int]:
-    """Kernel arguments that both scan kernels take."""
+    """Size arguments of the scan kernels."""
     batch, length, d_inner = d.u.shape
     groups, d_state = d.B.shape[2:]
     return {
@@ -82,5 +83,5 @@ def sizes(d: Direction) -> dict[str, int]:
 
 
 def on_device_of(t: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors' one."""
+    """Make the tensor's device current, because Triton launches on the current device."""
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()

@@ -9,7 +9,7 @@ from . import backends, cpu_scan, reference, torch_scan
 from .checks import FLOATS, check, check_shape, check_tensors, shape_of
 from .directions import Direction, DirectionGrads, ScanOutput
 from .packing import check_seq_idx, cuts_of
-from .reference import state_dtype
+from .precision import state_dtype
 
 
 def selective_scan(
@@ -36,23 +36,22 @@ def selective_scan(
         y[t] = (<C[t], h[t]> + D * u[t]) * silu(z[t])
 
     Args:
-        u, dt: (batch, length, d_inner). Float tensors may have different dtypes and be strided; the recurrence runs
-            in fp32, or in fp64 if any of them is fp64.
-        A: (d_inner, d_state), fp32 or fp64, negative for a stable system; or complex (`reference` only), where each
-            entry stands for a conjugate pair and y takes twice the real part.
+        u, dt: (batch, length, d_inner). Float tensors may be strided and of different dtypes; the recurrence runs in
+            fp32, or in fp64 if any tensor is fp64.
+        A: (d_inner, d_state), fp32 or fp64, negative for a stable system. `reference` also takes complex A: each entry
+            represents a conjugate pair, and y is twice the real part.
         B, C: (batch, length, d_state), or (batch, length, groups, d_state) where group g serves the channels
-            [g * d_inner / groups, (g + 1) * d_inner / groups); or constant in time, (d_inner, d_state), which only
-            `reference` takes.
+            [g * d_inner / groups, (g + 1) * d_inner / groups). `reference` also takes them constant in time,
+            (d_inner, d_state).
         D, dt_bias: (d_inner,). z: (batch, length, d_inner), the gate.
-        dt_softplus: False takes dt + dt_bias as the step itself.
+        dt_softplus: False takes dt + dt_bias as the step size.
         reverse: run from the last step to the first.
-        initial_state: (batch, d_inner, d_state), the state in front of the first step processed.
-        return_last_state: also return the state behind the last step processed (step 0 in reverse).
-        seq_idx: (batch, length), int32 or int64, for several sequences packed into a row: which one a step belongs to.
-            Where it differs from the step processed before, h[t-1] is zero. Only changes count: a value that comes
-            again later is another sequence. The initial state belongs to the first sequence processed, the last state
-            to the last one.
-        backend: "auto", "triton", "cpu", "torch" or "reference". A backend asked for by name runs or raises.
+        initial_state: (batch, d_inner, d_state), the state before the first step processed.
+        return_last_state: also return the state after the last step processed (step 0 in reverse).
+        seq_idx: (batch, length), int32 or int64, the sequence of each step if a row packs several. If it differs from
+            that of the step processed before, h[t-1] is zero. Only changes count: a value that comes again later is
+            another sequence. The initial state belongs to the first sequence processed, the last state to the last one.
+        backend: "auto", "triton", "cpu", "torch" or "reference". A named backend runs or raises.
 
     Returns:
         y (batch, length, d_inner) in u's dtype, or (y, last_state) with last_state (batch, d_inner, d_state) in fp32
@@ -89,12 +88,12 @@ def bidirectional_selective_scan(
         y = scale * (y_forward + y_reverse) * silu(z)
 
     Args:
-        u, dt, A, B, C, D, dt_bias: pairs (forward, reverse) of what `selective_scan` takes, of the same sizes. fp64 in
-            one of them takes both directions to it.
-        z: (batch, length, d_inner), the gate that both share.
+        u, dt, A, B, C, D, dt_bias: pairs (forward, reverse) of what `selective_scan` takes, of the same sizes. If any
+            tensor is fp64, both directions run in fp64.
+        z: (batch, length, d_inner), the shared gate.
         scale: factor of the sum; Vim takes the mean, 0.5.
-        seq_idx: (batch, length), which of several sequences packed into a row a step belongs to; neither direction
-            carries its state from one into another. See `selective_scan`.
+        seq_idx: (batch, length), the sequence of each step if a row packs several. Neither direction carries its state
+            from one sequence into another. See `selective_scan`.
 
     Returns: y (batch, length, d_inner) in the dtype of u[0].
 
@@ -123,7 +122,7 @@ def _scan(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Check, bring the tensors into the form that `Direction` states, and run: y, last_state (directions, B, E, N)."""
+    """Check, bring the tensors into the form of `Direction`, and run: y, last_state (directions, B, E, N)."""
     backends.check_name(backend)
     for i, d in enumerate(directions):
         _check(d, z, backend, suffix=f"[{i}]" if len(directions) > 1 else "")
@@ -131,7 +130,7 @@ def _scan(
     backend = backends.under_transforms(backend)
     cuts = cuts_of(seq_idx)
     present = [t for d in directions for t in d.tensors() if t is not None] + ([] if z is None else [z])
-    dtype = state_dtype(*present)  # one for both directions: they share their outputs and one call of a kernel
+    dtype = state_dtype(*present)  # the same for both directions, which share outputs and a kernel call
     directions = [
         d._replace(
             A=d.A.to(dtype.to_complex() if d.A.is_complex() else dtype),
@@ -155,7 +154,7 @@ def _scan(
         [d.reverse for d in directions],
         dt_softplus,
         scale,
-        # A trace is checked without gradients, must be the same then, and may be trained.
+        # torch.jit.trace checks a trace without gradients; it must not differ, and the trace may be trained.
         torch.jit.is_tracing() or (torch.is_grad_enabled() and any(t.requires_grad for t in present)),
         backend,
     )
@@ -163,7 +162,7 @@ def _scan(
 
 
 def _check(d: Direction, z: Tensor | None, backend: str, suffix: str) -> None:
-    """Raise for the first argument that breaks a rule of `selective_scan`'s docstring."""
+    """Raise for the first argument that breaks a rule of `selective_scan`."""
     given = {f"{name}{suffix}": t for name, t in zip(DirectionGrads._fields, d.tensors(), strict=True)}
     every = given | {"z": z}
     check_tensors(every, like=f"u{suffix}", dtypes=(*FLOATS, torch.complex64, torch.complex128))
@@ -205,7 +204,7 @@ def _check(d: Direction, z: Tensor | None, backend: str, suffix: str) -> None:
 
 
 def _check_pair(directions: list[Direction]) -> None:
-    """Raise unless both directions have the same sizes, which a kernel is told once."""
+    """Raise unless both directions have the same sizes, because a kernel gets one set."""
     first, *others = directions
     for d in others:
         for name, t, like in (("u", d.u, first.u), ("A", d.A, first.A), ("B", d.B, first.B)):
@@ -214,8 +213,8 @@ def _check_pair(directions: list[Direction]) -> None:
                 raise ValueError(f"{name}[1] must have the shape of {name}[0], {want}, got {got}")
 
 
-# The operator. Its schema knows no `Direction`, so the fields travel as columns; an absent field is an empty list.
-# `reverse` is of integers, because torch.jit.trace knows no list of booleans.
+# The operator. Its schema has no `Direction`, so it takes the fields as columns; an absent field is an empty list.
+# `reverse` is a list of integers, because torch.jit.trace has no lists of booleans.
 
 _COLUMNS = (
     "Tensor[] u, Tensor[] dt, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] dt_bias, Tensor[] initial_state"
@@ -235,7 +234,7 @@ def _directions(columns: Sequence[Sequence[Tensor]], cuts: Tensor | None, revers
 
 
 def _check_sizes(directions: Sequence[Direction], z: Tensor | None, cuts: Tensor | None) -> None:
-    """Raise unless all tensors have the sizes that a kernel is told: traced programs call the operator by itself."""
+    """Raise unless all tensors have the sizes that a kernel assumes: traced programs call the operator directly."""
     first = directions[0]
     row, steps = shape_of(first.u), shape_of(first.B)
     batch, length, d_inner = row
@@ -264,13 +263,13 @@ def _check_sizes(directions: Sequence[Direction], z: Tensor | None, cuts: Tensor
 
 def _implementation(backend: str, u: Tensor):
     module = _module(backend, u)
-    return module if u.numel() > 0 else torch_scan  # a grid cannot be empty, a loop can
+    return module if u.numel() > 0 else torch_scan  # unlike a loop, a grid cannot be empty
 
 
 def _module(backend: str, u: Tensor):
     backend = backends.resolve(backend, u.device)
     if backend == "triton":
-        from . import triton_scan  # imports triton, which not every platform has
+        from .triton_kernels import scan as triton_scan  # imports triton, which not every platform has
 
         return triton_scan
     return cpu_scan if backend == "cpu" else torch_scan
@@ -288,7 +287,7 @@ def _forward_op(*args):
     _check_sizes(directions, z, cuts)
     run = _implementation(backend, directions[0].u).forward
     found = run(directions, z, dt_softplus=dt_softplus, scale=scale, save=save)
-    return ScanOutput._make(t.contiguous() for t in found)  # as the fake says, whatever the strides of the inputs
+    return ScanOutput._make(t.contiguous() for t in found)  # as the fake promises, for any strides
 
 
 @_forward_op.register_fake
@@ -311,7 +310,7 @@ def _(u, dt, A, *args):
     schema=f"(Tensor dy, Tensor? d_last_state, {_INPUTS}, Tensor checkpoints, Tensor y_sum, str backend) -> Tensor[]",
 )
 def _backward_op(dy, d_last_state, *args):
-    """Gradients of the columns' tensors in the order of the arguments, then of z if it is given; all contiguous."""
+    """Gradients of the columns' tensors in the order of the arguments, then of z if given; all contiguous."""
     backends.check_no_tangents()
     *columns, z, cuts, reverse, dt_softplus, scale, checkpoints, y_sum, backend = args
     directions = _directions(columns, cuts, reverse)
@@ -343,7 +342,7 @@ def _backward(ctx, dy, d_last_state, _checkpoints, _y_sum):
     columns = _split(flat, ctx.lengths)
     if checkpoints.numel() == 0 < columns[0][0].numel():
         raise RuntimeError(
-            "the scan was exported without gradients and kept nothing for them; export it with gradients"
+            "the scan was exported without gradients and saved nothing for the backward; export it with gradients"
         )
     if dy is None:
         dy = torch.zeros_like(columns[0][0])

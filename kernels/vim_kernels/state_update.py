@@ -1,11 +1,11 @@
-"""One step of the recurrence, for decoding."""
+"""One step of the recurrence, for decoding, in ATen operators."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import FLOATS, check, check_shape, check_tensors, shape_of
-from .reference import state_dtype
+from .precision import state_dtype
 
 
 def selective_state_update(
@@ -21,7 +21,7 @@ def selective_state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Advance the recurrence of `selective_scan` by one step: step by step equals the whole sequence.
+    """Advance the recurrence of `selective_scan` by one step. All steps together equal the scan of the sequence.
 
     Args:
         state: (batch, d_inner, d_state), not modified. u, dt, z: (batch, d_inner). A: (d_inner, d_state).

@@ -1,11 +1,11 @@
-"""Backend `torch` of the causal convolution: ATen operators only, one tap after another, channel-last."""
+"""Backend `torch` of the causal convolution: ATen operators only, tap by tap, channel-last."""
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .packing import reached
-from .reference import state_dtype
+from .precision import state_dtype
 
 
 def forward(

@@ -1,7 +1,7 @@
-"""Backend `torch`: ATen operators only, on any device, in chunks of steps and with a backward by hand.
+"""Backend `torch` of the scan: ATen operators only, on any device, in chunks of steps with a hand-written backward.
 
-Inside a chunk, everything but the recurrence itself is computed for all steps at once. Tensors are laid out steps
-first, (K, B, E, N), so that a step is one operator on contiguous memory.
+Within a chunk everything except the recurrence is computed for all steps at once. Tensors are laid out steps first,
+(K, B, E, N), so that a step is one operator on contiguous memory.
 """
 
 import functools
@@ -106,7 +106,7 @@ class _Chunk:
         out[:, self.slice] = (x.flip(0) if self.reverse else x).transpose(0, 1)
 
     def states(self, h: Tensor) -> Tensor:
-        """All h[k], from the state (B, G, E/G, N) in front of the chunk."""
+        """All h[k], from the state (B, G, E/G, N) before the chunk."""
         hs = self.grouped(self.delta * self.u).unsqueeze(-1) * self.B.unsqueeze(3)
         for decay, h_k in zip(self.decay.unbind(0), hs.unbind(0), strict=True):
             h = h_k.addcmul_(decay, h)
@@ -114,7 +114,7 @@ class _Chunk:
 
 
 def _without_autocast(function):
-    """Run `function(d, ...)` in the precision of its tensors: autocast would take its matrix products to bf16."""
+    """Run `function(d, ...)` in the precision of its tensors: autocast would run its matrix products in bf16."""
 
     @functools.wraps(function)
     def wrapper(d: Direction, *args):
@@ -126,7 +126,7 @@ def _without_autocast(function):
 
 @_without_autocast
 def _forward(d: Direction, dt_softplus: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, L, E) without the gate, the last state, and the checkpoints (B, chunks, E, N) if they are to be saved."""
+    """y (B, L, E) without the gate, the last state, and the checkpoints (B, chunks, E, N) if `save`."""
     batch, length, d_inner = d.u.shape
     if d.initial_state is None:
         h = d.A.new_zeros(batch, *d.A.shape)
@@ -150,7 +150,7 @@ def _forward(d: Direction, dt_softplus: bool, save: bool) -> tuple[Tensor, Tenso
 def _backward(
     d: Direction, dy: Tensor, d_last_state: Tensor | None, checkpoints: Tensor, dt_softplus: bool
 ) -> DirectionGrads:
-    """The chunks from last to first: recompute the states, then run the adjoint g[k] = dy C + decay[k+1] g[k+1]."""
+    """Take chunks from last to first: recompute the states, then run the adjoint g[k] = dy C + decay[k+1] g[k+1]."""
     batch, length, _ = d.u.shape
     carry = d.A.new_zeros(batch, *d.A.shape) if d_last_state is None else d_last_state
     du, ddt, dB, dC = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (d.u, d.dt, d.B, d.C))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan, causal_conv1d, selective_scan
 
-# -O1 behind the flags of the builder: at -O3 the sanitizers take minutes to compile.
+# -O1 overrides the builder's flags: at -O3 the sanitizers take minutes to compile.
 SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 COMPILER = f"""sh -c 'env -u LD_PRELOAD gcc "$@" {SANITIZERS}' gcc"""
 
@@ -41,14 +41,14 @@ def main() -> int:
 
 
 def start(options: argparse.Namespace) -> int:
-    """Run the cases in a process that has the sanitizers, and tell how it gets on."""
+    """Run the cases in a process with the sanitizers loaded, and report progress."""
     if shutil.which("gcc") is None:
         sys.exit("the sanitizers need gcc, which is not on PATH; install it")
     environment = os.environ | {
         "CC": COMPILER,
-        # libstdc++ too: ASan looks for its exceptions when it starts.
+        # libstdc++ too: ASan looks up its exceptions at startup.
         "LD_PRELOAD": f"{library_of_gcc('libasan.so')} {library_of_gcc('libstdc++.so.6')}",
-        "ASAN_OPTIONS": "detect_leaks=0",  # those of the interpreter are none of ours
+        "ASAN_OPTIONS": "detect_leaks=0",  # those of the Python interpreter are not ours
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     begin, last = time.monotonic(), "none: it did not get to one"
@@ -77,7 +77,9 @@ def library_of_gcc(name: str) -> str:
 def run_cases(options: argparse.Namespace) -> int:
     if not hasattr(ctypes.CDLL(None), "__asan_region_is_poisoned"):
         sys.exit("AddressSanitizer is not in this process")
-    torch.use_deterministic_algorithms(True, warn_only=True)  # empty memory is NaN, so that what is not written shows
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # fills new memory with NaN, so that unwritten elements show
     for number in range(options.first, options.first + options.cases):
         case, (function, tensors, settings) = draw(options.seed, number)
         described = {name: [(*t.shape, str(t.dtype)[6:], t.stride()) for t in ts] for name, ts in tensors.items()}
@@ -87,7 +89,7 @@ def run_cases(options: argparse.Namespace) -> int:
     return 0
 
 
-Tensors = dict[str, list[Tensor]]  # by argument: one, or a pair
+Tensors = dict[str, list[Tensor]]  # by argument: one tensor or a pair
 Call = tuple[Callable, Tensors, dict[str, Any]]
 
 
@@ -97,14 +99,14 @@ def draw(seed: int, number: int) -> tuple["Case", Call]:
 
 
 class Case:
-    """What is drawn at random for one call."""
+    """The random choices of one call."""
 
     def __init__(self, seed: str):
         self.chance = random.Random(seed)
         self.generator = torch.Generator().manual_seed(self.chance.getrandbits(32))
         torch.set_num_threads(self.chance.choice((1, 2, 3)))
         self.batch = self.chance.choice((0, 1, 1, 2, 2, 3, 5))
-        # At and beside the ends of the chunks of 32 and 128 steps, and anything else.
+        # Lengths at and around the ends of chunks of 32 and 128 steps, and any others.
         edges = (0, 1, 2, 3, 31, 32, 33, 64, 65, 127, 128, 129)
         self.length = self.chance.choice(edges) if self.often(0.5) else self.chance.randint(1, 90)
         floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -115,12 +117,12 @@ class Case:
         return self.chance.random() < share
 
     def normal(self, *shape: int, rates: bool = False) -> Tensor:
-        """A tensor of any dtype and layout; of rates, for A, a negative one in fp32 or fp64."""
+        """A tensor of any dtype and layout; for A (`rates`), negative and in fp32 or fp64."""
         t = torch.randn(shape, generator=self.generator).to(self.chance.choice(self.dtypes))
         return self.laid_out(-0.1 - t.to(torch.promote_types(t.dtype, torch.float32)).abs() if rates else t)
 
     def laid_out(self, t: Tensor) -> Tensor:
-        """The same shape, strided: where it is a part of something, they end together."""
+        """The same values, strided. A slice ends where its buffer ends, so that reading past it is caught."""
         layout = self.chance.choice(("whole", "last of the rows", "every second", "turned", "expanded"))
         if layout == "last of the rows":
             return torch.cat([t, t], -1)[..., t.shape[-1] :]
@@ -133,18 +135,18 @@ class Case:
         return t
 
     def packed(self) -> dict[str, Any]:
-        """The argument seq_idx, or none."""
+        """The argument seq_idx, or no argument."""
         if self.often(0.5):
             return {}
         cuts = torch.rand(self.batch, self.length, generator=self.generator) < self.chance.choice((0.02, 0.3))
         return {"seq_idx": self.laid_out(cuts.cumsum(1).to(self.chance.choice((torch.int32, torch.int64))))}
 
     def without(self, tensors: Tensors, *optional: str) -> Tensors:
-        """Some of the optional ones left out."""
+        """The arguments without some of the optional ones."""
         return {name: ts for name, ts in tensors.items() if name not in optional or self.often(0.6)}
 
     def compare(self, function: Callable, tensors: Tensors, settings: dict[str, Any]) -> str | None:
-        """Which output or gradient is wrong, and by how much; None if all are right."""
+        """The wrong output or gradient and its error; None if all are right."""
         learned = [self.often(0.8) for ts in tensors.values() for _ in ts]
         right, exact = outputs(function, tensors, settings, learned, "reference", torch.float64)
         dys = [self.laid_out(torch.randn(t.shape, generator=self.generator).bfloat16()) for t in right]
@@ -168,7 +170,7 @@ def outputs(
     backend: str,
     dtype: torch.dtype | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What the function returns, and the leaves that are learned; the tensors in `dtype`, if it is given."""
+    """The outputs of the function, and its leaves with gradients; tensors are in `dtype` if given."""
     leaves = [t.detach().to(dtype or t.dtype) for ts in tensors.values() for t in ts]
     learners = [leaf.requires_grad_() for leaf, wanted in zip(leaves, learned, strict=True) if wanted]
     rest = iter(leaves)

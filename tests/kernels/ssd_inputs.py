@@ -1,4 +1,4 @@
-"""Random inputs of `ssd` and what it is: a recurrence, step by step."""
+"""Random inputs of `ssd`, and its recurrence step by step."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 
 
 def inputs(length, batch=2, heads=4, head_dim=3, groups=2, d_state=5, dtype=torch.float64):
-    """What a trained layer has: decays of 1 to 16, steps around 0.1."""
+    """Inputs like those of a trained layer: A of 1 to 16, steps around 0.1."""
     shapes = {
         "x": (batch, length, heads, head_dim),
         "dt": (batch, length, heads),

@@ -22,7 +22,7 @@ def conv_inputs(batch=2, length=37, channels=24, width=4, *, absent=(), dtype=to
 
 
 def by_torch(x, weight, bias=None, initial_state=None, *, activation=None, reverse=False):
-    """The same by F.conv1d: channels first, padded in front."""
+    """The same by F.conv1d: channel-first, padded on the left."""
     x = x.flip(1) if reverse else x
     past = torch.zeros_like(x[:, :1]).expand(-1, weight.shape[1] - 1, -1) if initial_state is None else initial_state
     padded = torch.cat([past, x], 1)
@@ -133,7 +133,7 @@ def test_gradcheck_and_opcheck(backend):
 
 @pytest.mark.parametrize("backend", ALL)
 def test_both_directions_at_once(backend, relative_error):
-    """Equal to one call for each; a gradient of x is the sum of theirs, also where one output goes unused."""
+    """Equals one call per direction. The gradient of x is the sum of both, also if one output is unused."""
     x, *first = conv_inputs(length=9, absent=("initial_state",)).values()
     _, *second = conv_inputs(length=9, absent=("initial_state",), seed=1).values()
     pairs = list(zip(first, second, strict=True))
@@ -158,7 +158,7 @@ def test_both_directions_at_once(backend, relative_error):
 @pytest.mark.parametrize("pair", [False, True])
 @pytest.mark.parametrize("wide", range(5))
 def test_one_tensor_in_fp64_widens_all(backend, pair, wide, relative_error):
-    """What is rounded less is right to more digits: its gradient, and y if x is it."""
+    """Gradients of fp64 tensors, and y if x is fp64, are right to fp64 precision."""
     x, weight, bias, state = conv_inputs(length=9, dtype=torch.float32).values()
     leaves = [x, weight, bias, *((weight * 2, bias * 2) if pair else (state,))]
     leaves = [t.detach().requires_grad_() for t in leaves][:5]

@@ -1,4 +1,4 @@
-"""Backend `cpu` as a program: how it is compiled, cached and loaded, and how it runs on threads."""
+"""The library of backend `cpu`: compilation, cache, loading and threads."""
 
 import errno
 import hashlib
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(CC is None, reason="needs a C compiler")
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache, a library that is loaded anew from it, and a compiler that does not optimise."""
+    """An empty cache, a library loaded from it again, and a compiler without optimisation."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("VIM_KERNELS_CACHE", str(folder))
     script = tmp_path / "quick-cc"
@@ -49,7 +49,7 @@ def fake_compiler(tmp_path, monkeypatch):
     return install
 
 
-# A library of nothing, in no time, from a compiler whose macros are those of $MACHINE.
+# Makes an empty library quickly; the compiler's macros are those of $MACHINE.
 STUB = """
     case "$*" in *-dM*) echo "#define $MACHINE"; exit;; esac
     while [ $# -gt 1 ]; do [ "$1" = -o ] && out="$2"; shift; done
@@ -63,7 +63,7 @@ def load_anew() -> str | None:
 
 
 def run_python(code: str, cwd: Path | None = None, **environment: str) -> tuple[str, str]:
-    """What a new Python process prints and logs."""
+    """The output and log of a new Python process."""
     code = "import logging; logging.basicConfig(level=logging.INFO)\n" + textwrap.dedent(code)
     command, environment = [sys.executable, "-c", code], os.environ | environment
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
@@ -91,7 +91,7 @@ def test_each_compiler_and_precision_has_a_library_of_its_own(cache, monkeypatch
 
 
 def test_each_machine_and_each_source_has_a_library_of_its_own(cache, fake_compiler, tmp_path, monkeypatch):
-    """Machines share a home whose compiler has one name; a new version of the package meets the cache of the last."""
+    """Machines may share a home and a compiler name; a new package version finds the cache of the old one."""
     fake_compiler(STUB)
     sources = shutil.copytree(cpu._SOURCES, tmp_path / "sources")
     monkeypatch.setattr(cpu, "_SOURCES", sources)
@@ -138,12 +138,13 @@ SCAN = """
 
 @pytest.mark.parametrize("fault", ["short", "one bit"])
 def test_a_damaged_library_is_compiled_again(cache, fault):
-    """A short one would end the process by a signal, one with another bit compute anything."""
+    """A truncated one would kill the process; one with a flipped bit could compute anything."""
     assert load_anew() is None
     (built,) = cache.iterdir()
     whole = built.read_bytes()
     half = len(whole) // 2
     rest = b"" if fault == "short" else bytes([whole[half] ^ 1]) + whole[half + 1 :]
+    built.unlink()  # this process has the intact file mapped: cut short in place, it would kill it at exit
     built.write_bytes(whole[:half] + rest)
     _, log = run_python(SCAN)
     assert "is damaged: its checksum is not the one in its name" in log
@@ -151,7 +152,7 @@ def test_a_damaged_library_is_compiled_again(cache, fault):
 
 
 def disown(path: Path, monkeypatch) -> None:
-    """Make a file or folder another user's."""
+    """Make a file or folder belong to another user."""
     if os.geteuid() == 0:
         os.chown(path, 12345, -1)
     elif path.is_dir():
@@ -177,7 +178,7 @@ def test_what_others_can_write_is_not_loaded(cache, monkeypatch, caplog, fault, 
 
 @pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root makes files of root")
 def test_what_root_made_is_loaded(cache, fake_compiler, monkeypatch, caplog):
-    """As an administrator may, for all users."""
+    """An administrator may compile it for all users."""
     fake_compiler(STUB)
     assert load_anew() is None
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
@@ -187,7 +188,7 @@ def test_what_root_made_is_loaded(cache, fake_compiler, monkeypatch, caplog):
 
 
 def test_a_whole_library_that_does_not_load_stays(cache, fake_compiler):
-    """It is of a machine with another C library, that shares the cache."""
+    """It comes from a machine with another C library that shares the cache."""
     fake_compiler(STUB)
     assert load_anew() is None
     (built,) = cache.iterdir()
@@ -200,7 +201,7 @@ def test_a_whole_library_that_does_not_load_stays(cache, fake_compiler):
 
 
 def test_an_open_umask(cache, caplog):
-    """What this user makes is loaded again, whatever others may do to its other new files."""
+    """The user's library is loaded again, even if the umask lets others write new files."""
     before = os.umask(0)
     try:
         assert load_anew() is None
@@ -212,7 +213,7 @@ def test_an_open_umask(cache, caplog):
 
 
 def test_what_a_killed_compiler_leaves_is_removed(cache, fake_compiler):
-    """It kills the process that waits for it, as a scheduler may."""
+    """The compiler kills the process that waits for it, as a scheduler may."""
     fake_compiler("""
         case "$*" in *-dM*) real "$@"; exit;; esac
         while [ $# -gt 1 ]; do [ "$1" = -o ] && echo half > "$2"; shift; done
@@ -227,7 +228,7 @@ def test_what_a_killed_compiler_leaves_is_removed(cache, fake_compiler):
 
 
 def test_a_disk_without_locks(cache, fake_compiler, monkeypatch, caplog):
-    """The cache works, and what may be another process's compilation stays."""
+    """The cache works, and a folder that may be another process's compilation stays."""
     fake_compiler(STUB)
 
     def flock(*_):
@@ -268,7 +269,7 @@ def test_a_relative_cache_stays_where_the_process_began(cache, tmp_path):
 
 
 def test_the_user_cache(cache, fake_compiler, tmp_path, monkeypatch):
-    """~ stands for the home directory; a relative XDG_CACHE_HOME is none, says its standard."""
+    """~ is the home directory; the standard says to ignore a relative XDG_CACHE_HOME."""
     fake_compiler(STUB)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -314,7 +315,7 @@ def test_a_compiler_without_march_native(cache, fake_compiler):
 
 
 def test_a_compiler_that_fails_gives_way_to_the_next(cache, tmp_path, monkeypatch):
-    """Where none is named. No other takes the place of one that CC names."""
+    """Unless CC names one, which is never replaced by another."""
     (tmp_path / "bin").mkdir()
     for name, script in (("cc", "exit 1"), ("gcc", f'exec "{os.environ["CC"]}" "$@"')):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -344,7 +345,7 @@ def test_a_compiler_that_dies_half_way(cache, fake_compiler):
 
 
 def test_no_compiler(cache, tmp_path):
-    """Backend "auto" takes `torch` and says so once; the backend asked for by name raises."""
+    """Backend "auto" takes `torch` and logs it once; the named backend raises."""
     code = """
         import torch, vim_kernels
         u = torch.ones(1, 3, 2)
@@ -369,11 +370,11 @@ def test_no_compiler(cache, tmp_path):
     ("command", "message"),
     [
         ('cc "-DX', r"CC must be a command as a shell reads it, got 'cc \"-DX': No closing quotation"),
-        ("true", "the C compiler makes no library: true "),
+        ("true", "the C compiler writes no library: true "),
         ("false", "the C compiler fails: false "),
         ("{tmp_path}", "is not on PATH"),
         ("{tmp_path}/text", "is not on PATH"),
-        ("{tmp_path}/nonsense", r"the library that \S*nonsense .* made does not load"),
+        ("{tmp_path}/nonsense", r"the library compiled by \S*nonsense .* does not load"),
     ],
 )
 def test_a_command_that_is_no_compiler(cache, tmp_path, monkeypatch, command, message):
@@ -400,7 +401,7 @@ def test_no_compiler_by_that_name(cache, monkeypatch):
 
 
 def test_no_memory_for_scratch(cache, fake_compiler, tmp_path):
-    """Nothing has been computed then."""
+    """Nothing has been computed in this case."""
     (tmp_path / "none.c").write_text("#include <stddef.h>\nvoid *none(size_t a, size_t n) { return NULL; }\n")
     fake_compiler(f"""
         case "$*" in *-dM*) real "$@"; exit;; esac
@@ -419,7 +420,7 @@ def test_no_memory_for_scratch(cache, fake_compiler, tmp_path):
 
 @pytest.mark.parametrize(("wider", "flag"), [("__AVX512F__", "-mno-avx512f"), ("__AVX__", "-mno-avx")])
 def test_narrower_registers(cache, monkeypatch, wider, flag):
-    """Code for machines that this one is not: also of decays beyond what fp32 holds, and of what is no number."""
+    """Code for other machines, including decays beyond the range of fp32, and NaN."""
     if f"#define {wider} ".encode() not in cpu._compiler([])[1]:
         pytest.skip("this machine has none that are wider")
     monkeypatch.setenv("CC", f"{os.environ['CC']} {flag}")
@@ -481,7 +482,7 @@ def test_any_number_of_threads_gives_the_same_bits(function, options):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_threads_after_a_fork():
-    """The OpenMP threads of the parent are gone in the child, where asking for them would wait for ever."""
+    """The OpenMP threads of the parent do not exist in the child, which would wait for them forever."""
     code = """
         import os, signal, torch, vim_kernels
         torch.set_num_threads(2)

@@ -1,4 +1,4 @@
-"""Exported programs of ATen operators, against the operators' specification in fp64."""
+"""Exported programs of ATen operators against the specification in fp64."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_two_directions(loop, shape, options):
 
 @pytest.mark.parametrize("loop", [False, True])
 def test_low_precision_is_rounded_once(loop):
-    """Outputs have the operators' dtypes: what follows them in the program was traced with these."""
+    """Outputs keep the operators' dtypes: the rest of the program was traced with them."""
     inputs = detached(scan_inputs(length=5, dtype=torch.bfloat16))
     found = exported(selective_scan, inputs, loop=loop, return_last_state=True)
     expected = selective_scan(**inputs, return_last_state=True, backend="reference")
@@ -82,7 +82,7 @@ def test_low_precision_is_rounded_once(loop):
 
 
 def test_small_and_large_steps_keep_their_relative_precision():
-    """In fp32 log(1 + exp(dt)) is off by 1e-7 whatever its size: three digits are left of a step of 1e-4."""
+    """In fp32 log(1 + exp(dt)) has an absolute error of 1e-7, which leaves three digits of a step of 1e-4."""
     length = 64
     dt = torch.linspace(-16, 60, length)[None, :, None]
     ones = {"u": torch.ones_like(dt), "A": -torch.full((1, 1), 1e4), "B": torch.ones_like(dt), "C": torch.ones_like(dt)}
@@ -95,7 +95,7 @@ def test_small_and_large_steps_keep_their_relative_precision():
 @pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("length", [1, 37])
 def test_packed_sequences(loop, length):
-    """In chunks of 4 steps: some with cuts and some without, a cut at the first of one, and in another two."""
+    """Chunks of 4 steps: some without a cut, some with one, one with a cut at its first step, one with two cuts."""
     seq_idx = torch.zeros(2, length, dtype=torch.int64)
     seq_idx[0, 8:] = 1
     seq_idx[0, 21:23] = 2

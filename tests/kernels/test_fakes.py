@@ -1,5 +1,5 @@
-"""What the operators' fake kernels promise, by which compilers lay memory out, and what the operators refuse when a
-traced program calls them by themselves."""
+"""The operators return what their fake kernels promise to compilers, and refuse wrong sizes when a traced program
+calls them directly."""
 
 import itertools
 
@@ -16,7 +16,7 @@ BACKENDS = [name for name in available_backends() if name in ("torch", "cpu")]
 
 
 def assert_as_promised(operator, *args) -> list[Tensor]:
-    """The operator's results, which have the sizes, dtypes and strides of those of its fake."""
+    """The operator's results, after a check that sizes, dtypes and strides match those of its fake."""
     with FakeTensorMode() as mode:
         fakes = operator(*tree_map_only(Tensor, mode.from_tensor, args))
     found = operator(*args)
@@ -26,7 +26,7 @@ def assert_as_promised(operator, *args) -> list[Tensor]:
 
 
 def strided(t: Tensor) -> Tensor:
-    """The same numbers with the steps innermost: dense, but not contiguous."""
+    """The same values with the steps innermost: dense, but not contiguous."""
     return t.detach().transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t.detach()
 
 
@@ -68,13 +68,13 @@ def test_convolution(backend, reverse, dtype):
 
 
 def cut(t: Tensor, dim: int) -> Tensor:
-    """Without the last of a dimension: a kernel that is told the whole size would read behind the end."""
+    """Without the last entry of a dimension: a kernel that assumes the full size would read past the end."""
     return t.narrow(dim, 0, t.shape[dim] - 1).contiguous()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_scan_of_other_sizes_than_the_kernel_is_told_is_refused(backend):
-    """In any dimension of any tensor, also of the second direction."""
+    """In any dimension of any tensor, including those of the second direction."""
     given = {name: t.detach() for name, t in scan_inputs(length=5, d_inner=4, d_state=3, groups=2).items()}
     z, cuts = given.pop("z"), torch.zeros(2, 6, dtype=torch.bool)
 

@@ -5,7 +5,7 @@ import torch
 from triton_checks import long_conv_excess
 
 from vim_kernels import long_conv
-from vim_kernels.long_conv import fft_points
+from vim_kernels.torch_long_conv import fft_points
 
 
 @pytest.fixture(params=["fft", "matrix"])
@@ -42,7 +42,7 @@ def test_sums(shape, lags, ahead, method, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, method, device):
-    """Outputs are rounded once, and before a matrix the kernel; sums along the steps and over the batch are not."""
+    """Outputs are rounded once, and so is the kernel of a matrix; sums over steps and batch are not rounded."""
     eps = torch.finfo(dtype).eps
     found = long_conv_excess(run, method, (8, 256, 8), 511, 255, dtype=dtype, device=device, limit=eps)
     assert max(found["y"], found["u"]) <= 1, found
@@ -64,7 +64,7 @@ def test_autocast_and_frozen_inputs(method, device):
 
 @pytest.mark.parametrize("wide", ["u", "kernel"])
 def test_fp64_in_one_of_both(wide, device, relative_error):
-    """What is rounded less is right to more digits: its gradient."""
+    """The gradient of the fp64 tensor is right to fp64 precision."""
     given = {"u": torch.randn(2, 9, 3, device=device), "kernel": torch.randn(3, 12, device=device)}
     leaves = {name: (t.double() if name == wide else t).requires_grad_() for name, t in given.items()}
     exact = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
@@ -106,4 +106,4 @@ def test_fft_points():
         points = fft_points(length)
         assert 2 * length - 1 <= points < 1.1 * 2 * length + 16
         assert points % 16 == 0
-        assert 60**20 % points == 0  # 2, 3 and 5 alone
+        assert 60**20 % points == 0  # no prime factors but 2, 3 and 5

@@ -1,4 +1,4 @@
-"""Several sequences packed into a row, on every backend of this machine: each must be treated as if it were alone."""
+"""Packed sequences on every backend of this machine: each gets the result that it gets alone."""
 
 import pytest
 import torch
@@ -16,22 +16,22 @@ from vim_kernels import (
 BACKENDS = [name for name in available_backends() if name in ("torch", "cpu")]
 ALL = [*BACKENDS, "reference"]
 
-# Lengths of the sequences in each row. Single steps at both ends and in the middle, cuts at, before and behind the 32nd
-# step, in front of which the CPU backends keep a state, and a row of one sequence. The convolution takes them twice
-# over, with cuts around the 128th step: its tasks end there.
+# Lengths of the sequences in each row: single steps at both ends and in the middle, cuts around the 32nd step, before
+# which the CPU backends save a state, and a row of one sequence. The convolution takes each row twice, with cuts around
+# the 128th step, where its tasks end.
 ROWS = [[1, 31, 1, 2, 34, 1], [70], [33, 37]]
 CONV_ROWS = [[*row, 58 - i, 1, 1, 1, 9 + i] for i, row in enumerate(ROWS)]
 
 
 def seq_idx_of(rows: list[list[int]], dtype=torch.int64) -> Tensor:
-    """(batch, length) of values that come again: 3, 0, 3, 0, ..."""
+    """(batch, length) of repeating values: 3, 0, 3, 0, ..."""
     return torch.stack(
         [torch.tensor([3 * (i % 2 == 0) for i, n in enumerate(row) for _ in range(n)]) for row in rows]
     ).to(dtype)
 
 
 def one_by_one(function, rows, sequences: dict, others: dict, initial_state: Tensor | None, *, reverse=False):
-    """(y, last state) of function(**sequences, **others, initial_state=...) for each sequence of each row alone."""
+    """(y, last state) of function(**sequences, **others, initial_state=...), run on each sequence separately."""
     ys, states = [], []
     for b, lengths in enumerate(rows):
         pieces = list(zip(*(t[b : b + 1].split(lengths, 1) for t in sequences.values()), strict=True))
@@ -47,7 +47,7 @@ def one_by_one(function, rows, sequences: dict, others: dict, initial_state: Ten
 
 
 def with_gradients(outputs, leaves: list[Tensor]) -> list[Tensor]:
-    """The outputs and the gradients of a loss that weighs all of them at random."""
+    """The outputs, and the gradients of a loss with random weights for all of them."""
     generator = torch.Generator().manual_seed(7)
     weights = [torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs]
     loss = sum((t * w).sum() for t, w in zip(outputs, weights, strict=True))
@@ -142,7 +142,7 @@ def conv_inputs(width: int, *, batch=3, length=140, channels=5) -> dict[str, Ten
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("width", "activation"), [(1, None), (4, "silu"), (7, None)])
 def test_convolution_equals_each_sequence_alone(backend, reverse, width, activation, relative_error):
-    """The widest filter reaches over two changes, to a sequence of the same seq_idx."""
+    """The widest filter reaches across two changes to another sequence with the same seq_idx."""
     inputs = conv_inputs(width)
     options = {"activation": activation, "reverse": reverse, "return_final_state": True}
 
@@ -162,7 +162,7 @@ def test_convolution_equals_each_sequence_alone(backend, reverse, width, activat
 
 @pytest.mark.parametrize("backend", ALL)
 def test_the_last_state_of_short_sequences(backend):
-    """Of a row that ends with a sequence shorter than the filter's past, and of one that is such a sequence."""
+    """For a row that ends with a sequence shorter than the filter's past, and for one that is such a sequence."""
     x = torch.arange(1.0, 5).view(1, 4, 1).expand(2, -1, -1)
     state = torch.tensor([[-5.0, -4, -3, -2, -1]]).expand(2, -1).unsqueeze(-1)
     options = {"weight": torch.ones(1, 6), "initial_state": state, "return_final_state": True, "backend": backend}
@@ -187,7 +187,7 @@ def test_both_convolutions_at_once(backend, relative_error):
 
 @pytest.mark.parametrize("backend", ALL)
 def test_one_sequence_is_a_row_as_it_was(backend):
-    """Nothing begins in front of a row, whatever its value: no bit changes, and the initial state counts."""
+    """A constant seq_idx of any value changes no bit, and the initial state counts."""
     inputs = scan_inputs(length=37)
     constant = torch.tensor([[5], [-1]]).expand(-1, 37)
     scans = (
@@ -253,7 +253,7 @@ def test_opcheck(backend):
 
 
 class Both(torch.nn.Module):
-    """A convolution and, over its output, a scan."""
+    """A convolution, and a scan over its output."""
 
     def forward(self, u, dt, A, B, C, weight, seq_idx):
         u = causal_conv1d(u, weight, activation="silu", seq_idx=seq_idx)

@@ -1,4 +1,4 @@
-"""`rms_norm` by ATen's operators against its formula in fp64; triton_checks.py has that of its kernels."""
+"""The `torch` backend of `rms_norm` against its formula in fp64; triton_checks.py checks the kernels."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_rounds_once(eps, gated, groups, dtype, out):
 @pytest.mark.parametrize("wide", ["x", "weight", "gate"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_one_tensor_in_fp64_widens_all(wide, groups, relative_error):
-    """What is rounded less is right to more digits: its gradient."""
+    """The gradient of the fp64 tensor is right to fp64 precision."""
     given = {"x": random(2, 3, 8), "weight": random(8, seed=1), "gate": random(2, 3, 8, seed=2)}
     leaves = {name: (t.double() if name == wide else t).requires_grad_() for name, t in given.items()}
     dy = random(2, 3, 8, seed=3)

@@ -28,7 +28,7 @@ SHAPES = [
 
 
 def outputs_and_gradients(inputs: dict, *, of=("y", "last_state"), **options) -> dict[str, torch.Tensor]:
-    """y, last_state and the gradient of every input, for a loss that weighs the outputs `of` at random."""
+    """y, last_state and the gradient of every input, for a loss with random weights for the outputs `of`."""
     y, state = selective_scan(**inputs, return_last_state=True, **options)
     generator = torch.Generator().manual_seed(7)
     used = [t for name, t in (("y", y), ("last_state", state)) if name in of]
@@ -53,7 +53,7 @@ def test_equals_reference(backend, shape, reverse, relative_error):
     got = outputs_and_gradients(as_leaves(inputs, dtype=torch.float32), reverse=reverse, backend=backend)
     for name, t in got.items():
         assert t.dtype == torch.float32
-        # A gradient far below 1 is a small difference of large terms here: there the error is absolute.
+        # A gradient far below 1 is a small difference of large terms here, so its error is absolute.
         assert relative_error(t, want[name]) * min(want[name].abs().max(), 1) < 1e-5, name
 
 
@@ -84,14 +84,14 @@ def test_steps_without_softplus(backend, relative_error):
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 5e-6), (torch.float64, 1e-13)])
 def test_softplus_keeps_its_relative_precision(backend, dtype, limit):
-    """From steps far below 1 to where an exponential overflows. One step of ones is y = softplus(dt)."""
+    """From steps far below 1 to those whose exponential overflows. One step of ones gives y = softplus(dt)."""
     dt = torch.cat([torch.linspace(-40, 40, 101), torch.tensor([1e3, -1e3])]).to(dtype)[None, None].requires_grad_()
     one = torch.ones(1, 1, 1, dtype=dtype)
     y = selective_scan(torch.ones_like(dt), dt, -torch.ones(103, 1, dtype=dtype), one, one, backend=backend)
     exact = dt.detach().double()
     torch.testing.assert_close(y.double(), F.softplus(exact), rtol=limit, atol=1e-37)
     (slope,) = torch.autograd.grad(y.sum(), dt)
-    # Of the identity above 20 it is 1, and exp(-20) is 2e-9.
+    # The slope of the identity above 20 is 1, and exp(-20) is 2e-9.
     torch.testing.assert_close(slope.double(), exact.sigmoid(), rtol=max(limit, 2.1e-9), atol=1e-37)
 
 
@@ -135,7 +135,7 @@ def test_bidirectional_equals_two_reference_scans(backend, shape, options, relat
 @pytest.mark.parametrize("wide", ["u", "dt", "A", "B", "C", "D", "dt_bias", "z"])
 @pytest.mark.parametrize("others", [torch.float32, torch.bfloat16])
 def test_one_tensor_in_fp64_widens_both_directions(backend, direction, wide, others, relative_error):
-    """What is rounded less is right to more digits: its gradient, and y if u[0] is it."""
+    """Gradients of fp64 tensors, and y if u[0] is fp64, are right to fp64 precision."""
     inputs = pair_inputs(length=45, d_inner=9, d_state=5, dtype=others)
     leaves = {(name, i): t for name, pair in inputs.items() for i, t in enumerate(pair if name != "z" else [pair])}
     key = wide, 0 if wide == "z" else direction
@@ -150,7 +150,7 @@ def test_one_tensor_in_fp64_widens_both_directions(backend, direction, wide, oth
     want = outputs(as_leaves(leaves, dtype=torch.float64), "reference")
     for name, t in outputs(leaves, backend).items():
         assert t.dtype == (leaves["u", 0] if name == "y" else leaves[name]).dtype
-        # The gradient of z is from the ungated sum, which is kept in u's dtype.
+        # The gradient of z uses the ungated sum, which is kept in u's dtype.
         dtypes = (t.dtype, leaves["u", 0].dtype) if name == ("z", 0) else (t.dtype,)
         eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         assert relative_error(t, want[name]) < (eps if eps > 1e-10 else 1e-12), name
@@ -165,7 +165,7 @@ def test_low_precision_stays_within_the_eager_error(backend, dtype, relative_err
     got = outputs_and_gradients(inputs, backend=backend)
     for name in want:
         assert got[name].dtype == eager[name].dtype
-        # Eager autograd rounds a result once; the gradient of z also comes from the ungated sum, kept in low precision.
+        # Eager autograd rounds a result once; the gradient of z also uses the ungated sum, kept in low precision.
         budget = 2.5 * relative_error(eager[name], want[name]) + 1e-5
         assert relative_error(got[name], want[name]) <= budget, name
 
@@ -298,7 +298,7 @@ def test_empty(backend, shape):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_inputs(backend, relative_error):
-    """Slices of wider tensors, as in_proj and x_proj make them, expanded ones and transposed ones."""
+    """Slices of wider tensors, as from in_proj and x_proj; expanded and transposed tensors."""
     inputs = {name: t.detach() for name, t in scan_inputs(length=40).items()}
     want = selective_scan(**inputs, backend=backend)
     xz = torch.cat([inputs["u"], inputs["z"]], -1)
@@ -377,7 +377,7 @@ def test_runs_on_meta():
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_takes_mixed_dtypes_under_autocast(backend, relative_error):
-    """Autocast must leave the op alone, and its backward: A in bf16 would be wrong by percents."""
+    """Autocast must not touch the operator or its backward: A in bf16 would be wrong by percents."""
     inputs = scan_inputs(length=50, dtype=torch.bfloat16)
     inputs["u"] = inputs["u"].detach().float().requires_grad_()
     want = outputs_and_gradients(as_leaves(inputs, dtype=torch.float64), backend="reference")
@@ -464,7 +464,7 @@ def test_bad_pairs_are_named():
     ],
 )
 def test_directions_of_other_sizes_are_refused(backend, second, message):
-    """A kernel is told one length, one d_state and one number of groups."""
+    """A kernel gets one length, one d_state and one number of groups."""
     first, other = (pair_inputs(**shape, absent=("z",), dtype=torch.float32) for shape in ({}, second))
     with pytest.raises(ValueError, match=message):
         bidirectional_selective_scan(**{n: (first[n][0], other[n][1]) for n in first}, backend=backend)

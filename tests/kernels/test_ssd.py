@@ -1,4 +1,4 @@
-"""State-space duality against the plain recurrence and against the selective scan of which it is a special case."""
+"""State-space duality against the plain recurrence, and against the selective scan, of which it is a special case."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def _seed():
 
 
 def scan(x, dt, A, B, C, D, dt_bias, initial_state, reverse=False):
-    """The selective scan, where the channels of a head have the same dt, A, D and bias."""
+    """The selective scan with the same dt, A, D and bias for all channels of a head."""
 
     def repeat(t):
         return t.repeat_interleave(x.shape[3], -1)
@@ -35,7 +35,7 @@ def scan(x, dt, A, B, C, D, dt_bias, initial_state, reverse=False):
     return y.view_as(x), state.view_as(initial_state)
 
 
-# The last one has more chunks than one product carries over.
+# The last one has more chunks than one product joins.
 @pytest.mark.parametrize(("length", "chunk_size"), [(0, 4), (1, 64), (23, 5), (130, 16), (150, 2)])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_outputs_and_gradients(length, chunk_size, reverse, relative_error):
@@ -74,7 +74,7 @@ def test_steps_without_softplus_and_without_what_is_optional(relative_error):
 
 @pytest.mark.parametrize("wide", NAMES)
 def test_one_tensor_in_fp64_widens_all(wide, relative_error):
-    """What is rounded less is right to more digits: its gradient, and y if it is x."""
+    """Gradients of the fp64 tensor, and y if it is x, are right to fp64 precision."""
     given = {name: t.detach().float() for name, t in inputs(23).items()}
     given |= {wide: given[wide].double()}
 
@@ -122,7 +122,7 @@ def test_reverse_is_a_flip(relative_error):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_single_precision_behind_steps_that_forget(device, forgetting, reverse, relative_error):
-    """Large steps here and there, and small decays between them: sums of both would lose the small ones' digits."""
+    """Some large steps, and small decays between them, whose digits a sum of both would lose."""
     given = inputs(200, head_dim=8)
     with torch.no_grad():
         given["dt_bias"] -= 1
@@ -167,7 +167,7 @@ def test_half_precision(dtype, device):
 
 
 def test_a_state_stays_in_fp32_beside_half_precision(relative_error):
-    """Nothing is added to it, so that it decays alone."""
+    """With no input the state only decays."""
     given = {name: t.detach() for name, t in inputs(3, dtype=torch.float32).items()}
     given |= {name: given[name].bfloat16() for name in ("dt", "B", "C")} | {"x": given["x"].bfloat16() * 0}
     _, state = ssd(**given, return_last_state=True)
@@ -176,7 +176,7 @@ def test_a_state_stays_in_fp32_beside_half_precision(relative_error):
 
 
 class Largest(TorchDispatchMode):
-    """Notes the most elements of a tensor that an operator gives."""
+    """Records the size of the largest tensor that an operator returns."""
 
     def __init__(self):
         super().__init__()
@@ -190,7 +190,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_memory_is_linear_in_the_length():
-    """Also that of the carry from chunk to chunk."""
+    """Including the memory of the carry from chunk to chunk."""
     found = []
     for length in (2048, 16384):
         given = inputs(length, batch=1, heads=2, head_dim=2, d_state=2, dtype=torch.float32)

@@ -77,7 +77,7 @@ def test_bad_arguments_are_named(change, message):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("taps", [1, 4])
 def test_block_steps_equal_the_whole(dtype, taps, relative_error):
-    """The states move in place, in their precision, and nothing else does."""
+    """The states are updated in place, in their precision, and nothing else changes."""
     batch, length, d_model, d_inner, d_state, rank, eps = 2, 6, 5, 6, 3, 2, 0.25
     generator = torch.Generator().manual_seed(0)
 
@@ -111,7 +111,7 @@ def test_block_steps_equal_the_whole(dtype, taps, relative_error):
 
 
 def test_a_block_step_decays_its_state_in_fp32(relative_error):
-    """Weights in bf16, and nothing to add: all that moves the state is exp(delta A)."""
+    """With bf16 weights and no input, only exp(delta A) changes the state."""
     d_model, d_inner, d_state, rank = 4, 6, 3, 2
     generator = torch.Generator().manual_seed(0)
     A_log, dt_bias = (torch.randn(*s, generator=generator).bfloat16() for s in ((d_inner, d_state), (d_inner,)))
@@ -160,7 +160,7 @@ def test_a_block_step_says_what_is_wrong():
         mamba_block_step(x, conv_state, ssm_state[:1], weights)
     with pytest.raises(ValueError, match=r"weights.x_proj must be of the block's sizes = \(8, 6\), got \(7, 6\)"):
         mamba_block_step(x, conv_state, ssm_state, weights._replace(x_proj=torch.zeros(7, 6)))
-    for name in ("norm", "conv_bias", "dt_bias", "D"):  # one number would do for all channels
+    for name in ("norm", "conv_bias", "dt_bias", "D"):  # one number would broadcast to all channels
         with pytest.raises(ValueError, match=rf"weights.{name} must be of the block's sizes = .*, got \(1,\)"):
             mamba_block_step(x, conv_state, ssm_state, weights._replace(**{name: torch.zeros(1)}))
     with pytest.raises(ValueError, match=r"x must be \(batch, d_model\), got \(4,\)"):

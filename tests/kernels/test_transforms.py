@@ -1,4 +1,4 @@
-"""Forward mode, torch.func, second derivatives and traces: right, or one line that says what to use instead."""
+"""Forward mode, torch.func, second derivatives and traces: right, or an error that names the alternative."""
 
 import functools
 
@@ -121,14 +121,14 @@ def like(tensors: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
 
 
 def gradients(function, inputs: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor, ...]:
-    """Of <weight, function>, by one backward, which other tests check against the reference."""
+    """Gradients of <weight, function> by one backward, which other tests check against the reference."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     return torch.autograd.grad((function(*leaves) * weight).sum(), leaves)
 
 
 @each_operator
 def test_each_input_may_be_the_only_one_to_learn(function, device, relative_error):
-    """Its gradient is the one that it has among all, on every backend."""
+    """Its gradient equals the one with all inputs learning, on every backend."""
     inputs = inputs_of(function, device)
     (weight,) = like((function(*inputs),), 1)
     plain = functools.partial(function, backend="reference") if function in WITH_BACKENDS else function
@@ -143,7 +143,7 @@ def test_each_input_may_be_the_only_one_to_learn(function, device, relative_erro
 
 @each_operator
 def test_forward_mode_is_the_transpose_of_the_backward(function, device):
-    """<weight, J tangents> = <J^T weight, tangents>, of torch.func.jvp and of dual tensors."""
+    """<weight, J tangents> = <J^T weight, tangents>, for torch.func.jvp and for dual tensors."""
     inputs = inputs_of(function, device)
     tangents = like(inputs, 1)
     (weight,) = like((function(*inputs),), 2)
@@ -184,7 +184,7 @@ def test_per_sample_gradients(function, device, relative_error):
 @each_operator
 @pytest.mark.parametrize("second", [hessian, lambda f: jacrev(jacrev(f))], ids=["hessian", "jacrev"])
 def test_second_derivatives_by_torch_func(function, second, device):
-    """Along a direction, against the change of the gradient."""
+    """Along a direction, against finite differences of the gradient."""
     x, *rest = inputs_of(function, device)
     (direction,), (weight,) = like((x,), 1), like((function(x, *rest),), 2)
 
@@ -202,9 +202,9 @@ def test_second_derivatives_by_torch_func(function, second, device):
 
 @each_with_backends
 def test_what_an_operator_cannot_do_is_an_error(function):
-    """Of a backend by name, a second backward, and forward mode or vmap where the graph is there already."""
+    """A named backend under transforms, a second backward, and forward mode or vmap over an existing graph."""
     x, *rest = inputs = inputs_of(function)
-    rule = "first derivatives in reverse mode alone .* backend='reference'"
+    rule = "only first derivatives in reverse mode, .* backend='reference'"
     for backend in NAMED:
         named = functools.partial(lambda x, backend: function(x, *rest, backend=backend), backend=backend)
         for call in (
@@ -212,7 +212,7 @@ def test_what_an_operator_cannot_do_is_an_error(function):
             lambda f: grad(lambda x: f(x).sum())(x),
             lambda f: vmap(f)(x.unsqueeze(0)),
         ):
-            with pytest.raises(RuntimeError, match=f"backend '{backend}' has {rule}"):
+            with pytest.raises(RuntimeError, match=f"backend '{backend}' supports {rule}"):
                 call(named)
     leaves = [t.requires_grad_() for t in inputs]
     y = function(*leaves)
@@ -239,7 +239,7 @@ def test_reference_has_second_backwards(function):
 @each_with_backends
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
 def test_traced(function, relative_error):
-    """A trace gives what the function does for other values, and their gradients, also if made without gradients."""
+    """A trace equals the function for other values, gradients included, even if traced without gradients."""
     inputs, others = (inputs_of(function, seed=seed) for seed in (0, 1))
     weight = like((function(*inputs),), 2)[0]
     with torch.no_grad():
@@ -254,13 +254,13 @@ def test_traced(function, relative_error):
 @each_with_backends
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
 def test_a_trace_refuses_other_sizes(function):
-    """It calls the operator alone, without what the function checks: a kernel would read past a buffer."""
+    """It calls the operator without the function's checks: a kernel would read past a buffer."""
     inputs = inputs_of(function)
     traced = torch.jit.trace(function, inputs)
     for i, t in enumerate(inputs):
         for dim in range(t.dim()):
             if function is of_conv and (i, dim) == (0, 1):
-                continue  # the length, which x alone has
+                continue  # the length, which only x has
             others = [*inputs[:i], t.narrow(dim, 0, t.shape[dim] - 1), *inputs[i + 1 :]]
             with pytest.raises(RuntimeError):
                 traced(*others)
@@ -274,7 +274,7 @@ def test_an_export_without_gradients_has_none():
     inputs = inputs_of(of_scan)
     program = torch.export.export(Scan(), inputs).module()
     y = program(*(t.requires_grad_() for t in inputs))
-    with pytest.raises(RuntimeError, match="exported without gradients and kept nothing for them"):
+    with pytest.raises(RuntimeError, match="exported without gradients and saved nothing for the backward"):
         y.sum().backward()
 
 
@@ -313,7 +313,7 @@ def test_per_sample_gradients_of_a_model(model, relative_error):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
 def test_trace_of_a_model(model):
-    """With the operators in it, for those who count; for any batch size."""
+    """It contains the operators, for tools that count them, and takes any batch size."""
     traced = torch.jit.trace(model, IMAGES[:2])
     assert torch.equal(traced(IMAGES), model(IMAGES))
     kinds = {node.kind() for node in traced.inlined_graph.nodes()}

@@ -47,8 +47,8 @@ FP64 = {"dtype": torch.float64, "device": "cuda", "limit": 1e-11}
 LOW = [{"dtype": dtype, "device": "cuda"} for dtype in (torch.bfloat16, torch.float16)]
 PRECISIONS = [FP32, FP64, *LOW]
 
-# Time goes into compilation, not into running: some 20 s for each d_state, dtype, direction and set of arguments. 24
-# states take a third of it, for a lane holds fewer of them than of 16: for tests in which their number is no matter.
+# Compilation takes most of the time: some 20 s for each d_state, dtype, direction and set of arguments. 24 states take
+# a third of that, because a lane holds fewer of them than of 16. For tests that do not depend on d_state.
 QUICK = {"d_state": 24}
 
 # Odd lengths, lengths around the checkpoint interval, channels and states off powers of two, each argument absent.
@@ -73,7 +73,7 @@ def assert_within(found: dict[str, float]) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Outputs and scratch memory begin as NaN, so that an element not written, or read too early, shows."""
+    """Outputs and scratch memory start as NaN, so that elements not written, or read too early, show."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -110,9 +110,10 @@ def test_vim_tiny_at_224_pixels(precision):
 
 @pytest.mark.parametrize("tile", [(4, 4, 4), (2, 16, 8), (1, 16, 8)], ids=str)
 def test_every_tile(monkeypatch, tile):
-    """What shapes choose between, on an input small enough to compare with fp64."""
-    from vim_kernels import triton_scan, triton_scan_backward
-    from vim_kernels.triton_tiles import Tile
+    """Each tile that a shape can select, on an input small enough to compare with fp64."""
+    from vim_kernels.triton_kernels import scan as triton_scan
+    from vim_kernels.triton_kernels import scan_backward as triton_scan_backward
+    from vim_kernels.triton_kernels.tiles import Tile
 
     monkeypatch.setattr(triton_scan, "_tile", lambda d: Tile(*tile))
     monkeypatch.setattr(triton_scan_backward, "_tile", lambda d: Tile(min(2, tile[0]), tile[1], 4))
@@ -123,7 +124,7 @@ def test_every_tile(monkeypatch, tile):
 def test_windows(precision):
     """Sequences long enough for several, the last one short, with states going in and out."""
     from vim_kernels.directions import Direction
-    from vim_kernels.triton_scan_windows import window_length
+    from vim_kernels.triton_kernels.scan_windows import window_length
 
     d = Direction(torch.empty(2, 600, 40), None, None, None, None, None, None, None, False)
     assert 600 / window_length(d, 1) > 2
@@ -133,9 +134,9 @@ def test_windows(precision):
     assert_within(pair_excess(**shape))
 
 
-# Cuts beside the ends of blocks, halves, kept states and chunks of the convolution, and a row of one sequence.
+# Cuts next to the ends of blocks, halves, saved states and chunks of the convolution, and a row of one sequence.
 PACKED = {"length": 150, "rows": [[1, 3, 60, 11, 1, 51, 1, 22], [150]]}
-# Windows of 128 steps without a cut and with some, and cuts where windows meet.
+# Windows of 128 steps with and without cuts, and cuts between windows.
 PACKED_WINDOWS = {"length": 600, "rows": [[128, 256, 1, 3, 212], [10, 590]]}
 
 
@@ -155,7 +156,7 @@ def test_packed_sequences_of_pairs(precision):
 
 
 def test_packed_sequences_of_vim():
-    """Its 16 states, of which a lane holds those of several channels."""
+    """With 16 states, a lane holds those of several channels."""
     assert_within(pair_excess(**PACKED, **LOW[0]))
 
 
@@ -230,20 +231,22 @@ DUALITIES = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", DUALITIES, ids=str)
 def test_duality_equals_recurrence(shape, dtype, in_order, monkeypatch):
-    from vim_kernels import triton_ssd
+    from vim_kernels.triton_kernels import ssd_states as triton_ssd_states
 
-    monkeypatch.setattr(triton_ssd, "PROGRAMS", 1 if in_order else 10**9)
+    monkeypatch.setattr(triton_ssd_states, "PROGRAMS", 1 if in_order else 10**9)
     assert_within(ssd_excess(dtype, device="cuda", **shape))
 
 
 def test_duality_takes_its_kernels():
-    from vim_kernels import triton_ssd
+    from vim_kernels.triton_kernels import ssd as triton_ssd
 
     given = ssd_inputs(torch.bfloat16, device="cuda", length=100)
     want, state = triton_ssd.ssd(**given, dt_softplus=True, chunk_size=64, reverse=False)
     y, last = ssd(**given, return_last_state=True)
     assert y.equal(want)
     assert last.equal(state)
+    assert ssd(**given, backend="triton").equal(want)
+    assert not ssd(**given, backend="torch").equal(want)
     assert ssd(**given | {"A": given["A"].double()}).dtype == torch.bfloat16
     assert ssd(**given | {name: given[name][:, :0] for name in ("x", "dt", "B", "C")}).shape[1] == 0
 
@@ -301,7 +304,7 @@ def test_golden_forms(name, golden):
 
 
 def digests() -> dict[str, str]:
-    """Hash of every output and gradient, over shapes that take different tiles and sum many programs' parts."""
+    """Hash of every output and gradient, for shapes with different tiles and with sums over many programs."""
     found = {}
     for batch, length, d_inner in ((8, 197, 384), (1, 1000, 192), (2, 37, 48)):
         inputs = pair_inputs(batch=batch, length=length, d_inner=d_inner, dtype=torch.bfloat16, device="cuda")
@@ -317,15 +320,21 @@ def digests() -> dict[str, str]:
 
 
 def test_two_processes_give_the_same_bits():
-    from processes import outputs  # not where this file is the program
+    from processes import outputs  # not if this file runs as a program
 
-    here = digests()  # first, so that neither of the others has to compile
+    here = digests()  # first, so that the other processes find compiled kernels
     runs = [subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [json.loads(out.splitlines()[-1]) for out, _ in outputs(*runs)] == [here, here]
 
 
 def test_a_new_length_compiles_nothing():
-    from vim_kernels import triton_conv, triton_scan, triton_scan_backward, triton_scan_windows, triton_ssd
+    from vim_kernels.triton_kernels import conv as triton_conv
+    from vim_kernels.triton_kernels import scan as triton_scan
+    from vim_kernels.triton_kernels import scan_backward as triton_scan_backward
+    from vim_kernels.triton_kernels import scan_windows as triton_scan_windows
+    from vim_kernels.triton_kernels import ssd as triton_ssd
+    from vim_kernels.triton_kernels import ssd_backward as triton_ssd_backward
+    from vim_kernels.triton_kernels import ssd_states as triton_ssd_states
 
     kernels = [
         triton_scan._forward_kernel,
@@ -338,10 +347,10 @@ def test_a_new_length_compiles_nothing():
         triton_conv._forward_kernel,
         triton_conv._backward_kernel,
         triton_conv._tap_sums_kernel,
-        triton_ssd._states,
-        triton_ssd._carry,
+        triton_ssd_states._states,
+        triton_ssd_states._carry,
         triton_ssd._outputs,
-        triton_ssd._gradients,
+        triton_ssd_backward._gradients,
     ]
 
     def compiled() -> list[int]:
@@ -387,8 +396,8 @@ def test_one_graph_under_autocast():
 
 
 def test_offsets_beyond_32_bits_in_strided_inputs():
-    """Rows of u lie 2^25 elements apart: the last ones are 2^31 and more elements from the first (4.4 GB)."""
-    torch.use_deterministic_algorithms(False)  # do not fill what is never read
+    """Rows of u are 2^25 elements apart, so the last ones are 2^31 elements or more from the first (4.4 GB)."""
+    torch.use_deterministic_algorithms(False)  # do not fill memory that is never read
     far = torch.empty(2, 33, 2**25, dtype=torch.bfloat16, device="cuda")
     inputs = scan_inputs(batch=2, length=33, d_inner=24, dtype=torch.bfloat16, device="cuda")
     near = inputs["u"].detach()
@@ -404,7 +413,7 @@ def test_offsets_beyond_32_bits_in_strided_inputs():
 
 
 def test_offsets_beyond_32_bits_in_outputs():
-    """2^31 and more elements: the last batch entry equals a scan of it alone (some 30 GB)."""
+    """With more than 2^31 elements, the last batch entry equals a scan of it alone (some 30 GB)."""
     torch.use_deterministic_algorithms(False)
     if torch.cuda.mem_get_info()[0] < 50 * 2**30:
         pytest.skip("needs 50 GB of free GPU memory")

@@ -1,4 +1,4 @@
-"""What only a GPU shows of the Triton kernels beside sizes: parts beyond one loop's reach, mixed precision, autocast.
+"""Edge cases of the Triton kernels that need a GPU: more parts than one loop takes, mixed precision, autocast.
 
 Shapes are those of test_triton_gpu.py where they can be, so that little is compiled.
 """

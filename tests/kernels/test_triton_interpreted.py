@@ -83,7 +83,7 @@ NAMES = [
 def long_convolutions():
     from triton_checks import long_conv_excess
 
-    from vim_kernels.triton_long_conv import long_conv
+    from vim_kernels.triton_kernels.long_conv import long_conv
 
     for method in ("fft", "matrix"):
         yield method, long_conv_excess(long_conv, method, lags=4)
@@ -93,7 +93,7 @@ def long_convolutions():
 
 
 def every_other_step() -> dict[str, torch.Tensor]:
-    """Sequences of which one is a slice of a longer one, whose length is odd."""
+    """Inputs with u as a slice of a longer sequence of odd length."""
     from scan_inputs import scan_inputs
 
     inputs = scan_inputs(length=6, d_inner=3, d_state=2, dtype=torch.float32)
@@ -119,19 +119,15 @@ def cases() -> dict[str, dict[str, float]]:
         widened_pair,
     )
 
-    from vim_kernels import (
-        bidirectional_causal_conv1d,
-        bidirectional_selective_scan,
-        selective_scan,
-        triton_norm,
-        triton_scan_backward,
-        triton_scan_windows,
-        triton_ssd,
-        triton_tiles,
-    )
+    from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan, selective_scan
+    from vim_kernels.triton_kernels import norm as triton_norm
+    from vim_kernels.triton_kernels import scan_backward as triton_scan_backward
+    from vim_kernels.triton_kernels import scan_windows as triton_scan_windows
+    from vim_kernels.triton_kernels import ssd_states as triton_ssd_states
+    from vim_kernels.triton_kernels import tiles as triton_tiles
 
-    bf16 = 0.02  # the interpreter cuts the lower half of an fp32 off where the hardware rounds
-    # Outputs and scratch memory begin as NaN, so that one not written shows.
+    bf16 = 0.02  # the interpreter truncates fp32 to bf16; the hardware rounds
+    # Outputs and scratch memory start as NaN, so that unwritten elements show.
     torch.use_deterministic_algorithms(True)
     found = {
         "scan_two_chunks": scan_excess(batch=1, length=34, d_inner=5, d_state=3, dtype=torch.float32, limit=1e-5),
@@ -183,7 +179,7 @@ def cases() -> dict[str, dict[str, float]]:
         "step_of_small_size": step_excess(2, small=True),
         "step_of_many": step_excess(6, taps=2, d_state=1, eps=0.5),
         "step_bf16": step_excess(2, dtype=torch.bfloat16, limit=2 * bf16),
-        # Cuts at and beside the ends of blocks of 4 and 8 steps, of halves and of the convolution's 64 rows.
+        # Cuts at and next to the ends of blocks of 4 and 8 steps, of halves and of the convolution's 64 rows.
         "scan_packed": scan_excess(
             length=14, d_inner=3, d_state=5, rows=[[1, 3, 4, 1, 5], [14]], dtype=torch.float32, limit=1e-5
         ),
@@ -201,7 +197,7 @@ def cases() -> dict[str, dict[str, float]]:
         ),
         "conv_bf16": conv_excess(length=5, absent=("initial_state",), dtype=torch.bfloat16, limit=bf16),
     }
-    # In fp16: the interpreter has no matrix products of bf16.
+    # In fp16: the interpreter has no bf16 matrix products.
     half = torch.float16
     wide = {"batch": 1, "length": 70, "heads": 2, "head_dim": 20, "groups": 1, "d_state": 70}
     found |= {
@@ -213,19 +209,19 @@ def cases() -> dict[str, dict[str, float]]:
         "ssd_steps_that_forget": ssd_excess(half, length=47, chunk_size=32, forgetting=100, reverse=True),
         "ssd_a_head_a_group": ssd_excess(half, batch=1, length=33, heads=3, groups=3, chunk_size=31, reverse=True),
     }
-    # Chunks in order, as if these heads filled a chip.
-    triton_ssd.PROGRAMS = 1
+    # Chunks in order, as if these heads filled the chip.
+    triton_ssd_states.PROGRAMS = 1
     found["ssd_in_order"] = ssd_excess(half, length=37, chunk_size=16)
     found["ssd_in_order_in_slices"] = ssd_excess(half, **wide, strided=True, reverse=True)
     found["ssd_in_order_bare"] = ssd_excess(half, **wide, absent=("D", "dt_bias", "initial_state"))
-    # Fewer programs than tiles of rows, and below than blocks of channels: each takes several in turn.
+    # Fewer programs than tiles of rows or blocks of channels, so that each takes several in turn.
     triton_norm.PROGRAMS, triton_scan_backward.PROGRAMS = 2, 1
     found["norm_in_turns"] = norm_excess((23, 260), gated=True)
-    # Windows of 16 steps and states kept every 8, for a long sequence in few of them.
+    # Windows of 16 steps and states saved every 8 steps, so that short sequences have several.
     triton_tiles.INTERVAL = triton_scan_backward.INTERVAL = triton_scan_windows.INTERVAL = 8
     triton_scan_windows.LONGEST = 16
     found["scan_windows"] = scan_excess(batch=1, length=37, d_inner=2, d_state=3, dtype=torch.float32, limit=1e-5)
-    # A cut where two windows meet, and one within a window, in front of and behind windows without any.
+    # A cut between two windows, and one within a window that lies between windows without cuts.
     found["scan_packed_windows"] = scan_excess(
         batch=1, length=21, d_inner=2, d_state=3, reverse=True, rows=[[16, 5]], dtype=torch.float32, limit=1e-5
     )
@@ -239,7 +235,7 @@ def cases() -> dict[str, dict[str, float]]:
 
 
 def mend_indices() -> None:
-    """Triton 3.6 makes an index of an array of one element by int(), which numpy no longer takes."""
+    """Triton 3.6 converts one-element arrays to indices by int(), which numpy no longer supports."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor

@@ -8,7 +8,7 @@ from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_sca
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Largest difference over the largest value wanted; NaN where there is one."""
+    """Largest difference over the largest wanted value; NaN if there is a NaN."""
     assert got.shape == want.shape, f"{tuple(got.shape)} is not {tuple(want.shape)}"
     assert got.is_contiguous()
     return ((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30)).item() if want.numel() else 0.0
@@ -23,7 +23,7 @@ def flat(inputs: dict) -> dict[str, torch.Tensor]:
 
 
 def leaves(inputs: dict, **to) -> dict:
-    """The same values as leaves of their own, at `to` (the arguments of Tensor.to)."""
+    """The same values as new leaves, converted with `to` (the arguments of Tensor.to)."""
 
     def leaf(t):
         moved = t.detach().to(**to)
@@ -33,7 +33,7 @@ def leaves(inputs: dict, **to) -> dict:
 
 
 def turned(inputs: dict, *names: str) -> dict:
-    """The same values, those named with their last dimension outermost, as a transposed tensor has it."""
+    """The same values; the named tensors have their last dimension outermost in memory, like transposed ones."""
     return inputs | {
         name: t.detach().movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_()
         if t.dim() > 1
@@ -45,11 +45,11 @@ def turned(inputs: dict, *names: str) -> dict:
 
 
 def results(function, inputs: dict, **options) -> dict[str, torch.Tensor]:
-    """Outputs of `function` and the gradient of each input, for a loss that weighs all outputs at random."""
+    """Outputs of `function` and the gradient of each input, for a loss with random weights for all outputs."""
     outputs = function(**inputs, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(7)
-    # Weights that every dtype holds exactly, so that all precisions differentiate the same loss.
+    # Weights that are exact in every dtype, so that all precisions differentiate the same loss.
     weights = (torch.randn(t.shape, generator=generator).bfloat16().to(t) for t in outputs)
     loss = sum((t * w).sum() for t, w in zip(outputs, weights, strict=True))
     sources = flat(inputs)
@@ -131,7 +131,7 @@ def conv_pair_excess(*, limit: float | None = None, activation="silu", rows=None
 
 
 def uneven_pair(dtype=torch.bfloat16, device="cpu", d_state=3) -> dict:
-    """Directions that do not fit into one launch, and strided sequences: slices of channels, of steps, and expanded."""
+    """Directions that differ in dtype and strides: slices of channels, slices of steps, and expanded tensors."""
     inputs = pair_inputs(batch=2, length=6, d_inner=5, d_state=d_state, dtype=dtype, device=device)
     (u0, u1), (B0, B1) = ([t.detach() for t in inputs[name]] for name in "uB")
     z = inputs["z"].detach()
@@ -142,14 +142,14 @@ def uneven_pair(dtype=torch.bfloat16, device="cpu", d_state=3) -> dict:
 
 
 def widened_pair(device="cpu", d_state=3) -> dict:
-    """fp32, and in the reverse direction a D in fp64, which takes both directions to it."""
+    """fp32, with an fp64 D in the reverse direction, which makes both directions fp64."""
     inputs = pair_inputs(batch=1, length=6, d_inner=3, d_state=d_state, dtype=torch.float32, device=device)
     inputs["D"] = (inputs["D"][0], inputs["D"][1].detach().double().requires_grad_())
     return inputs
 
 
 def widened_convolutions(device="cpu") -> dict:
-    """fp32, and in the reverse direction a bias in fp64."""
+    """fp32, with an fp64 bias in the reverse direction."""
     a, b = (conv_inputs(1, 9, 3, dtype=torch.float32, device=device, seed=seed) for seed in range(2))
     bias = b["bias"].detach().double().requires_grad_()
     return {"x": a["x"], "weight": (a["weight"], b["weight"]), "bias": (a["bias"], bias)}
@@ -183,7 +183,7 @@ def norm_excess(
     The gate is a slice of a wider tensor, as a layer has it, in x's dtype or in one that is given. Strided, all else is
     too.
     """
-    from vim_kernels import triton_norm
+    from vim_kernels.triton_kernels import norm as triton_norm
 
     generator = torch.Generator().manual_seed(0)
     x = (3 * torch.randn(*shape, generator=generator)).to(device, dtype)
@@ -254,7 +254,8 @@ def step_excess(
 
     Args: small: steps of the size of fp32's last digit, from a state of 0 which shows them.
     """
-    from vim_kernels import MambaBlockWeights, block_step, triton_step
+    from vim_kernels import MambaBlockWeights, torch_step
+    from vim_kernels.triton_kernels import step as triton_step
 
     generator = torch.Generator().manual_seed(0)
 
@@ -277,7 +278,7 @@ def step_excess(
     ssm_state = random(batch, d_inner, d_state, scale=0 if small else 1).float()
     wide_x, *states = (t.double() for t in (x, conv_state, ssm_state))
     wide_weights = MambaBlockWeights._make(w.double() for w in weights)
-    want = [block_step.torch_step(wide_x, states[0], states[1], wide_weights, eps), *states]
+    want = [torch_step.block_step(wide_x, states[0], states[1], wide_weights, eps), *states]
     got = [triton_step.block_step(x, conv_state, ssm_state, weights, eps), conv_state, ssm_state]
     return {name: error(g, w) / limit for name, g, w in zip(("x", "conv", "ssm"), got, want, strict=True)}
 
@@ -307,7 +308,7 @@ def ssd_inputs(
 
 
 def ssd_results(function, given: dict, dy=None, d_state=None, **options) -> dict[str, torch.Tensor]:
-    """Outputs and gradients; without any of the outputs those of half their squares, whose terms do not cancel."""
+    """Outputs and gradients; without `dy` the gradients of half the outputs' squares, whose terms do not cancel."""
     y, state = function(**given, **options)
     wanted = {name: t for name, t in given.items() if t is not None}
     cotangents = (y, state) if dy is None else (dy.to(y), d_state.to(state))
@@ -317,20 +318,20 @@ def ssd_results(function, given: dict, dy=None, d_state=None, **options) -> dict
 
 def ssd_excess(dtype, *, reverse=False, chunk_size=64, dt_softplus=True, **shape) -> dict[str, float]:
     """`ssd` by its kernels against the fp64 recurrence, as fractions of what is allowed: see `excess`."""
-    from vim_kernels import triton_ssd
-    from vim_kernels.ssd import _by_torch
+    from vim_kernels import torch_ssd
+    from vim_kernels.triton_kernels import ssd as triton_ssd
 
     given, options = ssd_inputs(dtype, **shape), {"reverse": reverse, "dt_softplus": dt_softplus}
     if not dt_softplus:
         given["dt"] = given["dt"].detach().abs().requires_grad_()
-    # What is absent counts as zero.
+    # Absent arguments count as zero.
     everything = leaves(ssd_inputs(dtype, **shape | {"absent": ()}), dtype=torch.float64)
     truth = {name: 0 * t if given[name] is None else given[name].double() for name, t in everything.items()}
     truth = leaves(truth)
     want = ssd_results(recurrence, truth, **options)
     cotangents = {"dy": want["y"].to(dtype), "d_state": want["state"].float()}
     want = ssd_results(recurrence, truth, **{k: t.double() for k, t in cotangents.items()}, **options)
-    eager = ssd_results(_by_torch, given, **cotangents, **options, chunk_size=chunk_size)
+    eager = ssd_results(torch_ssd.ssd, given, **cotangents, **options, chunk_size=chunk_size)
     got = ssd_results(triton_ssd.ssd, given, **cotangents, **options, chunk_size=chunk_size)
     assert all(got[name].dtype == t.dtype for name, t in eager.items())
     budgets = {

@@ -45,7 +45,7 @@ def weighted(layer: nn.Module) -> list[nn.Module]:
 
 
 class LoRA(nn.Module):
-    """A Linear with a low-rank term of its own, as adapters have it."""
+    """A Linear with an added low-rank term, as in LoRA adapters."""
 
     def __init__(self, base: nn.Linear, rank: int = 2):
         super().__init__()
@@ -66,7 +66,7 @@ def with_adapters(layer: nn.Module) -> nn.Module:
 
 
 def test_adapters_on_every_linear(layer_and_input, relative_error):
-    """As their product added to the weight; each of their tensors learns."""
+    """Outputs equal those with the product added to the weight. Every adapter tensor has a gradient."""
     layer, x = layer_and_input
     adapted = with_adapters(copy.deepcopy(layer))
     for name, module in layer.named_modules():
@@ -107,12 +107,12 @@ def test_a_hook_for_all_modules_fires_on_every_one(layer_and_input):
 
 
 def scale_of_its_own(module: nn.Module) -> None:
-    """As accelerate hangs hooks on: the module keeps its class."""
+    """Replace `forward` of the instance, as accelerate does; the class stays."""
     module.forward = lambda u, forward=module.forward: 1.5 * forward(u)
 
 
 def scale_of_its_class(module: nn.Module) -> None:
-    """As adapters that are a kind of Linear."""
+    """Replace `forward` by a subclass of Linear, as some adapters do."""
     kind = type(module)
     module.__class__ = type("Scaled", (kind,), {"forward": lambda self, u: 1.5 * kind.forward(self, u)})
 
@@ -159,7 +159,7 @@ def test_normed_weights_are_the_same_folded(norm, layer_and_input, relative_erro
 
 
 def test_pruned_weights_follow_their_originals(layer_and_input, relative_error):
-    """Their hook makes the weight anew at each call, as an optimizer's step demands."""
+    """The pruning hook recomputes the weight at each call, so it follows an optimizer step."""
     layer, x = layer_and_input
     for module in weighted(layer):
         prune.random_unstructured(module, "weight", 0.3)
@@ -193,7 +193,7 @@ def test_called_modules_under_autocast(layer_and_input):
 
 
 def test_a_replaced_linear_brings_its_bias(relative_error):
-    """in_proj and x_proj have none; the module that has one is as plain as they are."""
+    """in_proj and x_proj have no bias; a Linear with a bias in their place adds it."""
     torch.manual_seed(0)
     for mixer, name in ((Mamba(16), "ssm.x_proj"), (Mamba2(16, head_dim=8), "in_proj")):
         old = mixer.double().get_submodule(name)
@@ -209,7 +209,7 @@ def test_a_replaced_linear_brings_its_bias(relative_error):
 
 
 def test_weights_of_a_tensor_class_of_their_own_are_not_handed_out():
-    """As torchao's and sharded ones are: kernels know plain memory alone."""
+    """Tensor subclasses, as of torchao or sharding: kernels read only plain memory."""
     linear = nn.Linear(4, 4)
     assert is_plain(linear)
     weight = linear.weight.detach()
@@ -236,7 +236,7 @@ def test_called_modules_on_a_gpu(name, relative_error):
 
 
 def hooked(layer: nn.Module) -> list[nn.Module]:
-    """Hang a hook on each module that could be bypassed; returns a list that grows as they are called."""
+    """Add a hook to each module that a layer could bypass. Returns: the list of modules called so far."""
     seen: list[nn.Module] = []
     for module in layer.modules():
         if isinstance(module, (*WEIGHTED, RMSNorm)):
@@ -287,7 +287,7 @@ def test_one_hook_is_enough_for_the_step_of_a_block(name):
 
 
 class Halved(Mamba):
-    """A mixer of its own, which has all that a Mamba has."""
+    """Another mixer with all attributes of Mamba."""
 
     def forward(self, *inputs):
         return super().forward(*inputs) / 2
@@ -312,7 +312,7 @@ def test_a_step_of_a_block_calls_a_mixer_of_another_class(relative_error):
 @pytest.mark.parametrize("mixer_class", [Mamba, BiMamba])
 @torch.no_grad()
 def test_a_convolution_with_options_of_its_own_is_called(mixer_class, relative_error):
-    """One with gaps is as one with zeros between its taps; one with padding as it is when it is wrapped."""
+    """Dilation equals zeros between the taps; padding gives the same as in a wrapped convolution."""
     torch.manual_seed(0)
     mixer, x = mixer_class(8).double(), torch.randn(2, 9, 8).double()
     name = "ssm.conv1d" if mixer_class is Mamba else "backward_ssm.conv1d"
@@ -337,7 +337,7 @@ def test_a_convolution_with_options_of_its_own_is_called(mixer_class, relative_e
 @pytest.mark.parametrize("names", [("ssm",), ("forward_ssm",), ("backward_ssm",), ("forward_ssm", "backward_ssm")])
 @torch.no_grad()
 def test_a_convolution_without_a_bias_is_as_with_one_of_zeros(names, relative_error):
-    """In one direction, in the other and in both."""
+    """The bias is missing in the forward, the backward or both directions."""
     torch.manual_seed(0)
     mixer, x = (Mamba if names == ("ssm",) else BiMamba)(8).double(), torch.randn(2, 9, 8).double()
     for name in names:
@@ -350,7 +350,7 @@ def test_a_convolution_without_a_bias_is_as_with_one_of_zeros(names, relative_er
 
 @torch.no_grad()
 def test_called_convolutions_of_packed_sequences(relative_error):
-    """A value that comes again is another sequence; what a cache holds is of the first one."""
+    """A seq_idx that returns later starts another sequence; the cache belongs to the first one."""
     torch.manual_seed(0)
     x = torch.randn(2, 12, 16).double()
     seq_idx = torch.tensor([[0, 0, 0, 1, 0, 0, 2, 2, 2, 2, 2, 3], [7] * 12])
@@ -368,7 +368,7 @@ def test_called_convolutions_of_packed_sequences(relative_error):
     assert all(seen)
     half = BiMamba(16, d_state=5).double()
     want = half(x, seq_idx=seq_idx)
-    half.backward_ssm.conv1d.register_forward_hook(lambda *_: None)  # the other one stays plain
+    half.backward_ssm.conv1d.register_forward_hook(lambda *_: None)  # forward_ssm stays plain
     half.backward_ssm.dt_proj.register_forward_hook(lambda *_: None)
     assert relative_error(half(x, seq_idx=seq_idx), want) < 1e-12
 
@@ -382,7 +382,7 @@ def operators(program: torch.export.ExportedProgram) -> set[str]:
 
 @pytest.mark.parametrize("mixer", ["bimamba", "mamba", "bimamba2", "mamba2", "none"])
 def test_plain_modules_feed_the_kernels_in_exports_and_compiled(mixer):
-    """No convolution of ATen's: neither the short ones nor the patch embedding's."""
+    """The graph has no ATen convolution, neither the short ones nor the patch embedding."""
     model = VisionMamba(img_size=32, patch_size=16, embed_dim=16, depth=1, mixer=mixer, num_classes=3).eval()
     x = torch.randn(1, 3, 32, 32)
     found = operators(torch.export.export(model, (x,)))

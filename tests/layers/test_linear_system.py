@@ -45,7 +45,7 @@ def test_dense_and_diagonal_rules_agree(rule):
 
 
 def test_zero_order_hold_of_an_integrator():
-    """Poles at zero: A cannot be inverted."""
+    """The poles are at 0, so A has no inverse."""
     delta = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
     zero, one = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True), torch.ones(1, 1, dtype=torch.float64)
     for dA, dB in (
@@ -58,7 +58,7 @@ def test_zero_order_hold_of_an_integrator():
 
 
 def test_small_steps_keep_their_digits():
-    """In fp32 e^x - 1 of a small x has none left."""
+    """For small x, e^x - 1 loses all digits in fp32."""
     A, B, delta = torch.tensor([-0.5]), torch.ones(1), torch.tensor([2e-5])
     _, dB = discretize_diagonal(A, B, delta, "zoh")
     _, want = discretize_diagonal(A.double(), B.double(), delta.double(), "zoh")
@@ -66,12 +66,12 @@ def test_small_steps_keep_their_digits():
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match="rule must be one of zoh, bilinear, euler, got 'tustin'"):
+    with pytest.raises(ValueError, match="rule must be one of 'zoh', 'bilinear', 'euler', got 'tustin'"):
         discretize_diagonal(torch.ones(1), torch.ones(1), torch.ones(1), "tustin")
 
 
 def after(A, B, C, u, steps, rule, time=2.0):
-    """Output at a time, of an input sampled in the middle of so many steps."""
+    """Output at a given time, for an input sampled in the middle of each step."""
     delta = time / steps
     middles = (torch.arange(steps, dtype=torch.float64) + 0.5) * delta
     dA, dB = discretize_dense(A, B, torch.full(A.shape[:1], delta, dtype=torch.float64), rule)
@@ -89,7 +89,7 @@ def solved(A, B, C, u, time=2.0):
 
 @pytest.mark.parametrize(("rule", "order"), [("euler", 1), ("bilinear", 2), ("zoh", 2)])
 def test_orders_of_convergence(rule, order):
-    """To an ODE solver's answer, for a smooth input."""
+    """The error against an ODE solver, for a smooth input."""
     A, B, C = stable()
     truth = solved(A, B, C, lambda t: math.sin(3 * t) + t)
     errors = torch.stack(
@@ -105,7 +105,7 @@ def test_zero_order_hold_is_exact_for_held_inputs():
     A, B, C = stable()
     held = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
     ends = torch.zeros(len(A), A.shape[-1], dtype=torch.float64)
-    for value in held:  # each piece by the solver, from where the last one ended
+    for value in held:  # the solver continues from the end of the last piece
         for channel in range(len(A)):
             a, b = A[channel].numpy(), (B[channel] * value).numpy()
             piece = solve_ivp(lambda t, x: a @ x + b, (0, 0.5), ends[channel].numpy(), rtol=1e-12, atol=1e-12)  # noqa: B023
@@ -153,7 +153,7 @@ def test_vandermonde(length):
 @pytest.mark.parametrize("method", ["fft", "matrix"])
 @pytest.mark.parametrize("sizes", [(1, 1), (11, 12), (3, 5)])
 def test_convolution_along_both_axes_in_both_directions(method, sizes):
-    """An impulse shows the kernels: forward ones behind it, backward ones in front."""
+    """The response to an impulse: forward kernels behind it, backward kernels in front."""
     kernels = [torch.randn(2, 3, size, dtype=torch.float64) for size in sizes]
     place = [size // 2 for size in sizes]
     u = torch.zeros(1, *sizes, 3, dtype=torch.float64)
@@ -166,7 +166,7 @@ def test_convolution_along_both_axes_in_both_directions(method, sizes):
 
 
 def test_short_axes_are_products_of_matrices(monkeypatch):
-    """Along what has as much across it; the choice changes nothing, and gradients pass."""
+    """Matrix product and FFT agree, also in gradients."""
     u = torch.randn(2, 9, 5, 3, dtype=torch.float64, requires_grad=True)
     kernels = [torch.randn(2, 3, size, dtype=torch.float64, requires_grad=True) for size in (9, 5)]
     found = {}
@@ -203,7 +203,7 @@ def test_hippo_golden(golden, d_state):
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_normal_plus_low_rank_is_the_same_system(measure):
-    """In its basis as before: the same response, with the whole B."""
+    """A in the diagonal basis has the same trace and characteristic polynomial."""
     A, _ = hippo(measure, 8)
     P = low_rank(measure, 8)
     normal = A + P.T @ P
@@ -218,7 +218,7 @@ def test_normal_plus_low_rank_is_the_same_system(measure):
 
 
 def test_hippo_reads_back_the_past():
-    """LegT's coefficients are those of the last window in Legendre polynomials, at its newest end the input itself."""
+    """LegT holds the Legendre coefficients of the last window; evaluated at its ends they give the input."""
     A, B = hippo("legt", 32)
     time, steps = 3.0, 6000
     middles = (torch.arange(steps, dtype=torch.float64) + 0.5) * time / steps
@@ -233,9 +233,9 @@ def test_hippo_reads_back_the_past():
 
 
 def test_bad_names_and_sizes():
-    with pytest.raises(ValueError, match="measure must be one of legs, legt, fout, got 'lmu'"):
+    with pytest.raises(ValueError, match="measure must be one of 'legs', 'legt', 'fout', got 'lmu'"):
         hippo("lmu", 8)
-    with pytest.raises(ValueError, match="init must be one of lin, inv, real, quad, legs, got 'line'"):
+    with pytest.raises(ValueError, match="init must be one of 'lin', 'inv', 'real', 'quad', 'legs', got 'line'"):
         diagonal("line", 8)
     with pytest.raises(ValueError, match="d_state must be even and positive, for conjugate pairs, got 7"):
         nplr("legs", 7)

@@ -16,7 +16,7 @@ def _seed():
 
 
 def shaken(mixer):
-    """In fp64, and no parameter at a value that hides an error, such as D = 1."""
+    """In fp64, with random offsets: initial values such as D = 1 would hide errors."""
     for p in mixer.double().parameters():
         p.data += 0.3 * torch.randn_like(p)
     return mixer
@@ -38,7 +38,7 @@ def one_direction(xBC, dt, conv_weight, conv_bias, A_log, D, dt_bias):
 
 
 def gate_and_norm(y, z, weight):
-    """Each group of heads is normalised by itself."""
+    """Normalise each group of heads separately."""
     y = (y * F.silu(z)).unflatten(-1, (2, 12))
     return (y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * weight
 
@@ -65,7 +65,7 @@ def test_mamba2_with_the_authors_names(relative_error):
     y = one_direction(xBC, dt, *(official[name] for name in DIRECTION))
     want = gate_and_norm(y, z, official["norm.weight"]) @ official["out_proj.weight"].T
     assert relative_error(mixer(x), want) < 1e-12
-    for weights in (official, mixer.state_dict()):  # within a model too
+    for weights in (official, mixer.state_dict()):  # also within a model
         model = torch.nn.Sequential(Mamba2(**SIZES).double())
         model.load_state_dict({f"0.{name}": value for name, value in weights.items()})
         assert torch.equal(model(x), mixer(x))
@@ -126,7 +126,7 @@ def test_sizes_that_do_not_divide(mixer_class):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mixer_class", [Mamba2, BiMamba2])
 def test_on_a_gpu_in_half_precision(mixer_class):
-    """With 422 columns of in_proj, which are not a multiple of 8, and kernels of `ssd`."""
+    """in_proj has 422 columns, no multiple of 8; `ssd` runs its kernels."""
     mixer = mixer_class(96, d_state=16, head_dim=32)
     x = torch.randn(2, 70, 96)
     results = []

@@ -1,4 +1,4 @@
-"""Mambas and the gated convolution: gradients behind a cache, where they start, and what their options do."""
+"""Mambas and the gated convolution: gradients with a cache, initial values and options."""
 
 import pytest
 import torch
@@ -47,8 +47,10 @@ def in_steps(mixer):
     ],
 )
 def test_gradients_behind_a_cache(name, way):
-    """By finite differences, from a cache that has seen something and that the call overwrites. Steps have one input
-    each: the ones before it are numbers."""
+    """Against finite differences, from a filled cache that the call overwrites.
+
+    A step has gradients only for its own input: earlier ones are constants.
+    """
     mixer = MIXERS[name]().double()
     x = torch.randn(2, 4, 4, dtype=torch.float64)
     fresh = mixer.allocate_cache(2)
@@ -69,7 +71,7 @@ def test_gradients_behind_a_cache(name, way):
 
 @pytest.mark.parametrize("mixer_class", [Mamba, Mamba2])
 def test_no_gradient_passes_through_a_cache(mixer_class):
-    """A sequence in two calls: the second gives the first one's inputs none, and can be followed by others."""
+    """The second of two calls gives no gradient to inputs of the first, and more calls can follow."""
     mixer = mixer_class(32, d_state=3)
     cache, pieces = mixer.allocate_cache(1), [torch.randn(1, 3, 32, requires_grad=True) for _ in range(3)]
     outputs = [mixer(piece, cache) for piece in pieces[:2]]
@@ -124,7 +126,7 @@ def test_the_range_and_the_floor_of_the_first_steps():
 
 
 def test_inner_widths_and_ranks():
-    """Rounded down and up; a rank that is given is taken."""
+    """d_inner is rounded down, the default rank is rounded up; a given rank is used."""
     assert Mamba(10, expand=1.59).out_proj.weight.shape == (10, 15)
     for mixer_class, name in ((Mamba, "ssm"), (BiMamba, "backward_ssm")):
         for given, rank in ((None, 2), (5, 5)):
@@ -137,7 +139,7 @@ def test_inner_widths_and_ranks():
 @torch.no_grad()
 @pytest.mark.parametrize("called", [False, True])
 def test_a_block_has_the_eps_of_its_norm(called):
-    """Whole and step by step, where eps is most of the mean square."""
+    """As one call and step by step, with an eps above the mean square."""
     block = MambaBlock(16, 3, 4, 2, norm_eps=0.1).double()
     x = 0.1 * torch.randn(2, 5, 16).double()
     want = x + block.mixer(F.rms_norm(x, (16,), block.norm.weight, 0.1))
@@ -148,7 +150,7 @@ def test_a_block_has_the_eps_of_its_norm(called):
 
 
 def test_gated_convolution_written_out(relative_error):
-    """The mean of a causal convolution and one from the other end, each through silu, times the gate's silu."""
+    """The mean of silu of a causal and of an anticausal convolution, times silu of the gate."""
     mixer = GatedConv(6, 3, 2).double()
     x = torch.randn(2, 7, 6, dtype=torch.float64)
     u, z = F.linear(x, mixer.in_proj.weight).split(12, -1)

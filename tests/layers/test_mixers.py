@@ -7,14 +7,15 @@ import torch
 from torch.func import functional_call
 
 from vim.layers import BiMamba, BiMamba2, Mamba, Mamba2, MambaBlock, MambaCache, RMSNorm
+from vim.layers.rename import rename
 from vim.layers.selective_ssm import pad_rank, project_by
-from vim.models.official import native_name
+from vim.models.official import NAMES
 from vim_kernels import rms_norm
 
 
 def official_mixer(tensors: dict) -> dict:
     """A state dict of the authors' bidirectional mixer under our names."""
-    return {native_name(f"layers.0.mixer.{k}").removeprefix("blocks.0.mixer."): v for k, v in tensors.items()}
+    return {rename(NAMES, f"layers.0.mixer.{k}").removeprefix("blocks.0.mixer."): v for k, v in tensors.items()}
 
 
 def test_bimamba_golden(golden, relative_error, mixer_backend):
@@ -62,7 +63,7 @@ def test_mamba_golden_decoding(golden, relative_error, mixer_backend):
     cache = mixer.allocate_cache(2)
     steps = torch.stack([mixer.step(x[:, i], cache) for i in range(length)], 1)
     assert relative_error(steps, t["out.step_y"]) < limit
-    # The official cache also holds the present input of the convolution; ours holds the ones in front of the next.
+    # The official cache also holds the current input of the convolution; ours only the inputs before the next.
     assert relative_error(cache.conv_state, t["state.conv_after_L"][..., 1:].transpose(1, 2)) < limit
     assert relative_error(cache.ssm_state, t["state.ssm_after_L"]) < limit
 
@@ -132,12 +133,12 @@ def test_autocast_error_and_bf16_weights(mixer_class, relative_error):
 
 
 def test_norm_hands_on_low_precision_under_autocast():
-    """Rounded once, from the exact result; torch's where there is no autocast, and without one to ask for on meta."""
+    """Under autocast the exact result is rounded once. Without autocast, and on meta, the norm equals torch's."""
     norm = RMSNorm(20, eps=1e-5)
     x = torch.randn(3, 5, 20)
     want = torch.nn.functional.rms_norm(x, (20,), norm.weight, 1e-5)
     assert torch.equal(norm(x), want)
-    small = 1e-3 * x  # of which eps is a part
+    small = 1e-3 * x  # eps matters at this size
     assert torch.allclose(norm(small), torch.nn.functional.rms_norm(small, (20,), norm.weight, 1e-5))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(norm(x), want.bfloat16())
@@ -166,7 +167,7 @@ def test_a_padded_rank_gives_the_same_projections_and_gradients():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_a_block_keeps_its_residual_stream_wide(dtype, relative_error):
-    """Also step by step; in bf16 within the error of the block in bf16."""
+    """As one call and step by step; the error stays within that of a pure bf16 block."""
     torch.manual_seed(0)
     block = MambaBlock(24, 4, 3, 2).to(dtype)
     x = torch.randn(2, 9, 24)
@@ -181,7 +182,7 @@ def test_a_block_keeps_its_residual_stream_wide(dtype, relative_error):
 @pytest.mark.gpu
 @torch.no_grad()
 def test_a_million_steps(relative_error):
-    """Whole, and in two halves joined by the state; in pieces the memory does not grow with the length."""
+    """One call equals two halves joined by the state; in pieces, memory does not grow with the length."""
     torch.manual_seed(0)
     mixer = Mamba(192, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(1, 1_000_000, 192, device="cuda", dtype=torch.bfloat16)
@@ -204,7 +205,7 @@ def test_a_million_steps(relative_error):
 
 
 def alone(mixer, x, lengths):
-    """Each sequence of each row by itself."""
+    """Run every packed sequence of every row separately."""
     rows = [torch.cat([mixer(part) for part in row.split(n, 1)], 1) for row, n in zip(x.split(1), lengths, strict=True)]
     return torch.cat(rows)
 
@@ -226,7 +227,7 @@ def test_packed_sequences_are_mixed_alone(mixer_class, mixer_backend, relative_e
 
 @torch.no_grad()
 def test_a_cache_goes_on_with_the_last_sequence(relative_error):
-    """A call's first sequence continues the cache's, its last one the next call."""
+    """The first sequence of a call continues the cache; the next call continues the last one."""
     torch.manual_seed(0)
     mixer = Mamba(16, d_state=5).double()
     x = torch.randn(1, 30, 16, dtype=torch.float64)

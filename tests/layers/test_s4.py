@@ -43,7 +43,7 @@ def load(golden, name, before):
     prefix = "param_before." if before and name != "ssm_s4d" else "param."
     mixer = GOLDEN[name]()
     weights = {key.removeprefix(prefix): value for key, value in t.items() if key.startswith(prefix)}
-    if name == "ssm_s4nd":  # the file has the linear part alone
+    if name == "ssm_s4nd":  # the file has only the linear part
         weights |= {f"output_linear.0.{key}": value for key, value in mixer.out_proj.state_dict().items()}
     torch.nn.Sequential(mixer).load_state_dict({f"0.{key}": value for key, value in weights.items()})
     return mixer, t
@@ -108,7 +108,7 @@ MIXERS = {
 @pytest.mark.parametrize("length", [1, 2, 33])
 @pytest.mark.parametrize(("name", "rate"), [*((name, 1.0) for name in MIXERS), ("s4d", 0.5), ("s4d-bilinear", 0.5)])
 def test_steps_equal_the_whole(name, rate, length):
-    """Gradients of all parameters too."""
+    """Outputs and the gradients of all parameters."""
     mixer = MIXERS[name](dt_min=0.05).double()
     x = torch.randn(2, length, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(x)
@@ -123,7 +123,7 @@ def test_steps_equal_the_whole(name, rate, length):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_flipped_sequence(name):
-    """With its kernels exchanged, a bidirectional layer gives the flipped outputs, but for the lag between them."""
+    """A bidirectional layer with exchanged kernels gives flipped outputs, except for the lag of the backward kernel."""
     mixer = MIXERS[name](bidirectional=True).double()
     x = torch.randn(1, 9, 6, dtype=torch.float64)
     forward, backward = mixer.kernel(9)
@@ -184,7 +184,7 @@ def test_a_kernel_in_chunks_is_the_same(monkeypatch):
 
 @torch.no_grad()
 def test_lengths():
-    """A longer sequence changes how C is kept and not what the layer is; l_max does it from the start."""
+    """A longer sequence changes the stored C but not the function of the layer; l_max sets it from the start."""
     kernel = DPLRKernel(3, 8, "legs", dt_min=0.05).double()
     true_C = torch.view_as_complex(kernel.C).clone()
     dA, dB, _ = kernel._dense(1.0)
@@ -206,7 +206,7 @@ def test_lengths():
 @pytest.mark.parametrize("name", MIXERS)
 @torch.no_grad()
 def test_rate_samples_the_same_kernel(name):
-    """Twice the steps at half the rate: two of them are one of before, exactly for zero-order hold."""
+    """Two steps at half the rate equal one step at the full rate, exactly for zero-order hold."""
     kernel = MIXERS[name](dt_min=0.004, dt_max=0.008).double().kernel
     coarse, fine = kernel(64)[0], kernel(128, 0.5)[0]
     limit = 1e-9 if getattr(kernel, "rule", "bilinear") == "zoh" else 0.01
@@ -217,7 +217,7 @@ def test_rate_samples_the_same_kernel(name):
 
 @torch.no_grad()
 def test_s4nd_axes():
-    """The kernel is an outer product: an impulse shows it, around the borders nothing wraps."""
+    """The response to an impulse is the outer product of the kernels, without wrapping at the borders."""
     mixer = S4ND(2, 4, dim=3).double()
     x = torch.zeros(1, 3, 4, 5, 2, dtype=torch.float64)
     x[0, 1, 2, 1] = 1
@@ -266,7 +266,7 @@ LAYERS = {"s4": S4, "s4d": S4D, "s4nd": S4ND}
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize(("low", "high", "options"), [(0.001, 0.1, {}), (0.01, 0.03, {"dt_min": 0.01, "dt_max": 0.03})])
 def test_initial_values(layer, low, high, options):
-    """Steps log-uniform in their range, outputs C and skips D of modulus 1 in the mean square."""
+    """Step sizes are log-uniform in their range; C and D have mean square 1."""
     mixer = layer(2048, 4, **options)
     for name, p in mixer.named_parameters():
         if name.endswith("log_dt"):
@@ -282,7 +282,7 @@ def test_initial_values(layer, low, high, options):
 
 @pytest.mark.parametrize(("measure", "decay"), [("legs", 0.5), ("legt", 1e-4), ("fout", 1e-4)])
 def test_where_the_poles_of_s4_start(measure, decay):
-    """LegS's normal part has a real part of -1/2; the others have none, which a logarithm cannot hold."""
+    """The real part of the poles is -1/2 for LegS; for the others it is 0, clamped for the logarithm."""
     kernel = DPLRKernel(3, 8, measure)
     assert_close(kernel.A_log.exp(), torch.full((3, 4), decay))
     assert (kernel.A_imag <= 0).all()
@@ -290,7 +290,7 @@ def test_where_the_poles_of_s4_start(measure, decay):
 
 
 def test_where_the_poles_of_s4d_start():
-    """At -1/2 - i pi n, unless it is told otherwise."""
+    """By default at -1/2 - i pi n."""
     for kernel in (S4D(3, 8).kernel, *S4ND(3, 8).kernel):
         assert_close(kernel.A_log.exp(), torch.full((3, 4), 0.5))
         assert_close(kernel.A_imag, -math.pi * torch.arange(4.0).expand(3, 4))
@@ -298,7 +298,7 @@ def test_where_the_poles_of_s4d_start():
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_dropout_in_front_of_the_last_product(layer):
-    """Of everything, it leaves that product's bias."""
+    """With dropout of everything only the bias of the output projection remains."""
     mixer, x = layer(6, 4, dropout=1.0), torch.randn(2, 5, 6)
     x = x.unsqueeze(1) if layer is S4ND else x
     want = torch.nn.functional.glu(mixer.out_proj.bias, -1)
@@ -310,7 +310,7 @@ def test_dropout_in_front_of_the_last_product(layer):
 
 @torch.no_grad()
 def test_s4nd_along_one_axis_is_s4d_in_both_directions():
-    """Also where they start, by init, rule and step sizes; with a band limit the aliasing modes are gone."""
+    """Outputs and initial values agree; with a band limit the aliasing modes are gone."""
     options = {"init": "inv", "rule": "bilinear", "dt_min": 0.2, "dt_max": 0.2}
     one, other = S4ND(3, 8, dim=1, **options), S4D(3, 8, bidirectional=True, **options)
     assert_close(one.kernel[0].A_imag, other.kernel.A_imag)

@@ -1,4 +1,4 @@
-"""VisionMamba with other mixers, orders of its patches, and registers."""
+"""VisionMamba with other mixers, scan orders and registers."""
 
 from fnmatch import fnmatch
 
@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import vim  # noqa: F401 (registers the models)
 from vim.layers import S4
-from vim.models.scan_order import patch_order
+from vim.models.token_layout import patch_order
 from vim.models.vision_mamba import VisionMamba
 
 TINY = {"img_size": (24, 16), "patch_size": 4, "in_chans": 1, "num_classes": 3, "embed_dim": 16, "depth": 2}
@@ -39,7 +39,7 @@ def transposed(model, **changes):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_mixers(mixer):
-    """Every parameter has a gradient; images of another size, and a batch in parts, give what they should."""
+    """Every parameter has a gradient; a split batch and other image sizes give consistent outputs."""
     options = PLAIN if mixer == "s4nd" else {}
     model = timm.create_model("vim_nano", **TINY, **options, mixer=mixer)
     x = torch.randn(2, 1, 24, 16)
@@ -59,7 +59,7 @@ def test_mixers(mixer):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_traces(mixer):
-    """Counters of operations take torch.jit.trace."""
+    """FLOP counters use torch.jit.trace."""
     model = VisionMamba(**TINY, **(PLAIN if mixer == "s4nd" else {}), mixer=mixer).eval()
     traced = torch.jit.trace(model, torch.randn(2, 1, 24, 16))
     x = torch.randn(2, 1, 24, 16)
@@ -68,7 +68,7 @@ def test_traces(mixer):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_without_memory_at_first(mixer):
-    """On the meta device, then with memory and initialised: as a model made at once."""
+    """Created on the meta device, then allocated and initialised: the same as a model created directly."""
     options = TINY | (PLAIN if mixer == "s4nd" else {"scan_order": "cross"}) | {"mixer": mixer}
     with torch.device("meta"):
         model = VisionMamba(**options)
@@ -84,7 +84,7 @@ def test_without_memory_at_first(mixer):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_features_by_fx_and_shapes_on_meta(mixer):
-    """As timm takes them."""
+    """With timm's feature extractor."""
     options = TINY | (PLAIN if mixer == "s4nd" else {}) | {"mixer": mixer}
     model = timm.create_model("vim_nano", **options).eval()
     nodes = create_feature_extractor(model, ["blocks.1"])
@@ -98,7 +98,7 @@ def test_mambas_of_one_direction_see_the_past_alone(mixer):
     model = timm.create_model("vim_nano", **TINY, **PLAIN, mixer=mixer)
     x = torch.randn(1, 1, 24, 16, requires_grad=True)
     tokens = model.forward_features(x)
-    (gradient,) = torch.autograd.grad(tokens[0, 7].sum(), x)  # the last patch of the second row of patches
+    (gradient,) = torch.autograd.grad(tokens[0, 7].sum(), x)  # the last patch of the second row
     assert gradient[..., :8, :].any()
     future, rounding = gradient[..., 8:, :].abs().max(), 1e-5 * gradient.abs().max()
     if mixer in ("mamba", "mamba2"):
@@ -109,7 +109,7 @@ def test_mambas_of_one_direction_see_the_past_alone(mixer):
 
 @pytest.mark.parametrize("mixer", ["bimamba2", "mamba2"])
 def test_heads(mixer):
-    """As wide as d_inner allows; their decays, skips and steps are named among those without weight decay."""
+    """Heads are as wide as d_inner allows. Their decays, skips and step sizes have no weight decay."""
     for dim, head_dim in ((192, 64), (16, 32), (24, 16)):
         model = VisionMamba(**TINY | {"embed_dim": dim, "depth": 1}, mixer=mixer)
         assert model.blocks[0].mixer.head_dim == head_dim
@@ -120,7 +120,7 @@ def test_heads(mixer):
 
 
 def test_s4nd_is_equal_along_both_axes():
-    """Rows and columns exchanged, kernels too: the same features."""
+    """Exchanging rows and columns, and the kernels too, gives the same features."""
     model = VisionMamba(**TINY, **PLAIN, mixer="s4nd").eval()
     other = transposed(model, **PLAIN, mixer="s4nd")
     for block in other.blocks:
@@ -139,7 +139,7 @@ def test_s4nd_works_on_the_grid_when_it_is_wrapped():
 
 
 def test_s4_keeps_its_kernels_for_the_sequence_from_the_start():
-    """Averaged weights are copied before the first step, and would average C of different meanings."""
+    """An EMA copies weights before the first step; a later change of C would mix two meanings."""
     model = VisionMamba(**TINY, mixer="s4")
     assert all(m.kernel.length == 25 for m in model.modules() if isinstance(m, S4))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -149,7 +149,7 @@ def test_s4_keeps_its_kernels_for_the_sequence_from_the_start():
 
 @pytest.mark.parametrize("options", [{"scan_order": "column"}, {"scan_order": "cross"}, {"mixer": "s4nd"}], ids=str)
 def test_checkpointing_keeps_the_order_of_the_tokens(options):
-    """Gradients too."""
+    """Outputs and gradients are those without checkpointing."""
     model, x = VisionMamba(**TINY, **PLAIN, **options), torch.randn(2, 1, 24, 16)
     found = []
     for enable in (False, True):
@@ -175,7 +175,7 @@ def test_patch_orders():
     assert patch_order("zigzag", grid) == (0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11)
     assert patch_order("window", grid) == tuple(range(12))
     window = patch_order("window", (8, 9))
-    assert window[:8] == (0, 1, 2, 3, 4, 5, 6, 9)  # seven patches and the next row of the window
+    assert window[:8] == (0, 1, 2, 3, 4, 5, 6, 9)  # seven patches, then the next row of the window
     assert window[49:51] == (7, 8)
     assert sorted(window) == list(range(72))
 
@@ -192,7 +192,7 @@ def test_columns_are_rows_of_the_transposed_image(options):
 
 @pytest.mark.parametrize("scan_order", ["zigzag", "window"])
 def test_orders_differ_and_keep_the_class_token_in_the_middle(scan_order):
-    """A sequence brought into the order by hand, through a model that leaves it."""
+    """A sequence reordered by hand, through a raster model, gives the same."""
     kwargs = TINY | {"img_size": 36}  # 9 x 9 patches
     model = VisionMamba(**kwargs, scan_order=scan_order).eval()
     raster = VisionMamba(**kwargs).eval()
@@ -227,9 +227,9 @@ def test_cross_goes_along_rows_and_columns_in_turn():
     ("registers", "places"), [(1, [12]), (2, [8, 17]), (4, [4, 10, 16, 22]), (5, [4, 9, 14, 19, 24])]
 )
 def test_registers_are_spread_evenly(registers, places):
-    """Of 24 patches; four have 4, 5, 5, 5 and 5 of them around."""
+    """Among 24 patches; four registers leave gaps of 4, 5, 5, 5 and 5."""
     model = VisionMamba(**TINY, class_token="registers", num_registers=registers).eval()
-    assert list(model._prefix_places(24)) == places
+    assert list(model.token_layout.places(24)) == places
     x = torch.randn(2, 1, 24, 16)
     tokens = model._embed(x)
     want = (model.cls_token + model.pos_embed[:, :registers])[0]
@@ -264,9 +264,9 @@ def test_registers_through_a_neck():
     [
         (
             {"mixer": "attention"},
-            "mixer must be one of bimamba, mamba, bimamba2, mamba2, s4d, s4, s4nd, none, got 'attention'",
+            "mixer must be one of 'bimamba', 'mamba', 'bimamba2', 'mamba2', 's4d', 's4', 's4nd', 'none', got 'attent",
         ),
-        ({"mixer": "s4nd"}, "mixer 's4nd' works on the grid of the patches: it wants class_token 'none'"),
+        ({"mixer": "s4nd"}, "mixer 's4nd' works on the grid of the patches and needs class_token 'none'"),
         ({"mixer": "s4nd", "scan_order": "column"} | PLAIN, "scan_order 'raster', got 'none' and 'column'"),
         ({"scan_order": "hilbert"}, "scan_order must be one of .*'cross'.*, got 'hilbert'"),
         ({"class_token": "registers", "num_registers": 0}, "num_registers must be at least 1, got 0"),
@@ -279,8 +279,8 @@ def test_registers_through_a_neck():
             }.items()
             for option in options
         ),
-        ({"num_registers": 3}, "num_registers is of class_token 'registers' alone, got 3 with 'middle'"),
-        ({"register_dim": 8} | PLAIN, "register_dim is of class_token 'registers' alone, got 8 with 'none'"),
+        ({"num_registers": 3}, "num_registers needs class_token 'registers', got 3 with 'middle'; leave it out"),
+        ({"register_dim": 8} | PLAIN, "register_dim needs class_token 'registers', got 8 with 'none'"),
     ],
 )
 def test_bad_options(options, message):
@@ -291,5 +291,5 @@ def test_bad_options(options, message):
 def test_a_variant_of_registers_without_them():
     model = timm.create_model("vim_small_registers", depth=1, class_token="none", global_pool="avg", device="meta")
     assert model.num_prefix_tokens == 0
-    with pytest.raises(ValueError, match="register_dim is of class_token 'registers' alone, got 96 with 'none'"):
+    with pytest.raises(ValueError, match="register_dim needs class_token 'registers', got 96 with 'none'"):
         timm.create_model("vim_small_registers", class_token="none", global_pool="avg", register_dim=96)

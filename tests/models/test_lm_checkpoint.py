@@ -1,4 +1,4 @@
-"""Configurations of language models: what they mean by leaving an option out, what a saved one says, and saving."""
+"""Configurations of language models: defaults for missing options, saved configurations, and failed saves."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_what_is_left_out_is_what_the_library_of_the_checkpoint_takes(config, vo
 
 @pytest.mark.parametrize("options", [{}, {"dt_rank": 3, "residual_in_fp32": False, "tie_embeddings": False}], ids=str)
 def test_a_saved_configuration_has_no_options_but_the_authors(options, tmp_path, request):
-    """Their code refuses any other; theirs are those of the golden model."""
+    """Their code refuses any other option. The configuration of the golden model has all of theirs."""
     MambaLM(50, 16, 1, **options).save_pretrained(tmp_path)
     known = json.loads((request.path.parent.parent / "fixtures" / "ssm_mamba_lm.json").read_text())["config"]
     saved = json.loads((tmp_path / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""MambaLM against golden numbers from the authors' code, and generation against the model called again and again."""
+"""MambaLM against golden numbers from the authors' code, and generation against repeated calls of the model."""
 
 import fnmatch
 import json
@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from vim.models.lm_checkpoint import native_name, official_name
+from vim.layers.rename import rename
+from vim.models.lm_checkpoint import NATIVE_NAMES, official_name
 from vim.models.mamba_lm import MambaLM, pad_left, sample
 
 
@@ -28,7 +29,7 @@ def config(golden_folder):
 
 @pytest.fixture
 def published(golden, tmp_path, request):
-    """The golden model as its authors publish one."""
+    """The golden model in the format of the authors' repositories."""
     fixtures = request.path.parent.parent / "fixtures"
     folder = tmp_path / "published"
     folder.mkdir()
@@ -38,28 +39,28 @@ def published(golden, tmp_path, request):
 
 
 def tiny(d_state=4):
-    """A model whose likeliest text goes from token to token, as what came before has it.
+    """A model that generates varied text, depending on what came before.
 
-    One with tied embeddings says its last token again and again, whatever a mask, a cache or an end does.
+    With tied embeddings it would repeat its last token, whatever mask, cache or eos do.
     """
     model = MambaLM(50, 16, 2, d_state=d_state, tie_embeddings=False).eval()
     with torch.no_grad():
         for block in model.blocks:
             block.mixer.out_proj.weight.mul_(22)
         model.embedding.weight.mul_(20)
-        model.head.weight[50:].mul_(10)  # rows of no token, which would be the likeliest
+        model.head.weight[50:].mul_(10)  # rows outside the vocabulary, which would win
     return model
 
 
 def assert_varied(made):
-    """Rows of tokens that differ from one another, and of which each has at least five."""
+    """All rows differ, and each has at least five different tokens."""
     rows = made.tolist()
     assert len({tuple(row) for row in rows}) == len(rows)
     assert min(len(set(row)) for row in rows) >= 5, rows
 
 
 def test_initial_weights():
-    """Embeddings of deviation 0.02; output projections as of one block, divided by the root of the depth."""
+    """Embeddings have std 0.02; output projections are those of a block divided by sqrt(depth)."""
     one, nine = (MambaLM(1000, 64, depth) for depth in (1, 9))
     for model, bound in ((one, 128**-0.5), (nine, 128**-0.5 / 3)):
         assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -86,10 +87,11 @@ def test_golden(golden, relative_error, published):
     loss.backward()
     gradients = dict(model.named_parameters())
     wanted = golden("ssm_mamba_lm", "grad.")
-    assert {native_name(name) for name in wanted} == set(gradients)
+    ours = {name: rename(NATIVE_NAMES, name) for name in wanted}
+    assert set(ours.values()) == set(gradients)
     for name, want in wanted.items():
-        assert relative_error(gradients[native_name(name)].grad, want) < 1e-4, name
-        assert official_name(native_name(name)) == name
+        assert relative_error(gradients[ours[name]].grad, want) < 1e-4, name
+        assert official_name(ours[name]) == name
 
 
 @torch.no_grad()
@@ -107,7 +109,7 @@ def test_golden_steps_and_generation(golden, published):
 
 @torch.no_grad()
 def uncached(model, prompt, new):
-    """The likeliest tokens, by the whole sequence for each."""
+    """Greedy tokens, each from a call on the whole sequence."""
     ids = torch.tensor(prompt)[None]
     for _ in range(new):
         ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), 1)
@@ -115,7 +117,7 @@ def uncached(model, prompt, new):
 
 
 def test_generation_equals_the_model_called_on_all_before():
-    """Also for prompts of different lengths, of which each is as if it were alone."""
+    """Also for prompts of different lengths, each of which behaves as if it were alone."""
     model = tiny()
     prompts = [[3], [7, 1, 4, 9, 2], [5, 5, 8]]
     made = model.generate(prompts, 9)
@@ -123,7 +125,7 @@ def test_generation_equals_the_model_called_on_all_before():
         assert tokens.tolist() == uncached(model, prompt, 9).tolist()
     assert_varied(made)
     zeros, _ = pad_left(prompts, torch.device("cpu"))
-    assert not torch.equal(model.generate(zeros, 9), made)  # padding that is no token must not be one
+    assert not torch.equal(model.generate(zeros, 9), made)  # padding must not act as a token
     streamed = torch.stack(list(model.stream(prompts, 9)), 1)
     assert_close(streamed, made)
 
@@ -139,7 +141,7 @@ def test_generation_equals_the_model_called_on_all_before():
 )
 @torch.no_grad()
 def test_padding_is_as_if_it_were_not_there(turns):
-    """Wherever it stands, beside a row without any; outputs and what the cache holds behind the call."""
+    """At any place, next to a row without padding; outputs and the cache after the call."""
     model = tiny()
     cache, alone, whole = (model.allocate_cache(n) for n in (2, 1, 1))
     for turn in turns:
@@ -160,13 +162,13 @@ def test_masks_that_mean_nothing():
         model(ids, mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match=r"got torch.bool, \(5,\)"):
         model(ids, mask=torch.ones(5, dtype=torch.bool))
-    with pytest.raises(ValueError, match="mask and seq_idx do not go together; give padding a seq_idx of its own"):
+    with pytest.raises(ValueError, match="mask and seq_idx do not go together; give padding its own seq_idx"):
         model(ids, mask=ids >= 0, seq_idx=torch.zeros_like(ids))
 
 
 @torch.no_grad()
 def test_packed_sequences():
-    """Each in its row as if alone."""
+    """Each sequence of a row behaves as if it were alone."""
     model = tiny()
     parts = [torch.randint(50, (1, n)) for n in (4, 1, 6)]
     row = torch.cat(parts, 1)
@@ -181,7 +183,7 @@ class Doubled(torch.nn.Module):
 
 
 class Adapter(torch.nn.Module):
-    """A layer with something beside it, as LoRA does it."""
+    """A layer with a parallel branch, as in LoRA."""
 
     def __init__(self, layer):
         super().__init__()
@@ -193,7 +195,7 @@ class Adapter(torch.nn.Module):
 
 @torch.no_grad()
 def test_a_step_calls_layers_that_are_more_than_their_weights():
-    """Adapters, parametrisations and hooks act step by step as they do on the whole."""
+    """Adapters, parametrisations and hooks act the same in steps and in one call."""
     model, ids = tiny(), torch.randint(50, (2, 7))
 
     def steps():
@@ -215,7 +217,7 @@ def test_a_step_calls_layers_that_are_more_than_their_weights():
 
 
 def test_a_sequence_that_has_ended():
-    """It goes on with its end while another, whose text stays as it was, still runs; then all is over."""
+    """It repeats eos while another one runs unchanged; generation stops when all have ended."""
     model = tiny()
     alone = model.generate([[3, 4], [9]], 12)
     assert_varied(alone)
@@ -228,13 +230,13 @@ def test_a_sequence_that_has_ended():
 
 
 def test_sampling():
-    """Frequencies of what is drawn, against probabilities worked out by hand."""
+    """Frequencies of the samples against probabilities computed by hand."""
     logits, places = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])), torch.tensor([2, 0, 3, 1])
     rows = torch.cat((logits.repeat(20_000, 1), logits[places].repeat(20_000, 1) + 3))
     generator = torch.Generator().manual_seed(1)
 
     def frequencies(**options):
-        """Of the first rows; of the others, at other places and all of them larger, they must be the same."""
+        """Frequencies in the first rows. The other rows, permuted and shifted, must have the same."""
         drawn = sample(rows, generator=generator, **options).split(20_000)
         first, others = (torch.bincount(part, minlength=4) / 20_000 for part in drawn)
         assert_close(others, first[places], atol=0.03, rtol=0)
@@ -246,7 +248,7 @@ def test_sampling():
     assert_close(frequencies(temperature=0.5), squares / squares.sum(), **limit)
     assert_close(frequencies(temperature=1.0, top_k=2), torch.tensor([0.625, 0.375, 0, 0]), **limit)
     assert_close(frequencies(temperature=1.0, top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), **limit)
-    first = torch.tensor([1.0, 0, 0, 0])  # after temperature and top_k it has 0.68 and 0.62
+    first = torch.tensor([1.0, 0, 0, 0])  # its probability after temperature is 0.68, after top_k 0.62
     for temperature, top_k, top_p in ((1.0, None, 0.4), (0.5, None, 0.6), (1.0, 2, 0.6)):
         assert_close(frequencies(temperature=temperature, top_k=top_k, top_p=top_p), first, **limit)
     both = torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95
@@ -304,13 +306,13 @@ TRANSFORMERS = {
     "hidden_act": "silu",
     "use_bias": False,
     "use_conv_bias": True,
-    "time_step_min": 0.01,  # of the initial values
+    "time_step_min": 0.01,  # for initial values only
     "eos_token_id": 0,
 }
 
 
 def write_transformers(folder, **changes):
-    """A checkpoint as transformers writes one, of random weights; returns the weights in fp64 and the options."""
+    """Write a random checkpoint in the format of transformers. Returns: the weights in fp64 and the options."""
     options = TRANSFORMERS | changes
     d, inner, rank = options["hidden_size"], options["intermediate_size"], options["time_step_rank"]
     shapes = {"backbone.embeddings.weight": (options["vocab_size"], d), "backbone.norm_f.weight": (d,)}
@@ -335,7 +337,7 @@ def write_transformers(folder, **changes):
 
 
 def by_hand(weights, options, ids):
-    """Logits in fp64, a loop over the steps."""
+    """Logits in fp64, by a loop over the steps."""
 
     def norm(x, weight):
         return x / (x.square().mean(-1, keepdim=True) + options["layer_norm_epsilon"]).sqrt() * weight
@@ -372,7 +374,7 @@ def by_hand(weights, options, ids):
     ids=str,
 )
 def test_a_checkpoint_of_transformers(changes, tmp_path, relative_error):
-    """By the whole sequence, step by step, and after it was saved in the authors' format."""
+    """In one call, step by step, and after saving in the authors' format."""
     weights, options = write_transformers(tmp_path / "lm", **changes)
     ids = torch.randint(50, (2, 9))
     want = by_hand(weights, options, ids)
@@ -386,7 +388,7 @@ def test_a_checkpoint_of_transformers(changes, tmp_path, relative_error):
 
 
 def test_a_checkpoint_without_a_head(tmp_path):
-    """Of transformers' MambaModel, whose names have no backbone in front."""
+    """From transformers' MambaModel, whose names have no prefix `backbone.`."""
     write_transformers(tmp_path / "lm")
     ids = torch.randint(50, (1, 5))
     want = MambaLM.from_pretrained(tmp_path / "lm")(ids)
@@ -403,7 +405,7 @@ def test_a_residual_stream_in_the_dtype_of_the_weights(tmp_path):
     for module in (*model.blocks, model.norm):
         module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
     narrow = model(ids)
-    model.step(ids[:, 0], model.allocate_cache(1))  # which calls the norm alone
+    model.step(ids[:, 0], model.allocate_cache(1))  # a step calls the norm by itself
     assert seen == [torch.bfloat16] * 4
     model.residual_in_fp32 = True
     assert not torch.equal(model(ids), narrow)
@@ -443,7 +445,7 @@ def test_what_transformers_could_say_and_a_mamba_lm_is_not(changes, message, tmp
 def test_options_that_nobody_knows(tmp_path):
     write_transformers(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(TRANSFORMERS | {"made_by": "us"}))
-    with pytest.warns(UserWarning, match="options without effect here: made_by"):
+    with pytest.warns(UserWarning, match="options that are ignored: made_by"):
         MambaLM.from_pretrained(tmp_path)
 
 
@@ -455,9 +457,9 @@ def test_options_that_nobody_knows(tmp_path):
         ({"rms_norm": False}, "rms_norm = False"),
         ({"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer = 'Mamba2'; .* takes only 'Mamba1'"),
         ({"ssm_cfg": {"bias": True}}, "ssm_cfg.bias = True"),
-        ({"ssm_cfg": {"rank": 3}}, "options that are not known: ssm_cfg.rank"),
+        ({"ssm_cfg": {"rank": 3}}, "unknown options: ssm_cfg.rank"),
         ({"ssm_cfg": 3}, "ssm_cfg = 3; it must be a table"),
-        ({"layers": 3}, "options that are not known: layers"),
+        ({"layers": 3}, "unknown options: layers"),
         ({"n_layer": None}, "n_layer = None; it must be a whole number of at least 1"),
         ({"hidden_size": 16, "model_type": "mamba2"}, "model_type = 'mamba2'"),
     ],
@@ -471,7 +473,7 @@ def test_other_models_are_refused(published, changes, message):
 
 
 def test_options_of_the_authors(published, tmp_path, relative_error):
-    """ssm_cfg.dt_rank; those of initial values change nothing."""
+    """ssm_cfg.dt_rank is used; options for initial values are ignored."""
     settings = json.loads((published / "config.json").read_text())
     model = MambaLM.from_pretrained(published)
     settings["ssm_cfg"] |= {"dt_rank": model.blocks[0].mixer.ssm.dt_rank, "dt_min": 0.01, "use_fast_path": False}
@@ -496,7 +498,7 @@ def shard(folder, name="model.safetensors"):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub with one repository, ann/lm; a folder of its files, and those that have been asked for."""
+    """A hub with one repository, ann/lm. Returns: the folder of its files, and the list of requested files."""
 
     def download(repository, allow_patterns):
         assert repository == "ann/lm"
@@ -514,7 +516,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_shards(name, hub):
-    """From a folder and from the hub, of which nothing else is asked for."""
+    """From a folder and from the hub, without requests for other files."""
     folder, asked = hub
     write_transformers(folder)
     ids = torch.randint(50, (1, 5))
@@ -528,7 +530,7 @@ def test_shards(name, hub):
 
 
 def test_of_two_kinds_of_weights_the_safe_ones_are_taken(hub):
-    """From a folder and from the hub, of which the others are not asked for."""
+    """From a folder and from the hub, without requests for the other kind."""
     folder, asked = hub
     write_transformers(folder)
     ids = torch.randint(50, (1, 5))
@@ -551,11 +553,11 @@ def test_shards_that_are_not_whole(tmp_path):
             MambaLM.from_pretrained(tmp_path)
         assert "\n" not in str(caught.value)
 
-    fails(f"does not hold the weights that .*json says: {name}", weight_map=places | {name: files[1]})
+    fails(f"does not hold the weights that .*json lists: {name}", weight_map=places | {name: files[1]})
     fails("names files of other folders: ../model", weight_map=places | {name: "../model-0-of-3.safetensors"})
     fails("weight_map must be a table of file names", weight_map=places | {name: 3})
     (tmp_path / files[2]).rename(tmp_path / "elsewhere")
-    fails(rf"1 of 3 shards are not in .*: {files[2]}", FileNotFoundError)
+    fails(rf"1 of 3 shards are missing in .*: {files[2]}", FileNotFoundError)
     (tmp_path / files[2]).write_bytes((tmp_path / "elsewhere").read_bytes()[:-9])
     fails(f"{files[2]} is damaged: ")
 
@@ -568,9 +570,9 @@ def test_what_is_no_checkpoint(published, tmp_path, monkeypatch):
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("model: {name: vim_nano}")
-    fails(tmp_path / "run", "there is no config.json in .*run; a language model has config.json and", FileNotFoundError)
+    fails(tmp_path / "run", "there is no config.json in .*run; a language model needs config", FileNotFoundError)
     (tmp_path / "run" / "config.json").write_text('{"architecture": "vim_nano", "num_classes": 10}')
-    fails(tmp_path / "run", "config.json has no vocab_size; is it that of a Mamba language model?")
+    fails(tmp_path / "run", "config.json has no vocab_size; give that of a Mamba language model")
     for content, message in (
         (b'{"d_model": 16,', "is damaged: Expecting"),
         (b"\xff\xfe{}", "is damaged: .*utf-8"),
@@ -585,7 +587,7 @@ def test_what_is_no_checkpoint(published, tmp_path, monkeypatch):
     weights.write_bytes(whole[: len(whole) // 2])
     fails(published, "is damaged, or holds more than weights")
     torch.save([torch.zeros(2)], weights)
-    fails(published, "must hold weights by name alone")
+    fails(published, "must hold only weights by name")
     weights.unlink()
     fails(published, "there are no weights in .*published", FileNotFoundError)
 
@@ -593,7 +595,7 @@ def test_what_is_no_checkpoint(published, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    message = r"there is no ann/lm here, and the hub does not give it \(.*refused\); give a folder with config.json"
+    message = r"there is no ann/lm here, and the hub does not have it \(.*refused\); give a folder with config.json"
     fails("ann/lm", message, FileNotFoundError)
 
 
@@ -602,7 +604,7 @@ def test_weights_that_say_two_things(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     embedding = weights["backbone.embeddings.weight"]
     save_file(weights | {"lm_head.weight": embedding + 1}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"weights of head and embedding differ, where config.json says .* tied"):
+    with pytest.raises(ValueError, match=r"weights of head and embedding differ, but config.json says .* tied"):
         MambaLM.from_pretrained(tmp_path)
     save_file(weights | {"backbone.embedding.weight": embedding + 1}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"backbone.embedding.* and backbone.embedding.* are the same weight"):
@@ -632,9 +634,9 @@ def test_hostile_weights_are_not_run(published, capsys):
 
 def test_bad_prompts_and_options():
     model = tiny()
-    with pytest.raises(ValueError, match=r"a token each, got lengths \[2, 0\]"):
+    with pytest.raises(ValueError, match=r"each prompt must have a token, got lengths \[2, 0\]"):
         model.generate([[1, 2], []], 3)
-    with pytest.raises(ValueError, match=r"prompts must be \(batch, length\) with tokens in them, got \(1, 0\)"):
+    with pytest.raises(ValueError, match=r"prompts must be \(batch, length\) and not empty, got \(1, 0\)"):
         model.generate(torch.zeros(1, 0, dtype=torch.int64), 3)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         model.generate([[1]], 0)
@@ -657,7 +659,7 @@ def test_bad_prompts_and_options():
     assert model.generate([[1]], 3, temperature=1.0, top_k=50, top_p=1).shape == (1, 3)
     with torch.no_grad():
         model.embedding.weight[7] = torch.nan
-    with pytest.raises(ValueError, match=r"logits are NaN: weights are, or something overflows in torch.float32"):
+    with pytest.raises(ValueError, match=r"logits are NaN: weights are NaN, or torch.float32 overflows"):
         model.generate([[1], [7]], 3)
     ids, mask = pad_left([[1, 2], [3, 4]], torch.device("cpu"))
     assert (ids.tolist(), mask) == ([[1, 2], [3, 4]], None)
@@ -666,8 +668,8 @@ def test_bad_prompts_and_options():
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 3, 6])
 def test_a_gpu_generates_what_a_cpu_does(batch):
-    """With a CUDA graph, by kernels for few sequences and for many; a second call has a cache of its own."""
-    model = tiny(d_state=24)  # which compiles fastest: see test_triton_gpu.py
+    """With a CUDA graph, by the kernels for few and for many sequences; a second call has a new cache."""
+    model = tiny(d_state=24)  # compiles fastest, see test_triton_gpu.py
     prompts = [[3], [7, 1, 4, 9, 2], [5, 5, 8], [1, 2], [40], [30, 20, 10]][:batch]
     want = model.generate(prompts, 12)
     assert_varied(want)
@@ -686,7 +688,7 @@ def test_a_gpu_generates_what_a_cpu_does(batch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 4, 5])
 def test_kernels_that_overlap_in_a_graph_change_nothing(batch):
-    """Bit by bit what they give one after the other, at a size where each fills the chip."""
+    """Overlapping kernels give bit-identical results to sequential ones, at a size where each fills the GPU."""
     torch.manual_seed(0)
     model = MambaLM(1000, depth=6, device="cuda").to(torch.bfloat16).eval()
     ids = torch.randint(1000, (60, batch), device="cuda")

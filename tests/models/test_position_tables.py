@@ -1,4 +1,4 @@
-"""Position tables of checkpoints: of which grid they are, and where their class entries stand."""
+"""Position tables of checkpoints: their grid, and the places of their class entries."""
 
 import pytest
 import timm
@@ -21,7 +21,7 @@ def nano(size, **options) -> VisionMamba:
 
 
 def resized(model: VisionMamba, size) -> VisionMamba:
-    """What the same model is at another size."""
+    """The same model, set to another size."""
     other = nano(model.patch_embed.img_size)
     other.load_state_dict(model.state_dict())
     other.set_input_size(size)
@@ -38,7 +38,7 @@ def by_folder(model, size, path):
 
 
 def by_folder_without_grid(model, size, path):
-    """One that was written before state dicts had their grid, which its configuration tells."""
+    """An old folder, whose state dict lacks the grid; its configuration has it."""
     file = folder_of(model, path) / "model.safetensors"
     save_file({name: value for name, value in load_file(file).items() if name != "pos_embed_grid"}, file)
     return timm.create_model(f"local-dir:{path}", pretrained=True, img_size=size)
@@ -55,7 +55,7 @@ def by_state_dict(model, size, path):
 
 
 def by_file_in_place_of_a_folders(model, size, path):
-    """Of another model, with as many patches as the file's."""
+    """The folder holds another model, with the number of patches of the file."""
     other = folder_of(nano(size), path / "other")
     torch.save(model.state_dict(), path / "weights.pth")
     overlay = {"source": "", "file": str(path / "weights.pth"), "num_classes": 3}
@@ -88,7 +88,7 @@ def by_filter(model, size, path):
     ],
 )
 def test_a_table_of_another_grid_is_resampled(load, sizes, tmp_path):
-    """Also where it has as many patches."""
+    """Also if the number of patches is the same."""
     model = nano(sizes[0])
     loaded = load(model, sizes[1], tmp_path).eval()
     x = torch.randn(1, 3, *sizes[1])
@@ -119,7 +119,7 @@ def test_a_table_of_as_many_patches_in_another_grid_does_not_load_as_it_is(load,
 
 
 def test_a_grid_that_nothing_tells_is_refused():
-    """A table of 2 x 3 patches, or of 3 x 2."""
+    """A table of 6 patches may be 2 x 3 or 3 x 2."""
     weights = {name: value for name, value in nano((32, 48)).state_dict().items() if name != "pos_embed_grid"}
     for size in ((32, 48), (64, 64)):
         with pytest.raises(ValueError, match="grid of a position table with 6 patches: its length says 2 x 2; give"):
@@ -136,7 +136,7 @@ def test_a_grid_that_nothing_tells_is_refused():
 
 
 def test_the_state_dict_has_the_grid_where_it_is_no_square():
-    """Official layouts are of squares, and have no such tensor."""
+    """Square grids have no such tensor, as in official checkpoints."""
     model = nano(64)
     assert "pos_embed_grid" not in model.state_dict()
     model.set_input_size((48, 32))
@@ -150,7 +150,7 @@ def test_the_state_dict_has_the_grid_where_it_is_no_square():
 
 
 def test_a_folder_says_the_size_of_its_table_apart_from_that_of_its_images(tmp_path):
-    """A model of any size was trained with a table of 2 x 8 patches and is evaluated at 64 x 64 pixels."""
+    """A dynamic model was trained with a table of 2 x 8 patches and is evaluated at 64 x 64 pixels."""
     model = nano((32, 128), dynamic_img_size=True)
     model.pretrained_cfg["input_size"] = (3, 64, 64)
     arguments = SMALL | {"img_size": (32, 128), "dynamic_img_size": True}
@@ -164,7 +164,7 @@ def test_a_folder_says_the_size_of_its_table_apart_from_that_of_its_images(tmp_p
 
 @pytest.mark.parametrize("size", [(32, 128), (64, 64)])
 def test_weights_know_their_grid_better_than_the_configuration_of_their_folder(size, tmp_path):
-    """It names a size of as many patches, 4 x 4 for 2 x 8."""
+    """The configuration names a size with the same number of patches: 4 x 4 instead of 2 x 8."""
     model = nano((32, 128))
     save_file(model.state_dict(), folder_of(nano(64), tmp_path) / "model.safetensors")
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=size).eval()
@@ -236,7 +236,7 @@ def test_a_backbone_leaves_out_official_class_tokens(file, golden):
 
 @pytest.mark.parametrize("class_token", ["both", "middle", "registers"])
 def test_other_class_tokens_than_the_models_are_refused(class_token):
-    """16 patches and their tokens, of our own files; no resampling makes them fit."""
+    """In native files, too; resampling cannot fix it."""
     weights = nano(64, class_token="registers", num_registers=3).state_dict()
     with pytest.raises(ValueError, match=f"has 3 class tokens, a model with class_token='{class_token}' has"):
         checkpoint_filter_fn(weights, nano(64, class_token=class_token))

@@ -1,4 +1,4 @@
-"""Text through a tokenizer of bytes: what comes piece by piece is what all tokens together say."""
+"""Streamed text equals the decoding of all tokens together, with a tokenizer of bytes."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from vim.models.text import END_OF_TEXT, load_tokenizer, stream_text
 
 @pytest.fixture
 def tokenizer():
-    """A token for each byte, so that most characters outside of ASCII are several, and an end of text."""
+    """One token per byte, so that non-ASCII characters have several, and an end of text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -20,7 +20,7 @@ def tokenizer():
 
 
 class Script(MambaLM):
-    """Says what it is told to, a row of tokens for each prompt."""
+    """A stand-in for a model that streams given rows of tokens."""
 
     def __init__(self, rows):
         super().__init__(300, 16, 1)
@@ -58,5 +58,5 @@ def test_a_real_model_speaks(tokenizer, tmp_path):
 def test_a_file_that_is_no_tokenizer(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
         load_tokenizer(str(path))

@@ -13,6 +13,7 @@ from timm.models import load_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vim  # noqa: F401  (registers the models)
+from vim.layers.rename import rename
 from vim.models import official
 from vim.models.vision_mamba import VARIANTS, VisionMamba, checkpoint_filter_fn
 from vim.timm_models.config import ModelConfig
@@ -31,7 +32,7 @@ GOLDEN = {
 
 def golden_model(golden, name: str, device: str = "cpu") -> VisionMamba:
     model = VisionMamba(**GOLDEN[name], device=device).eval()
-    weights = golden(name, "state_dict.")  # official names: the hook translates, within a model too
+    weights = golden(name, "state_dict.")  # official names: the pre-hook converts, also within a model
     torch.nn.Sequential(model).load_state_dict({f"0.{key}": value for key, value in weights.items()})
     return model
 
@@ -61,7 +62,7 @@ def test_golden_model(name, golden, relative_error, mixer_backend):
     assert relative_error(x.grad, want.pop("input")) < 1e-4 * limit
     want = official.to_native(want, model.class_token)
     for key, p in model.named_parameters():
-        assert relative_error(p.grad, want[key]) < 1e-4 * limit, key  # where it is exactly 0, ours must be
+        assert relative_error(p.grad, want[key]) < 1e-4 * limit, key  # a gradient of exactly 0 must be 0 here
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -81,7 +82,7 @@ def test_released_variants_have_the_official_tensors():
     for name, shapes in layout.items():
         variant = f"vim_{name.split('_')[1]}" + ("_stride8" if "stride8" in name else "")
         state_dict = timm.create_model(variant, device="meta").state_dict()
-        want = {official.native_name(key): tuple(shape) for key, shape in shapes.items()}
+        want = {rename(official.NAMES, key): tuple(shape) for key, shape in shapes.items()}
         assert {key: tuple(t.shape) for key, t in state_dict.items()} == want
 
 
@@ -131,12 +132,12 @@ class Hostile:
 
 @pytest.fixture
 def official_files(tmp_path, golden):
-    """A training state as the authors save it, with different weights in `model` and `model_ema`, and a hostile one."""
+    """A training state as the authors save it, with different weights in `model` and `model_ema`."""
 
     def native_to_official(model, shift):
-        """Invert the name table by asking it for every official name there is."""
+        """Invert the table of names by trying every official name."""
         state_dict, names = model.state_dict(), next(iter(official_layout().values()))
-        pairs = {key: official.native_name(key) for key in names}
+        pairs = {key: rename(official.NAMES, key) for key in names}
         out = {key: state_dict[native] + shift for key, native in pairs.items() if native in state_dict}
         assert len(out) == len(state_dict)
         table, middle = out["pos_embed"], (out["pos_embed"].shape[1] - 1) // 2
@@ -168,18 +169,20 @@ def difference(a, b) -> float:
     )
 
 
-@pytest.mark.parametrize(
-    ("variant", "shift"), [("vim_tiny", 0.0), ("vim_base", 1.0)], ids=["tiny takes model", "base takes model_ema"]
-)
-def test_every_route_takes_the_same_official_weights(variant, shift, official_files, monkeypatch):
-    kwargs = {"depth": 2, "embed_dim": 32}
-    model, path = official_files(variant, **kwargs)
+def shifted(model, shift):
     with torch.no_grad():
         for p in model.parameters():
             p += shift
-    by_path = timm.create_model(variant, checkpoint_path=str(path), **kwargs)
-    assert difference(by_path, model) == 0
+    return model
 
+
+@pytest.mark.parametrize(
+    ("variant", "shift"), [("vim_tiny", 0.0), ("vim_base", 1.0)], ids=["tiny takes model", "base takes model_ema"]
+)
+def test_official_weights_are_those_that_the_cfg_names(variant, shift, official_files, monkeypatch):
+    kwargs = {"depth": 2, "embed_dim": 32}
+    model, path = official_files(variant, **kwargs)
+    model = shifted(model, shift)
     monkeypatch.setattr("timm.models._hub.hf_hub_download", fake_download(path))
     by_hub = timm.create_model(variant, pretrained=True, **kwargs)
     assert difference(by_hub, model) == 0
@@ -187,16 +190,42 @@ def test_every_route_takes_the_same_official_weights(variant, shift, official_fi
     by_file = timm.create_model(variant, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **kwargs)
     assert difference(by_file, model) == 0
 
-    later = timm.create_model(variant, **kwargs)
-    load_checkpoint(later, str(path))
-    assert difference(later, model) == 0
-
     by_tool = create_model(ModelConfig(variant, checkpoint=str(path), kwargs=kwargs), num_classes=1000)
     assert difference(by_tool, model) == 0
 
+    by_filter = timm.create_model(variant, **kwargs)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        by_filter.load_state_dict(checkpoint_filter_fn(torch.load(path), by_filter))
+    assert difference(by_filter, model) == 0
+
+
+def test_a_cfg_may_ask_for_the_average(official_files):
+    kwargs = {"depth": 1, "embed_dim": 16}
+    model, path = official_files("vim_tiny", **kwargs)
+    overlay = {"file": str(path), "notes": (official.EMA_NOTE,)}
+    made = timm.create_model("vim_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    assert difference(made, shifted(model, 1.0)) == 0
+
+
+@pytest.mark.parametrize("variant", ["vim_tiny", "vim_base"])
+def test_timms_loaders_take_the_average_unless_they_are_told_otherwise(variant, official_files, caplog):
+    """They unwrap the file before the model sees it, so a variant whose cfg asks for `model` warns."""
+    kwargs = {"depth": 1, "embed_dim": 16}
+    model, path = official_files(variant, **kwargs)
+    made = timm.create_model(variant, **kwargs)
+    load_checkpoint(made, str(path), use_ema=False)
+    assert difference(made, model) == 0
+    caplog.clear()
+    made = timm.create_model(variant, checkpoint_path=str(path), **kwargs)
+    assert difference(made, shifted(model, 1.0)) == 0
+    assert ("the accuracy of vim_tiny was reported for its other weights" in caplog.text) == (variant == "vim_tiny")
+    caplog.clear()
+    timm.create_model(variant, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **kwargs)
+    assert not caplog.text
+
 
 def fake_download(path):
-    """Stands in for the hub: it holds the .pth file and no safetensors."""
+    """A stand-in for the hub, with the .pth file and no safetensors."""
     from huggingface_hub.errors import EntryNotFoundError
 
     def download(repo_id, filename, **_):
@@ -260,7 +289,7 @@ def test_a_training_state_of_several_processes_without_an_average(variant):
 
 
 def test_native_table_is_recognised_by_name_not_shape():
-    """Official and native tables have one shape; a native one must not be moved."""
+    """Official and native tables have the same shape; a native one must not be reordered."""
     a, b = (timm.create_model("vim_nano", img_size=32) for _ in range(2))
     b.load_state_dict(a.state_dict())
     assert torch.equal(a.pos_embed, b.pos_embed)
@@ -318,7 +347,7 @@ def test_dynamic_size_equals_set_input_size():
     with pytest.raises(AssertionError, match="input height must be img_size's 64, got 96"):
         fixed(x)
     with pytest.raises(AssertionError, match="input width must be img_size's 64, got 65"):
-        fixed(torch.randn(1, 3, 64, 65))  # as many patches
+        fixed(torch.randn(1, 3, 64, 65))  # the same number of patches
 
 
 def test_set_patch_size():
@@ -330,7 +359,7 @@ def test_set_patch_size():
     with pytest.raises(ValueError, match=r"img_size \(64, 64\) must be at least the patch_size \(65, 65\)"):
         model.set_input_size(patch_size=65)
     model.patch_embed.proj.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"patch_size cannot change where something hangs on patch_embed\.proj"):
+    with pytest.raises(ValueError, match=r"patch_size cannot change while patch_embed\.proj is wrapped or has hooks"):
         model.set_input_size(patch_size=16)
     with pytest.raises(ValueError, match=r"img_size \(4, 4\) must be at least the patch_size \(8, 8\)"):
         model.set_input_size(4)
@@ -345,7 +374,7 @@ def test_set_patch_size():
         ({"global_pool": "mean"}, "global_pool must be one of .*'avg'.*, got 'mean'"),
         ({"img_size": 8}, r"img_size \(8, 8\) must be at least the patch_size \(16, 16\)"),
         ({"patch_stride": 0}, "patch_size and patch_stride must be positive"),
-        ({"weight_init": "xavier"}, "weight_init must be '' or 'skip', got 'xavier'"),
+        ({"weight_init": "xavier"}, "weight_init must be one of '', 'skip', got 'xavier'"),
     ],
 )
 def test_bad_options_are_named(kwargs, message):
@@ -416,7 +445,7 @@ def test_trains_in_bf16_autocast_with_drop_path_and_gradient_checkpointing():
         assert torch.equal(a, b)
 
 
-@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context")  # it says that it does not see the kept scans
+@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context")  # the hooks do not see the kept scans
 def test_checkpointing_keeps_no_more_than_the_inputs_and_the_scans_of_the_blocks():
     model = timm.create_model("vim_nano", img_size=64, patch_size=8, num_classes=5).train()
     x = torch.randn(4, 3, 64, 64)
@@ -438,7 +467,7 @@ def test_checkpointing_keeps_no_more_than_the_inputs_and_the_scans_of_the_blocks
 
 
 class Scans(TorchDispatchMode):
-    """Counts those that are run."""
+    """Counts the scans that run."""
 
     count = 0
 

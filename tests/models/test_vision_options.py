@@ -1,4 +1,4 @@
-"""VisionMamba: what each option does, and what a change of size, head or depth keeps."""
+"""VisionMamba: the effect of each option, and what stays after a change of size, head or depth."""
 
 import pytest
 import timm
@@ -28,7 +28,7 @@ def _seed():
 
 
 def tiny(**options) -> VisionMamba:
-    """With no parameter at a value that hides an error, such as a bias of 0."""
+    """A model with random offsets on all parameters: a bias of 0 would hide errors."""
     model = VisionMamba(**TINY | options)
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
@@ -65,7 +65,7 @@ def by_checkpoint(model, options, path):
 @pytest.mark.parametrize("options", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("resize", [by_set_input_size, by_dynamic_size, by_filter, by_checkpoint])
 def test_another_size_resamples_the_patches_and_keeps_the_class_entries(resize, options, tmp_path):
-    """From 6 x 4 to 4 x 7 patches; a model of that size with the table made by hand gives the same."""
+    """From 6 x 4 to 4 x 7 patches; equals a model of that size with a table resampled by hand."""
     model = tiny(**options)
     prefix = model.num_prefix_tokens
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -97,7 +97,7 @@ def test_what_is_frozen_stays_frozen_at_another_size(learns):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_keeps_its_dtype_at_another_size(dtype):
-    """Filters and table are resampled as in fp32, and rounded to the dtype."""
+    """Filters and table are resampled as in fp32, then rounded to the dtype."""
     model, wide = tiny().to(dtype), tiny()
     wide.load_state_dict(model.state_dict())
     for one in (model, wide):
@@ -109,7 +109,7 @@ def test_a_model_keeps_its_dtype_at_another_size(dtype):
 
 
 def test_a_folder_has_the_size_that_the_model_was_set_to(tmp_path):
-    """Where timm keeps a record of it."""
+    """For versions of timm that record the size."""
     pytest.importorskip("timm.models._input")
     model = timm.create_model("vim_nano", **TINY).eval()
     model.set_input_size((16, 28), patch_size=2)
@@ -124,7 +124,7 @@ def test_a_model_is_of_the_size_that_its_configuration_says():
 
 
 def test_patches_of_another_size_keep_their_overlap():
-    """The stride of patches side by side follows their size, that of others stays; the bias stays in either case."""
+    """Without overlap the stride follows the patch size, with overlap it stays. The bias always stays."""
     for stride, grid, reduction in ((None, (2, 1), 12), (3, (5, 2), 3)):
         model = tiny(patch_size=8, patch_stride=stride)
         assert model.feature_info[0]["reduction"] == (stride or 8)
@@ -139,7 +139,7 @@ def test_patches_of_another_size_keep_their_overlap():
 
 @pytest.mark.parametrize("stride", [None, 4])
 def test_a_checkpoint_of_other_patches(stride):
-    """The grid of its table is told by its images, its own patches, and the stride of the model."""
+    """The grid of its table follows from its image size, its patch size and the model's stride."""
     model = tiny(img_size=(24, 36), patch_size=12, patch_stride=stride)
     weights = {name: value.clone() for name, value in model.state_dict().items() if name != "pos_embed_grid"}
     other = VisionMamba(**TINY | {"img_size": (24, 36), "patch_size": 6, "patch_stride": stride}).eval()
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_other_patches(stride):
 
 @pytest.mark.parametrize("patch_stride", [None, (2, 5), (4, 3)])
 def test_patches_that_are_no_squares(patch_stride):
-    """As a convolution; pixels that fill no patch are left out, and an image may be a single patch."""
+    """Equals a convolution; pixels that fill no patch are ignored, and an image may be a single patch."""
     embed = PatchEmbed((17, 20), (4, 6), patch_stride, 3, 8)
     assert embed.feat_ratio() == max(patch_stride or (4, 6))
     x = torch.randn(2, 3, 17, 20)
@@ -167,7 +167,7 @@ def test_patches_that_are_no_squares(patch_stride):
 
 
 def test_drop_path_rises_linearly_from_nothing():
-    """At a rate of 1 the last block is always left out, the first one never, and what was there stays."""
+    """At a rate of 1 the last block is always dropped and the first one never; the residual stream stays."""
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in tiny(depth=5, drop_path_rate=0.4).blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     assert tiny(depth=1, drop_path_rate=0.4)(torch.randn(1, 1, 24, 16)).isfinite().all()
@@ -179,7 +179,7 @@ def test_drop_path_rises_linearly_from_nothing():
     assert not torch.allclose(got, whole, atol=1e-3)
     block, x = tiny(drop_path_rate=0.5).blocks[1], torch.randn(1, 9, 16).expand(64, -1, -1)
     added, kept = block.eval()(x)[0] - x[0], block.train()(x) - x
-    assert_close(kept[kept.flatten(1).any(1)].mean(0), 2 * added)  # so that the mean over all stays
+    assert_close(kept[kept.flatten(1).any(1)].mean(0), 2 * added)  # the mean over all samples stays
 
 
 def test_dropout_stands_in_front_of_the_head():
@@ -197,7 +197,7 @@ def test_dropout_stands_in_front_of_the_head():
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("stop_early", [False, True])
 def test_intermediates_are_what_the_blocks_put_out(norm, stop_early):
-    """Blocks 0 and 2 of 4, with a class token at each end; every format, and the names that DINO's tools call."""
+    """Blocks 0 and 2 of 4, with a class token at each end; every format, and the methods of DINO's tools."""
     model, x = tiny(class_token="both", depth=4).eval(), torch.randn(2, 1, 24, 16)
     outputs: list[Tensor] = []
     for block in model.blocks:
@@ -244,7 +244,7 @@ def test_a_pruned_model_keeps_what_its_intermediates_need(prune_norm, prune_head
 
 @pytest.mark.parametrize("options", [{"class_token": "both"}, {"class_token": "registers", "register_dim": 4}])
 def test_a_new_classifier(options):
-    """It keeps the pooling unless it is told another, and learns in the mode and dtype that the model is in."""
+    """It keeps the pooling unless another is given, and has the mode and dtype of the model."""
     model = tiny(**options).double().eval()
     x = torch.randn(2, 1, 24, 16).double()
     pooled = model.forward_head(model.forward_features(x), pre_logits=True)
@@ -266,7 +266,7 @@ def test_a_new_classifier(options):
 
 
 def test_learning_rates_by_layer():
-    """Stem, blocks in turn, and the head with a factor of 1; the last norm goes with the last block."""
+    """Scales rise from the stem over the blocks to 1 for the head; the last norm has that of the last block."""
     model = tiny(depth=3, class_token="registers", register_dim=4)
     scales = {
         name: group["lr_scale"]
@@ -284,7 +284,7 @@ def test_learning_rates_by_layer():
 
 
 def test_where_tables_and_heads_start():
-    """Narrow around 0, the filters by the pixels of a patch; biases at 0."""
+    """Std 0.02, and for the filters 1 / sqrt(pixels of a patch); biases are 0."""
     model = VisionMamba(**TINY | {"embed_dim": 256, "num_classes": 40}, class_token="registers", register_dim=8)
     std = {name: p.std().item() for name, p in model.named_parameters()}
     for name in ("pos_embed", "cls_token", "head.weight", "neck.0.weight"):
@@ -326,7 +326,7 @@ def test_what_the_variants_are():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_images_are_prepared_as_by_the_authors(variant):
-    """Their evaluation transform; and the file of a variant is its own."""
+    """The cfgs hold the authors' evaluation transform, and each variant its own file."""
     cfg = timm.get_pretrained_cfg(variant)
     data = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict())
     assert data["interpolation"] == "bicubic"

@@ -1,4 +1,4 @@
-"""Weights: all of a file arrive in the model, whatever wraps them, or one line says what does not fit."""
+"""Weights: all tensors of a file reach the model, whatever wraps them, or one line says what does not fit."""
 
 import argparse
 import copy
@@ -48,7 +48,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
-    """A folder as a finished run leaves it."""
+    """The folder of a finished run."""
     path = tmp_path_factory.mktemp("runs") / "finished"
     names = [f"digit {i}" for i in range(CLASSES)]
     save_for_hf(model, path, model_config={"label_names": names}, model_args=KWARGS, safe_serialization=True)
@@ -244,7 +244,7 @@ def test_other_channels_are_adapted_and_say_so(of, to, saved):
     source = timm.create_model("vim_nano", **KWARGS, num_classes=CLASSES, in_chans=of)
     made = loaded(saved(source.state_dict()), kwargs=KWARGS | {"in_chans": to})
     assert f"adapted: patch_embed.proj {of} -> {to} channels" in weights_from(made)
-    # The answer to a grey picture stays, be it given in one channel or three times.
+    # A grey image gives the same logits in one channel and in three equal ones.
     grey = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
         one, other = source.eval()(grey.expand(-1, of, -1, -1)), made.eval()(grey.expand(-1, to, -1, -1))
@@ -266,7 +266,7 @@ def test_a_run_folder_brings_its_weights_unless_they_are_refused(model, folder):
 
 
 def test_a_file_in_place_of_a_folders_weights_is_not_of_the_folders_size(model, saved, tmp_path):
-    """As many patches in another grid, which the table of a square one does not tell."""
+    """The folder's grid has the number of patches of the file, whose square grid is not saved."""
     tall = {**KWARGS, "img_size": (64, 16)}
     save_for_hf(timm.create_model("vim_nano", **tall), tmp_path / "tall", model_args=tall, safe_serialization=True)
     path = saved(model.state_dict())
@@ -371,7 +371,7 @@ def test_without_a_network_weights_of_the_hub_fail_at_once(name, monkeypatch, tm
 
 @pytest.mark.parametrize(("proxy", "offline"), [("http://proxy:3128", False), (None, True)])
 def test_a_hub_behind_a_proxy_is_not_out_of_reach(monkeypatch, proxy, offline):
-    """Where nothing but the proxy can be reached, the client asks that."""
+    """If only a proxy can be reached, the client uses it."""
 
     def refuse(*_, **__):
         raise OSError("no network")

@@ -1,4 +1,4 @@
-"""pytest plugin: while timm's test module is collected, `timm.list_models` answers with our one model.
+"""pytest plugin: `timm.list_models` returns only our model while timm's test module is collected.
 
 timm decides by hard-coded name lists which models return tokens and which have intermediates; a model from outside is
 in none of them. The answers here put ours into both.
@@ -32,7 +32,7 @@ def list_models(filter="", module="", pretrained=False, exclude_filters="", name
 
 
 def pytest_collection_modifyitems(config, items):
-    """Some tests name timm's models in their own parameters: only ours stay."""
+    """Some tests name timm's models in their parameters; keep only ours."""
     ours = [item for item in items if item.callspec.params["model_name"].split(".")[0] == MODEL]
     config.hook.pytest_deselected(items=[item for item in items if item not in ours])
     items[:] = ours

@@ -31,7 +31,7 @@ from vim.data import AugmentConfig, DataConfig, DataError, EvalDataConfig, open_
 from vim.experiments.kill_test import KillTest
 from vim.timm_models.config import ModelConfig
 from vim.timm_models.create import create_model
-from vim.training import ValidateConfig, classification, train, trainer, validate, validation
+from vim.training import ValidateConfig, classification, classification_data, train, trainer, validate, validation
 from vim.training.averaging import EmaConfig
 from vim.training.classification import Classification
 from vim.training.config import CheckpointConfig
@@ -385,7 +385,7 @@ def test_a_run_on_fetched_shards_resumes_bit_for_bit(tree, tmp_path, monkeypatch
     def at_once(fetch):
         return lambda shards: [fetch(shard) for shard in shards]
 
-    monkeypatch.setattr(classification, "FetchAhead", at_once)
+    monkeypatch.setattr(classification_data, "FetchAhead", at_once)
 
     def streamed(name, num_workers):
         data = DataConfig(

@@ -1,4 +1,4 @@
-"""State-space layers: sequence mixers on tensors (batch, length, channels)."""
+"""State-space layers: mixers of sequences (batch, length, channels)."""
 
 from .bimamba import BiMamba
 from .gated_conv import GatedConv

@@ -1,4 +1,4 @@
-"""BiMamba: Vision Mamba's mixer, two selective scans over one sequence, in opposite directions."""
+"""BiMamba: Vision Mamba's mixer, two selective scans over one sequence in opposite directions."""
 
 import math
 from typing import Any
@@ -17,14 +17,14 @@ torch.fx.wrap("bidirectional_selective_scan")
 class BiMamba(nn.Module):
     """Mix a sequence along its length, (batch, length, d_model) -> the same shape.
 
-    Each direction has its own convolution, projections, A and D; the input and output projections and the gate are
-    shared, and the mean of the two directions goes through the gate.
+    Each direction has its own convolution, projections, A and D. The input projection, the output projection and the
+    gate are shared. The gate multiplies the mean of both directions.
 
     Args:
-        d_model: channels of the sequence. d_state: states N of an inner channel. d_conv: taps of the convolution.
+        d_model: channels of the sequence. d_state: states N per inner channel. d_conv: taps of the convolution.
         expand: d_inner = expand * d_model. dt_rank: rank of the step's projection, ceil(d_model / 16) if None.
 
-    Source: Zhu et al. 2024, arXiv 2401.09417, Algorithm 1; the mean and Euler's rule for B are the released code's.
+    Source: Zhu et al. 2024, arXiv 2401.09417, Algorithm 1. The mean and Euler's rule for B are as in the released code.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class BiMamba(nn.Module):
         d_inner = expand * d_model
         dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False, **dd)
-        # Both directions start alike. The authors' code leaves the backward direction's dt bias at 0, a step of
-        # softplus(0) = 0.69 and so a memory of one or two tokens, because a later initialiser overwrites it.
+        # Both directions start alike. In the authors' code a later initialiser sets the backward direction's dt bias to
+        # 0: a step of softplus(0) = 0.69, which remembers one or two tokens.
         self.forward_ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank, **dd)
         self.backward_ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank, **dd)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False, **dd)
@@ -52,13 +52,13 @@ class BiMamba(nn.Module):
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """Args:
         x: (batch, length, d_model).
-        seq_idx: (batch, length), int32 or int64: which of several sequences packed into a row a step belongs to. Each
-            is mixed as if it were alone; one begins wherever the value changes.
+        seq_idx: (batch, length), int32 or int64, for several sequences packed into a row: the sequence of each step.
+            Each is mixed as if it were alone. A new sequence begins wherever the value changes.
         """
         return self.out_proj(bidirectional_selective_scan(**self.scan_inputs(x, seq_idx)))
 
     def scan_inputs(self, x: Tensor, seq_idx: Tensor | None = None) -> dict[str, Any]:
-        """Arguments of `bidirectional_selective_scan` for a sequence (B, L, d_model); seq_idx as in `forward`."""
+        """Arguments of `bidirectional_selective_scan` for a sequence (B, L, d_model); seq_idx: see `forward`."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         u_f, u_b = convolve_both(
             (self.forward_ssm.conv1d, self.backward_ssm.conv1d), self.forward_ssm.d_conv, x, seq_idx=seq_idx

@@ -1,6 +1,6 @@
-"""From continuous time to steps: the rules that turn x' = A x + B u into x[k] = dA x[k-1] + dB u[k].
+"""Discretisation: rules that turn x' = A x + B u into x[k] = dA x[k-1] + dB u[k].
 
-Mamba's kernels have a rule of their own: zero-order hold for A and Euler's for B, in one pass with the scan.
+Mamba's kernels discretise within the scan: zero-order hold for A and Euler's rule for B.
 """
 
 from typing import Literal
@@ -15,26 +15,26 @@ RULES = ("zoh", "bilinear", "euler")
 
 
 def discretize_diagonal(A: Tensor, B: Tensor, delta: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Systems whose matrices are diagonal.
+    """Discretise systems with diagonal matrices.
 
         zoh       dA = exp(delta A),                           dB = A^-1 (dA - 1) B
         bilinear  dA = (1 - delta A / 2)^-1 (1 + delta A / 2), dB = (1 - delta A / 2)^-1 delta B
         euler     dA = 1 + delta A,                            dB = delta B
 
-    Zero-order hold is exact for an input that is held over each step. For one that changes, sampled in the middle of
-    steps, the error at a given time falls as delta^2 with it and with the bilinear rule, and as delta with Euler's.
+    Zero-order hold is exact for an input that is constant within a step. For an input that changes, sampled in the
+    middle of each step, the error at a given time falls as delta^2 with zoh and bilinear, and as delta with euler.
 
     Args:
         A, B: (..., d_state), real or complex. delta: step sizes in the system's unit of time, broadcast against A.
 
     Returns: dA and dB, of the shape that A, B and delta broadcast to.
     Raises: ValueError for another rule.
-    Source: zoh and bilinear Gu et al. 2022, arXiv 2206.11893, section 2.1; Euler's is the first term of either.
+    Source: zoh and bilinear Gu et al. 2022, arXiv 2206.11893, section 2.1. Euler's rule is the first term of both.
     """
     check_choice("rule", rule, RULES)
     step = delta * A
     if rule == "zoh":
-        # (e^x - 1) / x goes to 1 as x goes to 0, which a pole at zero is.
+        # (e^x - 1) / x goes to 1 as x goes to 0, the case of a pole at zero.
         small = step.abs() < 1e-8
         safe = torch.where(small, torch.ones_like(step), step)
         return step.exp(), torch.where(small, torch.ones_like(step), torch.expm1(safe) / safe) * delta * B
@@ -45,14 +45,14 @@ def discretize_diagonal(A: Tensor, B: Tensor, delta: Tensor, rule: Rule) -> tupl
 
 
 def discretize_dense(A: Tensor, B: Tensor, delta: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """The same rules for any matrices; A may be singular.
+    """Discretise systems with full matrices by the same rules; A may be singular.
 
     Args:
         A: (..., d_state, d_state). B: (..., d_state). delta: (...), step sizes.
 
     Returns: dA (..., d_state, d_state) and dB (..., d_state).
     Raises: ValueError for another rule.
-    Source: as `discretize_diagonal`; zero-order hold by one exponential of [[A, B], [0, 0]]: Van Loan 1978, IEEE
+    Source: see `discretize_diagonal`. Zero-order hold is one exponential of [[A, B], [0, 0]]: Van Loan 1978, IEEE
         Transactions on Automatic Control 23(3).
     """
     check_choice("rule", rule, RULES)

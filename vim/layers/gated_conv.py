@@ -1,4 +1,4 @@
-"""GatedConv: a mixer with all of BiMamba but the scan, to see what the scan is good for."""
+"""GatedConv: BiMamba without the scan, to measure what the scan contributes."""
 
 from torch import Tensor, nn
 
@@ -6,13 +6,14 @@ from .short_conv import convolve_both
 
 
 class GatedConv(nn.Module):
-    """Mix each token with its neighbours, (batch, length, d_model) -> the same shape: the mean of a convolution in
-    each direction, through BiMamba's gate and projections.
+    """Mix each token with its neighbours, (batch, length, d_model) -> the same shape.
+
+    The mean of one convolution per direction, with BiMamba's gate and projections.
 
     Args:
         d_model: channels of the sequence. d_conv: taps of each convolution. expand: d_inner = expand * d_model.
 
-    Source: the ablation of Yu & Wang 2024, arXiv 2405.07992 (MambaOut), over a sequence.
+    Source: the ablation of Yu & Wang 2024, arXiv 2405.07992 (MambaOut), on a sequence.
     """
 
     def __init__(self, d_model: int, d_conv: int = 4, expand: int = 2, *, device=None, dtype=None):

@@ -1,6 +1,6 @@
-"""The matrices that state-space layers start from: HiPPO's, and diagonals that approximate or imitate them.
+"""Initial matrices of state-space layers: HiPPO's, and diagonal ones that approximate or imitate them.
 
-Memories of the past as coefficients in a basis: x' = A x + B u. All in double precision.
+x' = A x + B u keeps the past as coefficients in a basis. Everything is in double precision.
 
 Source: Gu et al. 2020, arXiv 2008.07669 (LegS, LegT); Gu et al. 2022, arXiv 2206.12037 (FouT); Gu et al. 2022,
 arXiv 2111.00396, theorem 1 (normal plus low rank); Gu et al. 2022, arXiv 2206.11893, section 4 (diagonals).
@@ -23,10 +23,10 @@ DIAGONALS = ("lin", "inv", "real", "quad", "legs")
 def hippo(measure: Measure, d_state: int) -> tuple[Tensor, Tensor]:
     """A (d_state, d_state) and B (d_state,).
 
-    legs: Legendre polynomials over all of the past, stretched as it grows. legt: over a window that slides. fout: a
-    Fourier basis over a window.
+    legs: Legendre polynomials over the whole past, stretched as it grows. legt: over a sliding window. fout: a Fourier
+    basis over a sliding window.
 
-    Raises: ValueError for another measure, or an odd d_state with fout, which has sines and cosines.
+    Raises: ValueError for another measure, or for an odd d_state with fout, which pairs sines and cosines.
     """
     check_choice("measure", measure, MEASURES)
     n = torch.arange(d_state, dtype=torch.float64)
@@ -47,7 +47,7 @@ def hippo(measure: Measure, d_state: int) -> tuple[Tensor, Tensor]:
 
 
 def low_rank(measure: Measure, d_state: int) -> Tensor:
-    """P (rank, d_state), so that A + P^T P of `hippo` is normal. The rank is 1, for legt 2."""
+    """P (rank, d_state) such that A + P^T P is normal, with A from `hippo`. The rank is 1, and 2 for legt."""
     check_choice("measure", measure, MEASURES)
     n = torch.arange(d_state, dtype=torch.float64)
     if measure == "legs":
@@ -59,8 +59,10 @@ def low_rank(measure: Measure, d_state: int) -> Tensor:
 
 
 class NPLR(NamedTuple):
-    """A system in the basis in which its normal part is diagonal: A = diag(w) - sum_r P_r P_r^H, of each conjugate
-    pair the half with negative imaginary part."""
+    """A system in the basis that diagonalises its normal part: A = diag(w) - sum_r P_r P_r^H.
+
+    Of each conjugate pair it holds the half with negative imaginary part.
+    """
 
     w: Tensor  # (d_state / 2,) complex
     P: Tensor  # (rank, d_state / 2)
@@ -68,8 +70,9 @@ class NPLR(NamedTuple):
 
 
 def nplr(measure: Measure, d_state: int) -> NPLR:
-    """`hippo` as normal plus low rank, with the imaginary part of B clipped to -2 .. 2, as the authors' code has it:
-    the fastest modes start with less input.
+    """`hippo` as normal plus low rank.
+
+    The imaginary part of B is clipped to -2 .. 2, as in the authors' code, so the fastest modes start with less input.
 
     Raises: ValueError for another measure or an odd d_state.
     """
@@ -77,23 +80,23 @@ def nplr(measure: Measure, d_state: int) -> NPLR:
     A, B = hippo(measure, d_state)
     P = low_rank(measure, d_state)
     normal = A + P.T @ P
-    real = normal.diagonal().mean()  # it is a multiple of the identity and something skew
+    real = normal.diagonal().mean()  # normal = a multiple of the identity + a skew matrix
     imaginary, V = torch.linalg.eigh(-1j * (normal - real * torch.eye(d_state, dtype=A.dtype)))
     imaginary, V = imaginary[: d_state // 2], V[:, : d_state // 2]  # eigh sorts
-    if measure == "fout":  # which has zero twice: eigh's vectors are no conjugate pair
+    if measure == "fout":  # it has the eigenvalue 0 twice, for which eigh returns no conjugate pair
         V[:, -1] = 0
         V[0, -1], V[1, -1] = 2**-0.5, 2**-0.5 * 1j
-    # Eigenvectors have any phase; the clipping means the one in which their first entry is real, if it is not zero.
+    # Eigenvectors have an arbitrary phase. Clipping assumes the one with a real first entry, if that is not zero.
     V = V * torch.where(V[0].abs() < 1e-9, 1.0, V[0].sgn().conj())
     B = V.mH @ B.to(V)
     return NPLR(real + 1j * imaginary, P.to(V) @ V.conj(), torch.complex(B.real, B.imag.clamp(-2, 2)))
 
 
 def diagonal(name: Diagonal, d_state: int) -> tuple[Tensor, Tensor]:
-    """A and B (d_state / 2,), complex, for S4D: of each conjugate pair the half with negative imaginary part.
+    """Complex A and B (d_state / 2,) for S4D: of each conjugate pair the half with negative imaginary part.
 
-    lin: frequencies n pi. quad: as the squares. inv: as LegS's, in closed form. real: none, decays of 1, 2, ... legs:
-    of `nplr`, whose low rank is left out.
+    lin: frequencies n pi. quad: quadratic frequencies. inv: LegS's frequencies in closed form. real: no frequencies,
+    decays 1, 2, ... legs: `nplr` without the low-rank part.
 
     Raises: ValueError for another name or an odd d_state.
     """

@@ -1,4 +1,4 @@
-"""A linear time-invariant system in steps, and three ways to run it that give the same."""
+"""A discrete linear time-invariant system, and three equivalent ways to run it."""
 
 import math
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from torch import Tensor
 from vim_kernels import long_conv
 from vim_kernels.long_conv import Method
 
-MATRIX = 256  # longest axis for which a product of matrices is the faster
+MATRIX = 256  # up to this length a matrix product is faster than an FFT
 
 
 class LinearSystem(NamedTuple):
-    """x[k] = dA x[k-1] + dB u[k],  y[k] = Re <C, x[k]>, for each of H channels by itself.
+    """x[k] = dA x[k-1] + dB u[k],  y[k] = Re <C, x[k]>, separately for each of H channels.
 
-    A real system of conjugate pairs is kept as one half of them, with C doubled.
+    A real system of conjugate pairs is kept as one half of each pair, with C doubled.
 
-    dA: (H, N), the diagonal, or (H, N, N). dB, C: (H, N). Real or complex. In shapes, B is the batch, L the length.
+    dA: (H, N), the diagonal, or (H, N, N). dB, C: (H, N). Real or complex. In shapes: B batch, L length.
 
     Source: Gu et al. 2022, arXiv 2111.00396, section 2.
     """
@@ -28,7 +28,7 @@ class LinearSystem(NamedTuple):
     C: Tensor
 
     def initial_state(self, batch_size: int) -> Tensor:
-        """Nothing seen yet: (B, H, N) zeros."""
+        """The state before the first step: (B, H, N) zeros."""
         return self.dB.new_zeros(batch_size, *self.dB.shape)
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ class LinearSystem(NamedTuple):
         return (self.C * state).sum(-1).real.to(u.dtype), state
 
     def recurrent(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Step by step, of input (B, L, H) from a state (B, H, N). Returns: outputs (B, L, H) and the last state."""
+        """Run input (B, L, H) step by step from a state (B, H, N). Returns: outputs (B, L, H) and the last state."""
         state = self.initial_state(u.shape[0]) if state is None else state
         outputs = []
         for one in u.unbind(1):
@@ -48,19 +48,19 @@ class LinearSystem(NamedTuple):
         return torch.stack(outputs, 1) if outputs else torch.zeros_like(u), state
 
     def unrolled(self, u: Tensor) -> Tensor:
-        """As a sum over the past, written out: input (B, L, H) times a triangular matrix (L, L) of the kernel."""
+        """Sum over the past: input (B, L, H) times a triangular matrix (L, L) of the kernel."""
         return convolve(u, [self.kernel(u.shape[1]).unsqueeze(0)], "matrix")
 
     def convolution(self, u: Tensor) -> Tensor:
-        """By FFT, of input (B, L, H)."""
+        """Convolve input (B, L, H) with the kernel by FFT."""
         return convolve(u, [self.kernel(u.shape[1]).unsqueeze(0)], "fft")
 
     def kernel(self, length: int) -> Tensor:
-        """What an impulse at step 0 puts out: Re C dA^k dB for k = 0 .. L - 1, as (H, L)."""
+        """The response to an impulse at step 0: Re C dA^k dB for k = 0 .. L - 1, (H, L)."""
         if self.dA.ndim == self.dB.ndim:
             return vandermonde(self.dA.to(self.dA.dtype.to_complex()).log(), self.C * self.dB, length)
         powers, known, states = self.dA, 1, self.dB.unsqueeze(-1)
-        while known < length:  # dA^k dB: twice as many at each turn
+        while known < length:  # dA^k dB: each round doubles their number
             states, powers, known = torch.cat((states, powers @ states), -1), powers @ powers, 2 * known
         return torch.einsum("hn, hnl -> hl", self.C, states[..., :length]).real
 
@@ -68,15 +68,15 @@ class LinearSystem(NamedTuple):
 def vandermonde(log_dA: Tensor, weight: Tensor, length: int) -> Tensor:
     """Re sum_n weight_n exp(k log_dA_n) for k = 0 .. L - 1.
 
-    k is written as row * columns + column, so that a product of two matrices of some sqrt(L) columns each makes all
-    powers: as many multiplications as one by one, without a tensor of H x N x L.
+    With k = row * columns + column, one product of two matrices with about sqrt(L) columns each gives all powers. It
+    takes as many multiplications as computing them one by one, without a tensor of H x N x L.
 
     Args:
-        log_dA: (..., N), real parts not above 0. weight: (..., N).
+        log_dA: (..., N), with real parts of 0 or less. weight: (..., N).
 
     Returns: (..., L), real.
     """
-    if isinstance(length, Tensor):  # torch.jit.trace has tensors for sizes
+    if isinstance(length, Tensor):  # sizes are tensors under torch.jit.trace
         length = int(length)
     columns = max(1, round(length**0.5))
     rows = -(-length // columns)
@@ -95,8 +95,8 @@ def convolve(u: Tensor, kernels: Sequence[Tensor], method: Method | None = None)
 
     Args:
         u: (B, *sizes, H).
-        kernels: for each axis (1, H, size), forward alone, or (2, H, size).
-        method: see `long_conv`; None takes for each axis the faster.
+        kernels: for each axis (1, H, size) for the forward direction only, or (2, H, size).
+        method: see `long_conv`; None takes the faster one for each axis.
 
     Returns: (B, *sizes, H) in u's dtype.
     """
@@ -104,8 +104,8 @@ def convolve(u: Tensor, kernels: Sequence[Tensor], method: Method | None = None)
         size, lags, ahead = u.shape[axis], kernel[0], 0
         if len(kernel) == 2:
             lags, ahead = torch.cat((kernel[1, :, : size - 1].flip(-1), lags), -1), size - 1
-        # A matrix is made once for all that stands across the axis, but not for the batch: an image's output does not
-        # depend on how many there are.
+        # The other axes share the cost of building the matrix. The batch does not count, so that the output for an
+        # image does not depend on the size of the batch.
         short = size <= MATRIX and (u.is_cuda or size <= math.prod(u.shape[1:-1]) // size)
         way: Method = method or ("matrix" if short else "fft")
         u = long_conv(u.flatten(0, axis - 1), lags, ahead=ahead, method=way).reshape(u.shape)

@@ -1,4 +1,4 @@
-"""What the layers of linear time-invariant systems have in common: everything but their kernels."""
+"""Layers of linear time-invariant systems: everything except their kernels."""
 
 import torch
 import torch.nn.functional as F
@@ -8,17 +8,19 @@ from vim_kernels.precision import own_precision
 
 from . import official_s4
 from .linear_system import LinearSystem, convolve
+from .state_kernel import StateKernel
 
 
 class LTIMixer(nn.Module):
-    """Mix along axes, x (batch, *sizes, d_model) -> the same shape: GLU(W gelu(kernel * x + D x)), where the kernel is
-    a product of one for each axis.
+    """Mix along axes, x (batch, *sizes, d_model) -> the same shape: GLU(W gelu(kernel * x + D x)).
+
+    The kernel is the product of one kernel per axis.
 
     Args:
-        d_model: channels, each with systems of its own.
-        kernel: a module for one axis, a list of modules for several; called with a length and a rate, each gives
+        d_model: channels, each with its own systems.
+        kernel: a module for one axis, or a ModuleList for several. Each takes a length and a rate and returns
             (directions, d_model, length).
-        dropout: of the outputs before the last product.
+        dropout: applied before the output projection.
     """
 
     def __init__(self, d_model: int, kernel: nn.Module, dropout: float, *, device=None, dtype=None):
@@ -34,10 +36,9 @@ class LTIMixer(nn.Module):
         nn.init.normal_(self.D)
 
     def forward(self, x: Tensor, rate: float = 1.0) -> Tensor:
-        """x: (batch, *sizes, d_model). rate: its steps, or pixels, are so many times as long as those trained on: 0.5
-        for twice the resolution.
+        """x: (batch, *sizes, d_model). rate: length of a step relative to training, 0.5 for twice the resolution.
 
-        Raises: ValueError for another number of axes.
+        Raises: ValueError for another number of axes or channels.
         """
         return self._out(self.convolve(x, rate))
 
@@ -50,7 +51,7 @@ class LTIMixer(nn.Module):
             raise ValueError(f"x must be ({want}), got {tuple(x.shape)}")
         if x.numel() == 0:
             return torch.zeros_like(x)
-        with own_precision(x.device.type):  # half precision has no FFT, and kernels lose their phase
+        with own_precision(x.device.type):  # half precision has no FFT, and kernels would lose their phase
             lags = [kernel(size, rate) for kernel, size in zip(kernels, sizes, strict=True)]
             return convolve(x, lags) + self.D * x
 
@@ -59,32 +60,36 @@ class LTIMixer(nn.Module):
 
 
 class LTICache:
-    """What a layer remembers of the steps that it has seen, and its system as it was when the cache was made. `step`
-    changes the state. Gradients pass through both, as through the whole sequence; under `torch.no_grad` none do."""
+    """The state of a layer after the steps so far, and its system at the time the cache was created.
+
+    `step` replaces the state. Gradients pass through both, as through the whole sequence.
+    """
 
     def __init__(self, system: LinearSystem, batch_size: int):
         self.system, self.state = system, system.initial_state(batch_size)
 
 
 class SequenceLTIMixer(LTIMixer):
-    """An LTIMixer over sequences (batch, length, d_model), which can also run step by step:
+    """An LTIMixer over sequences (batch, length, d_model) that can also run step by step:
 
         cache = mixer.default_state(batch_size)
-        y = mixer.step(x, cache)  # (batch, d_model), in turn what mixer(sequence) gives
+        y = mixer.step(x, cache)  # (batch, d_model), one step of mixer(sequence)
 
-    The kernel has a `system(rate)`, the same as a recurrence.
+    The kernel can also run as a recurrence, see `StateKernel.system`.
     """
 
-    def default_state(self, batch_size: int, rate: float = 1.0) -> LTICache:
-        """A cache that has seen nothing.
+    kernel: StateKernel
 
-        Raises: ValueError for a layer of two directions.
+    def default_state(self, batch_size: int, rate: float = 1.0) -> LTICache:
+        """A cache for the start of a sequence.
+
+        Raises: ValueError for a bidirectional layer.
         """
-        if self.kernel.C.shape[0] > 1:  # type: ignore[union-attr, index]
+        if self.kernel.C.shape[0] > 1:
             raise ValueError(
-                "a bidirectional layer has no step, because it sees the future; make it with one direction"
+                "a bidirectional layer has no step, because it sees the future; create it with bidirectional=False"
             )
-        return LTICache(self.kernel.system(rate), batch_size)  # type: ignore[operator, union-attr]
+        return LTICache(self.kernel.system(rate), batch_size)
 
     def step(self, x: Tensor, cache: LTICache) -> Tensor:
         """One step, x: (batch, d_model) -> (batch, d_model). The cache is updated in place."""

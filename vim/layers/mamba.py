@@ -1,4 +1,4 @@
-"""Mamba: the one-directional selective mixer, over whole sequences or step by step."""
+"""Mamba: the causal selective mixer, over whole sequences or step by step."""
 
 import math
 from typing import NamedTuple
@@ -15,13 +15,13 @@ from .short_conv import convolve
 torch.fx.wrap("selective_scan")
 
 
-NO_STEP = -1e4  # softplus of it is 0, also with a bias and in half precision
+NO_STEP = -1e4  # its softplus is 0, with any bias and in half precision
 
 
 class MambaCache(NamedTuple):
-    """What a Mamba layer remembers of the steps it has seen. The layer updates it in place.
+    """The state of a Mamba layer after the steps so far. The layer updates it in place.
 
-    It holds numbers alone: gradients reach the inputs of a call, and none of the calls before it.
+    It carries no gradients: those of a call do not reach the calls before it.
     """
 
     conv_state: Tensor  # (batch, d_conv - 1, d_inner), the last inputs of the convolution, oldest first
@@ -31,15 +31,14 @@ class MambaCache(NamedTuple):
 class Mamba(nn.Module):
     """Mix a sequence causally, (batch, length, d_model) -> the same shape.
 
-    With a cache, a call continues where the cache stands: a whole sequence, the same in pieces, and step by step all
-    give the same outputs.
+    With a cache, a call continues the sequence. One call, several pieces and single steps give the same outputs:
 
         cache = mixer.allocate_cache(batch_size)
         y = mixer(prompt, cache)            # (batch, length, d_model)
         y_next = mixer.step(x_next, cache)  # (batch, d_model)
 
     Args:
-        d_model: channels of the sequence. d_state: states N of an inner channel. d_conv: taps of the convolution.
+        d_model: channels of the sequence. d_state: states N per inner channel. d_conv: taps of the convolution.
         expand: d_inner = expand * d_model, rounded down. dt_rank: rank of the step's projection, ceil(d_model / 16) if
             None.
 
@@ -66,7 +65,7 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=False, **dd)
 
     def allocate_cache(self, batch_size: int) -> MambaCache:
-        """A cache that has seen nothing, on the layer's device; the convolution's part in the weights' dtype."""
+        """A cache for the start of a sequence, on the layer's device. conv_state has the dtype of the weights."""
         ssm = self.ssm
         return MambaCache(
             ssm.conv_state(batch_size), ssm.A_log.new_zeros(batch_size, *ssm.A_log.shape, dtype=torch.float32)
@@ -81,24 +80,24 @@ class Mamba(nn.Module):
     ) -> Tensor:
         """Args:
         x: (batch, length, d_model).
-        cache: read, and updated in place.
-        mask: (batch, length) of bool, False at steps that the sequence does not have, wherever they stand: the others
-            are mixed, and the cache is updated, as if those were not there. Their own outputs mean nothing.
-        seq_idx: (batch, length), int32 or int64: which of several sequences packed into a row a step belongs to. Each
-            is mixed as if it were alone; one begins wherever the value changes. What the cache holds belongs to the
-            first before the call and to the last behind it. Not with a mask.
+        cache: continues the sequence; updated in place.
+        mask: (batch, length) of bool, False for padding, at any place. Outputs and cache are as if the padding were not
+            there. Outputs at the padding are meaningless.
+        seq_idx: (batch, length), int32 or int64, for several sequences packed into a row: the sequence of each step.
+            Each is mixed as if it were alone. A new sequence begins wherever the value changes. The cache continues
+            the first one and then holds the last one. Not with a mask.
 
         Raises: ValueError for a mask of another shape or dtype, or together with seq_idx.
         """
         if mask is None:
             return self._mix(x, cache, seq_idx=seq_idx)
         if seq_idx is not None:
-            raise ValueError("mask and seq_idx do not go together; give padding a seq_idx of its own instead of a mask")
+            raise ValueError("mask and seq_idx do not go together; give padding its own seq_idx instead of a mask")
         if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
             raise ValueError(
                 f"mask must be bool and (batch, length) = {tuple(x.shape[:2])}, got {mask.dtype}, {tuple(mask.shape)}"
             )
-        # Padding behind all steps is seen by none of them, also not by the convolution.
+        # Padding moves behind all steps, where neither they nor the convolution see it.
         order = (~mask).to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1)
         y = self._mix(x.take_along_dim(order, 1), cache, mask.sum(1))
         return y.take_along_dim(order.argsort(1), 1)
@@ -106,7 +105,7 @@ class Mamba(nn.Module):
     def _mix(
         self, x: Tensor, cache: MambaCache | None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
     ) -> Tensor:
-        """See `forward`. lengths: (batch,), of the steps in front of a row's padding; None: there is none."""
+        """See `forward`. lengths: (batch,), steps in front of each row's padding; None without padding."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         ssm = self.ssm
         if lengths is not None:

@@ -1,4 +1,4 @@
-"""Mamba-2: the mixer whose heads each have one decay, in one direction or in two."""
+"""Mamba-2: a mixer with one decay per head, in one direction or in two."""
 
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from vim_kernels import selective_state_update, ssd
 from .cache import before_update
 from .norm import GatedRMSNorm
 from .plain import is_plain
+from .rename import rename_keys
 from .selective_ssm import negative_exp, start_steps
 from .short_conv import convolve, convolve_both
 
@@ -19,14 +20,16 @@ torch.fx.wrap("_project")
 torch.fx.wrap("negative_exp")
 torch.fx.wrap("ssd")
 
+OFFICIAL_NAMES = {r"(conv1d\.weight|conv1d\.bias|A_log|D|dt_bias)": r"ssm.\1"}  # the authors' Mamba2 -> ours
+
 
 class HeadSSM(nn.Module):
-    """The parameters of one direction: the convolution of x, B and C, and of each head a decay, a skip and a step.
+    """The parameters of one direction: the convolution of x, B and C, and per head a decay, a skip and a step size.
 
     Args:
-        d_conv_channels: channels of the convolution, those of x, B and C. heads: H. d_conv: taps of the convolution.
+        d_conv_channels: channels of x, B and C together. heads: H. d_conv: taps of the convolution.
 
-    Source: Dao & Gu 2024, arXiv 2405.21060, section 7; the initial values are those of the authors' code.
+    Source: Dao & Gu 2024, arXiv 2405.21060, section 7. Initial values are as in the authors' code.
     """
 
     def __init__(self, d_conv_channels: int, heads: int, d_conv: int, *, device=None, dtype=None):
@@ -41,23 +44,23 @@ class HeadSSM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """-A uniform in 1 .. 16, D = 1, steps log-uniform in 0.001 .. 0.1."""
+        """-A uniform in 1 .. 16, D = 1, step sizes log-uniform in 0.001 .. 0.1."""
         self.conv1d.reset_parameters()
         self.A_log.copy_(torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16).log())
         self.D.fill_(1)
         start_steps(self.dt_bias, 0.001, 0.1)
 
     def arguments(self) -> dict[str, Any]:
-        """What `ssd` takes of the parameters."""
+        """The parameters as arguments of `ssd`."""
         return {"A": negative_exp(self.A_log), "D": self.D, "dt_bias": self.dt_bias}
 
 
 class Projections(nn.Module):
-    """What Mamba2 and BiMamba2 share: projections in and out, gate and norm, and the sizes of the heads.
+    """Shared by Mamba2 and BiMamba2: input and output projection, gate and norm, and the sizes of the heads.
 
     Args: see Mamba2.
 
-    Raises: ValueError: head_dim does not divide d_inner, or groups the heads.
+    Raises: ValueError if head_dim does not divide d_inner, or groups does not divide the number of heads.
     """
 
     def __init__(self, d_model: int, d_state: int, expand: int, head_dim: int, groups: int, *, device=None, dtype=None):
@@ -84,7 +87,7 @@ class Projections(nn.Module):
         return z, xBC, dt
 
     def by_head(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (..., heads, head_dim), B and C (..., groups, d_state) of what the convolution puts out."""
+        """Split the output of the convolution: x (..., heads, head_dim), B and C (..., groups, d_state)."""
         width = self.groups * self.d_state
         x, B, C = xBC.split([self.d_inner, width, width], dim=-1)
         per_group = self.groups, self.d_state
@@ -97,15 +100,15 @@ class Projections(nn.Module):
 
 def _project(x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
     """x (..., d_model) by a weight (sum of sizes, d_model), split into the sizes."""
-    beside = -len(weight) % 8
-    if x.is_cuda and x.element_size() == 2 and x.dim() > 2 and beside:
-        # Rows of 16 bytes, as in `project_by`; at Vim-Ti's size they have 902 columns.
-        return F.linear(x, F.pad(weight, (0, 0, 0, beside))).split([*sizes, beside], dim=-1)[:-1]
+    padding = -len(weight) % 8
+    if x.is_cuda and x.element_size() == 2 and x.dim() > 2 and padding:
+        # Tensor cores need rows of 16 bytes, see `project_by`; at Vim-Ti's size a row has 902 columns.
+        return F.linear(x, F.pad(weight, (0, 0, 0, padding))).split([*sizes, padding], dim=-1)[:-1]
     return F.linear(x, weight).split(sizes, dim=-1)
 
 
 class Mamba2Cache(NamedTuple):
-    """What a Mamba2 layer remembers of the steps it has seen, without gradients; see MambaCache."""
+    """The state of a Mamba2 layer after the steps so far, without gradients; see MambaCache."""
 
     conv_state: Tensor  # (batch, d_conv - 1, d_conv_channels), the last inputs of the convolution, oldest first
     ssm_state: Tensor  # (batch, heads, head_dim, d_state), fp32
@@ -114,15 +117,15 @@ class Mamba2Cache(NamedTuple):
 class Mamba2(Projections):
     """Mix a sequence causally, (batch, length, d_model) -> the same shape.
 
-    With a cache, a call continues where the cache stands; see Mamba.
+    With a cache, a call continues the sequence; see Mamba.
 
     Args:
-        d_model: channels of the sequence. d_state: states N of an inner channel. d_conv: taps of the convolution.
-        expand: d_inner = expand * d_model. head_dim: inner channels that share a decay and a step.
-        groups: of heads, each with B and C and a norm of its own.
+        d_model: channels of the sequence. d_state: states N per inner channel. d_conv: taps of the convolution.
+        expand: d_inner = expand * d_model. head_dim: inner channels that share a decay and a step size.
+        groups: groups of heads; each group has its own B, C and norm.
 
     Source: Dao & Gu 2024, arXiv 2405.21060, figure 6 (right). State dicts of the authors' Mamba2 load: in_proj
-    (z, x, B, C, dt), norm and out_proj have their names, conv1d, A_log, D and dt_bias stand in `ssm` here.
+    (z, x, B, C, dt), norm and out_proj keep their names; conv1d, A_log, D and dt_bias are in `ssm` here.
     """
 
     def __init__(
@@ -143,7 +146,7 @@ class Mamba2(Projections):
         self.register_load_state_dict_pre_hook(_translate_official)
 
     def allocate_cache(self, batch_size: int) -> Mamba2Cache:
-        """A cache that has seen nothing, on the layer's device; the convolution's part in the weights' dtype."""
+        """A cache for the start of a sequence, on the layer's device. conv_state has the dtype of the weights."""
         A_log, weight = self.ssm.A_log, next(self.ssm.conv1d.parameters(), self.ssm.D)
         return Mamba2Cache(
             weight.new_zeros(batch_size, self.ssm.d_conv - 1, self.d_conv_channels),
@@ -151,7 +154,7 @@ class Mamba2(Projections):
         )
 
     def forward(self, x: Tensor, cache: Mamba2Cache | None = None) -> Tensor:
-        """x: (batch, length, d_model). cache: read, and updated in place."""
+        """x: (batch, length, d_model). cache: continues the sequence; updated in place."""
         z, xBC, dt = self.project_in(x)
         conv_state = None if cache is None else cache.conv_state
         u, B, C = self.by_head(convolve(self.ssm.conv1d, self.ssm.d_conv, xBC, conv_state=conv_state))
@@ -174,7 +177,7 @@ class Mamba2(Projections):
         z, xBC, dt = self.project_in(x)
         xBC = convolve(self.ssm.conv1d, self.ssm.d_conv, xBC.unsqueeze(1), conv_state=cache.conv_state).squeeze(1)
         u, B, C = self.by_head(xBC)
-        # A step of the selective recurrence, where each channel has its head's numbers.
+        # One step of the selective recurrence, with the parameters of a head repeated for its channels.
         per_channel: dict[str, Any] = {name: self._repeat(t) for name, t in self.ssm.arguments().items()}
         per_channel["A"] = per_channel["A"].unsqueeze(1).expand(-1, self.d_state)
         y, state = selective_state_update(
@@ -191,12 +194,12 @@ class Mamba2(Projections):
 class BiMamba2(Projections):
     """Mix a sequence along its length in both directions, (batch, length, d_model) -> the same shape.
 
-    As in BiMamba, each direction has its own convolution, decays, D and bias of the steps; the projections are shared,
-    and the mean of the two directions goes through the gate and the norm.
+    As in BiMamba, each direction has its own convolution, decays, D and dt bias. The projections are shared. Gate and
+    norm apply to the mean of both directions.
 
     Args: see Mamba2.
 
-    Source: Mamba2 in the manner of Zhu et al. 2024, arXiv 2401.09417, Algorithm 1.
+    Source: Mamba2 with two directions as in Zhu et al. 2024, arXiv 2401.09417, Algorithm 1.
     """
 
     def __init__(
@@ -227,7 +230,5 @@ class BiMamba2(Projections):
 
 
 def _translate_official(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """Load-state-dict hook: the authors' names become ours in place."""
-    for name in ("conv1d.weight", "conv1d.bias", "A_log", "D", "dt_bias"):
-        if prefix + name in state_dict:
-            state_dict[f"{prefix}ssm.{name}"] = state_dict.pop(prefix + name)
+    """Load-state-dict pre-hook: rename official keys in place."""
+    rename_keys(OFFICIAL_NAMES, state_dict, prefix)

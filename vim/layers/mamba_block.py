@@ -1,4 +1,4 @@
-"""MambaBlock: a Mamba in a residual stream, as language models stack it."""
+"""MambaBlock: a Mamba in a residual block, as in language models."""
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from .plain import is_plain
 class MambaBlock(nn.Module):
     """x + mixer(norm(x)), (batch, length, d_model) -> the same shape.
 
-    The residual stream may be wider than the weights: in fp32 it keeps what bf16 would round away layer by layer.
+    The residual stream may have a wider dtype than the weights: fp32 keeps digits that bf16 would lose layer by layer.
 
-    Args: as of `Mamba`. norm_eps: of the norm.
+    Args: see `Mamba`. norm_eps: epsilon of the norm.
     """
 
     def __init__(
@@ -50,12 +50,14 @@ class MambaBlock(nn.Module):
         """One step, x: (batch, d_model) -> (batch, d_model), without gradients. The cache is updated in place."""
         if not self._is_plain():
             return x + self.mixer.step(self.norm(x), cache)
-        mixer, ssm = self.mixer, self.mixer.ssm
+        mixer, ssm, eps = self.mixer, self.mixer.ssm, self.norm.eps
+        assert ssm.conv1d.bias is not None
+        assert eps is not None
         weights = MambaBlockWeights(
             norm=self.norm.weight,
             in_proj=mixer.in_proj.weight,
             conv=ssm.conv1d.weight.squeeze(1),
-            conv_bias=ssm.conv1d.bias,  # type: ignore[arg-type]
+            conv_bias=ssm.conv1d.bias,
             x_proj=ssm.x_proj.weight,
             dt_proj=ssm.dt_proj.weight,
             dt_bias=ssm.dt_proj.bias,
@@ -63,8 +65,7 @@ class MambaBlock(nn.Module):
             D=ssm.D,
             out_proj=mixer.out_proj.weight,
         )
-        assert self.norm.eps is not None
-        return mamba_block_step(x, cache.conv_state, cache.ssm_state, weights, eps=self.norm.eps)
+        return mamba_block_step(x, cache.conv_state, cache.ssm_state, weights, eps=eps)
 
     def _is_plain(self) -> bool:
         if type(self.mixer) is not Mamba:

@@ -1,27 +1,30 @@
-"""Normalisation in front of a mixer, and within one."""
+"""RMS norms: in front of a mixer, and gated within one."""
 
 import torch
 from torch import Tensor, nn
 
 from vim_kernels import rms_norm
 
-# FX keeps these calls as leaves; inside, they ask for device and dtype.
+# FX keeps these calls as leaves; inside, they branch on device and dtype.
 torch.fx.wrap("norm_for_autocast")
 torch.fx.wrap("rms_norm")
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` over the last dimension that hands on the dtype of the layers behind it: that of autocast, where
-    torch's returns fp32, or else that of the weight, where a residual stream may be wider."""
+    """`nn.RMSNorm` over the last dimension that returns the dtype of the layers behind it.
+
+    That is autocast's dtype (torch's norm returns fp32), or without autocast the dtype of the weight, even if the
+    residual stream is wider.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return norm_for_autocast(x, self.weight, self.eps)
 
 
 class GatedRMSNorm(nn.Module):
-    """RMS norm of y * silu(z), (..., channels) -> the same shape in y's dtype; computed in fp32 at least.
+    """RMS norm of y * silu(z), (..., channels) -> the same shape in y's dtype, computed in fp32 at least.
 
-    Args: channels: of y and z. groups: the channels are normalised in so many blocks, each by itself.
+    Args: channels: of y and z. groups: number of blocks of channels, each normalised separately.
 
     Source: Dao & Gu 2024, arXiv 2405.21060, section 7.
     """
@@ -40,8 +43,8 @@ class GatedRMSNorm(nn.Module):
 
 
 def norm_for_autocast(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
-    """`rms_norm` in the dtype that a Linear behind it would cast to."""
+    """`rms_norm` in the dtype to which a Linear behind it would cast."""
     device = x.device.type
-    low = device != "meta" and torch.is_autocast_enabled(device)  # for meta tensors torch raises
+    low = device != "meta" and torch.is_autocast_enabled(device)  # torch raises for meta tensors
     assert eps is not None
     return rms_norm(x, weight, eps, dtype=torch.get_autocast_dtype(device) if low else weight.dtype)

@@ -1,41 +1,38 @@
-"""Names and layouts of state-spaces/s4's layers, and what they are here."""
-
-import re
+"""State dicts of state-spaces/s4: from the authors' names and shapes to ours."""
 
 import torch
 from torch import Tensor, nn
 
-# Official name -> ours, of s4.py (and s4nd.py, whose kernels are numbered) and of s4d.py.
+from .rename import rename_keys
+
+# Names in s4.py, in s4nd.py (which numbers its kernels) and in s4d.py -> ours.
 NAMES = {
-    r"(?:layer\.)?D": "D",
+    r"(?:layer\.)?D": r"D",
     r"(?:layer\.)?kernel\.(\d+\.)?inv_dt": r"kernel.\1log_dt",
     r"(?:layer\.)?kernel\.(\d+\.)?A_real": r"kernel.\1A_log",
-    r"kernel\.log_A_real": "kernel.A_log",
+    r"kernel\.log_A_real": r"kernel.A_log",
     r"(?:layer\.)?kernel\.(\d+\.)?(A_imag|B|C|P|l_kernel|log_dt)": r"kernel.\1\2",
     r"output_linear\.0\.(weight|bias)": r"out_proj.\1",
 }
 
 
 def translate(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """Load-state-dict hook: official names and shapes become ours in place."""
-    mine = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-    block, minimal = any("inv_dt" in key for key in mine), "kernel.log_A_real" in mine
-    if not (block or minimal):
+    """Load-state-dict pre-hook: convert official names and shapes in place."""
+    official = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+    from_s4 = any("inv_dt" in key for key in official)
+    from_s4d = "kernel.log_A_real" in official
+    if not (from_s4 or from_s4d):
         return
-    for name, value in mine.items():
-        del state_dict[prefix + name]
-        for pattern, replacement in NAMES.items():
-            if match := re.fullmatch(pattern, name):
-                name = match.expand(replacement)
-                break
-        if block and name.endswith("A_imag"):
-            value = -value  # s4.py has A = -exp(A_real) - i A_imag
-        state_dict[prefix + name] = value
+    rename_keys(NAMES, state_dict, prefix)
     for name, own in module.state_dict().items():
-        if prefix + name in state_dict and state_dict[prefix + name].numel() == own.numel():
-            state_dict[prefix + name] = state_dict[prefix + name].reshape(own.shape)
-    if minimal:  # s4d.py has B = 1
+        key = prefix + name
+        if key not in state_dict:
+            continue
+        if from_s4 and name.endswith("A_imag"):
+            state_dict[key] = -state_dict[key]  # s4.py has A = -exp(A_real) - i A_imag
+        if state_dict[key].numel() == own.numel():
+            state_dict[key] = state_dict[key].reshape(own.shape)
+    if from_s4d:  # s4d.py has B = 1
         like = state_dict[prefix + "kernel.C"][0]
-        state_dict[prefix + "kernel.B"] = torch.stack(
-            (torch.ones_like(like[..., 0]), torch.zeros_like(like[..., 0])), -1
-        )
+        one, zero = torch.ones_like(like[..., 0]), torch.zeros_like(like[..., 0])
+        state_dict[prefix + "kernel.B"] = torch.stack((one, zero), -1)

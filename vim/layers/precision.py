@@ -1,9 +1,9 @@
-"""Parts of a layer that choose their own precision."""
+"""Precision of the parts of a layer that need at least fp32."""
 
 import torch
 from torch import Tensor
 
 
 def at_least_fp32(t: Tensor) -> Tensor:
-    """In fp32 if it is in half precision, which rounds sums along a whole sequence or through all layers."""
+    """Cast half precision to fp32: its rounding errors add up along a sequence or through the layers."""
     return t.to(torch.promote_types(t.dtype, torch.float32))

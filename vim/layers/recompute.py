@@ -1,4 +1,4 @@
-"""Activation checkpointing for blocks with a selective scan."""
+"""Gradient checkpointing for blocks with a selective scan."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,9 +13,10 @@ KEEP_SCANS = partial(create_selective_checkpoint_contexts, [torch.ops.vim_kernel
 
 
 def recompute_all_but_scans(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), of whose activations only x and what its scans return stay in memory for the backward.
+    """Run function(x) and keep only x and the outputs of its scans for the backward pass.
 
-    The rest, over two thirds of a Vim block, is computed again: matrix products, convolution and norm, which are cheap
-    beside the scan. `function` must not draw random numbers: their state is not restored, which a CUDA graph forbids.
+    The backward pass recomputes the rest, over two thirds of the activations of a Vim block: matrix products,
+    convolution and norm, which are cheap compared to the scan. `function` must not draw random numbers, because their
+    state is not restored: a CUDA graph forbids it.
     """
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False, context_fn=KEEP_SCANS)

@@ -1,4 +1,4 @@
-"""S4D: a linear state-space layer whose matrices are diagonal."""
+"""S4D: a linear state-space layer with diagonal matrices."""
 
 import math
 
@@ -15,12 +15,13 @@ from .state_kernel import StateKernel
 
 
 class DiagonalKernel(StateKernel):
-    """The convolution kernels of diagonal systems, each with its own step size.
+    """Convolution kernels of diagonal systems, each with its own step size.
 
     Args:
-        d_model: kernels H. d_state: N, of which one half is kept, the other being its conjugate.
-        init, rule: see S4D. directions: 1, or 2 with outputs C of their own.
-        bandlimit: modes that a kernel's step cannot hold are left out: those with delta |Im A| / 2 pi >= bandlimit / 2.
+        d_model: kernels H. d_state: N; one half is kept, the other is its conjugate.
+        init, rule: see S4D. directions: 1, or 2 with one C each.
+        bandlimit: leave out modes that alias at a kernel's step size: those with
+            delta |Im A| / 2 pi >= bandlimit / 2.
     """
 
     def __init__(
@@ -72,14 +73,15 @@ class S4D(SequenceLTIMixer):
     """Mix a sequence by diagonal linear systems; see SequenceLTIMixer.
 
     Args:
-        d_model: channels. d_state: states N of a channel, even.
-        init: of A: "lin", "inv", "real", "quad" or "legs", see `hippo.diagonal`.
+        d_model: channels. d_state: states N per channel, even.
+        init: initial A: "lin", "inv", "real", "quad" or "legs", see `hippo.diagonal`.
         rule: "zoh", "bilinear" or "euler", see `discretize`.
-        bidirectional: a second kernel looks at what comes after.
-        dropout: before the output's product. dt_min, dt_max: initial step sizes are log-uniform between them.
+        bidirectional: add a kernel for the steps that follow.
+        dropout: before the output projection. dt_min, dt_max: initial step sizes are log-uniform between them.
 
     Raises: ValueError for an odd d_state or another init or rule.
-    Source: Gu et al. 2022, arXiv 2206.11893. State dicts of state-spaces/s4 load: s4d.py's, and s4.py's of mode "diag".
+    Source: Gu et al. 2022, arXiv 2206.11893. State dicts of state-spaces/s4 load: of s4d.py, and of s4.py in mode
+        "diag".
     """
 
     def __init__(

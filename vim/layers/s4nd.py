@@ -1,4 +1,4 @@
-"""S4ND: S4D over images and volumes, a kernel for each axis."""
+"""S4ND: S4D over images and volumes, with one kernel per axis."""
 
 from torch import nn
 
@@ -12,14 +12,14 @@ class S4ND(LTIMixer):
     """Mix an image along each of its axes, in both directions; see LTIMixer.
 
     Args:
-        d_model: channels. d_state: states N of a channel and axis, even. dim: axes, 1 to 3.
+        d_model: channels. d_state: states N per channel and axis, even. dim: axes, 1 to 3.
         init, rule: see S4D.
         bandlimit: leave out the modes of a kernel that alias at its resolution: those with
-            delta |Im A| / 2 pi >= bandlimit / 2. A model that is to run at other resolutions wants it, 0.1 to 1.
-        dropout: before the output's product. dt_min, dt_max: initial step sizes are log-uniform between them.
+            delta |Im A| / 2 pi >= bandlimit / 2. Set it to 0.1 to 1 for a model that will run at other resolutions.
+        dropout: before the output projection. dt_min, dt_max: initial step sizes are log-uniform between them.
 
     Raises: ValueError for an odd d_state, another init or rule, or a dim that is not 1, 2 or 3.
-    Source: Nguyen et al. 2022, arXiv 2210.06583. State dicts of state-spaces/s4's s4nd.py load, of diagonal kernels.
+    Source: Nguyen et al. 2022, arXiv 2210.06583. State dicts of state-spaces/s4's s4nd.py load, for diagonal kernels.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The parameters of one selective state-space direction, and what it feeds to the scan."""
+"""The parameters of one direction of a selective state-space model, and the projections that feed its scan."""
 
 import math
 
@@ -17,12 +17,12 @@ torch.fx.wrap("project_by")
 class SelectiveSSM(nn.Module):
     """Causal convolution and input-dependent (dt, B, C) of a selective state-space model.
 
-    The scan itself stands in the mixers, because a mixer may run two directions in one call.
+    The mixers run the scan, because one call may run both directions.
 
     Args:
-        d_inner: channels E. d_state: states N of a channel. d_conv: taps of the convolution.
+        d_inner: channels E. d_state: states N per channel. d_conv: taps of the convolution.
         dt_rank: rank R of the step's projection.
-        dt_min, dt_max, dt_init_floor: the initial step sizes are log-uniform in [dt_min, dt_max], at least the floor.
+        dt_min, dt_max, dt_init_floor: initial step sizes are log-uniform in [dt_min, dt_max], and at least the floor.
 
     Source: Gu & Dao 2023, arXiv 2312.00752, section 3.4 and Algorithm 2.
     """
@@ -44,7 +44,7 @@ class SelectiveSSM(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.d_state, self.d_conv, self.dt_rank = d_state, d_conv, dt_rank
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
-        # A Conv1d and Linears hold the weights; the kernels read them channel-last where nothing else hangs on them.
+        # Conv1d and Linear modules hold the weights. Kernels read them from modules that are plain, see `is_plain`.
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, **dd)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False, **dd)
         self.dt_proj = nn.Linear(dt_rank, d_inner, **dd)
@@ -64,13 +64,13 @@ class SelectiveSSM(nn.Module):
         self.D.fill_(1)
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the scan takes besides u (B, L, E).
+        """Arguments of the scan for an input u (B, L, E).
 
-        Returns: dt (B, L, E), A (E, N), B and C (B, L, N), and the bias (E,) that is still to be added to dt.
+        Returns: dt (B, L, E), A (E, N), B and C (B, L, N), and the bias (E,) that the scan adds to dt.
         """
         A = negative_exp(self.A_log)
-        # The bias of dt joins in the scan, in fp32: bf16 would round away differences between small steps. A module
-        # that must be called adds its own.
+        # The scan adds the bias of dt in fp32: bf16 would round away differences between small steps. A module that
+        # must be called adds its own bias.
         plain = is_plain(self.dt_proj, bias=True)
         bias = self.dt_proj.bias if plain else torch.zeros_like(self.D)
         if plain and is_plain(self.x_proj, bias=False):
@@ -80,23 +80,23 @@ class SelectiveSSM(nn.Module):
         return F.linear(dt, self.dt_proj.weight) if plain else self.dt_proj(dt), A, B, C, bias
 
     def conv_state(self, batch_size: int) -> Tensor:
-        """Of a convolution that has seen nothing, (batch, d_conv - 1, E), in the dtype of its weights."""
+        """Input of the convolution before the first step: zeros (batch, d_conv - 1, E) in the dtype of its weights."""
         like = next(self.conv1d.parameters(), self.D)
         return like.new_zeros(batch_size, self.d_conv - 1, self.D.shape[0])
 
 
 def project_by(x_proj: Tensor, dt_proj: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dt (B, L, E), B and C (B, L, N) of u (B, L, E), by weights (R + 2 N, E) and (E, R)."""
+    """Project u (B, L, E) to dt (B, L, E), B and C (B, L, N) by weights (R + 2 N, E) and (E, R)."""
     d_state = (x_proj.shape[0] - dt_proj.shape[1]) // 2
     if u.is_cuda and u.element_size() == 2 and dt_proj.shape[1] % 8:
-        # Tensor cores read rows of 16 bytes. Of others, as with Vim-Ti's rank of 12, a product takes twice as long.
+        # Tensor cores read rows of 16 bytes. With others, as for Vim-Ti's rank of 12, a product takes twice as long.
         x_proj, dt_proj = pad_rank(x_proj, dt_proj, 8)
     dt, B, C = F.linear(u, x_proj).split([dt_proj.shape[1], d_state, d_state], dim=-1)
     return F.linear(dt, dt_proj), B, C
 
 
 def pad_rank(x_proj: Tensor, dt_proj: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    """The weights with their common rank padded by zeros to a multiple, which changes no product."""
+    """Pad the common rank of both weights with zeros to a multiple. Products do not change."""
     rank = dt_proj.shape[1]
     dt_rows, BC_rows = x_proj.split([rank, x_proj.shape[0] - rank])
     zeros = x_proj.new_zeros(-rank % multiple, x_proj.shape[1])
@@ -104,13 +104,13 @@ def pad_rank(x_proj: Tensor, dt_proj: Tensor, multiple: int) -> tuple[Tensor, Te
 
 
 def negative_exp(A_log: Tensor) -> Tensor:
-    """A = -exp(A_log), in fp32 at least: a bf16 model must not round the decay."""
+    """A = -exp(A_log) in fp32 at least: a bf16 model must not round the decay."""
     return -torch.exp(at_least_fp32(A_log))
 
 
 @torch.no_grad()
 def start_steps(bias: Tensor, dt_min: float, dt_max: float, floor: float = 0.0) -> None:
-    """Set biases so that their softplus, the step sizes, is log-uniform in [dt_min, dt_max], at least the floor."""
+    """Set biases whose softplus, the step size, is log-uniform in [dt_min, dt_max], and at least the floor."""
     dt = torch.empty_like(bias, dtype=torch.float32).uniform_(math.log(dt_min), math.log(dt_max)).exp_()
     dt.clamp_(min=floor)
     bias.copy_(dt + torch.log(-torch.expm1(-dt)))

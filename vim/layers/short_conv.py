@@ -1,6 +1,6 @@
-"""The short causal convolution in front of a scan, with the weights of a depthwise Conv1d, followed by silu.
+"""The short causal convolution in front of a scan: a depthwise Conv1d, followed by silu.
 
-The kernels read a plain Conv1d's weights; another module is called, on a sequence with d_conv - 1 steps in front of it.
+Kernels read the weights of a plain Conv1d. Another module is called, on a sequence padded by d_conv - 1 steps in front.
 """
 
 from typing import TypeGuard
@@ -23,11 +23,11 @@ torch.fx.wrap("causal_conv1d")
 def convolve(
     conv: nn.Module, d_conv: int, x: Tensor, *, conv_state: Tensor | None = None, seq_idx: Tensor | None = None
 ) -> Tensor:
-    """(B, L, E) -> the same shape, in the forward direction.
+    """Convolve (B, L, E) -> the same shape, in the forward direction.
 
-    conv, d_conv: a depthwise Conv1d without padding, or what stands in its place, and its taps.
-    conv_state: (B, d_conv - 1, E), the steps in front of x; updated in place to the last steps of x.
-    seq_idx: (B, L), which of several sequences packed into a row a step belongs to.
+    conv, d_conv: a depthwise Conv1d without padding, or a module in its place, and its number of taps.
+    conv_state: (B, d_conv - 1, E), the steps in front of x; updated in place to the last steps.
+    seq_idx: (B, L), for several sequences packed into a row: the sequence of each step.
     """
     if not _is_plain(conv):
         return _call(conv, d_conv, x, conv_state, seq_idx)
@@ -49,9 +49,9 @@ def convolve(
 def convolve_both(
     convolutions: tuple[nn.Module, nn.Module], d_conv: int, x: Tensor, *, seq_idx: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(B, L, E) -> the same shape twice, by the first in the forward direction and by the second in the other."""
+    """Convolve (B, L, E) -> the same shape twice: forward by the first convolution, backward by the second."""
     forward, reverse = convolutions
-    # The kernel of both has a bias for each or for none.
+    # The kernel for both directions takes two biases or none.
     if _is_plain(forward) and _is_plain(reverse) and (forward.bias is None) == (reverse.bias is None):
         return bidirectional_causal_conv1d(
             x,
@@ -70,13 +70,13 @@ def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv1d]:
 
 
 def _call(conv: nn.Module, d_conv: int, x: Tensor, conv_state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-    """`convolve` by a call of the module."""
+    """`convolve` for a module that must be called."""
     past = d_conv - 1
     whole = F.pad(x, (0, 0, past, 0)) if conv_state is None else torch.cat((conv_state.to(x.dtype), x), 1)
     segments = segments_of(seq_idx)
     if segments is None:
         y, last = conv(whole.mT).mT, whole[:, x.shape[1] :]
-    else:  # each step by itself, with what its sequence has in front of it; what is in front of all is of the first
+    else:  # one window per step, without other sequences; conv_state belongs to the first sequence
         segments = torch.cat((segments[:, :1].expand(-1, past), segments), 1)
         same = segments.unfold(1, d_conv, 1) == segments[:, past:, None]  # (B, L, d_conv)
         windows = whole.unfold(1, d_conv, 1).masked_fill(~same.unsqueeze(2), 0)  # (B, L, E, d_conv)

@@ -1,4 +1,4 @@
-"""The parameters that the kernels of S4 and S4D have in common."""
+"""The parameters shared by the kernels of S4 and S4D."""
 
 import math
 
@@ -6,14 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_even
+from .linear_system import LinearSystem
 
 
 class StateKernel(nn.Module):
-    """Step sizes, poles, inputs and outputs of systems with N states each, of which one half is kept, the other being
-    its conjugate. A kernel says where they start, and what it makes of them.
+    """Step sizes, poles, inputs B and outputs C of systems with N states each.
+
+    One half of the states is kept; the other half is its conjugate. A subclass sets the initial values and computes the
+    convolution kernel.
 
     Args:
-        d_model: systems H. d_state: N, even. directions: 1, or 2 with outputs C of their own.
+        d_model: systems H. d_state: N, even. directions: 1, or 2 with one C each.
         dt_min, dt_max: initial step sizes are log-uniform between them.
 
     Raises: ValueError for an odd d_state.
@@ -30,13 +33,17 @@ class StateKernel(nn.Module):
         self.log_dt = nn.Parameter(torch.empty(d_model, **dd))
         self.A_log = nn.Parameter(torch.empty(d_model, half, **dd))
         self.A_imag = nn.Parameter(torch.empty(d_model, half, **dd))
-        # Complex numbers as pairs: optimizers, averages and reductions know no others in some versions.
+        # Complex numbers as pairs of reals: not every optimizer, EMA and all-reduce takes complex tensors.
         self.B = nn.Parameter(torch.empty(d_model, half, 2, **dd))
         self.C = nn.Parameter(torch.empty(directions, d_model, half, 2, **dd))
 
+    def system(self, rate: float = 1.0) -> LinearSystem:
+        """The systems as recurrences, with steps `rate` times as long as in training."""
+        raise NotImplementedError
+
     def _start(self, A: Tensor, B: Tensor) -> None:
-        """Poles and inputs (N / 2,) of all systems, outputs of modulus 1 in the mean square, random steps."""
-        # LegT's and FouT's modes do not decay at all, which a logarithm cannot hold; the authors start there, too.
+        """Set poles and inputs (N / 2,), equal for all systems, and random outputs (mean square 1) and step sizes."""
+        # Modes of LegT and FouT do not decay, which a logarithm cannot represent. The authors clamp to 1e-4, too.
         self.A_log.copy_((-A.real).clamp(min=1e-4).log().expand_as(self.A_log))
         self.A_imag.copy_(A.imag.expand_as(self.A_imag))
         self.B.copy_(torch.view_as_real(B).expand_as(self.B))

@@ -1,8 +1,7 @@
-"""The checkpoint of a Mamba language model, the authors' or that of transformers: its files, and what they say."""
+"""Checkpoints of Mamba language models, from the authors or transformers: configuration, names and weights."""
 
 import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,17 +12,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-# Official name -> ours. transformers has embeddings for embedding, and no backbone in front where there is no head.
-OFFICIAL = (
-    (r"(?:backbone\.)?embeddings?\.(.*)", r"embedding.\1"),
-    (r"(?:backbone\.)?norm_f\.(.*)", r"norm.\1"),
-    (r"(?:backbone\.)?layers\.(\d+)\.norm\.(.*)", r"blocks.\1.norm.\2"),
-    (r"(?:backbone\.)?layers\.(\d+)\.mixer\.(in_proj|out_proj)\.(.*)", r"blocks.\1.mixer.\2.\3"),
-    (r"(?:backbone\.)?layers\.(\d+)\.mixer\.(.*)", r"blocks.\1.mixer.ssm.\2"),
-    (r"lm_head\.(.*)", r"head.\1"),
-)
-# Options that change nothing about trained weights: initial values, implementations, what is for writers of prompts.
-FREE = (
+from vim.layers.rename import rename
+
+# Names in the authors' checkpoints and in those of transformers -> ours. transformers writes "embeddings" for
+# "embedding", and no "backbone." in front if the model has no head.
+NATIVE_NAMES = {
+    r"(?:backbone\.)?embeddings?\.(.*)": r"embedding.\1",
+    r"(?:backbone\.)?norm_f\.(.*)": r"norm.\1",
+    r"(?:backbone\.)?layers\.(\d+)\.norm\.(.*)": r"blocks.\1.norm.\2",
+    r"(?:backbone\.)?layers\.(\d+)\.mixer\.(in_proj|out_proj)\.(.*)": r"blocks.\1.mixer.\2.\3",
+    r"(?:backbone\.)?layers\.(\d+)\.mixer\.(.*)": r"blocks.\1.mixer.ssm.\2",
+    r"lm_head\.(.*)": r"head.\1",
+}
+# Our names -> the authors'.
+OFFICIAL_NAMES = {
+    r"embedding\.(.*)": r"backbone.embedding.\1",
+    r"norm\.(.*)": r"backbone.norm_f.\1",
+    r"blocks\.(\d+)\.mixer\.(?:ssm\.)?(.*)": r"backbone.layers.\1.mixer.\2",
+    r"blocks\.(.*)": r"backbone.layers.\1",
+    r"head\.(.*)": r"lm_head.\1",
+}
+# Options without effect on a trained model: initial values, implementations, special tokens.
+IGNORED = (
     *("fused_add_norm", "initializer_range", "rescale_prenorm_residual", "use_cache", "use_mambapy"),
     *("use_associative_scan", "time_step_scale", "time_step_min", "time_step_max", "time_step_init_scheme"),
     *("time_step_floor", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class", "pad_vocab_size_multiple"),
@@ -31,32 +41,32 @@ FREE = (
     *("output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder"),
     *("id2label", "label2id"),
 )
-FREE_SSM = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path")
+IGNORED_SSM = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path")
 FILES = ("model.safetensors", "pytorch_model.bin")
 EXPECTED = "config.json and model.safetensors or pytorch_model.bin, whole or in shards with their .index.json"
 
 
 class Options:
-    """What a config.json says, taken option by option; what is left in the end is not known.
+    """The options of a config.json. Each is taken once; `unknown` names those that are left.
 
-    Args: within: what the messages put in front of a name.
+    Args: section: prefix of the names in messages.
 
-    Raises: ValueError, from all that take: an option is missing, or has a value that it cannot have.
+    Raises: ValueError from the methods that take an option, if it is missing or has an invalid value.
     """
 
-    def __init__(self, content: Mapping[str, Any], within: str = ""):
-        self.left, self.within = dict(content), within
+    def __init__(self, content: Mapping[str, Any], section: str = ""):
+        self.left, self.section = dict(content), section
 
     def _take(self, name: str, default: Any, rule: str, fits: Callable[[Any], bool]) -> Any:
         value = self.left.pop(name, default)
         if not fits(value):
-            raise ValueError(f"config.json has {self.within}{name} = {value!r}; {rule}")
+            raise ValueError(f"config.json has {self.section}{name} = {value!r}; {rule}")
         return value
 
     def size(self, name: str, default: int | None = None) -> int:
-        """Must be there if there is no default."""
+        """Required if there is no default."""
         if default is None and name not in self.left:
-            raise ValueError(f"config.json has no {self.within}{name}; is it that of a Mamba language model?")
+            raise ValueError(f"config.json has no {self.section}{name}; give that of a Mamba language model")
         return self._take(name, default, "it must be a whole number of at least 1", is_size)
 
     def number(self, name: str, default: float) -> float:
@@ -66,17 +76,17 @@ class Options:
         return self._take(name, default, "it must be true or false", lambda value: isinstance(value, bool))
 
     def table(self, name: str) -> dict[str, Any]:
-        """Empty where there is none."""
+        """Empty if it is missing."""
         return self._take(name, {}, "it must be a table", lambda value: value is None or isinstance(value, dict)) or {}
 
     def rank(self, name: str) -> int | None:
-        """Of the steps' projection; None for the usual one."""
+        """dt_rank; None for the default."""
         rule = "it must be 'auto' or a whole number of at least 1"
         value = self._take(name, "auto", rule, lambda value: value == "auto" or is_size(value))
         return None if value == "auto" else value
 
     def only(self, name: str, *allowed: Any) -> None:
-        """Where it is given it must be one of these."""
+        """If given, the option must have one of these values."""
         rule = f"MambaLM (Mamba's first version) takes only {' or '.join(map(repr, allowed))}"
         self._take(name, allowed[0], rule, lambda value: value in allowed)
 
@@ -86,7 +96,7 @@ class Options:
 
     @property
     def unknown(self) -> list[str]:
-        return [self.within + name for name in self.left]
+        return [self.section + name for name in self.left]
 
 
 def is_size(value: Any) -> bool:
@@ -98,18 +108,18 @@ def is_positive(value: Any) -> bool:
 
 
 def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of MambaLM for the content of a config.json, the authors' or that of transformers.
+    """Arguments of MambaLM for the content of a config.json of the authors or of transformers.
 
-    Options of transformers that are not known are warned about: its own code leaves them aside, too.
+    Unknown options of a transformers configuration only cause a warning: transformers itself ignores them.
 
-    Raises: ValueError for a model that MambaLM is not.
+    Raises: ValueError for a model that MambaLM cannot represent.
     """
     options = Options(config)
     if not {"hidden_size", "model_type"} & set(config):
         return _authors_arguments(options)
     arguments = _transformers_arguments(options)
     if options.unknown:
-        warnings.warn(f"config.json has options without effect here: {', '.join(options.unknown)}", stacklevel=2)
+        warnings.warn(f"config.json has options that are ignored: {', '.join(options.unknown)}", stacklevel=2)
     return arguments
 
 
@@ -122,7 +132,7 @@ def _authors_arguments(options: Options) -> dict[str, Any]:
     ssm.only("layer", "Mamba1")
     ssm.only("bias", False)
     ssm.only("conv_bias", True)
-    ssm.skip(FREE_SSM)
+    ssm.skip(IGNORED_SSM)
     arguments = {
         "vocab_size": options.size("vocab_size"),
         "d_model": options.size("d_model"),
@@ -131,14 +141,14 @@ def _authors_arguments(options: Options) -> dict[str, Any]:
         "d_conv": ssm.size("d_conv", 4),
         "expand": ssm.number("expand", 2),
         "dt_rank": ssm.rank("dt_rank"),
-        "norm_eps": options.number("norm_epsilon", 1e-5),  # ours: the authors' code has no other, and refuses it
+        "norm_eps": options.number("norm_epsilon", 1e-5),  # ours; the authors' code refuses it and has only 1e-5
         "residual_in_fp32": options.flag("residual_in_fp32", True),
         "tie_embeddings": options.flag("tie_embeddings", True),
         "vocab_multiple": options.size("pad_vocab_size_multiple", 8),
     }
-    options.skip(FREE)
+    options.skip(IGNORED)
     if unknown := options.unknown + ssm.unknown:
-        raise ValueError(f"config.json has options that are not known: {', '.join(unknown)}")
+        raise ValueError(f"config.json has unknown options: {', '.join(unknown)}")
     return arguments
 
 
@@ -150,11 +160,11 @@ def _transformers_arguments(options: Options) -> dict[str, Any]:
     options.only("quantization_config", None)
     d_model, depth, expand = options.size("hidden_size"), options.size("num_hidden_layers"), options.number("expand", 2)
     d_inner = options.size("intermediate_size", int(expand * d_model))
-    if int(expand * d_model) != d_inner:  # which is what transformers goes by
+    if int(expand * d_model) != d_inner:  # transformers uses intermediate_size
         expand = d_inner / d_model
         if int(expand * d_model) != d_inner:  # the quotient was rounded down
             expand = math.nextafter(expand, math.inf)
-    # The authors' names stand beside in configurations that were made from theirs.
+    # Configurations converted from the authors' hold the authors' names, too.
     options.only("rms_norm", True)
     options.only("ssm_cfg", {}, None)
     options.only("d_model", d_model)
@@ -173,48 +183,31 @@ def _transformers_arguments(options: Options) -> dict[str, Any]:
         "tie_embeddings": options.flag("tie_word_embeddings", True),
         "vocab_multiple": 1,
     }
-    options.skip(FREE)
+    options.skip(IGNORED)
     return arguments
 
 
-def native_name(name: str) -> str:
-    """Our name of a weight of a checkpoint; ours stay."""
-    for pattern, ours in OFFICIAL:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(ours)
-    return name
-
-
 def official_name(name: str) -> str:
-    """The authors' name of a weight."""
-    for ours, theirs in (
-        (r"blocks\.(\d+)\.mixer\.(?:ssm\.)?", r"backbone.layers.\1.mixer."),
-        (r"blocks\.", "backbone.layers."),
-        (r"embedding\.", "backbone.embedding."),
-        (r"norm\.", "backbone.norm_f."),
-        (r"head\.", "lm_head."),
-    ):
-        if match := re.match(ours, name):
-            return match.expand(theirs) + name[match.end() :]
-    return name
+    """The authors' name of one of our weights."""
+    return rename(OFFICIAL_NAMES, name)
 
 
 def native_weights(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
-    """The weights of a checkpoint with our names: all that are wanted, and no others.
+    """The weights of a checkpoint under our names: exactly those in `wanted`.
 
-    Args: wanted: tensors of the shapes. tied: the head's weights are the embedding's, and may be left out.
+    Args: wanted: tensors of the right shapes. tied: head and embedding share weights, and the head's may be missing.
 
     Raises: ValueError, in one line, for weights that do not fit.
     """
     names: dict[str, str] = {}
     for name in weights:
-        if (twice := names.setdefault(native_name(name), name)) != name:
+        if (twice := names.setdefault(rename(NATIVE_NAMES, name), name)) != name:
             raise ValueError(f"{twice} and {name} are the same weight; leave one of them out")
     native = {ours: weights[name] for ours, name in names.items()}
     if tied and "embedding.weight" in native:
         native.setdefault("head.weight", native["embedding.weight"])
         if not torch.equal(native["head.weight"], native["embedding.weight"]):
-            raise ValueError("the weights of head and embedding differ, where config.json says that they are tied")
+            raise ValueError("the weights of head and embedding differ, but config.json says that they are tied")
     shapes = [
         f"{names[name]} {tuple(native[name].shape)} {native[name].dtype} for {tuple(tensor.shape)}"
         for name, tensor in wanted.items()
@@ -233,7 +226,7 @@ def _first(found: list[str]) -> str:
 
 
 def checkpoint_folder(source: str | Path) -> Path:
-    """The folder of a checkpoint: the one named, or of the files of a repository on the Hugging Face hub.
+    """The folder of a checkpoint: `source` itself, or the download of a repository on the Hugging Face hub.
 
     Raises: FileNotFoundError, NotADirectoryError.
     """
@@ -252,27 +245,32 @@ def checkpoint_folder(source: str | Path) -> Path:
 
 
 def from_hub(repository: str, patterns: list[str], instead: str) -> Path:
-    """A folder with those files of a repository on the Hugging Face hub that match the patterns.
+    """Download the files of a repository on the Hugging Face hub that match the patterns. Returns: their folder.
 
-    Raises: FileNotFoundError that says what to give instead.
+    Args: instead: for the message, what to give instead.
+
+    Raises: FileNotFoundError.
     """
     from huggingface_hub import snapshot_download  # for a single file, hf_hub_download retries half a minute offline
-    from huggingface_hub.errors import HFValidationError, HTTPError  # of whichever library the hub's client uses
+    from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError of the client's HTTP library
 
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except HFValidationError as error:  # no name that the hub could have
+    except HFValidationError as error:  # not a valid name on the hub
         raise FileNotFoundError(f"there is no {repository}; give {instead}") from error
     except (OSError, HTTPError) as error:
         reason = str(error).partition("\n")[0]
-        message = f"there is no {repository} here, and the hub does not give it ({reason}); give {instead}"
+        message = f"there is no {repository} here, and the hub does not have it ({reason}); give {instead}"
         raise FileNotFoundError(message) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises: ValueError for anything but a table. FileNotFoundError."""
+    """Read a JSON object.
+
+    Raises: ValueError for other content. FileNotFoundError.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path.name} in {path.parent}; a language model has {EXPECTED}")
+        raise FileNotFoundError(f"there is no {path.name} in {path.parent}; a language model needs {EXPECTED}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -283,16 +281,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint, from one file or from shards.
+    """Read all weights of a checkpoint, from one file or from shards.
 
-    Raises: ValueError for files that are damaged, or hold something else. FileNotFoundError, also for a shard.
+    Raises: ValueError for damaged files, and files with other content. FileNotFoundError for missing files and shards.
     """
     for name in FILES:
         if (folder / name).exists():
             return _read_tensors(folder / name)
         if (index := folder / f"{name}.index.json").exists():
             return _read_shards(index)
-    raise FileNotFoundError(f"there are no weights in {folder}; a language model has {EXPECTED}")
+    raise FileNotFoundError(f"there are no weights in {folder}; a language model needs {EXPECTED}")
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -303,12 +301,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     if outside := [file for file in files if Path(file).name != file]:
         raise ValueError(f"{index} names files of other folders: {_first(outside)}")
     if absent := [file for file in files if not (index.parent / file).is_file()]:
-        raise FileNotFoundError(f"{len(absent)} of {len(files)} shards are not in {index.parent}: {_first(absent)}")
+        raise FileNotFoundError(f"{len(absent)} of {len(files)} shards are missing in {index.parent}: {_first(absent)}")
     weights: dict[str, Tensor] = {}
     for file in files:
         held = _read_tensors(index.parent / file)
         if lost := sorted({name for name, place in places.items() if place == file} ^ set(held)):
-            raise ValueError(f"{index.parent / file} does not hold the weights that {index.name} says: {_first(lost)}")
+            raise ValueError(f"{index.parent / file} does not hold the weights that {index.name} lists: {_first(lost)}")
         weights |= held
     return weights
 
@@ -321,8 +319,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is damaged: {error}") from error
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises almost anything on a damaged file
+    except Exception as error:  # torch raises almost any type for a damaged file
         raise ValueError(f"{path} is damaged, or holds more than weights") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{path} must hold weights by name alone")
+        raise ValueError(f"{path} must hold only weights by name")
     return weights

@@ -1,11 +1,12 @@
-"""MambaLM: the 1-D sequence core as a language model.
+"""MambaLM: a Mamba language model, which loads the checkpoints of state-spaces/mamba.
 
-Gu & Dao 2023, arXiv 2312.00752; loads the checkpoints of state-spaces/mamba. In shapes: B batch, L length, V tokens.
+Source: Gu & Dao 2023, arXiv 2312.00752. In shapes: B batch, L length, V vocabulary.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -23,10 +24,10 @@ class MambaLM(nn.Module):
 
     Args:
         vocab_size: tokens V. d_model: channels. depth: blocks. d_state, d_conv, expand, dt_rank: see `Mamba`.
-        norm_eps: of the RMS norms.
-        residual_in_fp32: the residual stream is fp32 at least; False: it has the weights' dtype.
-        tie_embeddings: the head's weights are the embedding's.
-        vocab_multiple: the embedding has room for a multiple of so many tokens; nothing but speed depends on it.
+        norm_eps: epsilon of the RMS norms.
+        residual_in_fp32: keep the residual stream in fp32 at least; False: in the dtype of the weights.
+        tie_embeddings: the head shares the weights of the embedding.
+        vocab_multiple: round the rows of the embedding up to a multiple of this; it affects only speed.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class MambaLM(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.vocab_size, self.residual_in_fp32 = vocab_size, residual_in_fp32
         rank = {} if dt_rank is None else {"dt_rank": dt_rank}
-        self.config = {  # with the authors' names
+        self.config = {  # under the authors' names
             "d_model": d_model,
             "n_layer": depth,
             "vocab_size": vocab_size,
@@ -61,13 +62,12 @@ class MambaLM(nn.Module):
             "pad_vocab_size_multiple": vocab_multiple,
             "tie_embeddings": tie_embeddings,
         }
-        if norm_eps != 1e-5:  # the only one of the authors' code, which refuses this option
+        if norm_eps != 1e-5:  # the authors' code has only 1e-5, and refuses the option
             self.config["norm_epsilon"] = norm_eps
         rows = -(-vocab_size // vocab_multiple) * vocab_multiple
         self.embedding = nn.Embedding(rows, d_model, **dd)
-        self.blocks = nn.ModuleList(
-            MambaBlock(d_model, d_state, d_conv, expand, dt_rank, norm_eps=norm_eps, **dd) for _ in range(depth)
-        )
+        blocks = (MambaBlock(d_model, d_state, d_conv, expand, dt_rank, norm_eps=norm_eps, **dd) for _ in range(depth))
+        self.blocks = cast("Sequence[MambaBlock]", nn.ModuleList(blocks))
         self.norm = RMSNorm(d_model, eps=norm_eps, **dd)
         self.head = nn.Linear(d_model, rows, bias=False, **dd)
         if tie_embeddings:
@@ -76,18 +76,18 @@ class MambaLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """As the authors do: embeddings of deviation 0.02, output projections divided by the root of the depth."""
+        """Initialise as the authors do: embeddings of std 0.02, output projections divided by sqrt(depth)."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         for block in self.blocks:
-            block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))  # type: ignore[union-attr, operator]
+            block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
 
     def no_weight_decay(self) -> set[str]:
-        """Names and patterns of the parameters to spare from weight decay."""
+        """Names and patterns of the parameters without weight decay."""
         return {"*.A_log", "*.D", "*.dt_proj.bias", "*norm.weight"}
 
     def allocate_cache(self, batch_size: int) -> list[MambaCache]:
-        """A cache that has seen nothing; its size does not depend on how much it will see."""
-        return [block.mixer.allocate_cache(batch_size) for block in self.blocks]  # type: ignore[union-attr, operator]
+        """A cache for the start of a sequence. Its size does not depend on the length."""
+        return [block.mixer.allocate_cache(batch_size) for block in self.blocks]
 
     def _embed(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)
@@ -100,14 +100,14 @@ class MambaLM(nn.Module):
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
     ) -> Tensor:
-        """Normalised hidden states (B, L, d_model) of token ids (B, L).
+        """Token ids (B, L) -> normalised hidden states (B, L, d_model).
 
         Args:
-            cache: read, and updated in place: calls with parts of a sequence are one call with the whole.
-            mask: (B, L) of bool, False where there is no token, wherever that is: all else is as if such places were
-                not there. Their own outputs mean nothing.
-            seq_idx: (B, L), which of several sequences packed into a row a token belongs to: each is as if alone. Not
-                with a mask.
+            cache: continues the sequence and is updated in place. Calls with parts of a sequence equal one call.
+            mask: (B, L) of bool, False for padding, at any place. Outputs and cache are as if the padding were not
+                there. Outputs at the padding are meaningless.
+            seq_idx: (B, L), for several sequences packed into a row: the sequence of each token. Each is treated as if
+                it were alone. Not with a mask.
 
         Raises: ValueError for a mask of another shape or dtype, or together with seq_idx.
         """
@@ -123,14 +123,14 @@ class MambaLM(nn.Module):
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, L, V) of the tokens that follow ids (B, L); arguments as of `forward_features`."""
+        """Token ids (B, L) -> logits (B, L, V) of the next tokens; for the arguments see `forward_features`."""
         return self.head(self.forward_features(ids, cache, mask, seq_idx))[..., : self.vocab_size]
 
     def step(self, ids: Tensor, cache: list[MambaCache]) -> Tensor:
-        """Logits (B, V) of what follows one more token of each sequence, ids (B,)."""
+        """One more token of each sequence, ids (B,) -> logits (B, V) of the next one."""
         x = self._embed(ids)
         for block, one in zip(self.blocks, cache, strict=True):
-            x = block.step(x, one)  # type: ignore[operator]
+            x = block.step(x, one)
         return self.head(self.norm(x))[..., : self.vocab_size]
 
     def generate(
@@ -144,7 +144,7 @@ class MambaLM(nn.Module):
         eos: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """New tokens (B, at most max_new_tokens) that follow each prompt, see `stream`."""
+        """Generate tokens (B, at most max_new_tokens) after each prompt; see `stream`."""
         stream = self.stream(
             prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos=eos, generator=generator
         )
@@ -162,19 +162,19 @@ class MambaLM(nn.Module):
         eos: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the next token of each sequence, (B,), as soon as it is there. Time and memory of a token do not grow
-        with what came before. On a GPU all steps but the first are one CUDA graph.
+        """Yield the next token of each sequence, (B,), as soon as it is generated.
+
+        Time and memory per token do not grow with the length. On a GPU, one CUDA graph replays all steps but the first.
 
         Args:
             prompts: token ids (B, L), or B sequences of different lengths.
-            max_new_tokens: at most.
-            temperature: logits are divided by it before sampling; 0 takes the likeliest token.
-            top_k: sample among so many likeliest tokens. top_p: among the fewest that have this probability together.
-            eos: a token that ends its sequence, which goes on with it while others still run.
-            generator: of random numbers, on the model's device.
+            max_new_tokens: limit per sequence.
+            temperature: divides the logits before sampling; 0 takes the most likely token.
+            top_k: sample among the k most likely tokens. top_p: among the fewest tokens whose probabilities reach p.
+            eos: the token that ends a sequence. An ended sequence repeats it while others still run.
+            generator: source of random numbers, on the model's device.
 
-        Raises: ValueError for an empty prompt, tokens that the model does not have, options that mean nothing, and
-            where the model's answer is not a number.
+        Raises: ValueError for an empty prompt, tokens outside the vocabulary, invalid options and NaN logits.
         """
         check_sampling(temperature, top_k, top_p)
         if max_new_tokens < 1:
@@ -182,12 +182,12 @@ class MambaLM(nn.Module):
         ids, mask = pad_left(prompts, self.embedding.weight.device)
         low, high = (value.item() for value in ids.aminmax())
         if low < 0 or high >= self.vocab_size:
-            which, known = low if low < 0 else high, f"the model knows 0 .. {self.vocab_size - 1}"
-            raise ValueError(f"prompts hold the token {which}, but {known}; take the tokenizer that belongs to it")
+            wrong, known = low if low < 0 else high, f"the model knows 0 .. {self.vocab_size - 1}"
+            raise ValueError(f"prompts hold the token {wrong}, but {known}; use the model's own tokenizer")
         cache = self.allocate_cache(len(ids))
         logits = self.head(self.forward_features(ids, cache, mask)[:, -1])[..., : self.vocab_size]
         if logits.isnan().any():
-            raise ValueError(f"logits are NaN: weights are, or something overflows in {logits.dtype}; try float32")
+            raise ValueError(f"logits are NaN: weights are NaN, or {logits.dtype} overflows; try float32")
         step: Callable[[Tensor], Tensor] | None = None
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for left in reversed(range(max_new_tokens)):
@@ -202,14 +202,14 @@ class MambaLM(nn.Module):
             logits = step(token)
 
     def _stepper(self, ids: Tensor, cache: list[MambaCache]) -> Callable[[Tensor], Tensor]:
-        """`step` on this cache; on a GPU as a CUDA graph, without its launches one by one."""
+        """`step` on this cache; on a GPU as a CUDA graph, which saves the kernel launches."""
         if not ids.is_cuda:
             return lambda token: self.step(token, cache)
         static, kept = ids.clone(), [[part.clone() for part in one] for one in cache]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):  # kernels are compiled and chosen
+            for _ in range(3):  # warm-up: compile and autotune the kernels
                 self.step(static, cache)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -228,15 +228,16 @@ class MambaLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, device=None, dtype=None) -> "MambaLM":
-        """A model from a folder or a repository on the Hugging Face hub, as state-spaces/mamba publishes them
-        (state-spaces/mamba-130m) and transformers does (MambaForCausalLM, MambaModel): config.json, and
-        model.safetensors or pytorch_model.bin, whole or in shards. The tokens that begin, end and pad a text are not
-        read from it; `stream` is told its own.
+        """Load a model from a folder or a repository on the Hugging Face hub.
+
+        Takes checkpoints of state-spaces/mamba (such as state-spaces/mamba-130m) and of transformers (MambaForCausalLM,
+        MambaModel): config.json, and model.safetensors or pytorch_model.bin, whole or in shards. Special tokens in
+        config.json are ignored; pass `eos` to `stream`.
 
         Args: dtype: of the weights, torch's default if None.
 
-        Raises: ValueError for a configuration that is not one of Mamba's first version, for weights that do not fit it
-            and for damaged files. OSError, where something is not there.
+        Raises: ValueError for a configuration other than Mamba's first version, for weights that do not fit it and for
+            damaged files. OSError for missing files.
         """
         folder = checkpoint_folder(source)
         arguments = arguments_of(read_json(folder / "config.json"))
@@ -247,29 +248,29 @@ class MambaLM(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors with the authors' names, for their code and `from_pretrained`."""
+        """Write config.json and model.safetensors under the authors' names, for their code and `from_pretrained`."""
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         weights = {official_name(name): value.contiguous() for name, value in self.state_dict().items()}
         if self.config["tie_embeddings"]:
-            del weights["lm_head.weight"]  # the same memory, which the format does not hold twice
+            del weights["lm_head.weight"]  # shares memory with the embedding, which safetensors refuses
         write_json(self.config, folder / "config.json")
         with whole_file(folder / "model.safetensors") as unfinished:
             save_file(weights, unfinished, {"format": "pt"})
 
 
 def pad_left(prompts: Tensor | Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Ids (B, L) and which of them are tokens, (B, L); None where all are.
+    """Pad prompts on the left to ids (B, L), with a mask (B, L) of the tokens; the mask is None without padding.
 
-    Raises: ValueError for no prompt, an empty one, or ids that are no whole numbers.
+    Raises: ValueError for no prompts, an empty prompt, or ids that are not whole numbers.
     """
     if isinstance(prompts, Tensor):
         if prompts.ndim != 2 or prompts.numel() == 0:
-            raise ValueError(f"prompts must be (batch, length) with tokens in them, got {tuple(prompts.shape)}")
+            raise ValueError(f"prompts must be (batch, length) and not empty, got {tuple(prompts.shape)}")
         return prompts.to(device), None
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
-        raise ValueError(f"prompts must have a token each, got lengths {lengths}; start one with the end-of-text token")
+        raise ValueError(f"each prompt must have a token, got lengths {lengths}; begin with the end-of-text token")
     ids, mask = torch.zeros(len(lengths), max(lengths), dtype=torch.int64), None
     for row, prompt in zip(ids, prompts, strict=True):
         tokens = torch.as_tensor(prompt)
@@ -283,7 +284,7 @@ def pad_left(prompts: Tensor | Sequence[Sequence[int]], device: torch.device) ->
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises: ValueError for options of `sample` that mean nothing."""
+    """Raises: ValueError for invalid options of `sample`."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if top_k is not None and top_k < 1:
@@ -299,7 +300,7 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A token of each row of logits (B, V); arguments as of `MambaLM.stream`."""
+    """Sample one token per row of logits (B, V); for the arguments see `MambaLM.stream`."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -307,8 +308,8 @@ def sample(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None:
         ordered, places = logits.softmax(-1).sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # of the likelier ones; the first has none
+        before = ordered.cumsum(-1) - ordered  # probability of all more likely tokens; 0 for the first
         logits = logits.masked_fill((before >= top_p).gather(-1, places.argsort(-1)), -math.inf)
-    # The largest of the logits with Gumbel noise, which is a sample of their softmax without a synchronisation.
+    # The argmax of logits plus Gumbel noise is a sample of their softmax. It needs no synchronisation with the GPU.
     noise = torch.empty_like(logits).exponential_(generator=generator)
     return (logits - noise.log()).argmax(-1)

@@ -1,4 +1,4 @@
-"""The layers that a vision or sequence model can mix its tokens with."""
+"""The mixers of a vision or sequence model, by name."""
 
 import math
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from torch import nn
 from vim.layers import S4, S4D, S4ND, BiMamba, BiMamba2, GatedConv, Mamba, Mamba2
 from vim.layers.checks import check_choice
 
-# Their kernels are made for a length, which FX has no number for.
+# Their kernels need the length as a number, which FX does not have.
 for _layer in (S4, S4D, S4ND):
     register_notrace_module(_layer)
 
 Mixer = Literal["bimamba", "mamba", "bimamba2", "mamba2", "s4d", "s4", "s4nd", "none"]
 
-# Options and their values where none are given, and the mixers that have not all of them.
+# Default values of the options, and the options that some mixers do not have.
 DEFAULTS = {"d_state": 16, "d_conv": 4, "expand": 2}
 LACKS = {"s4d": ("d_conv", "expand"), "s4": ("d_conv", "expand"), "s4nd": ("d_conv", "expand"), "none": ("d_state",)}
 
@@ -32,15 +32,15 @@ def create_mixer(
     device=None,
     dtype=None,
 ) -> nn.Module:
-    """A module (batch, tokens, dim) -> the same shape; S4ND's is (batch, height, width, dim) -> the same shape.
+    """Create a module (batch, tokens, dim) -> the same shape; s4nd takes and returns (batch, height, width, dim).
 
     Args:
-        name: bimamba: Vim's. mamba: one direction, each token sees those before it. bimamba2, mamba2: Mamba-2's in two
-            directions and in one. s4d, s4: time-invariant, both directions. s4nd: both directions along each axis of
-            the image. none: no state space, convolutions alone.
-        dim: channels. tokens: in a sequence of the usual length.
-        d_state: states of a channel, 16 if None; "none" has no such option. d_conv, expand: taps of the convolution and
-            d_inner / dim, 4 and 2 if None; of the Mambas and of "none" alone.
+        name: bimamba: Vim's. mamba: causal. bimamba2, mamba2: Mamba-2 in two directions, and causal. s4d, s4:
+            time-invariant, in two directions. s4nd: in two directions along each axis of the image. none: convolutions
+            without a state space.
+        dim: channels. tokens: usual length of the sequence.
+        d_state: states per channel, 16 if None; "none" does not have it. d_conv, expand: taps of the convolution and
+            d_inner / dim, 4 and 2 if None; only the Mambas and "none" have them.
 
     Raises: ValueError for another name, or an option that the mixer does not have.
     """
@@ -50,7 +50,7 @@ def create_mixer(
         if given[option] is not None:
             raise ValueError(f"mixer {name!r} has no {option}, got {given[option]}; leave it out")
     d_state, d_conv, expand = (DEFAULTS[option] if value is None else value for option, value in given.items())
-    head_dim = math.gcd(expand * dim, 64)  # the authors' 64, or the largest power of two below that divides d_inner
+    head_dim = math.gcd(expand * dim, 64)  # the authors' 64, or the largest smaller power of two that divides d_inner
     makers: dict[str, Callable[[], nn.Module]] = {
         "bimamba": lambda: BiMamba(dim, d_state, d_conv, expand, **dd),
         "mamba": lambda: Mamba(dim, d_state, d_conv, expand, **dd),

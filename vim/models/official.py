@@ -1,30 +1,41 @@
-"""Checkpoints of the authors' code (hustvl/Vim): which weights of a file to take, and their names here."""
+"""Checkpoints of the authors' code (hustvl/Vim): which weights of a file to take, and how they are named here.
+
+A released file is a training state with two sets of weights: `model`, and its EMA `model_ema`. The pretrained cfg of a
+variant says which set gave the reported accuracy: `model_ema` if its `notes` hold EMA_NOTE, `model` if not.
+`pretrained=True`, a `file` in the cfg, `checkpoint_filter_fn` and our tools take that set.
+
+timm's `checkpoint_path=` and `load_checkpoint` unwrap a file before the model sees it. They take `model_ema` whenever
+the file has it; `load_checkpoint(model, path, use_ema=False)` takes `model`. To load a released file from disk use
+`timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": path})`.
+"""
 
 import re
-import sys
-from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import torch
 from timm.models import clean_state_dict, load_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
-# The one table of names, as (pattern, replacement) for a whole key. In the authors' code the backward direction's
-# parameters carry a `_b`: conv1d_b.weight, A_b_log, D_b.
-_NAMES = [
-    (r"layers\.(\d+)\.norm\.(.*)", r"blocks.\1.norm.\2"),
-    (r"layers\.(\d+)\.mixer\.(in_proj|out_proj)\.(.*)", r"blocks.\1.mixer.\2.\3"),
-    (r"layers\.(\d+)\.mixer\.(A|D|conv1d|x_proj|dt_proj)_b(|_log|\..*)", r"blocks.\1.mixer.backward_ssm.\2\3"),
-    (r"layers\.(\d+)\.mixer\.(A|D|conv1d|x_proj|dt_proj)(|_log|\..*)", r"blocks.\1.mixer.forward_ssm.\2\3"),
-    (r"norm_f\.(.*)", r"norm.\1"),
-]
+from vim.layers.rename import rename
 
-# Class tokens of the authors' files, and the class_token of models that have them.
+# Official name -> ours. The authors mark parameters of the backward direction with `_b`: conv1d_b.weight, A_b_log, D_b.
+NAMES = {
+    r"layers\.(\d+)\.norm\.(.*)": r"blocks.\1.norm.\2",
+    r"layers\.(\d+)\.mixer\.(in_proj|out_proj)\.(.*)": r"blocks.\1.mixer.\2.\3",
+    r"layers\.(\d+)\.mixer\.(A|D|conv1d|x_proj|dt_proj)_b(|_log|\..*)": r"blocks.\1.mixer.backward_ssm.\2\3",
+    r"layers\.(\d+)\.mixer\.(A|D|conv1d|x_proj|dt_proj)(|_log|\..*)": r"blocks.\1.mixer.forward_ssm.\2\3",
+    r"norm_f\.(.*)": r"norm.\1",
+}
+
+# Class tokens in a file -> the values of class_token whose models can load it.
 _CLASS_TOKENS = {
     (): ("none",),
     ("cls_token",): ("middle", "first"),
     ("cls_token_head", "cls_token_tail"): ("both",),
 }
+
+# PretrainedCfg has no field for this, and timm refuses unknown ones.
+EMA_NOTE = "weights: model_ema"
 
 
 def is_official(state_dict: dict[str, Tensor]) -> bool:
@@ -32,29 +43,22 @@ def is_official(state_dict: dict[str, Tensor]) -> bool:
     return any(re.match(r"layers\.\d+\.mixer\.", key) for key in state_dict)
 
 
-def native_name(key: str) -> str:
-    """The name here of an official parameter; names that both share come back unchanged."""
-    for pattern, replacement in _NAMES:
-        if re.fullmatch(pattern, key):
-            return re.sub(pattern, replacement, key)
-    return key
-
-
 def to_native(state_dict: dict[str, Tensor], class_token: str = "middle") -> dict[str, Tensor]:
-    """An official state dict under our names, with the class entries of the position table, which is in the order of
-    the sequence, moved to the front, where timm expects them. The order of the keys does not matter.
+    """Convert an official state dict, with its keys in any order.
+
+    The official position table is in the order of the sequence; here its class entries come first, as timm expects.
 
     Args:
-        class_token: where the model has its class tokens, see VisionMamba. The middle and the beginning have the same
-            names and shapes. A model of "none" takes any file; one class token is then in the middle.
+        class_token: of the model, see VisionMamba. "middle" and "first" have the same names and shapes. A model with
+            "none" takes any file; a single class token is then taken to be in the middle.
 
-    Raises: ValueError for a file whose class tokens stand elsewhere.
+    Raises: ValueError for a file with other class tokens.
     """
-    out = {native_name(key): value for key, value in state_dict.items()}
+    out = {rename(NAMES, key): value for key, value in state_dict.items()}
     tokens = [name for name in ("cls_token", "cls_token_head", "cls_token_tail") if name in out]
     fitting = _CLASS_TOKENS.get(tuple(tokens), ())
-    anything = class_token == "none" and fitting
-    if not anything and class_token not in fitting and (tokens or "pos_embed" in out):
+    fits = class_token in fitting or (class_token == "none" and bool(fitting))
+    if not fits and (tokens or "pos_embed" in out):
         raise ValueError(
             f"the checkpoint has {' and '.join(tokens) or 'no class token'}, the model class_token={class_token!r}; "
             f"create it with {' or '.join(map(repr, fitting)) or 'the one of the checkpoint'}"
@@ -69,45 +73,26 @@ def to_native(state_dict: dict[str, Tensor], class_token: str = "middle") -> dic
     return out
 
 
-def select_weights(checkpoint: dict, model: nn.Module) -> dict[str, Tensor]:
-    """The weights to take from a training state: `model_ema` for vim_base, `model` for the others.
+def takes_ema(cfg: dict[str, Any]) -> bool:
+    """Whether a pretrained cfg asks for `model_ema`."""
+    return EMA_NOTE in (cfg.get("notes") or ())
 
-    These are the ones behind the reported accuracy (for base, a third party found). A state dict comes back unchanged.
-    """
-    for key in ("model_ema" if _prefers_ema(model) else "model", "model", "state_dict"):
+
+def select_weights(checkpoint: dict[str, Any], cfg: dict[str, Any]) -> dict[str, Tensor]:
+    """The set of weights that the cfg asks for, from a training state. A state dict comes back unchanged."""
+    for key in ("model_ema" if takes_ema(cfg) else "model", "model", "state_dict"):
         if isinstance(checkpoint.get(key), dict):
             return clean_state_dict(checkpoint[key])
     return checkpoint
 
 
-def reselect_weights(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Official weights that timm read from a file, exchanged for those that `select_weights` takes of it.
+def reload_file(state_dict: dict[str, Tensor], cfg: dict[str, Any]) -> dict[str, Tensor]:
+    """Official weights that timm read from the cfg's `file`: replaced by `model` if the cfg asks for that.
 
-    timm's file loaders (`checkpoint_path=`, a cfg's `file`) take `model_ema` and hand over nothing else, while
-    `pretrained=True` hands over the whole training state: the same file would give two different models. What they
-    hand over does not tell where it comes from, so the path is read off the loader that is calling.
+    timm takes `model_ema` from a `file`, but passes on the whole training state of a download.
     """
-    path = _file_being_loaded()
-    if path is None or path.suffix == ".safetensors":
+    file, elsewhere = cfg.get("file"), cfg.get("source") in ("local-dir", "hf-hub") or cfg.get("state_dict")
+    if elsewhere or not file or str(file).endswith(".safetensors") or takes_ema(cfg) or not is_official(state_dict):
         return state_dict
-    again = load_state_dict(str(path), use_ema=_prefers_ema(model))
-    return again if again.keys() == state_dict.keys() else state_dict  # others: the caller has unwrapped them
-
-
-def _prefers_ema(model: nn.Module) -> bool:
-    return getattr(model, "pretrained_cfg", {}).get("architecture") == "vim_base"
-
-
-def _file_being_loaded() -> Path | None:
-    loaders = {
-        ("timm.models._helpers", "load_checkpoint"): "checkpoint_path",
-        ("timm.models._builder", "load_pretrained"): "pretrained_loc",
-    }
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        local = loaders.get((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
-        if local is not None:
-            source = frame.f_locals[local]
-            return Path(source) if isinstance(source, (str, Path)) and Path(source).is_file() else None
-        frame = frame.f_back
-    return None
+    again = load_state_dict(str(file), use_ema=False)
+    return again if again.keys() == state_dict.keys() else state_dict  # other keys: the caller removed a wrapper

@@ -1,19 +1,23 @@
-"""The patch embedding: an image as a sequence of patches."""
+"""The patch embedding: from an image to a sequence of patches."""
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import _assert, get_device_dtype, resample_patch_embed, to_2tuple
 from torch import Tensor, nn
 
 from vim.layers.plain import is_plain
 
 Size = int | tuple[int, int]
+Grid = tuple[int, int]  # rows and columns of patches
+
+torch.fx.wrap("rearrange")  # FX keeps the call as a leaf; inside, einops asks for the type of the tensor
 
 
 class PatchEmbed(nn.Module):
-    """Image (B, in_chans, H, W) -> patches (B, P, D), row by row; patches may overlap.
+    """Image (B, in_chans, H, W) -> patches (B, P, D), row by row. Patches may overlap.
 
-    The grid is ((H - patch) // stride + 1) x ((W - patch) // stride + 1): pixels that fill no patch are left out.
+    The grid is ((H - patch) // stride + 1) x ((W - patch) // stride + 1). Pixels that fill no patch are ignored.
     """
 
     def __init__(
@@ -34,7 +38,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype)
 
     def _set_sizes(self, img_size: Size, patch_size: Size, patch_stride: Size) -> None:
-        """All or none of them."""
+        """Check all sizes, then set all of them."""
         image, patch, stride = to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(patch_stride)
         if min(patch) < 1 or min(stride) < 1:
             raise ValueError(f"patch_size and patch_stride must be positive, got {patch} and {stride}")
@@ -43,7 +47,7 @@ class PatchEmbed(nn.Module):
         self.img_size, self.patch_size, self.patch_stride = image, patch, stride
 
     @property
-    def grid_size(self) -> tuple[int, int]:
+    def grid_size(self) -> Grid:
         return self.dynamic_feat_size(self.img_size)
 
     @property
@@ -54,24 +58,30 @@ class PatchEmbed(nn.Module):
         """Pixels between neighbouring tokens."""
         return max(self.patch_stride)
 
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> Grid:
         """The grid of an image of `img_size`."""
         return self.grid_of(img_size, self.patch_size)
 
-    def grid_of(self, img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-        """The same with patches of another size; the stride follows a plain patch's."""
+    def grid_of(self, img_size: tuple[int, int], patch_size: tuple[int, int]) -> Grid:
+        """The grid with patches of another size. Without overlap the stride follows the patch size."""
         stride = patch_size if self.patch_stride == self.patch_size else self.patch_stride
         (h, w), (p_h, p_w), (s_h, s_w) = img_size, patch_size, stride
         return (h - p_h) // s_h + 1, (w - p_w) // s_w + 1
 
     @torch.no_grad()
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
-        """Change the image size, or resample the filters to another patch size; the stride follows a plain patch's."""
-        old, old_patch, plain = self.proj, self.patch_size, self.patch_stride == self.patch_size
+        """Change the image size, or resample the filters to another patch size.
+
+        Without overlap the stride follows the patch size.
+        """
+        old, old_patch, side_by_side = self.proj, self.patch_size, self.patch_stride == self.patch_size
         patch = old_patch if patch_size is None else to_2tuple(patch_size)
         if patch != old_patch and not is_plain(old):
-            raise ValueError("patch_size cannot change where something hangs on patch_embed.proj; change it before")
-        self._set_sizes(self.img_size if img_size is None else img_size, patch, patch if plain else self.patch_stride)
+            raise ValueError(
+                "patch_size cannot change while patch_embed.proj is wrapped or has hooks; change it before adding them"
+            )
+        stride = patch if side_by_side else self.patch_stride
+        self._set_sizes(self.img_size if img_size is None else img_size, patch, stride)
         if patch == old_patch:
             return
         dd = get_device_dtype(self)
@@ -88,9 +98,9 @@ class PatchEmbed(nn.Module):
             _assert(x.shape[-1] == w, f"input width must be img_size's {w}, got {x.shape[-1]}; see set_input_size")
         if self.patch_stride != self.patch_size or not is_plain(self.proj):
             return self.proj(x).flatten(2).transpose(1, 2)
-        # Patches that do not overlap are a matrix product; as a convolution in low precision cuDNN takes ten times as
-        # long, without tensor cores.
+        # Without overlap the embedding is one matrix product. cuDNN's convolution takes ten times as long in low
+        # precision, because it does not use tensor cores.
         (p_h, p_w), (rows, columns) = self.patch_size, self.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        x = x[..., : rows * p_h, : columns * p_w].unflatten(3, (columns, p_w)).unflatten(2, (rows, p_h))
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x = x[..., : rows * p_h, : columns * p_w]
+        x = rearrange(x, "b c (rows p_h) (columns p_w) -> b (rows columns) (c p_h p_w)", p_h=p_h, p_w=p_w)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)

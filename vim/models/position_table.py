@@ -1,31 +1,38 @@
 """Position tables of checkpoints: an entry for each class token, then one for each patch, row by row."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .vision_mamba import VisionMamba
+from .patch_embed import Grid, PatchEmbed
 
-Grid = tuple[int, int]
-GRID = "pos_embed_grid"  # in a state dict: rows and columns of the table's patches, where they are no square
+GRID = "pos_embed_grid"  # in a state dict: rows and columns of the table's patches, if they differ
 
 
-def fit_table(weights: dict[str, Tensor], model: "VisionMamba", grid: Grid | None = None) -> dict[str, Tensor]:
-    """Native weights for `model`, their filters and position table resampled to its sizes.
+class TableModel(Protocol):
+    """What fitting a table reads from a model."""
+
+    patch_embed: PatchEmbed
+    pos_embed: nn.Parameter
+    num_prefix_tokens: int
+    class_token: str
+
+
+def fit_table(weights: dict[str, Tensor], model: TableModel, grid: Grid | None = None) -> dict[str, Tensor]:
+    """Native weights for `model`, with patch filters and position table resampled to its sizes.
 
     Args:
-        grid: of the table's patches, where the weights do not say it and they are no square.
+        grid: of the table's patches. Needed if it is not square and the weights do not hold it.
 
-    Raises: ValueError for other class tokens, or a grid that cannot be told.
+    Raises: ValueError for other class tokens, or an unknown grid.
     """
     out = dict(weights)
     if "patch_embed.proj.weight" in out:
         size = list(model.patch_embed.patch_size)
         out["patch_embed.proj.weight"] = resample_patch_embed(out["patch_embed.proj.weight"], size)
-    table, noted, tokens, prefix = out.get("pos_embed"), out.pop(GRID, None), _tokens(out), model.num_prefix_tokens
+    table, saved_grid, tokens, prefix = out.get("pos_embed"), out.pop(GRID, None), _tokens(out), model.num_prefix_tokens
     if prefix == 0:  # a detector's backbone has no use for a classifier's token
         out.pop("cls_token", None)
         table, tokens = None if table is None else table[:, tokens:], 0
@@ -36,17 +43,21 @@ def fit_table(weights: dict[str, Tensor], model: "VisionMamba", grid: Grid | Non
             f"the checkpoint has {tokens} class tokens, a model with class_token={model.class_token!r} has {prefix}; "
             "create it with the checkpoint's class_token"
         )
-    old, new = _grid(table.shape[1] - tokens, noted, grid), model.patch_embed.grid_size
-    # (timm takes the time to resample what is the same, where it is exported.)
+    old, new = _grid(table.shape[1] - tokens, saved_grid, grid), model.patch_embed.grid_size
+    # (During an export timm would resample even to the same size.)
     out["pos_embed"] = table if old == new else resample_abs_pos_embed(table, list(new), list(old), prefix)
     if new[0] != new[1]:
         out[GRID] = torch.tensor(new)
     return out
 
 
-def check_table(weights: dict[str, Tensor], model: "VisionMamba") -> None:
-    """Raise ValueError for native weights whose position table has as many patches as the model's in another grid.
-    (Of another number load_state_dict says it.)"""
+def check_table(weights: dict[str, Tensor], model: TableModel) -> None:
+    """Refuse a position table with the model's number of patches in another grid.
+
+    load_state_dict refuses other numbers itself.
+
+    Raises: ValueError.
+    """
     table, tokens = weights.get("pos_embed"), _tokens(weights)
     if table is None or table.is_meta or table.shape != model.pos_embed.shape or tokens != model.num_prefix_tokens:
         return
@@ -60,7 +71,7 @@ def check_table(weights: dict[str, Tensor], model: "VisionMamba") -> None:
 
 
 def patches_of(weights: dict[str, Tensor]) -> int:
-    """Patches of the position table; 0 without one."""
+    """Number of patches in the position table; 0 without a table."""
     return weights["pos_embed"].shape[1] - _tokens(weights) if "pos_embed" in weights else 0
 
 
@@ -68,16 +79,16 @@ def _tokens(weights: dict[str, Tensor]) -> int:
     return weights["cls_token"].shape[1] if "cls_token" in weights else 0
 
 
-def _grid(patches: int, noted: Tensor | None, told: Grid | None = None) -> Grid:
+def _grid(patches: int, saved: Tensor | None, given: Grid | None = None) -> Grid:
     """The grid of a table.
 
     Args:
-        noted: in the weights. told: by the caller.
+        saved: with the weights. given: by the caller.
 
-    Raises: ValueError where neither is there and the patches are no square, or they contradict each other.
+    Raises: ValueError if both contradict each other, or both are missing and the number of patches is no square.
     """
     edge = round(patches**0.5)
-    known = {"pos_embed_grid": noted if noted is None else tuple(noted.flatten().tolist()), "img_size": told}
+    known = {"pos_embed_grid": saved if saved is None else tuple(saved.flatten().tolist()), "img_size": given}
     found = {name: grid for name, grid in known.items() if grid is not None} or {"its length": (edge, edge)}
     grid = next(iter(found.values()))
     if any(len(other) != 2 or other[0] * other[1] != patches or other != grid for other in found.values()):

@@ -1,4 +1,4 @@
-"""Text in and out of a language model."""
+"""Text as input and output of a language model."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -58,10 +58,10 @@ class GenerateConfig:
 
 
 def load_tokenizer(source: str | Path) -> "Tokenizer":
-    """From a file tokenizer.json, a folder that has one, or such a repository on the Hugging Face hub.
+    """Load a tokenizer from a file tokenizer.json, a folder with one, or a repository on the Hugging Face hub.
 
-    Raises: ModuleNotFoundError that says what to install. FileNotFoundError. ValueError for a file that is no
-        tokenizer.
+    Raises: ModuleNotFoundError with the command that installs tokenizers. FileNotFoundError. ValueError for a file that
+        is not a tokenizer.
     """
     try:
         from tokenizers import Tokenizer
@@ -72,11 +72,11 @@ def load_tokenizer(source: str | Path) -> "Tokenizer":
         folder = path if path.is_dir() else from_hub(str(source), [name], f"a file {name}, or a folder with one")
         path = folder / name
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {name} in {source}; give a file {name}")
+        raise FileNotFoundError(f"there is no {name} in {source}; give the path of a {name}")
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises no other kind
-        raise ValueError(f"{path} is no tokenizer: {error}") from error
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
 
 
 def stream_text(
@@ -90,11 +90,13 @@ def stream_text(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[list[str]]:
-    """Yield what each new token adds to the text of each prompt: "" while a character is incomplete, and after its end.
+    """Yield the text that each new token adds to each prompt.
 
-    Args: as of `MambaLM.stream`. Sequences end with the tokenizer's end of text, if it has one.
+    It is "" while a character is incomplete, and after the end of a sequence.
 
-    Raises: ValueError as there, and for a prompt or a token that the tokenizer has no words for.
+    Args: see `MambaLM.stream`. A sequence ends with the tokenizer's end-of-text token, if it has one.
+
+    Raises: ValueError as `MambaLM.stream`, and for a prompt or a token that the tokenizer does not know.
     """
     from tokenizers.decoders import DecodeStream
 
@@ -108,17 +110,20 @@ def stream_text(
         for i, token in enumerate(tokens.tolist()):
             ended[i] |= token == eos
             if not ended[i] and tokenizer.id_to_token(token) is None:
-                raise ValueError(f"the tokenizer has no token {token} that the model says; take that of the model")
+                raise ValueError(f"the tokenizer has no token {token}, which the model generated; use the model's own")
             pieces.append("" if ended[i] else decoders[i].step(tokenizer, token) or "")
         yield pieces
 
 
 def encode(tokenizer: "Tokenizer", prompt: str) -> list[int]:
-    """Raises: ValueError for text that the tokenizer has no tokens for."""
+    """Token ids of a prompt.
+
+    Raises: ValueError for text that the tokenizer does not know, or that gives no tokens.
+    """
     try:
         ids = tokenizer.encode(prompt).ids
-    except Exception as error:  # tokenizers raises no other kind
-        raise ValueError(f"the tokenizer does not know all of the prompt {prompt!r}: {error}") from error
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise ValueError(f"the tokenizer cannot encode the prompt {prompt!r}: {error}") from error
     if not ids:
-        raise ValueError(f"the tokenizer makes no tokens of the prompt {prompt!r}; give another")
+        raise ValueError(f"the prompt {prompt!r} has no tokens; give a longer one")
     return ids

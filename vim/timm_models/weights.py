@@ -123,8 +123,8 @@ class TimmLoading:
         """
         cfg = dict(pretrained_cfg)  # a copy: the model keeps the original
         source, file = self._locate(cfg)
-        if self.checkpoint is not None:  # tells filters that the weights are not the folder's
-            model.pretrained_cfg["source"] = ""
+        if self.checkpoint is not None:  # tells filters where the weights come from instead
+            model.pretrained_cfg.update(source="", file=cfg["file"])
         own = model.state_dict()
         heads = _classifiers(cfg)
         head_names = {name for name in own if name.startswith(tuple(f"{head}." for head in heads))}

@@ -2,7 +2,7 @@
 //
 //     pre[t] = bias + sum over k of weight[k] * x[t - past + k],    y[t] = silu(pre[t]) or pre[t],    past = width - 1
 //
-// with zeros for the steps of other sequences than t's, where several are packed into a row.
+// with zeros for steps of other sequences than t's if several are packed into a row.
 //
 // A vector holds neighbouring channels. A task is a chunk of steps of one batch element, tile by tile.
 #include <stdlib.h>
@@ -10,7 +10,7 @@
 #include "layout.h"
 #include "parallel.h"
 
-// STEPS: of a task; the backward recomputes `past` more. GRAIN: outputs, for `threads_for`.
+// STEPS: per task; the backward recomputes `past` more. GRAIN: in outputs, for `threads_for`.
 enum { STEPS = 128, GRAIN = 1 << 16 };
 
 typedef struct {
@@ -18,8 +18,8 @@ typedef struct {
     int64_t threads, batch, length, channels, width, silu;
     Sequence x, y;
     const real *weight, *bias, *initial_state;  // (channels, width), (channels) or NULL, (batch, past, channels) or NULL
-    Numbers segments;                           // of which sequence a step is, if several are packed into a row
-    // For the backward; gradients of what is NULL are NULL:
+    Numbers segments;                           // the sequence of each step, if several are packed into a row
+    // For the backward. The gradient of a NULL tensor is NULL:
     Sequence dy, dx;
     real *d_weight, *d_bias, *d_initial_state;
 } Conv;
@@ -29,9 +29,9 @@ typedef struct {
     int threads;
     int64_t chunks, past;
     real *weight;     // (channels * width tiled)
-    real *sums;       // (batch, chunks, channels * (width + 1) tiled) d_weight and d_bias of each task
+    real *sums;       // (batch, chunks, channels * (width + 1) tiled): d_weight and d_bias of each task
     Vec *rows;        // (threads, 2, 2 * past + STEPS)
-    int64_t *oldest;  // (threads, 2 * past + STEPS), of packed sequences
+    int64_t *oldest;  // (threads, 2 * past + STEPS), for packed sequences
 } Work;
 
 INLINE int lanes_at(const Conv *c, int64_t channel) {
@@ -52,8 +52,8 @@ static void read_rows(Vec *x, const Work *w, int64_t batch, int64_t start, int64
     }
 }
 
-// oldest[t - start] of steps [start, end): the first tap that meets a step of the same sequence, which also the initial
-// state is to the first step. Then for `past` more, 0.
+// oldest[t - start] of steps [start, end): the first tap that meets a step of the same sequence. The initial state
+// counts as part of the first step's sequence. The next `past` entries are 0.
 static void find_oldest(int64_t *oldest, const Work *w, int64_t batch, int64_t start, int64_t end) {
     const Conv *c = w->conv;
     for (int64_t t = start; t < end; t++) {
@@ -67,14 +67,14 @@ static void find_oldest(int64_t *oldest, const Work *w, int64_t batch, int64_t s
     for (int64_t i = 0; i < w->past; i++) *oldest++ = 0;
 }
 
-// pre of a step by the taps from `first` on, *x the input that tap 0 meets
+// pre of a step from the taps `first` and later; *x is the input of tap 0
 INLINE Vec convolve(const real *weight, Vec bias, const Vec *x, int64_t first, int64_t width, int lanes) {
     Vec sum = bias;
     for (int64_t k = first; k < width; k++) sum += load(weight + k * lanes, lanes) * x[k];
     return sum;
 }
 
-// `packed` is a constant, so that a row of one sequence pays for nothing.
+// `packed` is a compile-time constant, so rows of one sequence have no overhead.
 INLINE void forward_steps(const Work *w, int64_t task, int thread, bool packed) {
     const Conv *c = w->conv;
     int64_t batch = task / w->chunks, start = task % w->chunks * STEPS;
@@ -167,7 +167,7 @@ static bool begin_work(Work *w, const Conv *c, bool backward) {
     *w = (Work){.conv = c, .threads = threads, .chunks = (c->length + STEPS - 1) / STEPS, .past = c->width - 1};
     int64_t vectors = threads * 2 * (2 * w->past + STEPS);
     int64_t reals = c->channels * c->width + (backward ? c->batch * w->chunks * c->channels * (c->width + 1) : 0);
-    int64_t numbers = c->segments.data ? vectors / 2 : 0;  // a vector's memory holds one
+    int64_t numbers = c->segments.data ? vectors / 2 : 0;  // one per vector, in the memory of a vector
     w->rows = aligned_alloc(sizeof(Vec), (vectors + numbers + reals / LANES + 1) * sizeof(Vec));
     if (!w->rows) return false;
     w->oldest = (int64_t *)(w->rows + vectors);

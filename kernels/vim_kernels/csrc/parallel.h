@@ -1,4 +1,4 @@
-// Numbered tasks on a few threads.
+// Run numbered tasks on a few threads.
 #pragma once
 
 #include <pthread.h>
@@ -22,7 +22,7 @@ static void take_tasks(void *job) {
     for (int64_t task; (task = atomic_fetch_add(&j->next_task, 1)) < j->tasks;) j->run(j->work, task, thread);
 }
 
-// Threads worth using for `work` operations if waking one takes as long as `grain` of them.
+// Number of threads that pays off for `work` operations if waking one takes as long as `grain` operations.
 static int threads_for(int64_t threads, int64_t work, int64_t grain) {
     return (int)(threads <= work / grain ? threads : 1 + work / grain);
 }
@@ -32,9 +32,9 @@ static void *take_tasks_and_end(void *job) {
     return NULL;
 }
 
-// Call run(work, task, thread) once for each task, in any order; a `thread` in [0, threads) has one task at a time.
-// torch's own threads do it: others would wait for those to stop spinning after torch's last operator. Without a team
-// (no OpenMP, or a forked process, where libgomp would hang) threads start and end here.
+// Call run(work, task, thread) once per task, in any order; a `thread` in [0, threads) runs one task at a time. The
+// tasks run on torch's own threads: other threads would have to wait until those stop spinning after torch's last
+// operator. Without a team (no OpenMP, or a forked process, where libgomp would hang) threads start and end here.
 static void parallel(Team team, int threads, int64_t tasks, void (*run)(const void *, int64_t, int), const void *work) {
     Job job = {.run = run, .work = work, .tasks = tasks};
     if (threads > tasks) threads = (int)tasks;

@@ -4,33 +4,33 @@
 //     h[t] = exp(delta[t] * A) * h[t-1] + delta[t] * u[t] * B[t]
 //     y[t] = <C[t], h[t]> + D * u[t],    out = scale * sum over directions(y) * silu(z)
 //
-// Channels meet only in the sums that make dB and dC. So a vector holds neighbouring channels, a tile; its states stay
-// in registers, and steps follow one another in a plain loop. A task is a run of channels of one batch element. It
-// walks along the sequence in chunks of CHUNK steps and goes through each chunk tile by tile.
+// Channels interact only in the sums for dB and dC. So a vector holds a tile of neighbouring channels, its states stay
+// in registers, and a plain loop runs over the steps. A task is a range of channels of one batch element. It walks
+// along the sequence in chunks of CHUNK steps and takes each chunk tile by tile.
 #include <stdlib.h>
 
 #include "layout.h"
 #include "parallel.h"
 
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
-enum { STATES = 16 };  // states of a tile that are in registers at a time: 16 of 32 registers
+enum { STATES = 16 };  // states of a tile in registers at a time: 16 of 32 registers
 #else
 enum { STATES = 8 };  // 8 of 16
 #endif
 
-// Shapes: B batch, E d_inner, N d_state. What may be absent is NULL, and so is its gradient.
+// Shapes: B batch, E d_inner, N d_state. An absent tensor is NULL, and so is its gradient.
 typedef struct {
-    Sequence u, dt, B, C, z, y, y_sum;            // z, y, y_sum: the same tensors for each direction
+    Sequence u, dt, B, C, z, y, y_sum;            // z, y, y_sum: shared by the directions
     const real *A, *D, *dt_bias, *initial_state;  // (E, N), (E), (E), (B, E, N)
-    real *last_state, *checkpoints;               // (B, E, N), (B, chunks, E * N tiled): the states before each chunk
-    Flags starts;                                 // whether the state is zero before a step, which begins a sequence
+    real *last_state, *checkpoints;               // (B, E, N), (B, chunks, E * N tiled): states before each chunk
+    Flags starts;                                 // whether a step begins a sequence: the state before it is zero
     // For the backward:
     Sequence dy, dz, du, ddt, dB, dC;
     const real *d_last_state;
     real *dA, *dD, *d_bias, *d_initial_state;
 } Direction;
 
-enum { MAX_DIRECTIONS = 2, GRAIN = 1 << 18 };  // GRAIN: states of all steps, for `threads_for`
+enum { MAX_DIRECTIONS = 2, GRAIN = 1 << 18 };  // GRAIN: in states times steps, for `threads_for`
 
 typedef struct {
     Team team;
@@ -39,13 +39,13 @@ typedef struct {
     Direction direction[MAX_DIRECTIONS];
 } Scan;
 
-// How the channels of a group are cut, and the memory that a call allocates.
+// The division of a group's channels, and the memory of a call.
 typedef struct {
     const Scan *scan;
     int threads;
-    int64_t task_channels, tasks;  // tasks: of a group
-    int64_t part_channels, parts;  // dB and dC are sums over parts in a fixed order, however many there are to a task
-    real *state;                   // (B, E * N tiled) the state, in the backward its gradient, between two chunks
+    int64_t task_channels, tasks;  // tasks: per group
+    int64_t part_channels, parts;  // dB and dC are sums over parts in a fixed order, for any number of parts per task
+    real *state;                   // (B, E * N tiled) the state between two chunks; in the backward its gradient
     struct {
         real *A;        // (E * N tiled) log2(e) * A
         real *sums;     // (B, E * (N + 2) tiled) dA, dD, d_bias of each batch element
@@ -68,13 +68,13 @@ static Task task_of(const Work *w, int64_t index) {
     return (Task){index / w->tasks / s->groups, group, group * channels + begin, group * channels + end};
 }
 
-// Lanes in use of the tile that begins at `channel`.
+// Number of used lanes of the tile that begins at `channel`.
 INLINE int lanes_at(const Scan *s, int64_t channel) {
     int64_t channels = s->d_inner / s->groups, left = channels - channel % channels;
     return left < LANES ? (int)left : LANES;
 }
 
-// `states` (B, E, N) -> `tiled` (B, E * N tiled) for the channels of a task; zero where there are no states.
+// `states` (B, E, N) -> `tiled` (B, E * N tiled) for the channels of a task; zeros if `states` is NULL.
 static void begin_states(const Scan *s, Task t, real *tiled, const real *states) {
     int64_t row = t.batch * s->d_inner, N = s->d_state;
     if (!states) {
@@ -98,9 +98,9 @@ typedef struct {
     const real *A;                  // (N, lanes)
     Sequence B, C;                  // (steps, N)
     real *state;                    // (N, lanes)
-    real *checkpoint;               // (N, lanes), NULL if there are none
-    Vec u[CHUNK], raw[CHUNK], delta[CHUNK], x[CHUNK];  // raw: the step before softplus. x = delta * u
-    bool begins[CHUNK];                                // set if sequences are packed: see `starts`
+    real *checkpoint;               // (N, lanes), NULL if none are saved
+    Vec u[CHUNK], raw[CHUNK], delta[CHUNK], x[CHUNK];  // raw: the step size before softplus. x = delta * u
+    bool begins[CHUNK];                                // set if sequences are packed; see `starts`
 } Tile;
 
 static void begin_tile(Tile *c, const Work *w, int direction, Task t, int64_t start, int64_t channel) {
@@ -128,8 +128,8 @@ static void begin_tile(Tile *c, const Work *w, int direction, Task t, int64_t st
         for (int k = 0; k < c->steps; k++) c->begins[k] = flag_at(d->starts, t.batch, start + k);
 }
 
-// Take states [first, first + states) of the tile through the chunk and add <C, h> to y. `packed` is a constant, so
-// that a row of one sequence pays for nothing.
+// Advance states [first, first + states) of the tile through the chunk and add <C, h> to y. `packed` is a compile-time
+// constant, so rows of one sequence have no overhead.
 INLINE void forward_states(const Tile *c, int64_t first, int states, bool packed, Vec *y) {
     Vec A[STATES], h[STATES];
     UNROLL for (int n = 0; n < states; n++) {
@@ -199,15 +199,15 @@ static void forward_task(const void *work, int64_t index, int thread) {
     }
 }
 
-// What the states of a tile send back to each step of the chunk.
+// The contributions of a tile's states to the gradients of each step of the chunk.
 typedef struct {
-    Vec *dB, *dC;         // (CHUNK, N) gradients of B and C, yet to be summed over lanes
+    Vec *dB, *dC;         // (CHUNK, N) gradients of B and C, not yet summed over lanes
     Vec along_A[CHUNK];  // sum over n of g decay h[t-1] log2(e) A
     Vec along_B[CHUNK];  // sum over n of g B
 } Sums;
 
 // Recompute states [first, first + states) of the chunk, then run the adjoint backwards:
-// g[t] = dy[t] C[t] + decay[t+1] g[t+1]. `c->state` holds decay g of the step behind.
+// g[t] = dy[t] C[t] + decay[t+1] g[t+1]. `c->state` holds decay g of the following step.
 INLINE void backward_states(const Tile *c, int64_t N, int64_t first, int states, bool packed, const Vec *dy, real *dA,
                             Sums *sums) {
     Vec A[STATES], h[STATES], decay[CHUNK][STATES], decayed[CHUNK][STATES];  // decayed = decay[t] h[t-1]
@@ -302,8 +302,8 @@ static void backward_tile(const Work *w, int direction, Task t, int64_t start, i
     store(d_bias, sum_bias, c.lanes);
 }
 
-// Write what a part of the channels adds to a gradient of B or C in one chunk. The sum over the parts is in their order
-// whoever runs them: a task that has them all adds to `whole`, others write to `shares` for `sum_shares` to add.
+// Write the share of a part of the channels in a gradient of B or C, for one chunk. Parts are summed in order, on any
+// number of threads: a task with all parts adds to `whole`; other tasks write to `shares`, for `sum_shares` to add.
 static void write_share(const Work *w, Task t, int64_t start, int64_t part, const Vec *sums, Sequence whole,
                         real *shares) {
     const Scan *s = w->scan;
@@ -374,11 +374,11 @@ static void sum_batch(const Work *w) {
     }
 }
 
-// Cut the channels and allocate. Returns false if there is no memory.
+// Divide the channels and allocate. Returns false if there is no memory.
 static bool begin_work(Work *w, const Scan *s, bool backward) {
     int64_t E = s->d_inner, N = s->d_state, rows = s->batch * s->groups, tiles = ceil_div(E / s->groups, LANES);
-    // Wide parts and tasks read memory in long runs, which took up to a third off the backward of long sequences. But a
-    // call needs some parts, so that it can have tasks for many threads, and each thread a few tasks to balance.
+    // Wide parts and tasks read memory in long runs, which cut the backward of long sequences by up to a third. But
+    // there must be enough parts for many threads, and a few tasks per thread for balance.
     int64_t part_tiles = 8;
     while (part_tiles > 1 && rows * ceil_div(tiles, part_tiles) < 8) part_tiles /= 2;
     int64_t parts = ceil_div(tiles, part_tiles), task_parts = parts;

@@ -1,4 +1,4 @@
-// Vectors of channels: as many neighbouring channels as a register holds, in the precision of the library.
+// Vectors of channels: as many neighbouring channels as fit in a register, in the precision of the library.
 #pragma once
 
 #include <math.h>
@@ -37,7 +37,7 @@ enum { LANES = VECTOR_BYTES / sizeof(real) };
 
 INLINE Vec splat(real x) { return x - (Vec){0}; }
 
-// Channels past the last one of a group are 0 in registers and do not exist in memory.
+// Channels past the last one of a group are 0 in registers and absent from memory.
 INLINE Vec load(const real *p, int lanes) {
     if (lanes == LANES) return *(const Unaligned *)p;
     Vec v = {0};
@@ -52,7 +52,7 @@ INLINE void store(real *p, Vec v, int lanes) {
         memcpy(p, &v, lanes * sizeof(real));
 }
 
-// Load, and ask for the tile behind it: its rows lie too far apart for the processor to foresee.
+// Load, and prefetch the next tile: its rows are too far apart for the hardware prefetcher.
 INLINE Vec stream(const real *p, int lanes) {
     __builtin_prefetch(p + LANES);
     return load(p, lanes);
@@ -83,13 +83,13 @@ INLINE Vec softplus_slope(Vec x) { EACH_LANE(v > 20 ? 1 : 1 / (1 + exp(-v))); }
 
 #else
 
-// 2^x = 2^whole * 2^f with f in [-1/2, 1/2], where a polynomial has a relative error of 2e-7 and is exactly 1 at 0, so
-// that decays close to 1 do not drift over a long sequence. 2^-inf is 0, 2^inf is inf, NaN stays NaN.
+// 2^x = 2^whole * 2^f with f in [-1/2, 1/2]. The polynomial has a relative error of 2e-7 and is exactly 1 at 0, so
+// decays close to 1 do not drift over a long sequence. 2^-inf is 0, 2^inf is inf, NaN stays NaN.
 INLINE Vec exp2_of(Vec x) {
 #if VECTOR_BYTES == 64
     Vec f = (Vec)_mm512_reduce_ps((__m512)x, 8), whole = x - f;
 #else
-    // The result is 0 below -127 and inf above 128; no comparison with a NaN holds.
+    // The result is 0 below -127 and inf above 128. Comparisons with NaN are false.
     x = choose(x < -127, splat(-127), x);
     x = choose(x > 128, splat(128), x);
     const float shift = 0x1.8p23f + 127;  // x + shift has the biased exponent round(x) + 127 in its low bits
@@ -108,7 +108,7 @@ INLINE Vec exp2_of(Vec x) {
 #endif
 }
 
-// exp(-|x|): no overflow on the way to sigmoid and softplus.
+// exp(-|x|): keeps sigmoid and softplus from overflowing.
 INLINE Vec exp_minus_abs(Vec x) {
     Vec minus_abs = (Vec)((Mask)x | INT32_MIN);
     return exp2_of(minus_abs * 0x1.715476p0f);

@@ -1,12 +1,12 @@
 # Triton grows a tuple by `tiles + (tile,)` and by nothing else.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
-"""Long sequences of few rows, for the Triton scan: cut into windows that run at the same time.
+"""Windows for the Triton scan: few long sequences are cut into pieces that run in parallel.
 
-To the scan kernels a window is a sequence of its own. What they need besides is the state in front of every window, or
-for the backward the adjoint behind it, and these kernels find it: `_ends_kernel` runs the recurrence alone over each
-window from zero, and `_starts_kernel` goes from window to window with `start' = exp(A sum(delta)) start + end`. Finding
-them costs one more exponential for each state and step; it pays where whole sequences would leave the GPU idle.
+To the scan kernels a window is a separate sequence. They also need the state before each window, or for the backward
+the adjoint after it. `_ends_kernel` runs only the recurrence over each window, starting from zero. `_starts_kernel`
+then goes from window to window with `start' = exp(A sum(delta)) start + end`. This costs one more exponential per state
+and step; it pays off if whole sequences would leave the GPU idle.
 """
 
 import math
@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .directions import Direction
-from .rows import columns, cut_bytes, row_arguments, sizes
-from .triton_tiles import (
+from ..directions import Direction
+from ..rows import columns, cut_bytes, row_arguments, sizes
+from .activations import LOG2E
+from .tiles import (
     INTERVAL,
-    LOG2E,
     Tile,
     along,
     fold,
@@ -38,22 +38,22 @@ from .triton_tiles import (
     step_sizes,
     store_states,
     unpack_all,
-    zeros,
 )
+from .tuples import zeros
 
 
 @triton.jit(
     do_not_specialize=["batch", "length", "window", "windows", "x_pitch", "dt_pitch", "B_pitch"],
 )
 def _ends_kernel(
-    x,  # (B, L, E), one for each direction: u, or for the adjoint dy
+    x,  # (B, L, E), one per direction: u, or for the adjoint dy
     dt,  # (B, L, E), likewise
     A,  # (E, N)
-    B,  # (B, L, G, N): B, or C
+    B,  # (B, L, G, N): B, or for the adjoint C
     dt_bias,  # (E,) or None
-    cuts,  # (B, L + 1) or None: whether sequences meet in front of a row, where several are packed into one
+    cuts,  # (B, L + 1) or None: whether packed sequences change before a step
     ends,  # (windows, directions, B, E, N)
-    totals,  # (windows, directions, B, E): sums of delta; infinite where a sequence begins in the window
+    totals,  # (windows, directions, B, E): sums of delta; infinite if a sequence begins in the window
     batch,
     length,
     window,
@@ -66,7 +66,7 @@ def _ends_kernel(
     dt_stride,
     B_pitch,
     B_stride,
-    REVERSE: tl.constexpr,  # for each direction, of the scan
+    REVERSE: tl.constexpr,  # per direction, of the scan
     ADJOINT: tl.constexpr,
     SCALE: tl.constexpr,  # of dy
     SOFTPLUS: tl.constexpr,
@@ -92,7 +92,7 @@ def _ends_kernel(
     group = pid // blocks % GROUPS
     b = (pid // (blocks * GROUPS) % batch).to(tl.int64)
     dirs = pid // (blocks * GROUPS) // batch % DIRECTIONS
-    order = pid // (blocks * GROUPS) // batch // DIRECTIONS  # among the windows, as this recurrence comes to them
+    order = pid // (blocks * GROUPS) // batch // DIRECTIONS  # position of the window in processing order
 
     t = tl.arange(0, SPREAD * LANES)[:, None]
     p = t % SPREAD
@@ -170,14 +170,14 @@ def _ends_kernel(
 
 @triton.jit(do_not_specialize=["batch", "windows"])
 def _starts_kernel(
-    ends,  # (windows, directions, B, E, N): the end of each window from zero, replaced by its start
+    ends,  # (windows, directions, B, E, N): each window's final state from zero; replaced by its initial state
     totals,  # (windows, directions, B, E)
-    A,  # (E, N), one for each direction
-    start,  # (directions, B, E, N) or None: of the first window
+    A,  # (E, N), one per direction
+    start,  # (directions, B, E, N) or None: the initial state of the first window
     batch,
     windows,
     d_inner,
-    REVERSE: tl.constexpr,  # for each direction, whether the last window is the first
+    REVERSE: tl.constexpr,  # per direction: whether processing starts at the last window
     PACKED: tl.constexpr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -202,7 +202,7 @@ def _starts_kernel(
     end = tl.load(ends + row * N + n, inside, 0.0)
     total = tl.load(totals + row, channel < d_inner, 0.0)
     for order in range(1, windows):
-        # The next window's are under way while this one's wait to be replaced.
+        # Load the next window's values before this one's are replaced.
         more = order < windows - 1
         next_end = tl.load(ends + (row + step) * N + n, inside & more, 0.0)
         next_total = tl.load(totals + row + step, (channel < d_inner) & more, 0.0)
@@ -216,23 +216,23 @@ def _starts_kernel(
     tl.store(ends + row * N + n, h, inside)
 
 
-# Programs of the forward kernel that an H100 runs at a time, each of 32 channels, and what has been found to pay there:
-# no windows where sequences alone are over a quarter of them, and windows of no more than so many steps.
+# Forward programs, of 32 channels each, that an H100 runs at once, and the longest window in steps. Measured there: no
+# windows pay off if whole sequences already make more than a quarter of these programs.
 PROGRAMS, LONGEST = 792, 768
 
 
 def window_length(d: Direction, directions: int) -> int:
-    """Steps of a window; the whole length where there are rows enough. The same for the forward and the backward.
+    """Steps per window, the same for forward and backward; the whole length if there are enough rows.
 
-    A function of shapes only. A multiple of twice the interval of checkpoints, so that windows keep as many as whole
-    sequences do: `checkpoint_rows` need not know.
+    A function of shapes only. A multiple of twice the checkpoint interval, so that windows save as many states as whole
+    sequences and `checkpoint_rows` need not know of them.
     """
     batch, length, d_inner = d.u.shape
     programs = directions * batch * triton.cdiv(d_inner, 32) / 2
     if programs > PROGRAMS / 4:
         return length
     unit = 2 * INTERVAL
-    # As few steps one after the other as can be; of equal choices the longest.
+    # The fewest sequential steps; among equal choices the longest window.
     return min(range(LONGEST, 0, -unit), key=lambda w: math.ceil(programs * length / w / PROGRAMS) * w)
 
 
@@ -245,10 +245,10 @@ def window_starts(
     dy: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor | None:
-    """State in front of each window, (windows, directions, B, E, N): `start` for a single one.
+    """State before each window, (windows, directions, B, E, N); for a single window `start`.
 
-    With dy the adjoint behind each window, of a loss whose gradient by the ungated sum is scale * dy.
-    `start`: (directions, B, E, N), the state before, or the adjoint behind, the sequence.
+    With dy: the adjoint after each window, if scale * dy is the gradient of the ungated sum.
+    `start`: (directions, B, E, N), the state before the sequence, or the adjoint after it.
     """
     d, count = directions[0], len(directions)
     batch, length, d_inner = d.u.shape

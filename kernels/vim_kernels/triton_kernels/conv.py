@@ -3,13 +3,13 @@
 # mypy: disable-error-code="assignment, var-annotated"
 """Backend `triton` of the causal convolution, in one direction or in both over the same x. No atomics, deterministic.
 
-A program walks along a chunk of rows with the last W = width rows of x in registers, so that an element is read once.
-At row i the window is x[i .. i + W - 1]: the forward direction's output there belongs to row i + W - 1, that of the
-reverse direction to row i. The backward walks the same way and needs no more than W rows of either gradient:
+A program walks along a chunk of rows with the last W = width rows of x in registers, so each element is read once. At
+row i the window is x[i .. i + W - 1]: it gives the output of the forward direction at row i + W - 1 and that of the
+reverse direction at row i. The backward walks the same way and keeps W rows of either gradient:
 
     dx[i] = sum_j w_forward[W - 1 - j] d_forward[i + j] + w_reverse[W - 1 - j] d_reverse[i - j]
 
-with d the gradients in front of the activation. W - 1 rows in front of each chunk are walked through for the windows.
+with d the gradients before the activation. Each chunk starts W - 1 rows early to fill the windows.
 """
 
 from collections.abc import Sequence
@@ -19,20 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import state_dtype
-from .rows import as_rows, on_device_of, row_arguments
-from .triton_tiles import sigmoid
+from ..precision import state_dtype
+from ..rows import as_rows, on_device_of, row_arguments
+from .activations import sigmoid
+from .tuples import zeros
 
 
 @triton.jit
 def _segment(segments, row, length):
-    """Of a row; what lies beyond an end of the sequence belongs to what stands there."""
+    """The segment of a row. Rows beyond an end of the sequence belong to the segment at that end."""
     return tl.load(segments + tl.minimum(tl.maximum(row, 0), length - 1))
 
 
 @triton.jit
 def _own(window, ids, AT: tl.constexpr):
-    """The window's rows that are of the same segment as row AT, zero for the others."""
+    """The window's rows in the same segment as row AT; zero for the others."""
     own = ()
     for j in tl.static_range(len(window)):
         own = own + (tl.where(ids[j] == ids[AT], window[j], 0.0),)
@@ -41,7 +42,7 @@ def _own(window, ids, AT: tl.constexpr):
 
 @triton.jit
 def _load_x(x, x_stride, past, row, length, d_inner, inside, REVERSE: tl.constexpr, W: tl.constexpr, S: tl.constexpr):
-    """Row of x; beyond the end at which the direction begins its initial state, and zero anywhere else."""
+    """A row of x. Before the first step of the direction: its initial state; zero elsewhere outside x."""
     value = tl.load(x + row * x_stride, inside & (row >= 0) & (row < length), 0.0).to(S)
     if past is not None:
         step = length - 1 - row if REVERSE else row
@@ -51,7 +52,7 @@ def _load_x(x, x_stride, past, row, length, d_inner, inside, REVERSE: tl.constex
 
 @triton.jit
 def _taps(weight, bias, inside, W: tl.constexpr, S: tl.constexpr):
-    """A filter's taps, oldest first, and behind them the bias."""
+    """A filter's taps, oldest first, then the bias."""
     taps = ()
     for k in tl.static_range(W):
         taps = taps + (tl.load(weight + k, inside, 0.0).to(S),)
@@ -64,7 +65,7 @@ def _taps(weight, bias, inside, W: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def _pre_activation(window, taps, AHEAD: tl.constexpr, W: tl.constexpr):
-    """Of the window's last row, or AHEAD, in reverse, of its first."""
+    """Output before the activation: of the window's last row or, with AHEAD (reverse), of its first row."""
     pre = taps[W]
     for k in tl.static_range(W):
         pre += taps[k] * window[W - 1 - k if AHEAD else k]
@@ -90,28 +91,20 @@ def _shifted(window, new):
 
 @triton.jit
 def _summed(sums, factor, window, AHEAD: tl.constexpr, W: tl.constexpr):
-    """Gradients of the taps and, behind them, of the bias."""
+    """Gradients of the taps, then of the bias."""
     out = ()
     for k in tl.static_range(W):
         out = out + (sums[k] + factor * window[W - 1 - k if AHEAD else k],)
     return out + (sums[W] + factor,)
 
 
-@triton.jit
-def _zeros(COUNT: tl.constexpr, like, S: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros(like.shape, S),)
-    return tiles
-
-
 @triton.jit(do_not_specialize=["length", "x_pitch"])
 def _forward_kernel(
     x,  # (B, L, E)
-    weight,  # (E, W), one for each direction, as bias and y
+    weight,  # (E, W), one per direction, as bias and y
     bias,  # (E,) or None
-    past,  # (B, W - 1, E) or None: the initial state, if there is one direction
-    segments,  # (B, L) or None: numbers of the sequences, where several are packed into a row
+    past,  # (B, W - 1, E) or None: the initial state; one direction only
+    segments,  # (B, L) or None: sequence numbers of packed sequences
     y,  # (B, L, E)
     length,
     d_inner,
@@ -127,7 +120,7 @@ def _forward_kernel(
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    LAST: tl.constexpr = len(weight) - 1  # of two directions the reverse one
+    LAST: tl.constexpr = len(weight) - 1  # with two directions, the reverse one
     chunks = tl.cdiv(length, ROWS)
     b = (tl.program_id(0) // chunks).to(tl.int64)
     begin = (tl.program_id(0) % chunks * ROWS).to(tl.int64)
@@ -143,7 +136,7 @@ def _forward_kernel(
         taps_f = _taps(weight[0] + channel * W, None if bias is None else bias[0] + channel, inside, W, S)
     if REVERSE:
         taps_r = _taps(weight[LAST] + channel * W, None if bias is None else bias[LAST] + channel, inside, W, S)
-    window = _zeros(1, channel, S)
+    window = zeros(1, channel, S)
     for j in tl.static_range(W - 1):
         window = window + (_load_x(x, x_stride, past, origin + j, length, d_inner, inside, REVERSE, W, S),)
     if segments is not None:
@@ -178,12 +171,12 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["length", "x_pitch", "dy_pitch"])
 def _backward_kernel(
-    dy,  # (B, L, E), one for each direction, as weight and bias
+    dy,  # (B, L, E), one per direction, as weight and bias
     x,  # (B, L, E)
     weight,  # (E, W)
     bias,  # (E,) or None
     past,  # (B, W - 1, E) or None
-    segments,  # (B, L) or None: numbers of the sequences, where several are packed into a row
+    segments,  # (B, L) or None: sequence numbers of packed sequences
     dx,  # (B, L, E)
     d_taps,  # (B * chunks, directions, W + 1, E): of the taps, then of the bias
     d_past,  # (B, W - 1, E) or None
@@ -205,7 +198,7 @@ def _backward_kernel(
 ):
     DIRECTIONS: tl.constexpr = len(weight)
     LAST: tl.constexpr = DIRECTIONS - 1
-    # The initial state takes part as rows in front of the first, or in reverse behind the last.
+    # The initial state acts as rows before the first one, or in reverse after the last one.
     before = 0 if past is None or REVERSE else W - 1
     behind = W - 1 if past is not None and REVERSE else 0
     chunks = tl.cdiv(before + length + behind, ROWS)
@@ -223,13 +216,13 @@ def _backward_kernel(
         d_past += b * (W - 1) * d_inner + channel
     if FORWARD:
         taps_f = _taps(weight[0] + channel * W, None if bias is None else bias[0] + channel, inside, W, S)
-        recent_f = _zeros(W, channel, S)  # d_forward of rows i .. i + W - 1
-        sums_f = _zeros(W + 1, channel, S)
+        recent_f = zeros(W, channel, S)  # d_forward of rows i .. i + W - 1
+        sums_f = zeros(W + 1, channel, S)
     if REVERSE:
         taps_r = _taps(weight[LAST] + channel * W, None if bias is None else bias[LAST] + channel, inside, W, S)
-        recent_r = _zeros(W, channel, S)  # d_reverse of rows i - W + 1 .. i
-        sums_r = _zeros(W + 1, channel, S)
-    window = _zeros(1, channel, S)
+        recent_r = zeros(W, channel, S)  # d_reverse of rows i - W + 1 .. i
+        sums_r = zeros(W + 1, channel, S)
+    window = zeros(1, channel, S)
     for j in tl.static_range(W - 1):
         window = window + (_load_x(x, x_stride, past, origin + j, length, d_inner, inside, REVERSE, W, S),)
     if segments is not None:
@@ -257,7 +250,7 @@ def _backward_kernel(
                 d_y = tl.load(dy[0] + d_out + ahead * dy_stride, valid, 0.0).to(S)
                 d_f = _d_pre_activation(d_y, own, taps_f, SILU, False, W)
                 recent_f = _shifted(recent_f, d_f)
-                # The rows from `end` on count in the next chunk.
+                # Rows from `end` on belong to the next chunk.
                 sums_f = _summed(sums_f, tl.where(ahead < end, d_f, 0.0), own, False, W)
                 met = recent_f
                 if segments is not None:
@@ -293,7 +286,7 @@ def _backward_kernel(
 @triton.jit(do_not_specialize=["parts"])
 def _tap_sums_kernel(
     d_taps,  # (parts, directions, W + 1, E)
-    d_weight,  # (E, W), one for each direction, as d_bias
+    d_weight,  # (E, W), one per direction, as d_bias
     d_bias,  # (E,) or None
     parts,
     d_inner,
@@ -318,8 +311,8 @@ def _tap_sums_kernel(
             tl.store(d_bias[i] + channel, total, (channel < d_inner) & (k == W) & (direction == i))
 
 
-# Rows of a chunk, rows loaded together, channels of a program, and blocks under way. Fixed, so that the sums of the
-# gradients always are the same.
+# Rows per chunk, rows loaded together, channels per program, and blocks in flight. Fixed, so that the sums of the
+# gradients are always the same.
 ROWS, BLOCK, CHANNELS, STAGES = 64, 8, 128, 3
 
 
@@ -335,7 +328,7 @@ def forward(
 ) -> list[Tensor]:
     """y (B, L, E) of each direction in x's dtype; shapes as in `causal_conv1d` and `packing`.
 
-    Of two directions the second is in reverse.
+    The second of two directions is the reverse one.
     """
     x = as_rows(x)
     batch, length, d_inner = x.shape
@@ -404,7 +397,7 @@ def backward(
 
 
 def _past(initial_state: Tensor | None) -> Tensor | None:
-    """None for the empty state of a filter of width 1 too."""
+    """The initial state, contiguous; None also for the empty state of a filter of width 1."""
     return None if initial_state is None or initial_state.numel() == 0 else initial_state.contiguous()
 
 

@@ -1,10 +1,9 @@
 # mypy: disable-error-code="assignment"
-"""The kernels of `rms_norm`: a read of x, and of its gate, and a write of y; for the gradients a read of all, and a
-write of each.
+"""Backend `triton` of `rms_norm`: one pass over memory forward, one backward.
 
-Nothing is saved but the inputs: their mean of squares costs no memory traffic to find again. The gradient of the weight
-is summed over the rows of a program in registers, and over programs, in a fixed order, by torch. A program has some
-rows of a group of channels.
+Only the inputs are saved: recomputing their mean of squares costs no memory traffic. The gradient of the weight is
+summed in registers over the rows of a program, and by torch, in a fixed order, over programs. A program takes some rows
+of one group of channels.
 """
 
 import torch
@@ -12,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import state_dtype
-from .rows import on_device_of
-from .triton_tiles import sigmoid
+from ..precision import state_dtype
+from ..rows import on_device_of
+from .activations import sigmoid
 
-# Programs that share the rows in the backward: each adds a row to the sum that is left to torch.
+# Programs of the backward. Each leaves one row of the weight's gradient for torch to sum.
 PROGRAMS = 1024
 
 
@@ -32,7 +31,7 @@ def _forward_kernel(
     gate_stride,
     EPS: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,  # a power of two, channels at least
+    COLUMNS: tl.constexpr,  # a power of two, at least `channels`
     S: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -113,7 +112,7 @@ def _sizes(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, groups: i
 
 
 def _as_rows(gate: Tensor | None) -> Tensor | None:
-    """(rows, channels); a slice of a wider tensor is not copied."""
+    """(rows, channels), without copying a slice of a wider tensor."""
     if gate is None:
         return None
     gate = gate.reshape(-1, gate.shape[-1])
@@ -134,7 +133,7 @@ def forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, groups: 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the weight and of the gate, in their dtypes; empty without a gate."""
+    """Gradients of x, weight and gate in their dtypes; the last one is empty without a gate."""
     dy, x = dy.contiguous(), x.contiguous()
     d_gate = x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
     gate = _as_rows(gate)

@@ -1,21 +1,21 @@
 # Triton grows a tuple by `tiles + (tile,)` and by nothing else.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
-"""What the Triton scan kernels share: how states lie over the lanes of a warp, and the functions of one step.
+"""Shared by the Triton scan kernels: the layout of states over the lanes of a warp, and the functions of one step.
 
-A warp owns a block of REPEAT * LANES channels of one batch entry and one direction; a program is a warp for each
-direction. SPREAD * LANES = 32. Every value is a tile [32, directions], and lane t = l * SPREAD + p stands for
+A warp owns a block of REPEAT * LANES channels of one batch entry and one direction; a program has one warp per
+direction. SPREAD * LANES = 32. Every value is a tile [32, directions]. Lane t = l * SPREAD + p holds
 
-    in the recurrence: channel l * REPEAT + r, state p * TILES + i, where the tuples of tiles run over r and i;
-    for what a step knows of a channel (u, dt, delta, y, z, their gradients): channel l * REPEAT + r at step p;
-    for B and C: states p * TILES + i at step l.
+    in the recurrence: channel l * REPEAT + r, state p * TILES + i; the tuples of tiles run over r and i;
+    of values per channel and step (u, dt, delta, y, z, their gradients): channel l * REPEAT + r at step p;
+    of B and C: states p * TILES + i at step l.
 
-So each of these is loaded and computed once, and the recurrence takes a step's value from the lane that has it by one
-shuffle (`from_lane`). Sums over states or channels go the other way (`fold`): a tree that halves what a lane holds at
-every level, so that SPREAD sums over SPREAD lanes take SPREAD - 1 shuffles, and lane p ends with the sum of step p.
+So each value is loaded and computed once, and the recurrence fetches it from its lane by one shuffle (`from_lane`).
+Sums over states or channels go the other way (`fold`), in a tree that halves the values of a lane at every level:
+SPREAD sums over SPREAD lanes take SPREAD - 1 shuffles, and lane p ends with the sum of step p.
 
-Both dimensions in one and no layout to choose is also what keeps Triton from inserting conversions through shared
-memory: it derives layouts from what is contiguous in memory, and here nothing is along the lanes for all it can tell.
+Both dimensions are one, so Triton has no layout to choose and inserts no conversions through shared memory. It derives
+layouts from contiguity in memory, and here it can see none along the lanes.
 """
 
 import math
@@ -26,46 +26,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .directions import Direction
-from .rows import row_strides
+from ..directions import Direction
+from ..rows import row_strides
+from .activations import softplus
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-# Steps between the states that the forward pass keeps: at 64 they take an eighth of the memory of xz (a Vim-Ti block).
+# Steps between the states that the forward saves. At 64 they take an eighth of the memory of xz (a Vim-Ti block).
 INTERVAL = 64
 
 
 def checkpoint_rows(length: int, directions: int) -> int:
-    """States kept of a direction. Where two directions meet in the middle, the count begins anew there."""
+    """States saved per direction. If two directions meet in the middle, the count restarts there."""
     return directions * triton.cdiv(triton.cdiv(length, directions), INTERVAL)
-
-
-@triton.jit
-def sigmoid(x):
-    return 1 / (1 + tl.exp2(-x * LOG2E))
-
-
-@triton.jit
-def softplus(x):
-    """max(x, 0) + log1p(exp(-|x|)), which in fp32 is x where PyTorch's is, above 20."""
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    if x.dtype == tl.float64:
-        w = 1 + e
-        log1p = tl.where(x > 20, 0.0, tl.log(w) + (e - (w - 1)) / w)
-    else:
-        # Minimax polynomial of log1p(e) / e on [0, 1], relative error 1.7e-7 in fp32: log(1 + e) would lose the digits
-        # of a small step, and the hardware logarithm would queue for the unit that computes the exponentials.
-        p = 0.005232694558799267 * e - 0.02950524352490902
-        p = p * e + 0.07822596281766891
-        p = p * e - 0.13663247227668762
-        p = p * e + 0.19106008112430573
-        p = p * e - 0.2484298199415207
-        p = p * e + 0.3331909775733948
-        p = p * e - 0.4999949336051941
-        p = p * e + 0.9999999403953552
-        log1p = e * p
-    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit
@@ -80,7 +51,7 @@ def along(pair, dirs):
 
 @triton.jit
 def heading(dirs, length, REVERSE: tl.constexpr):
-    """(first row, sign of a step) of each direction; of two the second runs in reverse."""
+    """(first row, sign of a step) of each direction. The second of two runs in reverse."""
     if len(REVERSE) == 2:
         first = dirs * (length - 1)
         sign = 1 - 2 * dirs
@@ -91,14 +62,6 @@ def heading(dirs, length, REVERSE: tl.constexpr):
         first = dirs
         sign = dirs + 1
     return first, sign
-
-
-@triton.jit
-def zeros(COUNT: tl.constexpr, like, S: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros(like.shape, S),)
-    return tiles
 
 
 @triton.jit
@@ -119,7 +82,7 @@ def both(masks, condition):
 
 @triton.jit
 def load_channels(c, channel, group_size, dt_bias, D, dirs, REPEAT: tl.constexpr, S: tl.constexpr):
-    """(whether it exists, its bias of dt or zero, its D) of each of a lane's channels; no D gives none."""
+    """(mask, bias of dt or zero, D) of each of a lane's channels; without D, no D tiles."""
     inside = ()
     bias = ()
     skip = ()
@@ -136,9 +99,9 @@ def load_channels(c, channel, group_size, dt_bias, D, dirs, REPEAT: tl.constexpr
 
 @triton.jit
 def load_words(ptr, masks, PACK: tl.constexpr):
-    """Neighbours in memory, PACK 16-bit values to a word: one load for what `unpack` takes apart.
+    """Load neighbouring values, PACK 16-bit values per word, for `unpack` to split.
 
-    masks: one for each value; those of a word are alike.
+    masks: one per value, equal within a word.
     """
     words = ()
     if PACK == 1:
@@ -153,7 +116,7 @@ def load_words(ptr, masks, PACK: tl.constexpr):
 
 @triton.jit
 def unpack(words, i: tl.constexpr, PACK: tl.constexpr, DTYPE: tl.constexpr, S: tl.constexpr):
-    """Value i of what `load_words` loaded."""
+    """Value i of the words from `load_words`."""
     if PACK == 1:
         value = words[i].to(S)
     else:
@@ -179,7 +142,7 @@ def unpack_all(rows, COUNT: tl.constexpr, PACK: tl.constexpr, DTYPE: tl.constexp
 
 @triton.jit
 def store_words(ptr, values, masks, PACK: tl.constexpr):
-    """Values of a lane's channels to neighbours in memory, PACK 16-bit values with one store: see `load_words`."""
+    """Store values of a lane's channels to neighbouring elements, PACK 16-bit values per store; see `load_words`."""
     if PACK == 1:
         for i in tl.static_range(len(values)):
             tl.store(ptr + i, values[i], masks[i])
@@ -202,7 +165,7 @@ def _bits(values, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_states(ptr, stride, mask, N: tl.constexpr, REPEAT: tl.constexpr, SPREAD: tl.constexpr, S: tl.constexpr):
-    """State i of channel r is tile r * TILES + i; `ptr` points at state 0 of channel 0, a channel is `stride` on."""
+    """State i of channel r is tile r * TILES + i. `ptr`: state 0 of channel 0; `stride`: from channel to channel."""
     TILES: tl.constexpr = (N + SPREAD - 1) // SPREAD
     n = tl.arange(0, ptr.shape[0])[:, None] % SPREAD * TILES
     tiles = ()
@@ -226,7 +189,7 @@ def store_states(ptr, stride, tiles, mask, N: tl.constexpr, REPEAT: tl.constexpr
 def load_steps(
     ptr, row_step, step, end, p, mask, T: tl.constexpr, REPEAT: tl.constexpr, SPREAD: tl.constexpr, PACK: tl.constexpr
 ):
-    """Words of T steps from `step` on, a tile of min(SPREAD, T) steps after the other; `ptr` points at lane's step."""
+    """Words of T steps from `step` on, in tiles of min(SPREAD, T) steps. `ptr` points at the lane's step."""
     EACH: tl.constexpr = SPREAD if SPREAD < T else T
     tiles = ()
     for j in tl.static_range(T // EACH):
@@ -241,7 +204,7 @@ def load_rows(
     ptr, row_step, step, end, lane, p,
     N: tl.constexpr, T: tl.constexpr, SPREAD: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """Words of B or C of T steps from `step` on, LANES steps to a tile; `ptr` points at the lane's step and states."""
+    """Words of B or C of T steps from `step` on, LANES steps per tile. `ptr` points at the lane's step and states."""
     TILES: tl.constexpr = (N + SPREAD - 1) // SPREAD
     tiles = ()
     for j in tl.static_range((T + LANES - 1) // LANES):
@@ -256,7 +219,7 @@ def load_rows(
 
 @triton.jit
 def load_begins(ptr, sign, step, end, p, T: tl.constexpr, SPREAD: tl.constexpr):
-    """Whether each of T steps from `step` on begins a sequence, tiles as from `load_steps`; `ptr` as there."""
+    """Whether each of T steps from `step` on begins a sequence; tiles and `ptr` as in `load_steps`."""
     EACH: tl.constexpr = SPREAD if SPREAD < T else T
     tiles = ()
     for j in tl.static_range(T // EACH):
@@ -267,7 +230,7 @@ def load_begins(ptr, sign, step, end, p, T: tl.constexpr, SPREAD: tl.constexpr):
 
 @triton.jit
 def unless(begins, tiles):
-    """The tiles, zero where a sequence begins."""
+    """The tiles, set to zero where a sequence begins."""
     kept = ()
     for i in tl.static_range(len(tiles)):
         kept = kept + (tl.where(begins != 0, 0.0, tiles[i]),)
@@ -280,7 +243,7 @@ def step_sizes(
     SOFTPLUS: tl.constexpr, T: tl.constexpr, REPEAT: tl.constexpr, SPREAD: tl.constexpr,
     U_PACK: tl.constexpr, DT_PACK: tl.constexpr, U: tl.constexpr, DT: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """(u, delta) of each tile of steps and channel; delta = 0, an identity step, from `end` on."""
+    """(u, delta) of each tile of steps and channel. From `end` on delta = 0, an identity step."""
     EACH: tl.constexpr = SPREAD if SPREAD < T else T
     values = ()
     deltas = ()
@@ -297,13 +260,13 @@ def step_sizes(
 
 @triton.jit
 def from_lane(tile, lane):
-    """The value that `lane` has, each lane naming its own source."""
+    """The value in lane `lane`; each lane names its own source."""
     return tl.gather(tile, tl.broadcast_to(lane, tile.shape), 0)
 
 
 @triton.jit
 def row_from_lane(rows, k: tl.constexpr, p, TILES: tl.constexpr, SPREAD: tl.constexpr, LANES: tl.constexpr):
-    """The lane's states of B or C at step k of the block, from the values of `load_rows`."""
+    """The lane's states of B or C at step k of the block, from the tiles of `load_rows`."""
     states = ()
     for i in tl.static_range(TILES):
         states = states + (from_lane(rows[k // LANES * TILES + i], k % LANES * SPREAD + p),)
@@ -311,11 +274,39 @@ def row_from_lane(rows, k: tl.constexpr, p, TILES: tl.constexpr, SPREAD: tl.cons
 
 
 @triton.jit
-def fold(values, t, W: tl.constexpr, LEAST: tl.constexpr):
-    """Sums over the lanes t that differ in the bits LEAST, 2 LEAST, ... W / 2 only; all numbers powers of two.
+def advance(
+    h, k: tl.constexpr, us, deltas, A_tiles, B_k, C_k, t, p,
+    REPEAT: tl.constexpr, TILES: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """Step k of a block: h = exp(delta A) h + delta u B, with A_tiles = log2(e) A.
 
-    Returns a tuple. With l = t // LEAST % (W / LEAST), K values and M = K LEAST / W: if M >= 1, the j-th of M results
-    is the sum of values[l M + j]; else the one result is the sum of values[l % K].
+    Returns: the states, and the sum of C h over the lane's states of each channel; no sums if C_k is None.
+    """
+    states = ()
+    sums = ()
+    for r in tl.static_range(REPEAT):
+        delta = deltas[k // EACH * REPEAT + r]
+        delta_k = from_lane(delta, t - p + k % EACH)
+        x_k = from_lane(delta * us[k // EACH * REPEAT + r], t - p + k % EACH)
+        for i in tl.static_range(TILES):
+            h_i = tl.exp2(delta_k * A_tiles[r * TILES + i]) * h[r * TILES + i] + x_k * B_k[i]
+            states = states + (h_i,)
+            if C_k is not None:
+                if i == 0:
+                    y_k = h_i * C_k[i]
+                else:
+                    y_k += h_i * C_k[i]
+        if C_k is not None:
+            sums = sums + (y_k,)
+    return states, sums
+
+
+@triton.jit
+def fold(values, t, W: tl.constexpr, LEAST: tl.constexpr):
+    """Sums over the lanes t that differ only in the bits LEAST, 2 LEAST, ... W / 2; all numbers are powers of two.
+
+    Returns a tuple. With l = t // LEAST % (W / LEAST), K values and M = K LEAST / W: if M >= 1, result j of M is the
+    sum of values[l M + j]; otherwise the one result is the sum of values[l % K].
     """
     if W == LEAST:
         out = values
@@ -335,7 +326,7 @@ def fold(values, t, W: tl.constexpr, LEAST: tl.constexpr):
 
 
 class Tile(NamedTuple):
-    """Channels a lane, lanes a channel's states are spread over, and steps a block of the main loop takes."""
+    """Channels per lane, lanes that share the states of a channel, and steps per block of the main loop."""
 
     REPEAT: int
     SPREAD: int
@@ -350,18 +341,18 @@ class Tile(NamedTuple):
         return self.REPEAT * self.lanes
 
     def blocks(self, d: Direction) -> int:
-        """Blocks of channels in a group of channels that share B and C."""
+        """Blocks of channels in a group, whose channels share B and C."""
         return triton.cdiv(d.u.shape[2] // d.B.shape[2], self.channels)
 
     def programs(self, d: Direction) -> int:
         return self.blocks(d) * d.B.shape[2] * d.u.shape[0]
 
     def pack(self, d: Direction, *tensors: Tensor) -> int:
-        """How many of a lane's channels, which belong to one group, a load or store of these sequences takes."""
+        """How many of a lane's channels, all in one group, a load or store of these sequences takes."""
         return pack(math.gcd(self.REPEAT, d.u.shape[2] // d.B.shape[2]), *tensors)
 
     def constants(self, directions: Sequence[Direction]) -> dict[str, object]:
-        """Compile-time arguments that both scan kernels take."""
+        """Compile-time arguments of the scan kernels."""
         d, d_state = directions[0], directions[0].A.shape[1]
         states = triton.cdiv(d_state, self.SPREAD) if d_state % self.SPREAD == 0 else 1
         return {
@@ -377,12 +368,12 @@ class Tile(NamedTuple):
 
 
 def spread_of_fours(d_state: int) -> int:
-    """Lanes that hold four states of a channel each: a power of two, a warp at most."""
+    """Lanes for the states of a channel at four per lane: a power of two, at most a warp."""
     return min(32, triton.next_power_of_2(triton.cdiv(d_state, 4)))
 
 
 def pack(count: int, *tensors: Tensor) -> int:
-    """How many of `count` neighbours one load can take, from the start of any row of any of the tensors."""
+    """How many of `count` neighbours one aligned load can take, from any row of any of the tensors."""
     if any(t.element_size() != 2 for t in tensors):
         return 1
     places = [(t.data_ptr() // 2, *row_strides(t)) for t in tensors]

@@ -1,11 +1,10 @@
 # mypy: disable-error-code="assignment"
-"""`long_conv` on a GPU: cuFFT or cuBLAS between two kernels that lay sequences along channels and back.
+"""Backend `triton` of `long_conv`: cuFFT or cuBLAS between two kernels that change the layout.
 
-An FFT runs along what is contiguous, a product of matrices needs it so, and sequences are channel-last. ATen would
-transpose them, widen, pad and crop in passes of their own, each at a fraction of the memory's speed: here one pass goes
-in and one out.
+Sequences are channel-last, but FFTs and matrix products want the steps contiguous. ATen would transpose, widen, pad and
+crop in separate passes, each at a fraction of the memory's speed. Here one pass goes in and one comes out.
 
-The gradients are convolutions too: of dy with the kernel turned around, and of dy with u turned around.
+The gradients are convolutions too: of dy with the reversed kernel, and of dy with the reversed u.
 """
 
 import torch
@@ -14,18 +13,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import check_no_tangents
-from .long_conv import fft_points, hankel
-from .precision import own_precision
-from .reference import state_dtype
-from .rows import on_device_of
+from ..backends import check_no_tangents
+from ..precision import own_precision, state_dtype
+from ..rows import on_device_of
+from ..torch_long_conv import fft_points, hankel
 
 
 @triton.jit(do_not_specialize=["first", "steps", "width", "tiles", "x_batch", "out_batch"])
 def _transpose(
     x,  # element (b, k, c) at b * x_batch + k * x_step + c * x_channel
-    out,  # element (b, i, c) likewise, and all of them
-    first,  # out[i] = x[first + sign i], 0 where there is none
+    out,  # element (b, i, c) likewise; every element is written
+    first,  # out[i] = x[first + sign i], 0 outside x
     steps,  # of x
     width,  # of out
     channels,
@@ -51,7 +49,7 @@ def _transpose(
 
 
 def _copy(x: Tensor, out: Tensor, first: int = 0, sign: int = 1) -> None:
-    """out[:, i] = x[:, first + sign * i], both seen as (batch, steps, channels)."""
+    """out[:, i] = x[:, first + sign * i], both as (batch, steps, channels)."""
     (batch, steps, channels), width = x.shape, out.shape[1]
     STEPS = min(64, triton.next_power_of_2(width))
     tiles, CHANNELS = triton.cdiv(width, STEPS), 4096 // STEPS
@@ -63,7 +61,7 @@ def _copy(x: Tensor, out: Tensor, first: int = 0, sign: int = 1) -> None:
 
 
 def _rows(x: Tensor, channels: int, width: int, dtype: torch.dtype, *, turned: bool = False) -> Tensor:
-    """(batch, steps, ..., channels), turned around or not -> (batch * ..., channels, width), with zeros behind."""
+    """(batch, steps, ..., channels) -> (batch * ..., channels, width), padded with zeros. `turned`: steps reversed."""
     x = x.flatten(2)
     rows = x.new_empty(len(x), x.shape[2], width, dtype=dtype)
     _copy(x, rows.mT, x.shape[1] - 1 if turned else 0, -1 if turned else 1)
@@ -71,7 +69,7 @@ def _rows(x: Tensor, channels: int, width: int, dtype: torch.dtype, *, turned: b
 
 
 def _sequence(rows: Tensor, like: Tensor, first: int = 0, *, turned: bool = False) -> Tensor:
-    """Of what `_rows` gave, the steps from `first` on, or down to 0, in the form that they came in."""
+    """The inverse of `_rows`, in the layout of `like`: its steps from column `first` on or, if `turned`, reversed."""
     out = like.new_empty(like.shape)
     rows = rows.view(len(like), -1, rows.shape[2]).mT
     _copy(rows, out.flatten(2), like.shape[1] - 1 if turned else first, -1 if turned else 1)
@@ -107,7 +105,7 @@ class _ByFFT(torch.autograd.Function):
 
 
 def _scaled(kernel: Tensor, points: int) -> Tensor:
-    """The spectrum over the number of points, by which `_inverse` would else divide all sequences in a pass."""
+    """The spectrum divided by the number of points; otherwise `_inverse` would divide all sequences in a pass."""
     return torch.fft.rfft(kernel, points, norm="forward")
 
 
@@ -116,7 +114,7 @@ def _inverse(spectrum: Tensor, points: int) -> Tensor:
 
 
 class _ByMatrix(torch.autograd.Function):
-    """With u turned around, the matrix is a view of the kernel."""
+    """Reverses u, so that the matrix is a view of the kernel."""
 
     @staticmethod
     def forward(ctx, u, kernel, ahead):
@@ -136,7 +134,7 @@ class _ByMatrix(torch.autograd.Function):
             du = _sequence(_product(d_rows, _matrix(u, kernel, ctx.ahead)), u, turned=True)
         if ctx.needs_input_grad[1]:
             rows = _rows(u, len(kernel), width, u.dtype, turned=True)
-            with own_precision(u.device.type):  # the forward's is `vim_kernels.long_conv`'s
+            with own_precision(u.device.type):  # `vim_kernels.long_conv` does so for the forward
                 d_matrix = torch.bmm(d_rows.permute(1, 2, 0), rows.transpose(0, 1))
             d_matrix = d_matrix.to(state_dtype(u, kernel))
             lags = 2 * width - 1
@@ -146,12 +144,12 @@ class _ByMatrix(torch.autograd.Function):
 
 
 def _width(u: Tensor) -> int:
-    """Of rows and the matrix: cuBLAS takes its fast paths for multiples of 8."""
+    """Width of rows and matrix: cuBLAS takes its fast paths for multiples of 8."""
     return triton.cdiv(u.shape[1], 8) * 8
 
 
 def _matrix(u: Tensor, kernel: Tensor, ahead: int) -> Tensor:
-    """In u's dtype; what it has behind the length meets zeros alone."""
+    """In u's dtype. Entries beyond the length only multiply zeros."""
     return hankel(kernel, ahead, u.shape[1], _width(u)).to(u.dtype)
 
 

@@ -1,16 +1,16 @@
 # Triton grows a tuple by `tiles + (tile,)` and by nothing else.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
-"""Backend `triton` of the scan: channel-last, both directions in one launch, no atomics, bit-identical from run to run.
+"""Backend `triton` of the scan: channel-last, both directions in one launch, no atomics, bit-identical between runs.
 
-Here the forward pass; `triton_tiles` says how a warp holds its states. A program runs both directions of its channels,
-one in each of its two warps. They meet in the middle of the sequence: up to there each writes its y as a partial sum,
-from there on each finds the other's and finishes: sum, gate, store. One barrier at the middle orders the two, and no
-second kernel has to read the parts back from memory.
+This file has the forward pass; `tiles` defines the layout of a warp's states. A program runs both directions of
+its channels, one in each of its two warps. They meet in the middle of the sequence. Up to there each warp writes its y
+as a partial sum; from there on each reads the other's part, adds, gates and stores. One barrier in the middle orders
+the two, and no second kernel has to read the parts back from memory.
 
 The main loop is pipelined by hand. While it runs the recurrence over a block of T steps, the inputs of the next blocks
-are on their way to registers, and delta of the next block is computed beside the recurrence, whose chain of dependent
-steps leaves room for it.
+are loaded into registers. Delta of the next block is computed next to the recurrence, whose chain of dependent steps
+leaves room for it.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .directions import Direction, ScanOutput
-from .rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, sizes
-from .triton_scan_backward import backward
-from .triton_scan_windows import window_length, window_starts
-from .triton_tiles import (
-    LOG2E,
+from ..directions import Direction, ScanOutput
+from ..rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, sizes
+from .activations import LOG2E
+from .scan_backward import backward
+from .scan_windows import window_length, window_starts
+from .tiles import (
     Tile,
+    advance,
     along,
     both,
     checkpoint_rows,
@@ -55,27 +56,27 @@ __all__ = ["backward", "checkpoint_rows", "forward"]
     do_not_specialize=["batch", "length", "window", "started", "u_pitch", "dt_pitch", "B_pitch", "C_pitch", "z_pitch"]
 )
 def _forward_kernel(
-    u,  # (B, L, E), one for each direction, as all up to dt_bias
+    u,  # (B, L, E), one per direction, as all up to dt_bias
     dt,  # (B, L, E)
     A,  # (E, N)
     B,  # (B, L, G, N)
     C,  # (B, L, G, N)
     D,  # (E,) or None
     dt_bias,  # (E,) or None
-    starts,  # (windows, directions, B, E, N), if started: the state in front of each window, else zero
+    starts,  # (windows, directions, B, E, N), read if started: the state before each window, else zero
     z,  # (B, L, E) or None: the gate
-    cuts,  # (B, L + 1) or None: whether sequences meet in front of a row, where several are packed into one
+    cuts,  # (B, L + 1) or None: whether packed sequences change before a step
     y,  # (B, L, E)
     y_sum,  # (B, L, E) or None
     last_state,  # (directions, B, E, N)
     checkpoints,  # (directions, B, rows, E, N) or None
     batch,
     length,
-    window,  # steps of a window: see triton_scan_windows
+    window,  # steps per window; see scan_windows
     started,
     d_inner,
     group_size,  # E / G
-    # The rows (b, t) of a tensor are `stride` elements apart, its batch entries `pitch` rows.
+    # The rows (b, t) of a tensor are `stride` elements apart, its batch entries `pitch` rows apart.
     u_pitch,
     u_stride,
     dt_pitch,
@@ -86,7 +87,7 @@ def _forward_kernel(
     C_stride,
     z_pitch,
     z_stride,
-    REVERSE: tl.constexpr,  # for each direction; of two the second is the reverse one
+    REVERSE: tl.constexpr,  # per direction; the second of two is the reverse one
     SCALE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -106,7 +107,7 @@ def _forward_kernel(
 ):
     DIRECTIONS: tl.constexpr = len(REVERSE)
     TILES: tl.constexpr = (N + SPREAD - 1) // SPREAD
-    EACH: tl.constexpr = SPREAD if SPREAD < T else T  # steps to a tile of steps
+    EACH: tl.constexpr = SPREAD if SPREAD < T else T  # steps per tile of steps
     S: tl.constexpr = last_state.dtype.element_ty
     U: tl.constexpr = u[0].dtype.element_ty
     DT: tl.constexpr = dt[0].dtype.element_ty
@@ -153,7 +154,7 @@ def _forward_kernel(
 
     for segment in range(DIRECTIONS):
         final = segment == DIRECTIONS - 1
-        # Of an odd length the forward direction takes the middle step first, and the other finishes it.
+        # At odd lengths the forward direction reaches the middle step first, and the reverse one finishes it.
         middle = (here + 1 - dirs) // 2
         step = segment * middle
         end = tl.where(final, here, middle)
@@ -167,7 +168,7 @@ def _forward_kernel(
             z_p = z_0 + step * z_step
 
         for start in tl.range(0, half, T, num_stages=STAGES):
-            if checkpoints is not None:  # noqa: SIM102 (Triton compiles only what follows a `None` test of its own)
+            if checkpoints is not None:  # noqa: SIM102 (Triton skips a block only for a separate `None` test)
                 if start % K == 0:
                     rows = DIRECTIONS * tl.cdiv(tl.cdiv(length, DIRECTIONS), K)
                     row = (dirs.to(tl.int64) * batch + b) * rows + base // K + segment * tl.cdiv(half, K) + start // K
@@ -182,9 +183,8 @@ def _forward_kernel(
                 begins = load_begins(cuts_0 + step * sign, sign, step, end, p, T, SPREAD)
             B_rows = unpack_all(Bs, TILES, B_PACK, BT, S)
             C_rows = unpack_all(Cs, TILES, C_PACK, CT, S)
-            end_of_y = tl.where(
-                final, end, step
-            )  # before, the other direction's part is not there, nor the gate needed
+            # Before the middle the other direction's part does not exist yet, and the gate is not needed.
+            end_of_y = tl.where(final, end, step)
             if z is not None:
                 zs = load_steps(z_p, z_step, step, end_of_y, p, inside, T, REPEAT, SPREAD, Z_PACK)
                 z_values = unpack_all(zs, REPEAT, Z_PACK, z.dtype.element_ty, S)
@@ -203,20 +203,8 @@ def _forward_kernel(
                     C_q = row_from_lane(C_rows, j * EACH + q, p, TILES, SPREAD, LANES)
                     if cuts is not None:
                         h = unless(from_lane(begins[j], t - p + q), h)
-                    h_q = ()
-                    for r in tl.static_range(REPEAT):
-                        delta = deltas[j * REPEAT + r]
-                        delta_q = from_lane(delta, t - p + q)
-                        x_q = from_lane(delta * us_now[j * REPEAT + r], t - p + q)
-                        for i in tl.static_range(TILES):
-                            h_i = tl.exp2(delta_q * A_tiles[r * TILES + i]) * h[r * TILES + i] + x_q * B_q[i]
-                            if i == 0:
-                                y_q = h_i * C_q[i]
-                            else:
-                                y_q += h_i * C_q[i]
-                            h_q = h_q + (h_i,)
-                        sums = sums + (y_q,)
-                    h = h_q
+                    h, y_q = advance(h, j * EACH + q, us_now, deltas, A_tiles, B_q, C_q, t, p, REPEAT, TILES, EACH)
+                    sums = sums + y_q
                 valid = (p < EACH) & (step + j * EACH + p < end)
                 ys = ()
                 for r in tl.static_range(REPEAT):
@@ -253,9 +241,9 @@ def _forward_kernel(
 
 
 def _tile(d: Direction) -> Tile:
-    """From shapes and dtypes only, never from a measurement at run time: the same call gives the same bits anywhere.
+    """A function of shapes and dtypes, not of run-time measurements, so that a call gives the same bits everywhere.
 
-    Not from the length: a new image size compiles nothing.
+    The length has no part in it, so a new image size compiles nothing.
     """
     spread = spread_of_fours(d.A.shape[1])
     if d.A.dtype != torch.float32 or spread > 4:
@@ -279,7 +267,7 @@ def forward(
     window = window_length(d, count)
     windows = triton.cdiv(length, window)
     tile = _tile(d)
-    # With an initial state there is one direction.
+    # Only single directions have an initial state.
     initial = None if d.initial_state is None else d.initial_state.unsqueeze(0)
     with on_device_of(d.u):
         starts = window_starts(directions, window, dt_softplus=dt_softplus, start=initial)

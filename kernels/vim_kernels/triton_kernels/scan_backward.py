@@ -1,21 +1,21 @@
 # Triton grows a tuple by `tiles + (tile,)` and by nothing else.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, var-annotated"
-"""Backend `triton` of the scan: the backward pass; `triton_tiles` says how a warp holds its states.
+"""Backend `triton` of the scan: the backward pass; `tiles` defines the layout of a warp's states.
 
-A program goes through a window of the sequence (all of it, where rows are many) in the chunks whose first states the
-forward pass kept, the last chunk first:
+A program takes a window of the sequence (with many rows, the whole sequence). It walks through the chunks whose initial
+states the forward saved, the last chunk first:
 
-1. Run forward from the chunk's checkpoint and keep the states in front of every T-th step in scratch memory.
+1. Run forward from the chunk's checkpoint and keep the state before every T-th step in scratch memory.
 2. Take the blocks of T steps from last to first: recompute states and decays into registers, then run the adjoint
    g[k] = dy[k] C[k] + decay[k + 1] g[k + 1] backwards through them.
 
-So a state costs two exponentials. Scratch is a program's own and used at once, so that it stays in the caches; programs
-are no more than run at a time and loop over the blocks of channels.
+So a state costs two exponentials. Scratch memory is private to a program and reused at once, so it stays in the caches.
+There are only as many programs as run at once; they loop over the blocks of channels.
 
-With q = g h' decay, the gradient of the exponent delta A (h' the state before): dC = dy h, dB = g delta u,
-du = delta sum_n(g B) + D dy, d(delta) = sum_n(q A) + u sum_n(g B), dA = sum q delta. The sums over channels end with
-the block; a partial sum for each block is written and the blocks are added by a second kernel, in a fixed order.
+With q = g h' decay, the gradient of the exponent delta A (h' is the state before the step): dC = dy h, dB = g delta u,
+du = delta sum_n(g B) + D dy, d(delta) = sum_n(q A) + u sum_n(g B), dA = sum q delta. Each block of channels writes a
+partial sum over its channels, and a second kernel adds the blocks in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .directions import Direction, DirectionGrads
-from .rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, row_strides, sizes
-from .triton_scan_windows import window_length, window_starts
-from .triton_tiles import (
+from ..directions import Direction, DirectionGrads
+from ..rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, row_strides, sizes
+from .activations import LN2, LOG2E, sigmoid
+from .scan_windows import window_length, window_starts
+from .tiles import (
     INTERVAL,
-    LN2,
-    LOG2E,
     Tile,
+    advance,
     along,
     both,
     fold,
@@ -45,7 +45,6 @@ from .triton_tiles import (
     load_steps,
     row_from_lane,
     scaled,
-    sigmoid,
     spread_of_fours,
     step_sizes,
     store_states,
@@ -53,8 +52,8 @@ from .triton_tiles import (
     unless,
     unpack,
     unpack_all,
-    zeros,
 )
+from .tuples import zeros
 
 
 @triton.jit
@@ -62,7 +61,7 @@ def _steps_at(
     base, offset, row_step, step, end, p, mask,
     T: tl.constexpr, REPEAT: tl.constexpr, SPREAD: tl.constexpr, PACK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """`load_steps` from a uniform address and an offset of type INDEX."""
+    """`load_steps` from a uniform base address and an offset of type INDEX."""
     ptr = base + (step.to(INDEX) * row_step + offset)
     return load_steps(ptr, row_step, step, end, p, mask, T, REPEAT, SPREAD, PACK)
 
@@ -126,27 +125,27 @@ def _gate_kernel(
     ]
 )
 def _backward_kernel(
-    u,  # (B, L, E), one for each direction, as all up to dt_bias
+    u,  # (B, L, E), one per direction, as all up to dt_bias
     dt,  # (B, L, E)
     A,  # (E, N)
     B,  # (B, L, G, N)
     C,  # (B, L, G, N)
     D,  # (E,) or None
     dt_bias,  # (E,) or None
-    dy,  # (B, L, E): SCALE times it is the gradient of the ungated sum
-    cuts,  # (B, L + 1) or None: whether sequences meet in front of a row, where several are packed into one
+    dy,  # (B, L, E); SCALE * dy is the gradient of the ungated sum
+    cuts,  # (B, L + 1) or None: whether packed sequences change before a step
     checkpoints,  # (directions, B, rows, E, N)
-    starts,  # (windows, directions, B, E, N), if started: the adjoint behind each window, else zero
-    du,  # (B, L, E), one for each direction
-    ddt,  # (B, L, E), one for each direction
+    starts,  # (windows, directions, B, E, N), read if started: the adjoint after each window, else zero
+    du,  # (B, L, E), one per direction
+    ddt,  # (B, L, E), one per direction
     d_channels,  # (directions, windows B, E (N + 2)): dA, then dD, then d(dt_bias)
     dBC,  # (blocks, directions, B, L, G, 2, N)
     d_h0,  # (directions, B, E, N) or None
-    scratch,  # (programs, K / T, REPEAT * states a lane, 32)
-    items,  # blocks of channels of all batch entries, directions and windows
+    scratch,  # (programs, K / T, REPEAT * states per lane, 32)
+    items,  # blocks of channels over all batch entries, directions and windows
     batch,
     length,
-    window,  # steps of a window: see triton_scan_windows
+    window,  # steps per window; see scan_windows
     windows,
     started,
     d_inner,
@@ -179,7 +178,7 @@ def _backward_kernel(
     DY_PACK: tl.constexpr,
     DU_PACK: tl.constexpr,
     DDT_PACK: tl.constexpr,
-    INDEX: tl.constexpr,  # holds an offset within a window: products of 64 bits would be a tenth of all instructions
+    INDEX: tl.constexpr,  # type of an offset within a window: 64-bit products would be a tenth of all instructions
 ):
     DIRECTIONS: tl.constexpr = len(REVERSE)
     TILES: tl.constexpr = (N + SPREAD - 1) // SPREAD
@@ -190,7 +189,7 @@ def _backward_kernel(
     DT: tl.constexpr = dt[0].dtype.element_ty
     BT: tl.constexpr = B[0].dtype.element_ty
     CT: tl.constexpr = C[0].dtype.element_ty
-    # fold() wants a power of two: dB and dC of TILES states, with zeros behind each.
+    # fold() wants a power of two: dB and dC of TILES states, each padded with zeros.
     ROOM: tl.constexpr = triton.next_power_of_2(TILES)
     EACH_LANE: tl.constexpr = 2 * ROOM // LANES if 2 * ROOM > LANES else 1
     blocks = tl.cdiv(group_size, REPEAT * LANES)
@@ -232,7 +231,7 @@ def _backward_kernel(
         present = both(inside, started > 0)
         g = load_states(starts + (row * d_inner + channel) * N, N, present, N, REPEAT, SPREAD, S)
 
-        # Uniform parts of the addresses here, those of a lane below: 32 bits for each.
+        # Uniform parts of the addresses first; the parts of a lane below take 32 bits each.
         u_0 = along(u, dirs) + (b * u_pitch + first) * u_stride
         dt_0 = along(dt, dirs) + (b * dt_pitch + first) * dt_stride
         B_0 = along(B, dirs) + ((b * B_pitch + first) * B_stride + group * N)
@@ -260,7 +259,7 @@ def _backward_kernel(
                 end = tl.minimum(begin + K, here)
             subs = tl.cdiv(tl.minimum(K, half - chunk % chunks * K), T)
 
-            # 1. Keep the states in front of each block.
+            # 1. Keep the state before each block.
             row = db * rows + base // K + chunk
             h = load_states(checkpoints + (row * d_inner + channel) * N, N, inside, N, REPEAT, SPREAD, S)
             for sub in tl.range(0, subs - 1, num_stages=STAGES):
@@ -280,20 +279,13 @@ def _backward_kernel(
                     B_k = row_from_lane(B_rows, k, p, TILES, SPREAD, LANES)
                     if cuts is not None:
                         h = unless(from_lane(begins[k // EACH], t - p + k % EACH), h)
-                    h_k = ()
-                    for r in tl.static_range(REPEAT):
-                        delta = deltas[k // EACH * REPEAT + r]
-                        delta_k = from_lane(delta, t - p + k % EACH)
-                        x_k = from_lane(delta * us_now[k // EACH * REPEAT + r], t - p + k % EACH)
-                        for i in tl.static_range(TILES):
-                            h_k = h_k + (tl.exp2(delta_k * A_tiles[r * TILES + i]) * h[r * TILES + i] + x_k * B_k[i],)
-                    h = h_k
+                    h, _ = advance(h, k, us_now, deltas, A_tiles, B_k, None, t, p, REPEAT, TILES, EACH)
 
             for i in tl.static_range(STATES):
                 tl.store(slot + ((subs - 1) * STATES + i) * 32, h[i])
             tl.debug_barrier()
 
-            # 2. The adjoint, block after block.
+            # 2. The adjoint, block by block.
             for sub_back in tl.range(0, subs, num_stages=STAGES):
                 sub = subs - 1 - sub_back
                 step = begin + sub * T
@@ -339,7 +331,7 @@ def _backward_kernel(
                             decays = decays + (decay,)
                             states = states + (decay * before + xs[k * REPEAT + r] * B_all[k][i],)
 
-                sums_gB = ()  # of steps from last to first
+                sums_gB = ()  # steps from last to first
                 sums_qA = ()
                 for back in tl.static_range(T):
                     C_k = row_from_lane(C_rows, T - 1 - back, p, TILES, SPREAD, LANES)
@@ -444,7 +436,7 @@ def _backward_kernel(
 @triton.jit(do_not_specialize=["batch"])
 def _channel_sums_kernel(
     d_channels,  # (directions, B, E (N + 2))
-    dA,  # (E, N), one for each direction, as all below
+    dA,  # (E, N), one per direction, as all below
     dD,  # (E,) or None
     d_bias,  # (E,) or None
     batch,
@@ -477,12 +469,12 @@ def _channel_sums_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _row_sums_kernel(
     dBC,  # (blocks, directions, rows, 2, N), where rows = B L G
-    dB,  # (rows, N), one for each direction
-    dC,  # (rows, N), one for each direction
+    dB,  # (rows, N), one per direction
+    dC,  # (rows, N), one per direction
     blocks,
     rows,
     N: tl.constexpr,
-    N2: tl.constexpr,  # power of two >= 2 N
+    N2: tl.constexpr,  # a power of two, at least 2 N
     ROWS: tl.constexpr,
     S: tl.constexpr,
 ):
@@ -499,14 +491,14 @@ def _row_sums_kernel(
     tl.store(along(dC, direction) + row * N + column - N, total, inside & (column >= N))
 
 
-# Blocks whose inputs are under way while one is computed, and steps to a block.
+# Blocks in flight, and steps per block.
 STAGES, STEPS = 3, 4
-# Programs that run at a time on a multiprocessor: what more there were would only want more scratch memory.
+# Programs that a multiprocessor runs at once: more would only need more scratch memory.
 PROGRAMS = 16
 
 
 def _tile(d: Direction) -> Tile:
-    """Two channels a lane, if registers allow. Like the forward's, a function of shapes and dtypes only."""
+    """Two channels per lane if registers allow. Like the forward's, a function of shapes and dtypes only."""
     spread = spread_of_fours(d.A.shape[1])
     channels = 2 if d.A.dtype == torch.float32 and spread <= 4 else 1
     return Tile(channels, spread, STEPS)
@@ -544,15 +536,15 @@ def backward(
     )
     dz = None
     d_channels = d.A.new_empty(count, windows * batch, d_inner * (d_state + 2))
-    # In bf16 rounding the parts costs no more than rounding their sum, and halves a tenth of all bytes moved.
+    # In bf16 rounding the parts loses no more than rounding their sum, and halves a tenth of all bytes moved.
     rounded = d.B.dtype == d.C.dtype == torch.bfloat16
     dBC = (d.B if rounded else d.A).new_empty(tile.blocks(d), count, batch, length, groups, 2, d_state)
-    # With an initial state there is one direction.
+    # Only single directions have an initial state.
     d_h0 = None if d.initial_state is None else d.A.new_empty(count, batch, *d.A.shape)
     d_last_state = None if d_last_state is None else d_last_state.contiguous()
     with on_device_of(dy):
         if z is not None:
-            # Gradients of parameters would show a rounded one.
+            # In full precision: parameter gradients would show the rounding.
             dz, d_sum = z.new_empty(z.shape), d.A.new_empty(y_sum.shape)
             tall, wide = 16, 128
             _gate_kernel[(triton.cdiv(batch * length, tall), triton.cdiv(d_inner, wide))](
@@ -571,7 +563,7 @@ def backward(
                 S=tl.float64 if d.A.dtype == torch.float64 else tl.float32,
             )
             dy, scale = d_sum, 1.0
-        # Elements from row to row, of the widest tensor.
+        # The largest distance between rows, in elements.
         widest = max(2 * d_state * groups, *(row_strides(t)[1] for t in (d.u, d.dt, d.B, d.C, dy, *du)))
         starts = window_starts(directions, window, dt_softplus=dt_softplus, start=d_last_state, dy=dy, scale=scale)
         _backward_kernel[(programs,)](
@@ -628,7 +620,7 @@ def backward(
 
 
 def _like(found: Tensor | None, given: Tensor | None) -> Tensor | None:
-    """`found` in the dtype of the tensor that it is the gradient of."""
+    """The gradient `found` in the dtype of its tensor."""
     return None if found is None or given is None else found.to(given.dtype)
 
 

@@ -1,19 +1,18 @@
 # mypy: disable-error-code="assignment"
-"""The kernels of `mamba_block_step`.
+"""Backend `triton` of `mamba_block_step`.
 
-A step of a few sequences does next to nothing but read the weights, so what counts is that each is read once, by
-enough programs to fill the chip, and that nobody waits for it:
+A step of a few sequences mostly reads weights. So each weight is read once, by enough programs to fill the chip:
 
-    _in_project     (u, z) = in_proj norm(x), u = silu(conv(u))    rows of in_proj over programs; moves the windows
-    _project        (dt, B, C) = x_proj u                          rows of x_proj
-    _state_kernel   dt_proj, softplus, recurrence, D, gate         channels, batch; moves the states
-    _project        x + out_proj y                                 rows of out_proj
+    _in_project     (u, z) = in_proj norm(x), u = silu(conv(u))    programs over rows of in_proj; shifts the windows
+    _project        (dt, B, C) = x_proj u                          programs over rows of x_proj
+    _state_kernel   dt_proj, softplus, recurrence, D, gate         programs over channels, batch; updates the states
+    _project        x + out_proj y                                 programs over rows of out_proj
 
-Each takes 2 us and most of it is waiting for memory and for the kernel before. Where the hardware can (programmatic
-dependent launch), all programs of a kernel start as soon as those of the one before have, read their weights, and then
-wait for its results.
+Each kernel takes 2 us, mostly waiting for memory and for the preceding kernel. If the hardware has programmatic
+dependent launch, all programs of a kernel start as soon as those of the preceding kernel have started, read their
+weights, and then wait for its results.
 
-Many sequences are matrix products, which cuBLAS does better: then only the convolution and the state are kernels here.
+Many sequences make matrix products, which cuBLAS does better: then only the convolution and the state are kernels here.
 """
 
 import torch
@@ -22,18 +21,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_step import MambaBlockWeights
-from .rms_norm import rms_norm
-from .rows import on_device_of
-from .triton_tiles import sigmoid, softplus
+from ..block_weights import MambaBlockWeights
+from ..rms_norm import rms_norm
+from ..rows import on_device_of
+from .activations import sigmoid, softplus
 
-FEW = 4  # sequences whose products are done here
+FEW = 4  # most sequences whose products are done here
 TILE = 16384  # most weights that a program holds
 
 
 @triton.jit
 def _start(PDL: tl.constexpr):
-    """Let the next kernel start and wait for the one before. Only weights, which no kernel writes, are read above."""
+    """Let the next kernel start, and wait for the preceding one. Before this call a kernel may only read weights."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -49,7 +48,7 @@ def _in_project(
     x,  # (batch, K)
     norm,  # (K,)
     weight,  # (2 E, K)
-    conv_state,  # (batch, W - 1, E), moved
+    conv_state,  # (batch, W - 1, E), shifted by a step
     conv,  # (E, W)
     conv_bias,  # (E,)
     uz,  # (batch, 2 E)
@@ -57,10 +56,10 @@ def _in_project(
     K,
     EPS: tl.constexpr,
     W: tl.constexpr,
-    TAPS: tl.constexpr,  # a power of two, W at least
+    TAPS: tl.constexpr,  # a power of two, at least W
     ROWS: tl.constexpr,
     BATCH: tl.constexpr,
-    BLOCK: tl.constexpr,  # a power of two, K at least
+    BLOCK: tl.constexpr,  # a power of two, at least K
     PDL: tl.constexpr,
 ):
     row, k, tap = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, TAPS)
@@ -88,7 +87,7 @@ def _in_project(
 
 @triton.jit
 def _project(
-    v,  # (batch, STRIDE), of which the first K
+    v,  # (batch, STRIDE); the first K columns are read
     weight,  # (rows, K)
     residual,  # (batch, rows) or None
     out,  # (batch, rows)
@@ -97,7 +96,7 @@ def _project(
     STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BATCH: tl.constexpr,
-    BLOCK: tl.constexpr,  # a power of two, K at least
+    BLOCK: tl.constexpr,  # a power of two, at least K
     PDL: tl.constexpr,
 ):
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -113,7 +112,7 @@ def _project(
 
 @triton.jit
 def _convolve(uz, conv_state, conv, conv_bias, E, W: tl.constexpr, BLOCK: tl.constexpr):
-    """Put silu of the convolution in the place of x, and move its window."""
+    """Replace x by silu of its convolution, and shift the window."""
     b, e = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, at = e < E, conv_state + b * (W - 1) * E + e
     new = tl.load(uz + b * 2 * E + e, inside, 0.0)
@@ -137,13 +136,13 @@ def _state_kernel(
     dt_bias,  # (E,)
     A_log,  # (E, N)
     D,  # (E,)
-    state,  # (batch, E, N), moved
+    state,  # (batch, E, N), updated
     y,  # (batch, E)
     E,
     R,
     N: tl.constexpr,
-    STATES: tl.constexpr,  # a power of two, N at least
-    RANK: tl.constexpr,  # a power of two, R at least
+    STATES: tl.constexpr,  # a power of two, at least N
+    RANK: tl.constexpr,  # a power of two, at least R
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -171,10 +170,10 @@ def _state_kernel(
 
 
 def _overlaps(device: torch.device) -> bool:
-    """Whether a kernel may read its weights before the kernel ahead of it has ended.
+    """Whether a kernel may read its weights before the preceding kernel has ended.
 
-    Only in a graph that is being captured: outside, launches from Python are slower than the kernels, so that there is
-    nothing to gain, and the kernel ahead may be one that writes the weights.
+    Only during CUDA graph capture. Otherwise launches from Python are slower than the kernels, so there is nothing to
+    gain, and the preceding kernel may write the weights.
     """
     return (
         device.type == "cuda"
@@ -185,7 +184,7 @@ def _overlaps(device: torch.device) -> bool:
 
 
 def block_step(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MambaBlockWeights, eps: float) -> Tensor:
-    """See `mamba_block_step`; states and weights are contiguous."""
+    """See `mamba_block_step`. States and weights are contiguous."""
     batch = len(x)
     d_inner, d_state = weights.A_log.shape
     rank, taps = weights.dt_proj.shape[1], weights.conv.shape[1]
@@ -195,7 +194,7 @@ def block_step(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MambaB
     overlap = {"PDL": True, "launch_pdl": True} if few and _overlaps(x.device) else {"PDL": False}
 
     def product(kernel, shape: torch.Size, *tensors: Tensor | None, each: int, **constants) -> None:
-        """Launch over the rows of a weight of this shape, `each` a program."""
+        """Launch over the rows of a weight of this shape, `each` rows per program."""
         rows, columns = shape
         block = triton.next_power_of_2(columns)
         each = max(1, min(each, TILE // block))

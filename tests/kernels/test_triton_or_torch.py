@@ -1,0 +1,137 @@
+"""`backend=` of ssd, long_conv, rms_norm, mamba_block_step: a named one runs or raises; "auto" picks and logs once."""
+
+import functools
+
+import pytest
+import torch
+from torch.func import grad
+
+from vim_kernels import MambaBlockWeights, backends, long_conv, mamba_block_step, rms_norm, ssd
+
+
+def run_ssd(dtype=torch.bfloat16, head_dim=4, d_state=5, A=None, **options):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    B = random(2, 7, 1, d_state)
+    A = -torch.ones(2) if A is None else A
+    return ssd(random(2, 7, 2, head_dim), random(2, 7, 2), A, B, B, **options)
+
+
+def run_conv(**options):
+    generator = torch.Generator().manual_seed(0)
+    return long_conv(torch.randn(2, 7, 3, generator=generator), torch.randn(3, 7, generator=generator), **options)
+
+
+def run_norm(**options):
+    generator = torch.Generator().manual_seed(0)
+    return rms_norm(torch.randn(2, 8, generator=generator), torch.ones(8), **options)
+
+
+def run_step(dtype=torch.float32, strided=False, **options):
+    d_model, d_inner, d_state, rank, taps = 4, 6, 3, 2, 4
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    shapes = (d_model,), (2 * d_inner, d_model), (d_inner, taps), (d_inner,), (rank + 2 * d_state, d_inner)
+    shapes += (d_inner, rank), (d_inner,), (d_inner, d_state), (d_inner,), (d_model, d_inner)
+    weights = MambaBlockWeights(*(random(*shape) for shape in shapes))
+    window = random(2, d_inner, taps - 1).mT if strided else random(2, taps - 1, d_inner)
+    return mamba_block_step(random(2, d_model), window, random(2, d_inner, d_state), weights, **options)
+
+
+CALLS = {"ssd": run_ssd, "long_conv": run_conv, "rms_norm": run_norm, "mamba_block_step": run_step}
+each_operator = pytest.mark.parametrize("operator", CALLS)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Dispatch as on a machine with a GPU, for CPU tensors; nothing runs there."""
+    monkeypatch.setattr(backends, "unavailable", lambda backend: None)
+    monkeypatch.setattr(backends, "_fastest", lambda device_type, operator=None: "triton")
+    monkeypatch.setattr(backends, "_triton_interprets", lambda: True)
+
+
+@each_operator
+def test_auto_takes_torch_on_a_cpu_and_logs_it_once(operator, caplog):
+    backends._fastest.cache_clear()
+    with caplog.at_level("INFO", "vim_kernels"):
+        first, second = CALLS[operator](), CALLS[operator]()
+    named = CALLS[operator](backend="torch")
+    assert torch.equal(first, second)
+    assert torch.equal(first, named)
+    assert [record.getMessage() for record in caplog.records] == [f"backend 'torch' of {operator} for tensors on cpu"]
+
+
+@each_operator
+@pytest.mark.parametrize("name", ["cpu", "reference", "cuda"])
+def test_an_unknown_name_lists_those_there_are(operator, name):
+    with pytest.raises(ValueError, match=rf"backend must be one of \('auto', 'triton', 'torch'\), got '{name}'"):
+        CALLS[operator](backend=name)
+
+
+@each_operator
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_named_backend_never_falls_back(operator):
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run here: .*; available: \('torch',\)"):
+        CALLS[operator](backend="triton")
+
+
+LIMITS = {
+    "x in fp32": (functools.partial(run_ssd, torch.float32), "x must be bf16 or fp16, got torch.float32"),
+    "A in fp64": (functools.partial(run_ssd, A=-torch.ones(2, dtype=torch.float64)), "it has no fp64"),
+    "wide heads": (functools.partial(run_ssd, head_dim=129), "head_dim must be at most 128, got 129"),
+    "many states": (functools.partial(run_ssd, d_state=257), "d_state must be from 1 to 256, got 257"),
+    "step in fp64": (functools.partial(run_step, torch.float64), "it has no fp64"),
+    "strided window": (
+        functools.partial(run_step, strided=True),
+        "conv_state, ssm_state and weights must be contiguous",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_a_call_beyond_the_kernels_limits(case, gpu, caplog):
+    """By name it raises and names the limit; "auto" takes torch and logs the reason once."""
+    backends._log_fallback.cache_clear()
+    call, reason = LIMITS[case]
+    with pytest.raises(
+        RuntimeError, match=f"backend 'triton' of .* cannot run this call: {reason}; use backend='auto'"
+    ):
+        call(backend="triton")
+    with caplog.at_level("INFO", "vim_kernels"):
+        for _ in range(2):
+            assert torch.equal(call(), call(backend="torch"))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.endswith(f"for tensors on cpu: the faster 'triton' cannot run here: {reason}")
+
+
+def test_a_call_within_the_limits_takes_triton(gpu):
+    for limit in (None, lambda: None):
+        for backend in ("auto", "triton"):
+            assert backends.triton_or_torch("ssd", backend, torch.device("cpu"), limit) == "triton"
+        assert backends.triton_or_torch("ssd", "torch", torch.device("cpu"), limit) == "torch"
+
+
+@each_operator
+def test_transforms_take_torch(operator, gpu):
+    """A named Triton raises there, and "auto" runs."""
+
+    def total(scale, backend):
+        return (CALLS[operator](backend=backend) * scale).sum()
+
+    with pytest.raises(RuntimeError, match=f"backend 'triton' of {operator} supports only first derivatives"):
+        grad(total)(torch.ones(()), "triton")
+    assert torch.isfinite(grad(total)(torch.ones(()), "auto"))
+
+
+def test_a_compiler_takes_torch(gpu, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert backends.triton_or_torch("ssd", "auto", torch.device("cpu")) == "torch"
+    assert backends.triton_or_torch("ssd", "torch", torch.device("cpu")) == "torch"
+    with pytest.raises(RuntimeError, match="backend 'triton' of ssd cannot be compiled or exported"):
+        backends.triton_or_torch("ssd", "triton", torch.device("cpu"))
