@@ -97,7 +97,7 @@ not run
 
 def test_blocks_have_their_needs_and_lines():
     assert list(blocks("a.md", PAGE)) == [
-        Block("a.md", 1, "bash", "make docs", ("a block",)),
+        Block("a.md", 1, "bash", "make docs", docs_check.INLINE_NEEDS),
         Block("a.md", 3, "bash", "python tools/train.py \\\n    --steps 3", ("gpu", "hub")),
         Block("a.md", 8, "python", "import vim", ()),
     ]
