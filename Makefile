@@ -22,7 +22,7 @@ help:
 	@echo "make test            lint, types, documentation, tests (about ten minutes on two cores)"
 	@echo "make install         create $(VENV) and install into it; TORCH_INDEX=URL takes torch from there"
 	@echo "make docs            build the documentation in build/site"
-	@echo "make docs-check      run all commands of the documentation in a copy of the repository (15 minutes)"
+	@echo "make docs-check      run all commands of the documentation in a copy of the repository (14 minutes)"
 	@echo "make test-min        test with the lowest versions of all dependencies, in $(VENV_MIN) (several GB)"
 	@echo "make test-gpu        the tests that need a CUDA device, in $(GPU_WORKERS) processes (4 minutes on 16 cores)"
 	@echo "make mutants         wrong versions of the code, each of which a test must fail (about half an hour)"
