@@ -3,7 +3,7 @@
 python tools/linear_probe.py --train runs/features_train --val runs/features_val
 python tools/linear_probe.py --train runs/features_train --val runs/features_val --last_blocks [1,4] --shots [1,10]
 
-After an interruption, the same command goes on from there.
+After an interruption, the same command continues from there.
 """
 
 from rich.table import Table

@@ -22,25 +22,25 @@ class GenerateConfig:
     """Text from a language model."""
 
     prompts: list[str]
-    """Texts to go on from, at once."""
+    """Prompts, continued as one batch."""
     model: str = "state-spaces/mamba-130m"
-    """Folder with config.json and weights, or a repository on the Hugging Face hub."""
+    """Folder with config.json and weights, or a Hugging Face hub repository."""
     tokenizer: str | None = None
-    """File tokenizer.json, or folder or hub repository with one; null: the model's, else EleutherAI/gpt-neox-20b."""
+    """tokenizer.json, or a folder or hub repository with one; null: the model's own, else EleutherAI/gpt-neox-20b."""
     max_new_tokens: int = 100
-    """At most, after each prompt."""
+    """Maximum number of new tokens per prompt."""
     temperature: float = 0.0
-    """Logits are divided by it before sampling; 0 takes the likeliest token."""
+    """Sampling temperature: logits are divided by it; 0 decodes greedily."""
     top_k: int | None = None
-    """Sample among so many likeliest tokens; null for all."""
+    """Sample from the k most probable tokens; null: from all."""
     top_p: float | None = None
-    """Sample among the fewest tokens that have this probability together, 0..1; null for all."""
+    """Sample from the smallest set of tokens whose total probability is at least this, 0..1; null: from all."""
     seed: int = 0
-    """Of the sampling."""
+    """Random seed of the sampling."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of weights and activations; states of the scan are fp32."""
+    """Precision of weights and activations; the states of the scan stay in fp32."""
     device: str | None = None
-    """cpu, cuda ...; null for the GPU if there is one."""
+    """cpu, cuda ...; null: the GPU if there is one."""
 
     def __post_init__(self):
         if not self.prompts or not all(self.prompts):

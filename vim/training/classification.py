@@ -116,7 +116,7 @@ class Classification(Trainer):
 
     def headline(self, record: dict[str, Any]) -> str:
         size = f"{record['img_size']} pixels  " if "img_size" in record else ""
-        ema = f"  (averaged weights {record['ema_top1']:.2f})" if "ema_top1" in record else ""
+        ema = f"  (EMA {record['ema_top1']:.2f} %)" if "ema_top1" in record else ""
         return f"{size}val loss {record['loss']:.3f}  top-1 {record['top1']:.2f} %{ema}"
 
     def summary(self) -> dict[str, Any]:
