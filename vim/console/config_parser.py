@@ -99,7 +99,7 @@ class ConfigParser(ArgumentParser):
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """One line per key: argparse's own layout takes three."""
-        sections = {f.name for f in fields(self.config_class) if _section(f)}
+        sections = {f.name for f in fields(self.config_class) if section_of(f)}
         lines = [self.format_usage(), (self.description or "").strip()]
         for group in self._action_groups:
             lines += ["", f"{group.title}:"] if group._group_actions else []
@@ -165,7 +165,7 @@ def _expand_home(config: Any) -> None:
             setattr(config, f.name, f"{path['scheme']}{os.path.expanduser(path['path'])}")
 
 
-def _section(f: Field) -> type | None:
+def section_of(f: Field) -> type | None:
     """The dataclass of a field that is a section."""
     return f.type if isinstance(f.type, type) and is_dataclass(f.type) else None
 
@@ -175,6 +175,6 @@ def _keys(config_class: type, prefix: str = "") -> list[str]:
     keys = []
     for f in fields(config_class):
         keys.append(prefix + f.name)
-        if section := _section(f):
+        if section := section_of(f):
             keys += _keys(section, f"{prefix}{f.name}.")
     return keys

@@ -15,6 +15,7 @@ from vim.timm_models.input import resolve_input
 from vim.timm_models.name import timm_name
 from vim.training.classification_data import ClassificationData
 from vim.training.config import TrainConfig
+from vim.training.state import UpdateSplit
 
 
 def loader_speed(config: TrainConfig, workers: int, seconds: float) -> float:
@@ -27,7 +28,7 @@ def loader_speed(config: TrainConfig, workers: int, seconds: float) -> float:
     """
     data = replace(config.data, num_workers=workers, progressive=[])
     accelerator = create_accelerator("fp32")
-    total_batch = data.batch_size * accelerator.num_processes * config.accumulate
+    total_batch = UpdateSplit(data.batch_size, accelerator.num_processes, config.accumulate).total_batch
     data_config = resolve_input(_without_weights(config.model), config.model.kwargs, data)
     loader = ClassificationData(data).train_batches(config.augment, data_config, config.seed, total_batch)
     batches: Any = accelerator.prepare(loader)

@@ -215,8 +215,8 @@ class TrainingState:
             check_same_data(state["data"], self.data)
             return self.split.check(UpdateSplit(**state["split"]))
         # Checkpoints of the first version record the total batch, but neither its split nor the data.
-        same = state["total_batch"] == self.total_batch
-        self.split.check(self.split if same else UpdateSplit(state["total_batch"], 1, 1))
+        if state["total_batch"] != self.total_batch:
+            self.split.check(UpdateSplit(state["total_batch"], 1, 1))
         return "warning: the checkpoint, of an earlier version, has no record of the data; make sure they are the same"
 
     def _load(self, state: dict[str, Any]) -> None:
