@@ -1,4 +1,4 @@
-"""VisionMamba with other mixers, scan orders and registers."""
+"""VisionMamba with other mixers and scan orders."""
 
 from fnmatch import fnmatch
 
@@ -180,7 +180,7 @@ def test_patch_orders():
     assert sorted(window) == list(range(72))
 
 
-@pytest.mark.parametrize("options", [{}, PLAIN, {"class_token": "registers", "num_registers": 3}])
+@pytest.mark.parametrize("options", [{}, PLAIN, {"class_token": "both"}])
 def test_columns_are_rows_of_the_transposed_image(options):
     model = VisionMamba(**TINY, **options, scan_order="column").eval()
     x = torch.randn(2, 1, 24, 16)
@@ -224,42 +224,6 @@ def test_cross_goes_along_rows_and_columns_in_turn():
 
 
 @pytest.mark.parametrize(
-    ("registers", "places"), [(1, [12]), (2, [8, 17]), (4, [4, 10, 16, 22]), (5, [4, 9, 14, 19, 24])]
-)
-def test_registers_are_spread_evenly(registers, places):
-    """Among 24 patches; four registers leave gaps of 4, 5, 5, 5 and 5."""
-    model = VisionMamba(**TINY, class_token="registers", num_registers=registers).eval()
-    assert list(model.token_layout.places(24)) == places
-    x = torch.randn(2, 1, 24, 16)
-    tokens = model._embed(x)
-    want = (model.cls_token + model.pos_embed[:, :registers])[0]
-    assert_close(tokens[0, places], want)
-    assert_close(model.prefix_first(tokens)[0, :registers], want)
-    features = model.forward_features(x)
-    assert_close(model.forward_head(features, pre_logits=True), features[:, :registers].flatten(1))
-    assert model(x).shape == (2, 3)
-    model.reset_classifier(7)
-    assert model(x).shape == (2, 7)
-
-
-def test_registers_through_a_neck():
-    model = VisionMamba(**TINY, class_token="registers", num_registers=4, register_dim=6)
-    x = torch.randn(2, 1, 24, 16)
-    features = model.forward_features(x)
-    pooled = model.forward_head(features, pre_logits=True)
-    assert pooled.shape == (2, 24) == (2, model.head_hidden_size)
-    each = features[:, :4] @ model.neck[0].weight.T
-    assert_close(pooled, torch.nn.functional.rms_norm(each.flatten(1), (24,), model.neck[2].weight, 1e-5))
-    model.reset_classifier(5, "avg")
-    assert (model.head.in_features, model(x).shape) == (16, (2, 5))
-    model.reset_classifier(5, "token")
-    assert (model.head.in_features, model(x).shape) == (24, (2, 5))
-    average = VisionMamba(**TINY, class_token="registers", num_registers=4, global_pool="avg")
-    assert average.head.in_features == 16
-    assert average(x).shape == (2, 3)
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         (
@@ -269,8 +233,7 @@ def test_registers_through_a_neck():
         ({"mixer": "s4nd"}, "mixer 's4nd' works on the grid of the patches and needs class_token 'none'"),
         ({"mixer": "s4nd", "scan_order": "column"} | PLAIN, "scan_order 'raster', got 'none' and 'column'"),
         ({"scan_order": "hilbert"}, "scan_order must be one of .*'cross'.*, got 'hilbert'"),
-        ({"class_token": "registers", "num_registers": 0}, "num_registers must be at least 1, got 0"),
-        ({"class_token": "registers", "register_dim": 0}, "register_dim must be at least 1, got 0"),
+        ({"class_token": "last"}, "class_token must be one of 'middle', 'first', 'both', 'none', got 'last'"),
         *(
             (PLAIN | {"mixer": mixer, option: 4}, f"mixer '{mixer}' has no {option}, got 4; leave it out")
             for mixer, options in {
@@ -279,17 +242,8 @@ def test_registers_through_a_neck():
             }.items()
             for option in options
         ),
-        ({"num_registers": 3}, "num_registers needs class_token 'registers', got 3 with 'middle'; leave it out"),
-        ({"register_dim": 8} | PLAIN, "register_dim needs class_token 'registers', got 8 with 'none'"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         VisionMamba(**TINY, **options)
-
-
-def test_a_variant_of_registers_without_them():
-    model = timm.create_model("vim_small_registers", depth=1, class_token="none", global_pool="avg", device="meta")
-    assert model.num_prefix_tokens == 0
-    with pytest.raises(ValueError, match="register_dim needs class_token 'registers', got 96 with 'none'"):
-        timm.create_model("vim_small_registers", class_token="none", global_pool="avg", register_dim=96)

@@ -17,7 +17,6 @@ PLACES = {
     "middle": {"class_token": "middle"},
     "first": {"class_token": "first"},
     "both": {"class_token": "both"},
-    "registers": {"class_token": "registers", "num_registers": 5},
     "none": {"class_token": "none", "global_pool": "avg"},
 }
 
@@ -242,10 +241,9 @@ def test_a_pruned_model_keeps_what_its_intermediates_need(prune_norm, prune_head
 # Heads
 
 
-@pytest.mark.parametrize("options", [{"class_token": "both"}, {"class_token": "registers", "register_dim": 4}])
-def test_a_new_classifier(options):
+def test_a_new_classifier():
     """It keeps the pooling unless another is given, and has the mode and dtype of the model."""
-    model = tiny(**options).double().eval()
+    model = tiny(class_token="both").double().eval()
     x = torch.randn(2, 1, 24, 16).double()
     pooled = model.forward_head(model.forward_features(x), pre_logits=True)
     model.reset_classifier(7)
@@ -267,7 +265,7 @@ def test_a_new_classifier(options):
 
 def test_learning_rates_by_layer():
     """Scales rise from the stem over the blocks to 1 for the head; the last norm has that of the last block."""
-    model = tiny(depth=3, class_token="registers", register_dim=4)
+    model = tiny(depth=3)
     scales = {
         name: group["lr_scale"]
         for group in param_groups_layer_decay(model, 0.05, layer_decay=0.5)
@@ -278,17 +276,17 @@ def test_learning_rates_by_layer():
     def expected(name):
         if name.startswith("blocks."):
             return 0.5 ** (3 - int(name.split(".")[1]))
-        return {"norm": 0.5, "head": 1, "neck": 1}.get(name.split(".")[0], 0.5**4)
+        return {"norm": 0.5, "head": 1}.get(name.split(".")[0], 0.5**4)
 
     assert scales == {name: expected(name) for name, _ in model.named_parameters()}
 
 
 def test_where_tables_and_heads_start():
     """Std 0.02, and for the filters 1 / sqrt(pixels of a patch); biases are 0."""
-    model = VisionMamba(**TINY | {"embed_dim": 256, "num_classes": 40}, class_token="registers", register_dim=8)
+    model = VisionMamba(**TINY | {"embed_dim": 256, "num_classes": 40})
     std = {name: p.std().item() for name, p in model.named_parameters()}
-    for name in ("pos_embed", "cls_token", "head.weight", "neck.0.weight"):
-        assert std[name] == pytest.approx(0.02, rel=0.06), name
+    for name, tolerance in (("pos_embed", 0.06), ("cls_token", 0.15), ("head.weight", 0.06)):
+        assert std[name] == pytest.approx(0.02, rel=tolerance), name
     assert std["patch_embed.proj.weight"] == pytest.approx(16**-0.5, rel=0.06)
     assert not model.head.bias.any()
     assert not model.patch_embed.proj.bias.any()
@@ -317,9 +315,6 @@ def test_sizes_reach_the_mixers(mixer):
 
 
 def test_what_the_variants_are():
-    small = timm.create_model("vim_small_registers", device="meta")
-    assert small.cls_token.shape == (1, 12, 384)
-    assert small.neck[0].weight.shape == (192, 384)
     assert timm.create_model("s4nd_tiny", device="meta").blocks[0].mixer.kernel[1].A_log.shape == (192, 32)
     assert timm.create_model("vim_pixels", device="meta").pos_embed.shape == (1, 784, 64)
 

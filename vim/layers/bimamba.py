@@ -18,11 +18,12 @@ class BiMamba(nn.Module):
     """Mix a sequence along its length, (batch, length, d_model) -> the same shape.
 
     Each direction has its own convolution, projections, A and D. The input projection, the output projection and the
-    gate are shared. The gate multiplies the mean of both directions.
+    gate are shared. The gate multiplies the sum of both directions times `scale`.
 
     Args:
         d_model: channels of the sequence. d_state: states N per inner channel. d_conv: taps of the convolution.
         expand: d_inner = expand * d_model. dt_rank: rank of the step's projection, ceil(d_model / 16) if None.
+        scale: factor on the sum of both directions: 0.5 for Vim's mean, 1 for VideoMamba's sum.
 
     Source: Zhu et al. 2024, arXiv 2401.09417, Algorithm 1. The mean and Euler's rule for B are as in the released code.
     """
@@ -35,6 +36,7 @@ class BiMamba(nn.Module):
         expand: int = 2,
         dt_rank: int | None = None,
         *,
+        scale: float = 0.5,
         device=None,
         dtype=None,
     ):
@@ -42,6 +44,7 @@ class BiMamba(nn.Module):
         dd = {"device": device, "dtype": dtype}
         d_inner = expand * d_model
         dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        self.scale = scale
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False, **dd)
         # Both directions start alike. In the authors' code a later initialiser sets the backward direction's dt bias to
         # 0: a step of softplus(0) = 0.69, which remembers one or two tokens.
@@ -74,5 +77,6 @@ class BiMamba(nn.Module):
             "D": (self.forward_ssm.D, self.backward_ssm.D),
             "z": z,
             "dt_bias": (bias_f, bias_b),
+            "scale": self.scale,
             "seq_idx": seq_idx,
         }

@@ -1,4 +1,4 @@
-"""From a checkpoint to a state dict that VisionMamba loads: unwrapped, under native names, at the model's sizes."""
+"""From a checkpoint to a state dict that a model loads: unwrapped, under native names, at the model's sizes."""
 
 import logging
 from typing import Any, Protocol
@@ -24,6 +24,8 @@ class PretrainedModel(TableModel, Protocol):
     pretrained_cfg: dict[str, Any]
     pretrained_model_args: dict[str, Any]
 
+    def to_native(self, official: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
 
 def checkpoint_filter_fn(
     state_dict: dict[str, Any], model: PretrainedModel, img_size: Size | None = None
@@ -39,8 +41,8 @@ def checkpoint_filter_fn(
         img_size: size of the images that the checkpoint's position table is for. Needed if they are not square and the
             checkpoint has no `pos_embed_grid`: one of another library, or an old one.
 
-    Raises: ValueError for a checkpoint with other class tokens, or a position table of an unknown grid.
-    Source: names and layout of hustvl/Vim; `vim.models.official` holds the table.
+    Raises: ValueError for a checkpoint of another model, with other class tokens, or a position table of an unknown
+        grid.
     """
     weights = _native(state_dict, model)
     return fit_table(weights, model, None if img_size is None else _table_grid(weights, model, img_size))
@@ -69,7 +71,7 @@ def before_loading(model: PretrainedModel, state_dict: dict[str, Tensor], prefix
     if not official.is_official(own):
         check_table(own, model)
         return
-    if model.pretrained_cfg.get("hf_hub_id") and not official.takes_ema(model.pretrained_cfg):
+    if official.may_be_ema(model.pretrained_cfg):
         _logger.warning(EMA_WARNING, model.pretrained_cfg.get("architecture"))
     for key in own:
         del state_dict[prefix + key]
@@ -79,7 +81,7 @@ def before_loading(model: PretrainedModel, state_dict: dict[str, Tensor], prefix
 def _native(state_dict: dict[str, Any], model: PretrainedModel) -> dict[str, Tensor]:
     """The weights of a checkpoint under native names."""
     weights = official.select_weights(state_dict, model.pretrained_cfg)
-    return official.to_native(weights, model.class_token) if official.is_official(weights) else dict(weights)
+    return model.to_native(weights) if official.is_official(weights) else dict(weights)
 
 
 def _table_grid(weights: dict[str, Tensor], model: PretrainedModel, img_size: Size) -> Grid:

@@ -1,7 +1,10 @@
-"""Checkpoints of the authors' code (hustvl/Vim): which weights of a file to take, and how they are named here.
+"""Checkpoints of the authors' code: which weights of a file to take, and how Vim's are named here.
+
+The other families share Vim's names in part; each has its own table, next to its model.
 
 A released file is a training state with two sets of weights: `model`, and its EMA `model_ema`. The pretrained cfg of a
-variant says which set gave the reported accuracy: `model_ema` if its `notes` hold EMA_NOTE, `model` if not.
+variant says which set gave the reported accuracy: `model_ema` if its `notes` hold EMA_NOTE, `model` if not. With
+ONE_SET_NOTE the files have `model` only.
 `pretrained=True`, a `file` in the cfg, `checkpoint_filter_fn` and our tools take that set.
 
 timm's `checkpoint_path=` and `load_checkpoint` unwrap a file before the model sees it. They take `model_ema` whenever
@@ -36,6 +39,7 @@ _CLASS_TOKENS = {
 
 # PretrainedCfg has no field for this, and timm refuses unknown ones.
 EMA_NOTE = "weights: model_ema"
+ONE_SET_NOTE = "weights: one set"  # the released files have no EMA
 
 
 def is_official(state_dict: dict[str, Tensor]) -> bool:
@@ -76,6 +80,11 @@ def to_native(state_dict: dict[str, Tensor], class_token: str = "middle") -> dic
 def takes_ema(cfg: dict[str, Any]) -> bool:
     """Whether a pretrained cfg asks for `model_ema`."""
     return EMA_NOTE in (cfg.get("notes") or ())
+
+
+def may_be_ema(cfg: dict[str, Any]) -> bool:
+    """Whether weights without their training state may be an EMA that the pretrained cfg does not ask for."""
+    return bool(cfg.get("hf_hub_id")) and not {EMA_NOTE, ONE_SET_NOTE} & set(cfg.get("notes") or ())
 
 
 def select_weights(checkpoint: dict[str, Any], cfg: dict[str, Any]) -> dict[str, Tensor]:

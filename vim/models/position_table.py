@@ -1,4 +1,7 @@
-"""Position tables of checkpoints: an entry for each class token, then one for each patch, row by row."""
+"""Position tables of checkpoints: an entry for each class token, then one for each patch, row by row.
+
+Mamba-R's registers have a table of their own, `pos_embed_cls`; then `pos_embed` has entries of patches only.
+"""
 
 from typing import Protocol
 
@@ -32,10 +35,11 @@ def fit_table(weights: dict[str, Tensor], model: TableModel, grid: Grid | None =
     if "patch_embed.proj.weight" in out:
         size = list(model.patch_embed.patch_size)
         out["patch_embed.proj.weight"] = resample_patch_embed(out["patch_embed.proj.weight"], size)
-    table, saved_grid, tokens, prefix = out.get("pos_embed"), out.pop(GRID, None), _tokens(out), model.num_prefix_tokens
+    table, saved_grid, tokens = out.get("pos_embed"), out.pop(GRID, None), _tokens(out)
+    prefix, entries = model.num_prefix_tokens, _class_entries(out)
     if prefix == 0:  # a detector's backbone has no use for a classifier's token
         out.pop("cls_token", None)
-        table, tokens = None if table is None else table[:, tokens:], 0
+        table, tokens, entries = None if table is None else table[:, entries:], 0, 0
     if table is None:
         return out
     if tokens != prefix:
@@ -43,9 +47,9 @@ def fit_table(weights: dict[str, Tensor], model: TableModel, grid: Grid | None =
             f"the checkpoint has {tokens} class tokens, a model with class_token={model.class_token!r} has {prefix}; "
             "create it with the checkpoint's class_token"
         )
-    old, new = _grid(table.shape[1] - tokens, saved_grid, grid), model.patch_embed.grid_size
+    old, new = _grid(table.shape[1] - entries, saved_grid, grid), model.patch_embed.grid_size
     # (During an export timm would resample even to the same size.)
-    out["pos_embed"] = table if old == new else resample_abs_pos_embed(table, list(new), list(old), prefix)
+    out["pos_embed"] = table if old == new else resample_abs_pos_embed(table, list(new), list(old), entries)
     if new[0] != new[1]:
         out[GRID] = torch.tensor(new)
     return out
@@ -61,7 +65,7 @@ def check_table(weights: dict[str, Tensor], model: TableModel) -> None:
     table, tokens = weights.get("pos_embed"), _tokens(weights)
     if table is None or table.is_meta or table.shape != model.pos_embed.shape or tokens != model.num_prefix_tokens:
         return
-    grid, own = _grid(table.shape[1] - tokens, weights.get(GRID)), model.patch_embed.grid_size
+    grid, own = _grid(table.shape[1] - _class_entries(weights), weights.get(GRID)), model.patch_embed.grid_size
     if grid != own:
         raise ValueError(
             f"the position table is of {grid[0]} x {grid[1]} patches, the model's of {own[0]} x {own[1]}; pass the "
@@ -72,11 +76,16 @@ def check_table(weights: dict[str, Tensor], model: TableModel) -> None:
 
 def patches_of(weights: dict[str, Tensor]) -> int:
     """Number of patches in the position table; 0 without a table."""
-    return weights["pos_embed"].shape[1] - _tokens(weights) if "pos_embed" in weights else 0
+    return weights["pos_embed"].shape[1] - _class_entries(weights) if "pos_embed" in weights else 0
 
 
 def _tokens(weights: dict[str, Tensor]) -> int:
     return weights["cls_token"].shape[1] if "cls_token" in weights else 0
+
+
+def _class_entries(weights: dict[str, Tensor]) -> int:
+    """Entries of class tokens in the position table."""
+    return 0 if "pos_embed_cls" in weights else _tokens(weights)
 
 
 def _grid(patches: int, saved: Tensor | None, given: Grid | None = None) -> Grid:

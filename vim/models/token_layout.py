@@ -3,20 +3,17 @@
 In shapes: B batch, P patches, T class tokens or registers, L = P + T, D channels.
 """
 
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vim.layers.checks import check_choice
-
 from .patch_embed import Grid
 
-ClassToken = Literal["middle", "first", "both", "registers", "none"]
-CLASS_TOKENS: tuple[str, ...] = get_args(ClassToken)
+Place = Literal["middle", "first", "last", "both", "registers", "none"]
 ScanOrder = Literal["raster", "column", "zigzag", "window", "cross"]
-SCAN_ORDERS: tuple[str, ...] = get_args(ScanOrder)
 WINDOW = 7  # patches per edge; an image of 224 pixels has 14
 
 Order = tuple[Tensor, Tensor]  # indices (L,) from raster order to another one, and back
@@ -33,33 +30,29 @@ class TokenLayout(nn.Module):
     """Puts class tokens among the patches and takes them out again; holds the scan orders of the blocks.
 
     Args:
-        class_token: "middle", "first", "both" (one at each end), "registers" (evenly spread) or "none".
-        num_registers: only for class_token "registers", 12 if None.
-        scan_order: see `patch_order`; "cross" alternates between rows and columns, block by block.
-        depth: number of blocks.
-
-    Raises: ValueError for another class_token or scan_order, or for registers without a use.
+        class_token: "middle", "first", "last", "both" (one at each end), "registers" (see `places`) or "none".
+        num_registers: only for class_token "registers".
+        orders: names of the scan orders besides "raster", see `patch_order`.
     """
 
-    def __init__(self, class_token: ClassToken, num_registers: int | None, scan_order: ScanOrder, depth: int):
+    def __init__(self, class_token: Place, *, num_registers: int = 0, orders: Iterable[str] = ()):
         super().__init__()
-        check_choice("class_token", class_token, CLASS_TOKENS)
-        check_choice("scan_order", scan_order, SCAN_ORDERS)
-        check_register_option("num_registers", num_registers, class_token)
         self.class_token = class_token
-        registers = 12 if num_registers is None else num_registers
-        self.num_tokens = {"middle": 1, "first": 1, "both": 2, "registers": registers, "none": 0}[class_token]
-        cycle = ("raster", "column") if scan_order == "cross" else (scan_order,)
-        self.block_orders = [cycle[block % len(cycle)] for block in range(depth)]
-        self.orders = sorted(set(self.block_orders) - {"raster"})
+        single = {"middle": 1, "first": 1, "last": 1}
+        self.num_tokens = ({"both": 2, "registers": num_registers, "none": 0} | single)[class_token]
+        self.orders = sorted(orders)
 
     def places(self, num_patches: int) -> tuple[int, ...]:
-        """Indices of the class tokens in a sequence with `num_patches` patches."""
-        if self.class_token == "registers":  # as many patches between two registers as at the ends
-            n = self.num_tokens
-            return tuple((i + 1) * num_patches // (n + 1) + i for i in range(n))
-        places = {"middle": (num_patches // 2,), "first": (0,), "both": (0, num_patches + 1), "none": ()}
-        return places[self.class_token]
+        """Indices of the class tokens in a sequence with `num_patches` patches.
+
+        Registers: one after every num_patches // (registers + 1) patches. The rest follows the last one, as in the code
+        of Mamba-R; its paper spreads them evenly.
+        """
+        if self.class_token == "registers":
+            gap = num_patches // (self.num_tokens + 1)
+            return tuple(gap + i * (gap + 1) for i in range(self.num_tokens))
+        places = {"middle": (num_patches // 2,), "first": (0,), "last": (num_patches,), "none": ()}
+        return (places | {"both": (0, num_patches + 1)})[self.class_token]
 
     def insert(self, patches: Tensor, class_tokens: Tensor) -> Tensor:
         """Patches (B, P, D) and class tokens (B, T, D) -> the sequence (B, L, D)."""
@@ -93,14 +86,6 @@ class TokenLayout(nn.Module):
         """The layout of images of any size."""
         places = self.places(grid[0] * grid[1])
         return Layout(grid, {name: token_order(name, grid, places, device) for name in self.orders})
-
-
-def check_register_option(option: str, value: int | None, class_token: str) -> None:
-    """Raises: ValueError for a value without registers, or one below 1."""
-    if value is not None and class_token != "registers":
-        raise ValueError(f"{option} needs class_token 'registers', got {value} with {class_token!r}; leave it out")
-    if value is not None and value < 1:
-        raise ValueError(f"{option} must be at least 1, got {value}")
 
 
 @lru_cache(maxsize=64)
