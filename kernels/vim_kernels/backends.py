@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from . import cpu
 
 BACKENDS = ("triton", "cpu", "torch", "reference")
-TRITON_OR_TORCH = ("triton", "torch")  # the backends of ssd, long_conv, rms_norm and mamba_block_step
+TRITON_OR_TORCH = ("triton", "torch")  # the backends of ssd, long_conv, rms_norm, swiglu and mamba_block_step
 
 _log = logging.getLogger("vim_kernels")
 

@@ -22,6 +22,7 @@ from vim_kernels import (
     selective_scan,
     selective_state_update,
     ssd,
+    swiglu,
 )
 
 NAMED = [name for name in available_backends() if name in ("torch", "cpu")]
@@ -96,6 +97,7 @@ SHAPES = WITH_BACKENDS | {
     by_fft: (ROW, (CHANNELS, LENGTH)),
     by_matrix: (ROW, (CHANNELS, LENGTH)),
     rms_norm: (ROW, (CHANNELS,)),
+    swiglu: (ROW, ROW),
     gated_norm: (ROW, (CHANNELS,), ROW),
 }
 each_operator = pytest.mark.parametrize("function", SHAPES, ids=lambda f: f.__name__)

@@ -1,4 +1,4 @@
-"""`backend=` of ssd, long_conv, rms_norm, mamba_block_step: a named one runs or raises; "auto" picks and logs once."""
+"""`backend=` of all operators but scan and convolution: a named one runs or raises; "auto" picks and logs once."""
 
 import functools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import grad
 
-from vim_kernels import MambaBlockWeights, backends, long_conv, mamba_block_step, rms_norm, ssd
+from vim_kernels import MambaBlockWeights, backends, long_conv, mamba_block_step, rms_norm, ssd, swiglu
 
 
 def run_ssd(dtype=torch.bfloat16, head_dim=4, d_state=5, A=None, **options):
@@ -30,6 +30,11 @@ def run_norm(**options):
     return rms_norm(torch.randn(2, 8, generator=generator), torch.ones(8), **options)
 
 
+def run_swiglu(**options):
+    generator = torch.Generator().manual_seed(0)
+    return swiglu(*(torch.randn(2, 8, generator=generator) for _ in range(2)), **options)
+
+
 def run_step(dtype=torch.float32, strided=False, **options):
     d_model, d_inner, d_state, rank, taps = 4, 6, 3, 2, 4
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +49,13 @@ def run_step(dtype=torch.float32, strided=False, **options):
     return mamba_block_step(random(2, d_model), window, random(2, d_inner, d_state), weights, **options)
 
 
-CALLS = {"ssd": run_ssd, "long_conv": run_conv, "rms_norm": run_norm, "mamba_block_step": run_step}
+CALLS = {
+    "ssd": run_ssd,
+    "long_conv": run_conv,
+    "rms_norm": run_norm,
+    "swiglu": run_swiglu,
+    "mamba_block_step": run_step,
+}
 each_operator = pytest.mark.parametrize("operator", CALLS)
 
 

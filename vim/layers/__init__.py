@@ -11,6 +11,7 @@ from .s4 import S4
 from .s4d import S4D
 from .s4nd import S4ND
 from .selective_ssm import SelectiveSSM
+from .swiglu import SwiGLU
 
 __all__ = [
     "S4",
@@ -27,5 +28,6 @@ __all__ = [
     "MambaCache",
     "RMSNorm",
     "SelectiveSSM",
+    "SwiGLU",
     "recompute_all_but_scans",
 ]

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import SwiGLU
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vim.layers import Mamba2, RMSNorm
+from vim.layers import Mamba2, RMSNorm, SwiGLU
 from vim.layers.rename import rename
 
 from .backbone import GlobalPool, PlainBackbone, WeightInit, create
