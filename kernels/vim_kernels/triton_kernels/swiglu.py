@@ -11,8 +11,10 @@ from .activations import sigmoid
 
 BLOCK = 2048  # elements of a program
 
+# Triton compiles twice: for counts that divide by 16, whose loads take 16 bytes, and for others.
 
-@triton.jit(do_not_specialize=["count"])
+
+@triton.jit
 def _forward_kernel(gate, x, y, count, S: tl.constexpr, BLOCK: tl.constexpr):  # all (count,)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
@@ -20,7 +22,7 @@ def _forward_kernel(gate, x, y, count, S: tl.constexpr, BLOCK: tl.constexpr):  #
     tl.store(y + i, g * sigmoid(g) * tl.load(x + i, inside, 0.0).to(S), inside)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def _backward_kernel(dy, gate, x, d_gate, dx, count, S: tl.constexpr, BLOCK: tl.constexpr):  # all (count,)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
