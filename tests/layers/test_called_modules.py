@@ -15,8 +15,10 @@ from vim.models.vision_mamba import VisionMamba
 
 LAYERS = {  # on a GPU 24 states compile fastest: see test_triton_gpu.py
     "mamba": lambda: Mamba(16, d_state=24),
+    "mamba, other biases": lambda: Mamba(16, d_state=24, bias=True, conv_bias=False),
     "bimamba": lambda: BiMamba(16, d_state=24),
     "mamba2": lambda: Mamba2(16, d_state=5, head_dim=8),
+    "mamba2, other biases": lambda: Mamba2(16, d_state=5, head_dim=8, bias=True, conv_bias=False),
     "bimamba2": lambda: BiMamba2(16, d_state=5, head_dim=8),
     "gated conv": lambda: GatedConv(16),
     "s4d": lambda: S4D(16, 6, bidirectional=True),

@@ -238,7 +238,9 @@ def test_bandlimit_leaves_out_what_aliases():
     assert (kernel._discrete(2.0)[2][0, 0] == 0).tolist() == [False, False, True, True]
 
 
-@pytest.mark.parametrize("make", [*MIXERS.values(), lambda: S4ND(6, 8, dim=1)])
+@pytest.mark.parametrize(
+    "make", [*MIXERS.values(), lambda: S4ND(6, 8, dim=1), lambda: S4ND(6, 8, dim=1, measure="legs")]
+)
 def test_autocast_and_round_trip(make):
     mixer = make()
     x = torch.randn(2, 12, 6)

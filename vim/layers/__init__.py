@@ -5,7 +5,7 @@ from .gated_conv import GatedConv
 from .mamba import Mamba, MambaCache
 from .mamba2 import BiMamba2, Mamba2, Mamba2Cache
 from .mamba_block import MambaBlock
-from .norm import GatedRMSNorm, RMSNorm
+from .norm import GatedRMSNorm, LayerNorm, RMSNorm
 from .recompute import recompute_all_but_scans
 from .s4 import S4
 from .s4d import S4D
@@ -21,6 +21,7 @@ __all__ = [
     "BiMamba2",
     "GatedConv",
     "GatedRMSNorm",
+    "LayerNorm",
     "Mamba",
     "Mamba2",
     "Mamba2Cache",
