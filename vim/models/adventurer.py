@@ -152,7 +152,7 @@ default_cfgs = generate_default_cfgs(
         "adventurer_base.wangf3014_in1k": _cfg("adventurer_base_patch16_224.pth"),
         "adventurer_base.wangf3014_in1k_384": _cfg("adventurer_base_patch16_384.pth", 384, 1.0),
         "adventurer_base.wangf3014_in1k_448": _cfg("adventurer_base_patch16_448.pth", 448, 1.0),
-        "adventurer_base_patch8.wangf3014_in1k": _cfg("adventurer_base_patch8_224.pth"),
+        "adventurer_base_patch8.wangf3014_in1k": _cfg("adventurer_base_patch8_224.pth", 224, 1.0),
         "adventurer_base_patch8.wangf3014_in1k_448": _cfg("adventurer_base_patch8_448.pth", 448, 1.0),
         "adventurer_large.wangf3014_in1k": _cfg("adventurer_large_patch16_224.pth"),
     }
