@@ -19,7 +19,7 @@ class S4ND(LTIMixer):
         d_model: channels. d_state: states N per channel and axis, even. dim: axes, 1 to 3.
         measure: S4's kernels, see S4; None for S4D's. The authors' code has S4's with "legs" by default.
         init, rule: of S4D's kernels, see S4D.
-        bandlimit: of S4D's kernels: leave out the modes of a kernel that alias at the resolution of training: those with
+        bandlimit: of S4D's kernels: leave out the modes that alias at the resolution of training: those with
             delta |Im A| / 2 pi >= bandlimit / 2. Set it to 0.1 to 1 for a model that will run at other resolutions.
         l_max: of S4's kernels: the largest size, or one per axis; see S4. A larger image makes the kernels longer; the
             authors' code cuts them at l_max.
