@@ -8,7 +8,8 @@ In shapes: B batch, L length, E d_inner or channels, N d_state, K width, H heads
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ class _AsOne(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         report(flops[0])
-        with _disable_current_modes():
+        with _unseen():
             return run(*inputs)
 
     @staticmethod
@@ -132,7 +133,7 @@ class _AsOne(torch.autograd.Function):
     def backward(ctx, *grads):
         ctx.report(ctx.flops[1])
         learns = ctx.needs_input_grad[3:]
-        with _disable_current_modes(), torch.enable_grad():
+        with _unseen(), torch.enable_grad():
             inputs = [
                 None if t is None else t.detach().requires_grad_(learn)
                 for t, learn in zip(ctx.saved_tensors, learns, strict=True)
@@ -144,10 +145,23 @@ class _AsOne(torch.autograd.Function):
         return None, None, None, *(None if t is None else t.grad for t in inputs)
 
 
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Counters do not see what runs in here; other dispatch modes, such as fake tensors, do."""
+    with _disable_current_modes() as modes, ExitStack() as others:
+        for mode in reversed(modes):  # the innermost comes first
+            if not isinstance(mode, _FlopCounterMode):
+                others.enter_context(mode)
+        yield
+
+
 def _report(flops: int) -> None:
     """Computes nothing: a counter reads the argument."""
 
 
 for _operator in ("ssd", "long_conv"):
-    torch.library.custom_op(f"vim_kernels::count_{_operator}", _report, mutates_args=(), schema="(int flops) -> ()")
+    _op = torch.library.custom_op(
+        f"vim_kernels::count_{_operator}", _report, mutates_args=(), schema="(int flops) -> ()"
+    )
+    _op.register_fake(_report)
     register_flop_formula(getattr(torch.ops.vim_kernels, f"count_{_operator}"))(lambda flops, **_: flops)

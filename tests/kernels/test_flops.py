@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -215,6 +216,28 @@ def test_transforms_under_a_counter():
     with FlopCounterMode(display=False):
         got = grad(loss)(x)
     assert_close(got, want)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_fake_tensors(inside):
+    """With the counter in or around the mode of fake tensors, which must see all operators."""
+    fake, counter = FakeTensorMode(), FlopCounterMode(display=False)
+    with fake:
+        u, kernel = (torch.randn(t.shape).requires_grad_() for t in long_inputs())
+        row = BATCH, 40
+        x, dt = torch.randn(*row, HEADS, HEAD_DIM).requires_grad_(), torch.randn(*row, HEADS)
+        B, A = torch.randn(*row, GROUPS, WIDE), torch.randn(HEADS)
+    outer, inner = (fake, counter) if inside else (counter, fake)
+    with outer, inner:
+        ssd(x, dt, A, B, B).sum().backward()
+        long_conv(u, kernel).sum().backward()
+    want = [
+        sum(by.values())
+        for make in (lambda: heads(40, skip=False), lambda: long_conv(*long_inputs()))
+        for by in counts(make)
+    ]
+    assert counter.get_total_flops() == sum(want)
+    assert x.grad.shape == x.shape
 
 
 def test_a_second_derivative_under_a_counter_is_refused():

@@ -92,12 +92,11 @@ def cost(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, int]:
         activations: elements that linear layers, convolutions and attention's products return, as in fvcore.
     """
     image = torch.empty(1, *input_size, device="meta")
-    # The second counter gets the number of elements as the operations of each operator.
-    counters = [FlopCounterMode(display=False, custom_mapping=m) for m in ({}, dict.fromkeys(PRODUCTS, _elements))]
-    for counter in counters:
-        with counter:
-            model(image)
-    flops, sizes = (counter.get_flop_counts()["Global"] for counter in counters)
+    operations = FlopCounterMode(display=False)
+    elements = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(PRODUCTS, _elements))
+    with operations, elements:
+        model(image)
+    flops, sizes = (counter.get_flop_counts()["Global"] for counter in (operations, elements))
     total = sum(flops.values())
     return {
         "macs": (total - sum(flops.get(operator, 0) for operator in SCANS)) // 2,
