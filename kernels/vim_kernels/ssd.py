@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, torch_ssd
+from . import backends, flops, torch_ssd
 from .checks import check, check_shape, check_tensors
 from .precision import state_dtype
 
@@ -67,12 +67,18 @@ def ssd(
     inputs = x, dt, A, B, C, D, dt_bias, initial_state
     options: dict[str, Any] = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "reverse": reverse}
     chosen = backends.triton_or_torch("ssd", backend, x.device, lambda: _triton_limit(*inputs))
-    if chosen == "triton" and x.numel() > 0:  # a grid cannot be empty
-        from .triton_kernels import ssd as triton_ssd  # imports triton, which not every platform has
 
-        y, last_state = triton_ssd.ssd(*inputs, **options)
+    def run(*inputs: Any) -> tuple[Tensor, Tensor]:
+        if chosen == "triton" and x.numel() > 0:  # a grid cannot be empty
+            from .triton_kernels import ssd as triton_ssd  # imports triton, which not every platform has
+
+            return triton_ssd.ssd(*inputs, **options)
+        return torch_ssd.ssd(*inputs, **options)
+
+    if x.numel() > 0 and flops.counting():
+        y, last_state = flops.as_one("ssd", flops.ssd(x.shape, B.shape, chunk_size, skip=D is not None), run, *inputs)
     else:
-        y, last_state = torch_ssd.ssd(*inputs, **options)
+        y, last_state = run(*inputs)
     return (y, last_state) if return_last_state else y
 
 
