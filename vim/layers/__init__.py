@@ -5,8 +5,9 @@ from .gated_conv import GatedConv
 from .mamba import Mamba, MambaCache
 from .mamba2 import BiMamba2, Mamba2, Mamba2Cache
 from .mamba_block import MambaBlock
-from .norm import GatedRMSNorm, RMSNorm
+from .norm import GatedRMSNorm, LayerNorm, RMSNorm
 from .recompute import recompute_all_but_scans
+from .row_column_mamba import RowColumnMamba
 from .s4 import S4
 from .s4d import S4D
 from .s4nd import S4ND
@@ -20,12 +21,14 @@ __all__ = [
     "BiMamba2",
     "GatedConv",
     "GatedRMSNorm",
+    "LayerNorm",
     "Mamba",
     "Mamba2",
     "Mamba2Cache",
     "MambaBlock",
     "MambaCache",
     "RMSNorm",
+    "RowColumnMamba",
     "SelectiveSSM",
     "recompute_all_but_scans",
 ]
