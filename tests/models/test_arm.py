@@ -13,10 +13,12 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vim  # noqa: F401 (registers the models)
+from vim.layers import RowColumnMamba
 from vim.models.arm import ARM, VARIANTS
 from vim.models.checkpoint_filter import checkpoint_filter_fn
 from vim.timm_models.config import ModelConfig
 from vim.timm_models.create import create_model
+from vim_kernels import bidirectional_selective_scan
 
 TINY = {"img_size": (24, 16), "patch_size": 4, "in_chans": 1, "num_classes": 3, "embed_dim": 16, "depth": 2}
 SIDES = {"row_forward_ssm": "column_forward_ssm", "row_backward_ssm": "column_backward_ssm"}
@@ -82,6 +84,19 @@ def test_each_scan_sees_the_tokens_before_it(direction):
     row, column = torch.arange(6)[:, None].expand(6, 4), torch.arange(4).expand(6, 4)
     place, own = (row * 4 + column, 2 * 4 + 1) if direction.startswith("row") else (column * 6 + row, 1 * 6 + 2)
     assert torch.equal(seen, place <= own if "forward" in direction else place >= own)
+
+
+@torch.no_grad()
+def test_scan_inputs_are_those_of_the_rows():
+    """Without what the columns put out, they give the output of the mixer."""
+    mixer = RowColumnMamba(16)
+    for ssm in (mixer.column_forward_ssm, mixer.column_backward_ssm):
+        for p in (ssm.conv1d.weight, ssm.conv1d.bias):
+            torch.nn.init.zeros_(p)
+    x, order = torch.randn(2, 9, 16), torch.randperm(9)
+    y = bidirectional_selective_scan(**mixer.scan_inputs(x))
+    assert y.abs().max() > 0.01
+    assert_close(mixer.out_proj(y), mixer(x, (order, order.argsort())))
 
 
 def test_every_patch_counts_the_same_on_odd_grids():
