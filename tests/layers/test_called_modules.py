@@ -11,6 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from vim.layers import S4, S4D, S4ND, BiMamba, BiMamba2, GatedConv, Mamba, Mamba2, MambaBlock, RMSNorm
 from vim.layers.plain import is_plain
+from vim.models.arm import ARM
 from vim.models.vision_mamba import VisionMamba
 
 LAYERS = {  # on a GPU 24 states compile fastest: see test_triton_gpu.py
@@ -28,8 +29,14 @@ LAYERS = {  # on a GPU 24 states compile fastest: see test_triton_gpu.py
     "image, overlapping": lambda: VisionMamba(
         img_size=24, patch_size=8, patch_stride=4, embed_dim=16, depth=1, mixer="mamba", num_classes=3
     ),
+    "image, rows and columns": lambda: ARM(img_size=24, patch_size=8, embed_dim=16, depth=1, d_state=24, num_classes=3),
 }
-SHAPES = {"s4nd": (2, 5, 3, 16), "image": (2, 3, 24, 16), "image, overlapping": (2, 3, 24, 24)}
+SHAPES = {
+    "s4nd": (2, 5, 3, 16),
+    "image": (2, 3, 24, 16),
+    "image, overlapping": (2, 3, 24, 24),
+    "image, rows and columns": (2, 3, 24, 24),
+}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 

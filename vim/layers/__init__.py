@@ -7,6 +7,7 @@ from .mamba2 import BiMamba2, Mamba2, Mamba2Cache
 from .mamba_block import MambaBlock
 from .norm import GatedRMSNorm, LayerNorm, RMSNorm
 from .recompute import recompute_all_but_scans
+from .row_column_mamba import RowColumnMamba
 from .s4 import S4
 from .s4d import S4D
 from .s4nd import S4ND
@@ -28,6 +29,7 @@ __all__ = [
     "MambaBlock",
     "MambaCache",
     "RMSNorm",
+    "RowColumnMamba",
     "SelectiveSSM",
     "SwiGLU",
     "recompute_all_but_scans",
