@@ -57,8 +57,8 @@ def test_a_comparison_is_fair(path):
 class Recipe:
     """A recipe for 8 GPUs, from the authors' scripts and the defaults of their main.py.
 
-    batch: of a GPU. lr, min_lr: after scaling by the total batch. evaluation: size in pixels and crop; None: the
-    model's size. augment: policy, colour jitter, repeats. fill: erasing, label smoothing.
+    batch: of a GPU and an update. lr, min_lr: after scaling by the total batch. evaluation: size in pixels and crop;
+    None: the model's size. augment: policy, colour jitter, repeats. fill: erasing, label smoothing.
     """
 
     model: str
@@ -74,11 +74,13 @@ class Recipe:
     warmup: tuple[float, float] = (5, 1e-6)
     ema: float = 0.99996
     clip: float | None = None
+    layer_decay: float | None = None
 
 
 THREE = {"augment": ("3a", 0.3, 3), "fill": (0.0, 0.0)}
 LAST = {"augment": ("rand-m9-mstd0.5-inc1", 0.0, 1), "fill": (0.0, 0.1)}
 PLAIN = {"augment": ("v0", 0.0, 1), "ema": 0.0}
+TUNED = {"augment": ("rand-m9-mstd0.5-inc1", 0.0, 1), "min_lr": 1e-6, "warmup": (5, 0.0), "ema": 0.99992}
 LARGE, LARGEST = {"min_lr": 5e-6, "evaluation": (448, 0.875)}, {"min_lr": 5e-6, "evaluation": (576, 0.875)}
 OFFICIAL = {
     "vim_tiny_in1k": Recipe("vim_tiny", 128, 1e-3, 0.1, 0.0, 300),
@@ -91,6 +93,8 @@ OFFICIAL = {
     "adventurer_base_in1k_stage1": Recipe("adventurer_base", 128, 1e-3, 0.05, 0.1, 300, (128, 0.875), **THREE),
     "adventurer_base_in1k_stage2": Recipe("adventurer_base", 128, 1e-3, 0.05, 0.4, 100, (224, 0.875), **THREE),
     "adventurer_base_in1k_stage3": Recipe("adventurer_base", 64, 1e-5, 0.1, 0.6, 20, (224, 0.875), **LAST),
+    "arm_base_in1k": Recipe("arm_base", 128, 2e-3, 0.05, 0.1, 100, layer_decay=0.65, **TUNED),
+    "arm_large_in1k": Recipe("arm_large", 128, 2e-3, 0.05, 0.3, 100, layer_decay=0.75, **TUNED),
     "videomamba_tiny_in1k": Recipe("videomamba_tiny", 512, 4e-3, 0.1, 0.0, 300, clip=5.0, **PLAIN),
     "videomamba_tiny_448_ft": Recipe("videomamba_tiny", 256, 2e-5, 1e-8, 0.0, 30, **PLAIN, **LARGE),
     "videomamba_tiny_576_ft": Recipe("videomamba_tiny", 128, 1e-5, 1e-8, 0.0, 10, warmup=(2, 1e-6), **PLAIN, **LARGEST),
@@ -121,6 +125,7 @@ def test_official_recipes(name):
         (schedule.warmup_epochs, schedule.warmup_lr),
         config.ema.decay,
         optim.clip_grad,
+        optim.layer_decay,
     ) == OFFICIAL[name]  # fmt: skip
     assert (augment.mixup, augment.cutmix, augment.mix_switch_prob, augment.hflip) == (0.8, 1.0, 0.5, 0.5)
     assert (augment.scale, augment.vflip, augment.erasing_mode) == ((0.08, 1.0), 0.0, "pixel")
