@@ -63,8 +63,10 @@ def ssd(
 
     Source: Dao & Gu 2024, arXiv 2405.21060, section 6. B is discretised by Euler's rule, as in the authors' code.
     """
-    _check(x, dt, A, B, C, D, dt_bias, initial_state, chunk_size)
     inputs = x, dt, A, B, C, D, dt_bias, initial_state
+    _check(*inputs)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     options: dict[str, Any] = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "reverse": reverse}
     chosen = backends.kernels_or_torch(
         "ssd", backend, x.device, backends.COMPILED_OR_TORCH, limit=lambda: _triton_limit(*inputs)
@@ -103,12 +105,9 @@ def _check(
     D: Tensor | None,
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
-    chunk_size: int,
 ) -> None:
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "initial_state": initial_state}
     check_tensors(tensors, like="x")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     check(x.dim() == 4, "x", x, "be (batch, length, heads, head_dim)")
     batch, length, heads, head_dim = x.shape
     check_shape("dt", dt, "(batch, length, heads)", (batch, length, heads))
@@ -135,7 +134,7 @@ _INPUTS = (
 def _forward_op(*args):
     backends.check_no_tangents()
     *inputs, dt_softplus, reverse = args
-    _check(*inputs, 1)  # traced programs call the operator directly
+    _check(*inputs)  # traced programs call the operator directly
     return cpu_ssd.forward(*inputs, dt_softplus=dt_softplus, reverse=reverse)
 
 
