@@ -45,8 +45,8 @@ INLINE void block_product(Matrix to, int columns, Left a, Matrix b, int64_t firs
         UNROLL for (int c = 0; c < columns; c++) store(to.data + r * to.row + c * LANES, sum[r][c], LANES);
 }
 
-// to = keep * to + a b, where a is (rows, inner) and b (inner, columns). Rows are computed in blocks of ROWS, columns in
-// whole vectors. `wanted` LOWER skips columns behind the diagonal. If keep is 0, `to` is not read.
+// to = keep * to + a b, where a is (rows, inner) and b (inner, columns). Rows are computed in blocks of ROWS, columns
+// in whole vectors. `wanted` LOWER skips columns behind the diagonal. If keep is 0, `to` is not read.
 static void product(Matrix to, Triangle wanted, int64_t rows, int64_t columns, Left a, Matrix b, int64_t inner,
                     real keep) {
     for (int64_t i = 0; i < rows; i += ROWS) {

@@ -6,7 +6,8 @@
 //
 // as matrix products over chunks of STEPS steps. With L[q, k] the decay of step k's input until step q, within a chunk
 //
-//     y = (C B^T o L) (delta x) + (decay since the start) C h,    h' = (decay of the chunk) h + (delta x to the end)^T B
+//     y = (C B^T o L) (delta x) + (decay since the start) C h
+//     h' = (decay of the chunk) h + (delta x, decayed until the end)^T B
 //
 // A task is a part of a group's heads in one batch element, which share C B^T. It walks along the sequence in chunks
 // and takes each chunk head by head. The backward first walks forward to keep the state before each chunk, and then
@@ -17,7 +18,7 @@
 #include "parallel.h"
 #include "product.h"
 
-enum { STEPS = 48, GRAIN = 1 << 20 };  // GRAIN: in states times steps, for `threads_for`
+enum { STEPS = 48, GRAIN = 1 << 20 };  // STEPS: a multiple of PAD. GRAIN: in states times steps, for `threads_for`
 
 #ifdef DOUBLE
 #define NOTHING 1e-290
@@ -149,7 +150,8 @@ INLINE real or_nothing(real decay) { return decay < NOTHING ? 0 : decay; }
 static void begin_steps(Steps *e, Chunk c, int64_t head) {
     const Ssd *s = c.ssd;
     real bias = s->dt_bias ? s->dt_bias[head] : 0, passed = 1, ahead = 1;
-    for (int64_t k = 0; k < STEPS; k++) e->delta[k] = k < c.steps ? at(s->dt, c.task.batch, c.start + k)[head] + bias : 0;
+    for (int64_t k = 0; k < STEPS; k++)
+        e->delta[k] = k < c.steps ? at(s->dt, c.task.batch, c.start + k)[head] + bias : 0;
     for (int64_t k = 0; k < STEPS; k += LANES) {
         Vec raw = load(e->delta + k, LANES), delta = s->softplus ? softplus(raw) : raw;
         store(e->delta + k, delta, LANES);
@@ -173,9 +175,10 @@ static void begin_decays(Matrix decays, const Steps *e, int64_t steps) {
     for (int64_t k = 0; k < steps; k += LANES) {
         Vec decay = splat(0);
         for (int64_t q = k / PAD * PAD; q < steps; q++) {
-            Mask between = lane_numbers() - (bits)(q - k);  // 0 on the diagonal, less below it
+            Mask past = lane_numbers() < (bits)(q - k), present = lane_numbers() == (bits)(q - k);
             decay *= e->decay[q];
-            decay = choose(between < 0, choose(decay < NOTHING, splat(0), decay), choose(between == 0, splat(1), splat(0)));
+            decay = choose(past & ~(decay < NOTHING), decay, splat(0));
+            decay = choose(present, splat(1), decay);
             store(decays.data + q * decays.row + k, decay, LANES);
         }
     }
@@ -333,7 +336,8 @@ static void write_share(const Work *w, Chunk c, Matrix share, Sequence whole, re
     int64_t size = s->batch * s->length * s->groups * s->d_state;
     if (w->parts > 1) whole.data = shares + c.task.part * size + (whole.step < 0 ? (1 - s->length) * whole.step : 0);
     real *to = at(whole, c.task.batch, c.start) + c.task.group * whole.group;
-    for (int64_t k = 0; k < c.steps; k++) memcpy(to + k * whole.step, share.data + k * share.row, s->d_state * sizeof(real));
+    for (int64_t k = 0; k < c.steps; k++)
+        memcpy(to + k * whole.step, share.data + k * share.row, s->d_state * sizeof(real));
 }
 
 static void backward_task(const void *work, int64_t index, int thread) {
