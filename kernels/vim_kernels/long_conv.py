@@ -32,7 +32,7 @@ def long_conv(u: Tensor, kernel: Tensor, *, ahead: int = 0, method: Method = "ff
     check_tensors({"u": u, "kernel": kernel}, like="u")
     check(u.dim() >= 3, "u", u, "be (batch, length, ..., channels)")
     check(kernel.dim() == 2 and len(kernel) == u.shape[-1], "kernel", kernel, f"be ({u.shape[-1]} channels, lags)")
-    chosen = backends.triton_or_torch("long_conv", backend, u.device)
+    chosen = backends.kernels_or_torch("long_conv", backend, u.device)
     if u.numel() == 0:
         return u.clone()
     length, lags = u.shape[1], kernel.shape[1]

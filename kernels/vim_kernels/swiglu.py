@@ -27,7 +27,7 @@ def swiglu(gate: Tensor, x: Tensor, *, backend: str = "auto") -> Tensor:
     """
     check_tensors({"gate": gate, "x": x}, like="x")
     check_shape("gate", gate, "the shape of x", tuple(x.shape))
-    chosen = backends.triton_or_torch("swiglu", backend, x.device)
+    chosen = backends.kernels_or_torch("swiglu", backend, x.device)
     if chosen == "torch" or x.numel() == 0:  # a grid cannot be empty
         wide = torch.promote_types(torch.promote_types(gate.dtype, x.dtype), torch.float32)
         return (F.silu(gate.to(wide)) * x.to(wide)).to(x.dtype)

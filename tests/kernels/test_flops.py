@@ -132,7 +132,7 @@ def test_ssd_counts_the_products_that_torch_does():
             return func(*args, **(kwargs or {}))
 
     with Products() as products:  # not a FLOP counter: it sees what is computed
-        heads(length, skip=False, chunk_size=chunk)
+        heads(length, skip=False, chunk_size=chunk, backend="torch")
     carry = 2 * BATCH * HEADS * (1 + chunks) ** 2 * HEAD_DIM * WIDE
     forward, _ = counts(lambda: heads(length, skip=False, chunk_size=chunk))
     assert products.flops - carry == forward["vim_kernels.count_ssd"]
