@@ -1,0 +1,106 @@
+"""Put these functions in the place of packages that are not installed."""
+
+import importlib.util
+import logging
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+from . import chunk_scan, conv, mamba, norms, scan, updates
+
+_log = logging.getLogger("vim_kernels")
+
+_SCAN: dict[str, object] = {
+    "selective_scan_fn": scan.selective_scan_fn,
+    "selective_scan_ref": scan.selective_scan_ref,
+    "mamba_inner_fn": scan.mamba_inner_fn,
+}
+_CONV: dict[str, object] = {
+    "causal_conv1d_fn": conv.causal_conv1d_fn,
+    "causal_conv1d_update": updates.causal_conv1d_update,
+}
+_NORMS: dict[str, object] = {
+    "RMSNorm": norms.RMSNorm,
+    "rms_norm_fn": norms.rms_norm_fn,
+    "layer_norm_fn": norms.layer_norm_fn,
+}
+_GATED: dict[str, object] = {
+    "RMSNorm": norms.RMSNormGated,
+    "rmsnorm_fn": norms.rmsnorm_fn,
+    "layernorm_fn": norms.layernorm_fn,
+}
+# Every module that can be imported after `install`, and what it has.
+MODULES: dict[str, dict[str, object]] = {
+    "mamba_ssm": {
+        "selective_scan_fn": scan.selective_scan_fn,
+        "mamba_inner_fn": scan.mamba_inner_fn,
+        "Mamba": mamba.Mamba,
+    },
+    "mamba_ssm.modules": {},
+    "mamba_ssm.modules.mamba_simple": {"Mamba": mamba.Mamba},
+    "mamba_ssm.ops": {},
+    "mamba_ssm.ops.selective_scan_interface": _SCAN,
+    "mamba_ssm.ops.triton": {},
+    "mamba_ssm.ops.triton.layer_norm": _NORMS,
+    "mamba_ssm.ops.triton.layernorm": _NORMS,  # its older name
+    "mamba_ssm.ops.triton.layernorm_gated": _GATED,
+    "mamba_ssm.ops.triton.selective_state_update": {"selective_state_update": updates.selective_state_update},
+    "mamba_ssm.ops.triton.ssd_combined": {"mamba_chunk_scan_combined": chunk_scan.mamba_chunk_scan_combined},
+    "causal_conv1d": _CONV,
+    "causal_conv1d.causal_conv1d_interface": _CONV,
+}
+
+
+def install() -> tuple[str, ...]:
+    """Make `import mamba_ssm` and `import causal_conv1d` find this package, each if it is not installed.
+
+    Call it before the code that imports them. A package that is installed stays, and nothing of it changes. One line of
+    the log (logger `vim_kernels`) says which one was replaced. A second call changes nothing.
+
+    Returns: the names of the packages in whose place this one stands.
+    """
+    packages = [name for name in MODULES if "." not in name]
+    mine = [name for name in packages if getattr(sys.modules.get(name), "__vim_kernels__", False)]
+    free = [name for name in packages if name not in mine and not _installed(name)]
+    for name, content in MODULES.items():
+        if name.split(".")[0] in free:
+            _register(name, content)
+    if free:
+        kept = [name for name in packages if name not in (*mine, *free)]
+        _log.warning(
+            "vim_kernels.mamba_ssm stands in for %s%s",
+            " and ".join(free),
+            f"; {' and '.join(kept)} is installed and stays" if kept else "",
+        )
+    elif not mine:
+        _log.warning("vim_kernels.mamba_ssm stands in for nothing: %s are installed", " and ".join(packages))
+    return tuple(name for name in packages if name in mine or name in free)
+
+
+def _installed(package: str) -> bool:
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
+def _register(name: str, content: dict[str, object]) -> None:
+    module = ModuleType(name, f"A stand-in of vim_kernels.mamba_ssm for {name}.")
+    module.__spec__ = ModuleSpec(name, None, origin=__file__, is_package=True)
+    module.__path__ = []  # so that a missing submodule raises ModuleNotFoundError
+    module.__file__ = __file__
+    module.__dict__.update(content, __all__=list(content), __vim_kernels__=True)
+    module.__dict__["__getattr__"] = lambda missing: _refuse(name, missing)
+    sys.modules[name] = module
+    package, _, last = name.rpartition(".")
+    if package:
+        setattr(sys.modules[package], last, module)
+
+
+def _refuse(module: str, name: str):
+    """Raise ImportError for a name that the package has and this one has not; hooks and marks are just absent."""
+    if name.startswith("_"):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    inside = [other.removeprefix(f"{module}.") for other in MODULES if other.startswith(f"{module}.")]
+    raise ImportError(
+        f"vim_kernels.mamba_ssm stands in for {module} and has no {name}, only {[*MODULES[module], *inside]}; "
+        f"install the package {module.split('.')[0]} for it",
+        name=module,
+    )
