@@ -10,6 +10,7 @@ from mamba_ssm_loops import Draw
 
 import vim.layers
 from vim_kernels import mamba_ssm
+from vim_kernels.mamba_ssm.install import MODULES
 
 SETS = 100
 CASES = {
@@ -400,6 +401,71 @@ def test_updates_have_no_gradients():
     state = torch.zeros(2, 4, 3)
     assert not mamba_ssm.causal_conv1d_update(X[..., 0], state, weight).requires_grad
     assert not state.requires_grad
+
+
+class OnExtension(torch.autograd.Function):
+    """A scan as VMamba writes it, on a compiled module's forward and backward."""
+
+    @staticmethod
+    def forward(ctx, module, options, *inputs):
+        assert not torch.is_grad_enabled()
+        y, states = module["fwd"](*inputs, *options)
+        ctx.save_for_backward(*inputs, states)
+        ctx.module, ctx.options = module, options[:2]
+        return y
+
+    @staticmethod
+    def backward(ctx, dout):
+        *inputs, states = ctx.saved_tensors
+        return None, None, *ctx.module["bwd"](*inputs, dout, states, *ctx.options)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("_core", (True, 1)), ("_oflex", (True, 1, True))])
+@pytest.mark.parametrize("half", [False, True])
+def test_the_compiled_modules_of_vmamba(kind, options, half, relative_error):
+    draw = Draw(0, half=half)
+    names, groups = ("u", "delta", "A", "B", "C", "D", "delta_bias"), (2, 2, 3, 9)
+    call = dict(zip(names, [draw.tensor(2, 8, 9), draw.tensor(2, 8, 9), draw.decays(8, 3)], strict=False))
+    call |= {name: draw.tensor(*groups) for name in "BC"} | {"D": draw.tensor(8, wide=True), "delta_bias": None}
+    module = MODULES[f"selective_scan_cuda{kind}"]
+    got = OnExtension.apply(module, options, *(call[name] for name in names))
+    assert got.dtype == (torch.float32 if kind == "_oflex" else draw.narrow)
+    leaves = {k: v.detach().double().requires_grad_() for k, v in call.items() if v is not None}
+    want, _ = loops.scan(**leaves, delta_softplus=True)
+    assert relative_error(got, want) <= (1e-2 if half and kind == "_core" else 1e-5)
+    pull = torch.randn_like(got)
+    got.backward(pull)
+    want.backward(pull.double())
+    for name, leaf in leaves.items():
+        assert call[name].grad.dtype == call[name].dtype
+        assert relative_error(call[name].grad, leaf.grad) <= (1e-2 if half else 1e-4), name
+
+
+def test_the_compiled_module_of_mamba_ssm(relative_error):
+    """Its gate, the last state in its place, and a gradient that is written into half of a tensor."""
+    draw = Draw(0)
+    u, delta, z, pull = (draw.tensor(2, 8, 9).detach() for _ in range(4))
+    A, B, C = draw.decays(8, 3).detach(), draw.tensor(2, 2, 3, 9).detach(), draw.tensor(2, 2, 3, 9).detach()
+    module = MODULES["selective_scan_cuda"]
+    plain, states, gated = module["fwd"](u, delta, A, B, C, None, z, None, True)
+    alone, _ = module["fwd"](u, delta, A, B, C, None, None, None, True)
+    leaves = [t.double().requires_grad_() for t in (u, delta, A, B, C, z)]
+    want, last_state = loops.scan(*leaves[:5], z=leaves[5], delta_softplus=True)
+    assert relative_error(gated, want) <= 1e-5
+    assert relative_error(states[:, :, -1, 1::2], last_state) <= 1e-5
+    assert alone.equal(plain)
+    both = torch.zeros(2, 16, 9)
+    half = both.chunk(2, 1)[1]
+    found = module["bwd"](u, delta, A, B, C, None, z, None, pull, states, plain, half, True, True)
+    du, d_delta, dA, dB, dC, dD, d_bias, dz, again = found
+    assert (dD, d_bias) == (None, None)
+    want.backward(pull.double())
+    for grad, leaf in zip((du, d_delta, dA, dB, dC, dz), leaves, strict=True):
+        assert relative_error(grad, leaf.grad) <= 1e-4
+    assert both[:, 8:].equal(dz)
+    assert relative_error(again, want) <= 1e-5
+    assert len(module["bwd"](u, delta, A, B, C, None, z, None, pull, states, plain, None, True, False)) == 8
+    assert len(module["bwd"](u, delta, A, B, C, None, None, None, pull, states, None, None, True, False)) == 7
 
 
 def renamed(layer):

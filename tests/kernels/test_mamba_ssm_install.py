@@ -32,9 +32,10 @@ def test_install_takes_the_names_of_absent_packages():
 
         from vim_kernels import mamba_ssm as shim
         assert "mamba_ssm" not in sys.modules  # importing is not installing
-        assert shim.install() == ("mamba_ssm", "causal_conv1d")
-        assert lines == ["vim_kernels.mamba_ssm stands in for mamba_ssm and causal_conv1d"], lines
-        assert shim.install() == ("mamba_ssm", "causal_conv1d")
+        packages = "mamba_ssm", "causal_conv1d", *(f"selective_scan_cuda{kind}" for kind in ("", "_core", "_oflex"))
+        assert shim.install() == packages
+        assert lines == [f"vim_kernels.mamba_ssm stands in for {', '.join(packages)}"], lines
+        assert shim.install() == packages
         assert len(lines) == 1
 
         import causal_conv1d, mamba_ssm
@@ -82,24 +83,24 @@ def test_install_leaves_an_installed_package_alone(tmp_path):
     (tmp_path / "mamba_ssm").mkdir()
     (tmp_path / "mamba_ssm" / "__init__.py").write_text("selective_scan_fn = 'theirs'\n")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "causal_conv1d.py").write_text("causal_conv1d_fn = 'theirs'\n")
+    rest = "causal_conv1d", "selective_scan_cuda", "selective_scan_cuda_core", "selective_scan_cuda_oflex"
+    for name in rest:
+        (tmp_path / "other" / f"{name}.py").write_text("causal_conv1d_fn = 'theirs'\n")
     code = """
         import logging, sys
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
         from vim_kernels.mamba_ssm import install
-        print(install())
+        print(*install())
         import causal_conv1d, mamba_ssm
         print(mamba_ssm.selective_scan_fn, "mamba_ssm.ops" in sys.modules, causal_conv1d.causal_conv1d_fn)
     """
-    lines = run(code, tmp_path).splitlines()
-    assert lines[0] == "vim_kernels.mamba_ssm stands in for causal_conv1d; mamba_ssm is installed and stays"
-    assert lines[1] == "('causal_conv1d',)"
-    assert lines[2].startswith("theirs False <function causal_conv1d_fn")
-    assert run(code, tmp_path, tmp_path / "other").splitlines() == [
-        "vim_kernels.mamba_ssm stands in for nothing: mamba_ssm and causal_conv1d are installed",
-        "()",
-        "theirs False theirs",
-    ]
+    said, returned, names = run(code, tmp_path).splitlines()
+    assert said == f"vim_kernels.mamba_ssm stands in for {', '.join(rest)}; installed, and unchanged: mamba_ssm"
+    assert returned == " ".join(rest)
+    assert names.startswith("theirs False <function causal_conv1d_fn")
+    said, returned, names = run(code, tmp_path, tmp_path / "other").splitlines()
+    assert said.startswith("vim_kernels.mamba_ssm stands in for nothing; installed, and unchanged: mamba_ssm, causal")
+    assert (returned, names) == ("", "theirs False theirs")
 
 
 def test_a_model_written_for_mamba_ssm_trains():

@@ -6,7 +6,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from . import chunk_scan, conv, mamba, norms, scan, updates
+from . import chunk_scan, conv, extensions, mamba, norms, scan, updates
 
 _log = logging.getLogger("vim_kernels")
 
@@ -48,33 +48,35 @@ MODULES: dict[str, dict[str, object]] = {
     "mamba_ssm.ops.triton.ssd_combined": {"mamba_chunk_scan_combined": chunk_scan.mamba_chunk_scan_combined},
     "causal_conv1d": _CONV,
     "causal_conv1d.causal_conv1d_interface": _CONV,
+    "selective_scan_cuda": {"fwd": extensions.mamba_fwd, "bwd": extensions.mamba_bwd},
+    "selective_scan_cuda_core": {"fwd": extensions.core_fwd, "bwd": extensions.core_bwd},
+    "selective_scan_cuda_oflex": {"fwd": extensions.oflex_fwd, "bwd": extensions.core_bwd},
 }
 
 
 def install() -> tuple[str, ...]:
-    """Make `import mamba_ssm` and `import causal_conv1d` find this package, each if it is not installed.
+    """Make imports of mamba_ssm, causal_conv1d and their compiled modules find this package where they are missing.
 
     Call it before the code that imports them. A package that is installed stays, and nothing of it changes. One line of
-    the log (logger `vim_kernels`) says which one was replaced. A second call changes nothing.
+    the log (logger `vim_kernels`) says which ones are replaced. A second call changes nothing.
 
     Returns: the names of the packages in whose place this one stands.
     """
     packages = [name for name in MODULES if "." not in name]
     mine = [name for name in packages if getattr(sys.modules.get(name), "__vim_kernels__", False)]
-    free = [name for name in packages if name not in mine and not _installed(name)]
+    if mine:
+        return tuple(mine)
+    free = [name for name in packages if not _installed(name)]
     for name, content in MODULES.items():
         if name.split(".")[0] in free:
             _register(name, content)
-    if free:
-        kept = [name for name in packages if name not in (*mine, *free)]
-        _log.warning(
-            "vim_kernels.mamba_ssm stands in for %s%s",
-            " and ".join(free),
-            f"; {' and '.join(kept)} is installed and stays" if kept else "",
-        )
-    elif not mine:
-        _log.warning("vim_kernels.mamba_ssm stands in for nothing: %s are installed", " and ".join(packages))
-    return tuple(name for name in packages if name in mine or name in free)
+    kept = [name for name in packages if name not in free]
+    _log.warning(
+        "vim_kernels.mamba_ssm stands in for %s%s",
+        ", ".join(free) or "nothing",
+        f"; installed, and unchanged: {', '.join(kept)}" if kept else "",
+    )
+    return tuple(free)
 
 
 def _installed(package: str) -> bool:
