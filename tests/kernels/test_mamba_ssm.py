@@ -62,18 +62,21 @@ def test_sequences_in_half_precision(name, seed, relative_error):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_loop_on_a_gpu(name, seed, half, relative_error):
-    limits = (2e-2, 4e-2) if half else (1e-5, 1e-4)
+    limits = (2e-2, 4e-2) if half else (1e-4, 1e-4)  # in fp32 as test_triton_gpu.py
     assert_equal_to_the_loop(name, Draw(seed, "cuda", half), relative_error, *limits)
 
 
 @pytest.mark.parametrize("name", ["A", "B", "C"])
 def test_complex_tensors_are_refused(name):
-    call = Draw(0).scan()
-    with pytest.raises(ValueError, match=f"{name} is complex.*backend='reference'"):
-        mamba_ssm.selective_scan_fn(**call | {name: call[name].to(torch.complex64)})
+    """Also where a backend runs that takes them, with B and C constant in time."""
+    u, states = torch.randn(1, 2, 3), torch.randn(2, 4)
+    for B in (states, torch.randn(1, 4, 3)):
+        call = {"u": u, "delta": u, "A": -states.abs(), "B": B, "C": B}
+        with pytest.raises(ValueError, match=f"{name} is complex, and selective_scan_fn takes real.*'reference'"):
+            mamba_ssm.selective_scan_fn(**call | {name: call[name].to(torch.complex64)})
 
 
 def test_a_constant_b_or_c_says_that_a_loop_runs(caplog):
@@ -271,25 +274,29 @@ def inner_loop(
 
 
 @pytest.mark.parametrize("rms", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual_dtype", [None, torch.float32, torch.bfloat16])
-def test_norms_of_a_stream(rms, residual_dtype, relative_error):
-    """x in bf16: the sum is normalised before it is rounded to the stream's dtype."""
+def test_norms_of_a_stream(rms, dtype, residual_dtype, relative_error):
+    """The sum is normalised before it is rounded to the stream's dtype."""
     torch.manual_seed(0)
     function = mamba_ssm.rms_norm_fn if rms else mamba_ssm.layer_norm_fn
-    x, weight, rowscale = torch.randn(2, 3, 8).bfloat16(), torch.randn(8), torch.rand(2, 3)
+    x, weight, rowscale = torch.randn(2, 3, 8).to(dtype), torch.randn(8), torch.rand(2, 3)
     residual = None if residual_dtype is None else torch.randn(2, 3, 8).to(residual_dtype)
     for bias in (None, torch.randn(8)):
-        y, stream = function(
-            x, weight, bias, residual, eps=1e-2, rowscale=rowscale, prenorm=True, residual_in_fp32=True
-        )
+        options = {"eps": 1e-2, "rowscale": rowscale}
+        y, stream = function(x, weight, bias, residual, prenorm=True, residual_in_fp32=True, **options)
         total = x.double() * rowscale.unsqueeze(-1) + (0 if residual is None else residual.double())
         want = loops.norm(total, weight.double(), None if bias is None else bias.double(), 1e-2, rms=rms)
-        assert (y.dtype, stream.dtype) == (torch.bfloat16, residual_dtype or torch.float32)
-        assert relative_error(y, want) <= 2**-8
-        assert relative_error(stream, total) <= (2**-8 if residual_dtype == torch.bfloat16 else 1e-6)
-        alone = function(x, weight, bias, residual, eps=1e-2, rowscale=rowscale)
+        assert (y.dtype, stream.dtype) == (dtype, residual_dtype or torch.float32)
+        assert relative_error(y, want) <= rounding(dtype)
+        assert relative_error(stream, total) <= rounding(stream.dtype)
+        alone = function(x, weight, bias, residual, **options)
         assert alone.equal(y)
     assert function(x, weight, None, prenorm=True)[1].equal(x)
+
+
+def rounding(dtype):
+    return 2**-8 if dtype == torch.bfloat16 else 1e-6
 
 
 def test_dropout_of_a_stream_comes_before_the_residual():
@@ -438,7 +445,8 @@ def test_the_compiled_modules_of_vmamba(kind, options, half, relative_error):
     want.backward(pull.double())
     for name, leaf in leaves.items():
         assert call[name].grad.dtype == call[name].dtype
-        assert relative_error(call[name].grad, leaf.grad) <= (1e-2 if half else 1e-4), name
+        rounded = half and (kind == "_core" or name not in "AD")  # the module of an fp32 output rounds nothing else
+        assert relative_error(call[name].grad, leaf.grad) <= (1e-2 if rounded else 1e-4), name
 
 
 def test_the_compiled_module_of_mamba_ssm(relative_error):
