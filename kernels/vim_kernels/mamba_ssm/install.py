@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import sys
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -63,13 +64,14 @@ def install() -> tuple[str, ...]:
     Returns: the names of the packages in whose place this one stands.
     """
     packages = [name for name in MODULES if "." not in name]
-    mine = [name for name in packages if getattr(sys.modules.get(name), "__vim_kernels__", False)]
+    mine = [name for name in packages if _is_ours(name)]
     if mine:
         return tuple(mine)
     free = [name for name in packages if not _installed(name)]
     for name, content in MODULES.items():
         if name.split(".")[0] in free:
             _register(name, content)
+    sys.meta_path.append(_Refusal())
     kept = [name for name in packages if name not in free]
     _log.warning(
         "vim_kernels.mamba_ssm stands in for %s%s",
@@ -83,26 +85,31 @@ def _installed(package: str) -> bool:
     return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
+def _is_ours(module: str) -> bool:
+    return getattr(sys.modules.get(module), "__vim_kernels__", False)
+
+
 def _register(name: str, content: dict[str, object]) -> None:
     module = ModuleType(name, f"A stand-in of vim_kernels.mamba_ssm for {name}.")
     module.__spec__ = ModuleSpec(name, None, origin=__file__, is_package=True)
-    module.__path__ = []  # so that a missing submodule raises ModuleNotFoundError
+    module.__path__ = []  # it is a package, and none of its modules are files
     module.__file__ = __file__
     module.__dict__.update(content, __all__=list(content), __vim_kernels__=True)
-    module.__dict__["__getattr__"] = lambda missing: _refuse(name, missing)
     sys.modules[name] = module
     package, _, last = name.rpartition(".")
     if package:
         setattr(sys.modules[package], last, module)
 
 
-def _refuse(module: str, name: str):
-    """Raise ImportError for a name that the package has and this one has not; hooks and marks are just absent."""
-    if name.startswith("_"):
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    inside = [other.removeprefix(f"{module}.") for other in MODULES if other.startswith(f"{module}.")]
-    raise ImportError(
-        f"vim_kernels.mamba_ssm stands in for {module} and has no {name}, only {[*MODULES[module], *inside]}; "
-        f"install the package {module.split('.')[0]} for it",
-        name=module,
-    )
+class _Refusal(MetaPathFinder):
+    """Asked last, when an import of a submodule or a name fails: says what there is, as Python would not."""
+
+    def find_spec(self, fullname, path, target=None):
+        module, _, name = fullname.rpartition(".")
+        if not _is_ours(module):
+            return None
+        inside = [other.removeprefix(f"{module}.") for other in MODULES if other.startswith(f"{module}.")]
+        raise ModuleNotFoundError(
+            f"vim_kernels.mamba_ssm stands in for {module} and has no {name}, only {[*MODULES[module], *inside]}; "
+            f"install the package {module.split('.')[0]} for it"
+        )
