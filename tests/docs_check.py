@@ -37,6 +37,7 @@ GUIDES = (
     "export",
     "state_spaces",
     "kernels",
+    "mamba_ssm",
     "benchmarks",
 )
 PAGES = ("README.md", *(f"docs/{name}.md" for name in GUIDES), "ARCHITECTURE.md", "CONTRIBUTING.md")
