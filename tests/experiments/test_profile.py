@@ -102,21 +102,26 @@ def test_recomputed_operations_count(mixer, runs):
     assert (backward_scan, repeated) == (runs * scan, convolution)
 
 
-def readme_rows() -> dict[str, list[str]]:
-    lines = (ROOT / "README.md").read_text().splitlines()
+def rows_of_models(page: str) -> dict[str, list[str]]:
+    lines = (ROOT / page).read_text().splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
     return {row[0].strip("`"): row[1:] for row in cells if timm.is_model(row[0].strip("`"))}
 
 
-def test_the_table_in_the_readme(tmp_path):
-    table = readme_rows()
-    assert len(table) >= 6
+@pytest.mark.parametrize(("page", "least"), [("README.md", 8), ("docs/models.md", 32)])
+def test_the_tables_of_models(page, least, tmp_path):
+    table = rows_of_models(page)
+    assert len(table) >= least
     rows = profile(ProfileConfig(list(table), output=str(tmp_path / "profile.json")))
     assert json.loads((tmp_path / "profile.json").read_text()) == rows
     for row in rows:
-        assert row["input_size"] == [3, 224, 224]
-        parameters, gmac, with_scan, *_ = table[row["model"]]
+        cells = table[row["model"]]
+        size = int(cells.pop(0)) if page == "docs/models.md" else 224
+        assert row["input_size"] == [3, size, size]
+        parameters, gmac, with_scan, activations, *_ = cells
         assert parameters == f"{row['parameters'] / 1e6:.1f} M"
+        if page == "docs/models.md":
+            assert activations == f"{row['activations'] / 1e6:.1f} M"
         for shown, key in ((gmac, "macs"), (with_scan, "macs_with_scan")):
             digits = len(shown.partition(".")[2])
             assert re.fullmatch(r"\d+\.\d+", shown)
