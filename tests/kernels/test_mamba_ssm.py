@@ -40,6 +40,9 @@ def assert_equal_to_the_loop(name, draw, relative_error, output_limit, grad_limi
     for key, leaf in leaves.items():
         grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         ours = torch.zeros_like(leaf) if call[key].grad is None else call[key].grad.cpu()
+        if not grad.any():  # the decay of a single step, for one: kernels compute it as a difference of equal sums
+            assert ours.abs().max() <= 1e-6, f"gradient of {key} in {call}"
+            continue
         assert relative_error(ours, grad) <= grad_limit, f"gradient of {key} in {call}"
 
 
