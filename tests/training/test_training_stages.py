@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from image_tree import write_image_tree
 from safetensors.torch import load_file
 from whole_runs import log, one_thread  # noqa: F401  (the fixture)
@@ -36,7 +37,15 @@ RECIPES = {
 }
 CLASS_ENTRIES = {"mambar_base": 0, "adventurer_base": 1, "videomamba_tiny": 1}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "own_precision")
+
+
+@pytest.fixture
+def own_precision():
+    """The recipes train in bf16; a process keeps its first precision otherwise."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
