@@ -195,7 +195,7 @@ class PlainBackbone(FeatureMaps):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Groups of parameters for layer-wise learning rates."""
-        blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
+        blocks = [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))]
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -10,7 +10,7 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import Tensor, nn
 
-from vim.layers import BiMamba
+from vim.layers import BiMamba, RMSNorm
 from vim.layers.rename import rename
 
 from .backbone import GlobalPool, PlainBackbone, WeightInit, create
@@ -93,7 +93,7 @@ class MambaR(PlainBackbone):
         if self.register_dim is not None:
             dd = {"device": device, "dtype": dtype}
             self.neck = nn.Linear(self.embed_dim, width, bias=False, **dd)
-            self.norm_neck = nn.RMSNorm(self.head_hidden_size, eps=1e-5, **dd)  # one norm over all registers
+            self.norm_neck = RMSNorm(self.head_hidden_size, eps=1e-5, **dd)  # one norm over all registers
             trunc_normal_(self.neck.weight, std=0.02)
 
     def to_native(self, official: dict[str, Tensor]) -> dict[str, Tensor]:
