@@ -59,6 +59,11 @@ class Block(ResidualBlock):
         order = layout.orders.get(self.order)  # none for "raster"
         return self.mixer(x) if order is None else self.mixer(x[:, order[0]])[:, order[1]]
 
+    def mixer_places(self, layout: Layout, length: int) -> Tensor:
+        """For each of `length` tokens, its place in the sequence that the mixer reads."""
+        order = layout.orders.get(self.order)
+        return torch.arange(length) if order is None else order[1]
+
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
     """Stochastic depth of each block, rising linearly from 0 to `last`."""
