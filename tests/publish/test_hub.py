@@ -154,6 +154,27 @@ def test_a_model_of_timm_needs_no_vim_and_a_run_without_its_start_still_has_a_ca
     assert "confusion" not in card.text
 
 
+@pytest.mark.parametrize(
+    ("architecture", "family"),
+    [
+        ("vim_nano", "[Vision Mamba](https://arxiv.org/abs/2401.09417)"),
+        ("mambar_small", "[Mamba-R](https://arxiv.org/abs/2405.14858)"),
+        ("videomamba_base", "[VideoMamba](https://arxiv.org/abs/2403.06977)"),
+        ("adventurer_base_patch8", "[Adventurer](https://arxiv.org/abs/2410.07599)"),
+        ("s4nd_tiny", "[S4ND](https://arxiv.org/abs/2210.06583)"),
+    ],
+)
+def test_the_card_names_the_family(finished, tmp_path, architecture, family):
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architecture": architecture}))
+    push_to_hub(push_config(tmp_path, output=str(tmp_path / "files")))
+    card = ModelCard.load(tmp_path / "files" / "README.md")
+    assert f": the {family} `{architecture}` with " in card.text
+    assert "import timm, vim " in card.text
+    assert "vision-mamba" in card.data.tags
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """Records calls to the hub. `hub.private`: whether the existing repository is private."""

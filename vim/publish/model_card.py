@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vim.console.errors import ConfigError, RunError
 from vim.console.escapes import visible
+from vim.timm_models.name import needs_vim
 from vim.training.config import TrainConfig
 from vim.training.run_folder import RunFolder
 
@@ -105,7 +106,7 @@ def _start(line: dict[str, Any]) -> dict[str, Any]:
 def model_card(run: FinishedRun, config: PushConfig) -> ModelCard:
     """The model card (README.md): YAML metadata, then text."""
     title = config.repo.split("/")[-1]
-    vision_mamba = run.model["architecture"].startswith("vim_")
+    vision_mamba = needs_vim(run.model["architecture"])
     data = ModelCardData(
         license=config.license,
         library_name="timm",
@@ -139,12 +140,19 @@ def _eval_results(run: FinishedRun, config: PushConfig) -> list[EvalResult]:
 def _what(run: FinishedRun, vision_mamba: bool) -> str:
     size = " x ".join(map(str, run.model["pretrained_cfg"]["input_size"]))
     data = _plain(_dataset(run))
-    kind = "[Vision Mamba](https://arxiv.org/abs/2401.09417)" if vision_mamba else "model"
+    kind = _family(run.model["architecture"]) if vision_mamba else "model"
     return (
         f"An image classifier for [timm](https://github.com/huggingface/pytorch-image-models): the {kind} "
         f"`{run.model['architecture']}` with {run.summary['parameters']:,} parameters, trained on {data}. It "
         f"predicts one of {run.model['num_classes']} classes for an image of {size} (channels, height, width)."
     )
+
+
+def _family(architecture: str) -> str:
+    """A link to the paper of one of our models, such as [Vision Mamba](https://arxiv.org/abs/2401.09417)."""
+    cfg = timm.get_pretrained_cfg(architecture)
+    name, number = cfg.paper_name.split(":")[0], cfg.paper_ids.removeprefix("arXiv:")
+    return f"[{name}](https://arxiv.org/abs/{number})"
 
 
 def _use(repo: str, vision_mamba: bool) -> str:
