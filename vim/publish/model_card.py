@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import get_pretrained_cfg_value
 
 from vim.console.errors import ConfigError, RunError
 from vim.console.escapes import visible
@@ -150,9 +151,8 @@ def _what(run: FinishedRun, vision_mamba: bool) -> str:
 
 def _family(architecture: str) -> str:
     """A link to the paper of one of our models, such as [Vision Mamba](https://arxiv.org/abs/2401.09417)."""
-    cfg = timm.get_pretrained_cfg(architecture)
-    name, number = cfg.paper_name.split(":")[0], cfg.paper_ids.removeprefix("arXiv:")
-    return f"[{name}](https://arxiv.org/abs/{number})"
+    name, number = (str(get_pretrained_cfg_value(architecture, key)) for key in ("paper_name", "paper_ids"))
+    return f"[{name.split(':')[0]}](https://arxiv.org/abs/{number.removeprefix('arXiv:')})"
 
 
 def _use(repo: str, vision_mamba: bool) -> str:
