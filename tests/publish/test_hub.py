@@ -21,7 +21,7 @@ from option_effects import Seen
 from safetensors.torch import save_file
 from whole_runs import interrupt, one_thread  # noqa: F401  (the fixture)
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigError, InterruptedRunError, RunError
 from vim.data import AugmentConfig, DataConfig
 from vim.publish import PushConfig, push_to_hub

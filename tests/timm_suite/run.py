@@ -41,14 +41,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", help="names of registered models, e.g. vim_nano")
     parser.add_argument("--depth", help="number of blocks; some tests take a time that is quadratic in it")
-    parser.add_argument("--deselect", action="append", default=[], choices=TESTS, help="leave this test out")
     args = parser.parse_args()
     tests = fetch_tests(Path(sys.prefix) / "timm_suite")
     source = (tests / "test_models.py").read_text()
     missing = [name for name in TESTS if f"def {name}(" not in source]
     if missing:
         print(f"timm {timm.__version__} does not have {missing}")
-    chosen = [f"{tests / 'test_models.py'}::{name}" for name in TESTS if name not in (*args.deselect, *missing)]
+    chosen = [f"{tests / 'test_models.py'}::{name}" for name in TESTS if name not in missing]
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "TIMM_SUITE_DEPTH": args.depth or "", "CUDA_VISIBLE_DEVICES": ""}
     options = ["-p", "plugin", "-p", "no:cacheprovider", "--import-mode=importlib", "-c", os.devnull, "-ra"]
