@@ -46,7 +46,8 @@ def _escape(match: re.Match[str]) -> str:
 def reference_pages() -> dict[str, str]:
     """Pages of the API reference by module: packages, and the modules of a package that exports little itself."""
     pages = {}
-    for package in ["vim_kernels", *sorted(f"vim.{path.parent.name}" for path in (ROOT / "vim").glob("*/__init__.py"))]:
+    kernels = ["vim_kernels", "vim_kernels.mamba_ssm"]
+    for package in [*kernels, *sorted(f"vim.{path.parent.name}" for path in (ROOT / "vim").glob("*/__init__.py"))]:
         modules = [package] if package != "vim.models" and _public_names(package) else _modules(package)
         for module in modules:
             if names := _public_names(module):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import vim.layers.bimamba
 import vim.layers.mamba
+import vim.layers.row_column_mamba
 import vim.layers.short_conv
 from vim_kernels import available_backends
 
@@ -69,6 +70,7 @@ def mixer_backend(request, monkeypatch) -> Iterator[MixerBackend]:
         (vim.layers.short_conv, "bidirectional_causal_conv1d"),
         (vim.layers.mamba, "selective_scan"),
         (vim.layers.bimamba, "bidirectional_selective_scan"),
+        (vim.layers.row_column_mamba, "bidirectional_selective_scan"),
     ):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), backend=request.param))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the patch embedding is a convolution

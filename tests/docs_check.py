@@ -27,7 +27,19 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ("index", "data", "training", "features", "detection", "export", "state_spaces", "kernels", "benchmarks")
+GUIDES = (
+    "index",
+    "models",
+    "data",
+    "training",
+    "features",
+    "detection",
+    "export",
+    "state_spaces",
+    "kernels",
+    "mamba_ssm",
+    "benchmarks",
+)
 PAGES = ("README.md", *(f"docs/{name}.md" for name in GUIDES), "ARCHITECTURE.md", "CONTRIBUTING.md")
 NEEDS = ("browser", "coco", "gpu", "hub", "imagenet", "network", "time")
 MARKER = re.compile(r"<!-- docs-check: needs (?P<needs>[\w, ]+?)( \([\w ]+\))? -->")

@@ -1,6 +1,7 @@
 """Every training configuration in configs/ parses, says what a reader needs, and holds the recipe it claims."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -52,26 +53,100 @@ def test_a_comparison_is_fair(path):
     assert comparison.test_split not in (base.data.train_split, base.data.val_split)
 
 
-# GPUs, batch per GPU, peak learning rate, weight decay, drop path, epochs: from the authors' scripts.
+@dataclass
+class Recipe:
+    """A recipe for 8 GPUs, from the authors' scripts and the defaults of their main.py.
+
+    batch: of a GPU and an update. lr, min_lr: after scaling by the total batch. evaluation: size in pixels and crop;
+    None: the model's size. augment: policy, colour jitter, repeats. fill: erasing, label smoothing.
+    """
+
+    model: str
+    batch: int
+    lr: float
+    weight_decay: float
+    drop_path: float
+    epochs: int
+    evaluation: tuple[int | None, float] = (None, 0.875)
+    augment: tuple[str, float, int] = ("rand-m9-mstd0.5-inc1", 0.0, 3)
+    fill: tuple[float, float] = (0.25, 0.1)
+    min_lr: float = 1e-5
+    warmup: tuple[float, float] = (5, 1e-6)
+    ema: float = 0.99996
+    clip: float | None = None
+    layer_decay: float | None = None
+
+
+THREE = {"augment": ("3a", 0.3, 3), "fill": (0.0, 0.0)}
+LAST = {"augment": ("rand-m9-mstd0.5-inc1", 0.0, 1), "fill": (0.0, 0.1)}
+PLAIN = {"augment": ("v0", 0.0, 1), "ema": 0.0}
+TUNED = {"augment": ("rand-m9-mstd0.5-inc1", 0.0, 1), "min_lr": 1e-6, "warmup": (5, 0.0), "ema": 0.99992}
+LARGE, LARGEST = {"min_lr": 5e-6, "evaluation": (448, 0.875)}, {"min_lr": 5e-6, "evaluation": (576, 0.875)}
 OFFICIAL = {
-    "vim_tiny_in1k": (8, 128, 1e-3, 0.1, 0.0, 300),
-    "vim_small_in1k": (8, 64, 1e-3, 0.05, 0.05, 300),
-    "vim_tiny_stride8_ft": (8, 128, 1e-5, 1e-8, 0.0, 30),
-    "vim_small_stride8_ft": (8, 128, 1e-5, 1e-8, 0.0, 30),
+    "vim_tiny_in1k": Recipe("vim_tiny", 128, 1e-3, 0.1, 0.0, 300),
+    "vim_small_in1k": Recipe("vim_small", 64, 1e-3, 0.05, 0.05, 300),
+    "vim_tiny_stride8_ft": Recipe("vim_tiny_stride8", 128, 1e-5, 1e-8, 0.0, 30, warmup=(5, 1e-5)),
+    "vim_small_stride8_ft": Recipe("vim_small_stride8", 128, 1e-5, 1e-8, 0.0, 30, warmup=(5, 1e-5)),
+    "mambar_base_in1k_stage1": Recipe("mambar_base", 128, 1e-3, 0.05, 0.1, 300, (128, 0.875), **THREE),
+    "mambar_base_in1k_stage2": Recipe("mambar_base", 128, 4e-4, 0.05, 0.4, 100, (224, 0.875), **THREE),
+    "mambar_base_in1k_stage3": Recipe("mambar_base", 64, 1e-5, 0.1, 0.4, 20, (224, 1.0), **LAST),
+    "adventurer_base_in1k_stage1": Recipe("adventurer_base", 128, 1e-3, 0.05, 0.1, 300, (128, 0.875), **THREE),
+    "adventurer_base_in1k_stage2": Recipe("adventurer_base", 128, 1e-3, 0.05, 0.4, 100, (224, 0.875), **THREE),
+    "adventurer_base_in1k_stage3": Recipe("adventurer_base", 64, 1e-5, 0.1, 0.6, 20, (224, 0.875), **LAST),
+    "arm_base_in1k": Recipe("arm_base", 128, 2e-3, 0.05, 0.1, 100, layer_decay=0.65, **TUNED),
+    "arm_large_in1k": Recipe("arm_large", 128, 2e-3, 0.05, 0.3, 100, layer_decay=0.75, **TUNED),
+    "videomamba_tiny_in1k": Recipe("videomamba_tiny", 512, 4e-3, 0.1, 0.0, 300, clip=5.0, **PLAIN),
+    "videomamba_tiny_448_ft": Recipe("videomamba_tiny", 256, 2e-5, 1e-8, 0.0, 30, **PLAIN, **LARGE),
+    "videomamba_tiny_576_ft": Recipe("videomamba_tiny", 128, 1e-5, 1e-8, 0.0, 10, warmup=(2, 1e-6), **PLAIN, **LARGEST),
+    "videomamba_small_in1k": Recipe("videomamba_small", 512, 4e-3, 0.05, 0.15, 300, ema=0.0),
+    "videomamba_small_448_ft": Recipe("videomamba_small", 64, 5e-6, 1e-8, 0.15, 30, ema=0.0, **LARGE),
+    "videomamba_small_576_ft": Recipe(
+        "videomamba_small", 64, 5e-6, 1e-8, 0.15, 10, warmup=(2, 1e-6), ema=0.0, **LARGEST
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_recipes(name):
-    gpus, batch, peak, decay, drop_path, epochs = OFFICIAL[name]
     config = load(FOLDER / f"{name}.yaml")
-    assert config.data.batch_size == batch
-    assert config.optim.lr * gpus * batch * config.accumulate / config.optim.lr_batch == pytest.approx(peak)
-    assert config.optim.weight_decay == decay
-    assert config.model.kwargs.get("drop_path_rate", 0.0) == drop_path
-    assert config.schedule.epochs == epochs
-    assert config.augment.repeats == 3
-    assert config.ema.decay == 0.99996
+    data, augment, optim, schedule = config.data, config.augment, config.optim, config.schedule
+    total = 8 * data.batch_size * config.accumulate
+    assert Recipe(
+        config.model.name,
+        data.batch_size * config.accumulate,
+        pytest.approx(optim.lr * (total / optim.lr_batch if optim.lr_batch else 1)),
+        optim.weight_decay,
+        config.model.kwargs.get("drop_path_rate", 0.0),
+        schedule.epochs,
+        (data.img_size, data.crop_pct),
+        (augment.auto_augment, augment.color_jitter, augment.repeats),
+        (augment.erasing, augment.smoothing),
+        schedule.min_lr,
+        (schedule.warmup_epochs, schedule.warmup_lr),
+        config.ema.decay,
+        optim.clip_grad,
+        optim.layer_decay,
+    ) == OFFICIAL[name]  # fmt: skip
+    assert (augment.mixup, augment.cutmix, augment.mix_switch_prob, augment.hflip) == (0.8, 1.0, 0.5, 0.5)
+    assert (augment.scale, augment.vflip, augment.erasing_mode) == ((0.08, 1.0), 0.0, "pixel")
+    assert (optim.name, optim.kwargs) == ("adamw", {"betas": [0.9, 0.999], "eps": 1e-8})
+    assert (config.precision, data.interpolation, schedule.steps, config.ema.warmup) == ("bf16", "bicubic", None, False)
+
+
+STAGES = [
+    *([f"{model}_in1k_stage{number}" for number in (1, 2, 3)] for model in ("mambar_base", "mambar_small")),
+    [f"adventurer_base_in1k_stage{number}" for number in (1, 2, 3)],
+    *([f"{model}_in1k", f"{model}_448_ft", f"{model}_576_ft"] for model in ("videomamba_tiny", "videomamba_small")),
+]
+
+
+@pytest.mark.parametrize("names", STAGES, ids=lambda names: names[0])
+def test_a_stage_starts_from_the_weights_of_the_one_before(names):
+    stages = [load(FOLDER / f"{name}.yaml") for name in names]
+    assert stages[0].model.checkpoint is None
+    for before, after in pairwise(stages):
+        assert after.model.checkpoint == f"{before.run_dir}/model.safetensors"
+        assert after.model.name == before.model.name
 
 
 # Each of these alone is the recipe of another file, with another model.
@@ -81,7 +156,9 @@ VARIANTS = {
     "vim_tiny_bimamba2_in1k": "vim_tiny_in1k",
     "s4nd_tiny_in1k": "vim_tiny_in1k",
     "vim_base_in1k": "vim_small_in1k",
-    "vim_small_registers_in1k": "vim_small_in1k",
+    "mambar_small_in1k_stage1": "mambar_base_in1k_stage1",
+    "mambar_small_in1k_stage2": "mambar_base_in1k_stage2",
+    "mambar_small_in1k_stage3": "mambar_base_in1k_stage3",
     "pixels_mnist5k_mamba2": "pixels_mnist5k_mamba",
     "pixels_mnist5k_s4": "pixels_mnist5k_mamba",
     "pixels_mnist5k_s4d": "pixels_mnist5k_mamba",
@@ -98,13 +175,9 @@ def test_a_variant_changes_its_model_alone(name):
     assert config.model.kwargs.get(rate) == recipe.model.kwargs.get(rate)
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*_in1k.yaml")), ids=lambda path: path.stem)
-def test_imagenet_recipes_are_complete(path):
-    """On their own, without a second --config."""
-    config = load(path)
-    assert (config.precision, config.augment.auto_augment) == ("bf16", "rand-m9-mstd0.5-inc1")
-    assert (config.augment.mixup, config.augment.cutmix, config.augment.erasing) == (0.8, 1.0, 0.25)
-    assert (config.optim.lr_batch, config.ema.decay, config.augment.repeats) == (512, 0.99996, 3)
+def test_every_imagenet_recipe_is_checked():
+    recipes = {path.stem for pattern in ("*_in1k*.yaml", "*_ft.yaml") for path in FOLDER.glob(pattern)}
+    assert recipes <= {*OFFICIAL, *VARIANTS}
 
 
 @pytest.mark.parametrize("name", ["detection_coco_vim_tiny", "detection_coco_deit_tiny"])

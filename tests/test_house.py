@@ -73,6 +73,7 @@ ALLOWED = {
     # These stand above training.
     "vim.experiments": {
         *BELOW_TRAINING,
+        "vim_kernels",
         "vim.training",
         "vim.detection",
         "timm",

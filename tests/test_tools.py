@@ -231,6 +231,17 @@ def test_benchmark_generation_reports_the_median_of_rounds_after_the_first(call,
     assert cells(capsys.readouterr().out) == [["4", "vim", "20.00", "200", "520.0"]]
 
 
+def test_profile_model_shows_what_it_writes(call, tmp_path, capsys):
+    options = ("--img_size", 256, "--kwargs.depth", 2, "--kwargs.embed_dim", 512)
+    call("profile_model", "--models", "[vim_nano]", *options, "--output", tmp_path / "p.json")
+    (row,) = json.loads((tmp_path / "p.json").read_text())
+    macs, with_scan = (f"{row[key] / 1e9:.2f}" for key in ("macs", "macs_with_scan"))
+    parameters, activations = (f"{row[key] / 1e6:.1f} M" for key in ("parameters", "activations"))
+    (shown,) = cells(capsys.readouterr().out)
+    assert shown == ["vim_nano", "256 x 256", parameters, macs, with_scan, activations]
+    assert len({parameters, macs, with_scan, activations}) == 4
+
+
 @pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))
 def test_help(tool, call, monkeypatch, capsys):
     """What the tool does, in a line; a command to copy; and a text for every option."""

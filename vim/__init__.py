@@ -1,4 +1,4 @@
-"""Vision Mamba: importing this package registers the vim_* models with timm.
+"""Vision Mamba: importing this package registers the families with timm.
 
 >>> import timm, vim
 >>> model = timm.create_model("vim_tiny")
@@ -6,4 +6,4 @@
 
 from . import models  # noqa: F401  (registers with timm)
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

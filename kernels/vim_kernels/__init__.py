@@ -1,4 +1,4 @@
-"""State-space kernels: the selective scan, its single step and its dual, short and long convolutions, and the norm."""
+"""State-space kernels: the scan, its single step and its dual, short and long convolutions, the norm, and a gate."""
 
 from .backends import available_backends
 from .block_step import mamba_block_step
@@ -9,6 +9,7 @@ from .rms_norm import rms_norm
 from .selective_scan import bidirectional_selective_scan, selective_scan
 from .ssd import ssd
 from .state_update import selective_state_update
+from .swiglu import swiglu
 
 __all__ = [
     "MambaBlockWeights",
@@ -22,4 +23,5 @@ __all__ = [
     "selective_scan",
     "selective_state_update",
     "ssd",
+    "swiglu",
 ]

@@ -13,7 +13,8 @@ from torch.autograd import forward_ad
 from . import cpu
 
 BACKENDS = ("triton", "cpu", "torch", "reference")
-TRITON_OR_TORCH = ("triton", "torch")  # the backends of ssd, long_conv, rms_norm and mamba_block_step
+TRITON_OR_TORCH = ("triton", "torch")  # the backends of long_conv, rms_norm, swiglu and mamba_block_step
+COMPILED_OR_TORCH = ("triton", "cpu", "torch")  # those of ssd
 
 _log = logging.getLogger("vim_kernels")
 
@@ -53,35 +54,42 @@ def resolve(backend: str, device: torch.device) -> str:
     return backend
 
 
-def triton_or_torch(
-    operator: str, backend: str, device: torch.device, limit: Callable[[], str | None] | None = None
+def kernels_or_torch(
+    operator: str,
+    backend: str,
+    device: torch.device,
+    names: tuple[str, ...] = TRITON_OR_TORCH,
+    *,
+    limit: Callable[[], str | None] | None = None,
 ) -> str:
-    """The backend of an operator that has only Triton kernels and a version in ATen operators.
+    """The backend of an operator that has kernels and a version in ATen operators.
 
     "auto" takes "torch" under torch.compile, torch.export, torch.func transforms and forward mode: they can trace and
     differentiate ATen operators only.
 
     Args:
-        limit: returns why the kernels cannot take these tensors, or None if they can. Only called if Triton may run.
+        names: the backends of the operator.
+        limit: returns why Triton's kernels cannot take these tensors, or None if they can. Only called if they may run.
 
     Raises: ValueError for an unknown name; RuntimeError if a named backend cannot run here.
     """
     if backend == "auto":
-        if torch.compiler.is_compiling() or _transformed() or _fastest(device.type, operator) == "torch":
+        if torch.compiler.is_compiling() or _transformed():
             return "torch"
-        if limit is not None and (reason := limit()) is not None:
+        fastest = _fastest(device.type, operator, names)
+        if fastest == "triton" and limit is not None and (reason := limit()) is not None:
             _log_fallback(operator, device.type, reason)
             return "torch"
-        return "triton"
-    check_name(backend, TRITON_OR_TORCH)
+        return fastest
+    check_name(backend, names)
     if backend == "torch":
         return backend
     if torch.compiler.is_compiling():
-        raise RuntimeError(f"backend 'triton' of {operator} cannot be compiled or exported; use backend='auto'")
+        raise RuntimeError(f"backend {backend!r} of {operator} cannot be compiled or exported; use backend='auto'")
     if _transformed():
-        raise RuntimeError(f"backend 'triton' of {operator} {_NO_TRANSFORM}")
-    _check_runs(backend, device, TRITON_OR_TORCH)
-    if limit is not None and (reason := limit()) is not None:
+        raise RuntimeError(f"backend {backend!r} of {operator} {_NO_TRANSFORM}")
+    _check_runs(backend, device, names)
+    if backend == "triton" and limit is not None and (reason := limit()) is not None:
         raise RuntimeError(f"backend 'triton' of {operator} cannot run this call: {reason}; use backend='auto'")
     return backend
 
@@ -134,10 +142,10 @@ def _check_runs(backend: str, device: torch.device, names: tuple[str, ...]) -> N
 
 
 @functools.cache
-def _fastest(device_type: str, operator: str | None = None) -> str:
-    """For the scan and the convolution, or for an operator that has only TRITON_OR_TORCH. Logs once."""
+def _fastest(device_type: str, operator: str | None = None, names: tuple[str, ...] = BACKENDS) -> str:
+    """For the scan and the convolution, or for another operator. Logs once."""
     wanted = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "torch")
-    if operator is not None and wanted not in TRITON_OR_TORCH:
+    if wanted not in names:
         wanted = "torch"
     reason = unavailable(wanted)
     if reason is None:

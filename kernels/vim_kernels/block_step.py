@@ -67,7 +67,7 @@ def mamba_block_step(
             return "conv_state, ssm_state and weights must be contiguous"
         return None
 
-    chosen = backends.triton_or_torch("mamba_block_step", backend, x.device, limit)
+    chosen = backends.kernels_or_torch("mamba_block_step", backend, x.device, limit=limit)
     with torch.no_grad():
         if chosen == "triton" and batch:  # a grid cannot be empty
             from .triton_kernels import step as triton_step  # imports triton, which not every platform has

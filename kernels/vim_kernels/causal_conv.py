@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from . import backends, cpu_conv, reference, torch_conv
+from . import backends, cpu_conv, flops, reference, torch_conv
 from .checks import check, check_shape, check_tensors, shape_of
 from .packing import check_seq_idx, segments_of
 from .precision import state_dtype
@@ -248,3 +249,5 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 _backward_op.register_autograd(backends.refuse_transform)
 for _op in (_forward_op, _backward_op):
     _op.register_vmap(backends.refuse_transform)
+register_flop_formula(torch.ops.vim_kernels.causal_conv1d)(flops.causal_conv1d)
+register_flop_formula(torch.ops.vim_kernels.causal_conv1d_backward)(flops.causal_conv1d_backward)

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from . import backends, torch_long_conv
+from . import backends, flops, torch_long_conv
 from .checks import check, check_tensors
 from .precision import own_precision
 
@@ -32,15 +32,24 @@ def long_conv(u: Tensor, kernel: Tensor, *, ahead: int = 0, method: Method = "ff
     check_tensors({"u": u, "kernel": kernel}, like="u")
     check(u.dim() >= 3, "u", u, "be (batch, length, ..., channels)")
     check(kernel.dim() == 2 and len(kernel) == u.shape[-1], "kernel", kernel, f"be ({u.shape[-1]} channels, lags)")
-    chosen = backends.triton_or_torch("long_conv", backend, u.device)
+    chosen = backends.kernels_or_torch("long_conv", backend, u.device)
     if u.numel() == 0:
         return u.clone()
     length, lags = u.shape[1], kernel.shape[1]
     check(0 <= ahead < length, "ahead", u, f"be from 0 to {length - 1} for a length of {length}", got=ahead)
     check(ahead < lags <= ahead + length, "kernel", kernel, f"have {ahead + 1} to {ahead + length} lags", got=lags)
-    with own_precision(u.device.type):  # there is no FFT in half precision
-        if chosen == "triton":
-            from .triton_kernels import long_conv as triton_long_conv  # imports triton, which not every platform has
 
-            return triton_long_conv.long_conv(u, kernel, ahead, method)
-        return torch_long_conv.long_conv(u, kernel, ahead, method)
+    def run(u: Tensor, kernel: Tensor) -> Tensor:
+        with own_precision(u.device.type):  # there is no FFT in half precision
+            if chosen == "triton":
+                from .triton_kernels import (
+                    long_conv as triton_long_conv,
+                )  # imports triton, which not every platform has
+
+                return triton_long_conv.long_conv(u, kernel, ahead, method)
+            return torch_long_conv.long_conv(u, kernel, ahead, method)
+
+    if flops.counting():
+        points = torch_long_conv.fft_points(length) if method == "fft" else None
+        return flops.as_one("long_conv", flops.long_conv(u.shape, points), run, u, kernel)
+    return run(u, kernel)

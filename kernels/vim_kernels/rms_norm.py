@@ -46,7 +46,7 @@ def rms_norm(
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"groups must divide the {x.shape[-1]} channels of x, got {groups}")
     dtype = x.dtype if dtype is None else dtype
-    chosen = backends.triton_or_torch("rms_norm", backend, x.device)
+    chosen = backends.kernels_or_torch("rms_norm", backend, x.device)
     if chosen == "torch" or x.numel() == 0:  # a grid cannot be empty
         return torch_norm.rms_norm(x, weight, gate, eps, groups, dtype)
     return torch.ops.vim_kernels.rms_norm(x, weight, gate, eps, groups, dtype)

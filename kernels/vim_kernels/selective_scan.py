@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from . import backends, cpu_scan, reference, torch_scan
+from . import backends, cpu_scan, flops, reference, torch_scan
 from .checks import FLOATS, check, check_shape, check_tensors, shape_of
 from .directions import Direction, DirectionGrads, ScanOutput
 from .packing import check_seq_idx, cuts_of
@@ -357,6 +358,8 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 _backward_op.register_autograd(backends.refuse_transform)
 for _op in (_forward_op, _backward_op):
     _op.register_vmap(backends.refuse_transform)
+register_flop_formula(torch.ops.vim_kernels.selective_scan)(flops.selective_scan)
+register_flop_formula(torch.ops.vim_kernels.selective_scan_backward)(flops.selective_scan_backward)
 
 
 def _split(flat: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:

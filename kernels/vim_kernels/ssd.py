@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, torch_ssd
+from . import backends, cpu_ssd, flops, torch_ssd
 from .checks import check, check_shape, check_tensors
 from .precision import state_dtype
 
@@ -39,21 +39,21 @@ def ssd(
     linearly with the length.
 
     Args:
-        x: (batch, length, heads, head_dim), any float dtype, may be strided. The products are in this dtype, the
-            decays and the states in fp32; everything is in fp64 if any tensor is.
+        x: (batch, length, heads, head_dim), any float dtype, may be strided. The products are in this dtype (on "cpu"
+            in fp32), the decays and the states in fp32; everything is in fp64 if any tensor is.
         dt: (batch, length, heads). A: (heads,), negative.
         B, C: (batch, length, groups, d_state); group g serves the heads
             [g * heads / groups, (g + 1) * heads / groups).
         D, dt_bias: (heads,).
         dt_softplus: False takes dt + dt_bias as the step size.
         chunk_size: the longest chunk, in steps. A chunk stores chunk_size decays for each step; at about
-            sqrt(head_dim * d_state) they take no more memory than its state. The Triton kernels round it down to 16, 32
-            or 64.
+            sqrt(head_dim * d_state) they take no more memory than its state. "triton" rounds it down to 16, 32 or 64;
+            "cpu" has chunks of its own.
         initial_state: (batch, heads, head_dim, d_state), the state before the first step processed.
         return_last_state: also return the state after the last step processed (step 0 in reverse).
         reverse: run from the last step to the first.
-        backend: "auto", "triton" or "torch". A named backend runs or raises. "triton" takes CUDA tensors with x in bf16
-            or fp16, none in fp64, head_dim up to 128 and d_state up to 256.
+        backend: "auto", "triton", "cpu" or "torch". A named backend runs or raises. "triton" takes CUDA tensors with x
+            in bf16 or fp16, none in fp64, head_dim up to 128 and d_state up to 256.
 
     Returns: y like x, or (y, last_state) with last_state (batch, heads, head_dim, d_state) in fp32 (fp64). Length 0
         gives an empty y and the initial state.
@@ -63,16 +63,28 @@ def ssd(
 
     Source: Dao & Gu 2024, arXiv 2405.21060, section 6. B is discretised by Euler's rule, as in the authors' code.
     """
-    _check(x, dt, A, B, C, D, dt_bias, initial_state, chunk_size)
     inputs = x, dt, A, B, C, D, dt_bias, initial_state
+    _check(*inputs)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     options: dict[str, Any] = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "reverse": reverse}
-    chosen = backends.triton_or_torch("ssd", backend, x.device, lambda: _triton_limit(*inputs))
-    if chosen == "triton" and x.numel() > 0:  # a grid cannot be empty
+    chosen = backends.kernels_or_torch(
+        "ssd", backend, x.device, backends.COMPILED_OR_TORCH, limit=lambda: _triton_limit(*inputs)
+    )
+
+    def run(*inputs: Any) -> tuple[Tensor, Tensor]:
+        if chosen == "torch" or x.numel() == 0:  # a grid cannot be empty
+            return torch_ssd.ssd(*inputs, **options)
+        if chosen == "cpu":
+            return torch.ops.vim_kernels.ssd(*inputs, dt_softplus, reverse)
         from .triton_kernels import ssd as triton_ssd  # imports triton, which not every platform has
 
-        y, last_state = triton_ssd.ssd(*inputs, **options)
+        return triton_ssd.ssd(*inputs, **options)
+
+    if x.numel() > 0 and flops.counting():
+        y, last_state = flops.as_one("ssd", flops.ssd(x.shape, B.shape, chunk_size, skip=D is not None), run, *inputs)
     else:
-        y, last_state = torch_ssd.ssd(*inputs, **options)
+        y, last_state = run(*inputs)
     return (y, last_state) if return_last_state else y
 
 
@@ -99,12 +111,9 @@ def _check(
     D: Tensor | None,
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
-    chunk_size: int,
 ) -> None:
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "initial_state": initial_state}
     check_tensors(tensors, like="x")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     check(x.dim() == 4, "x", x, "be (batch, length, heads, head_dim)")
     batch, length, heads, head_dim = x.shape
     check_shape("dt", dt, "(batch, length, heads)", (batch, length, heads))
@@ -117,3 +126,64 @@ def _check(
     check_shape("dt_bias", dt_bias, "(heads,)", (heads,))
     want = (batch, heads, head_dim, d_state)
     check_shape("initial_state", initial_state, "(batch, heads, head_dim, d_state)", want)
+
+
+# The operator of backend `cpu`, so that traced programs keep it.
+
+_INPUTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial_state, "
+    "bool dt_softplus, bool reverse"
+)
+
+
+@torch.library.custom_op("vim_kernels::ssd", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+def _forward_op(*args):
+    backends.check_no_tangents()
+    *inputs, dt_softplus, reverse = args
+    _check(*inputs)  # traced programs call the operator directly
+    return cpu_ssd.forward(*inputs, dt_softplus=dt_softplus, reverse=reverse)
+
+
+@_forward_op.register_fake
+def _(*args):
+    x, _, _, B, *_ = inputs = args[:-2]
+    batch, _, heads, head_dim = x.shape
+    return x.new_empty(x.shape), x.new_empty((batch, heads, head_dim, B.shape[3]), dtype=state_dtype(*inputs))
+
+
+@torch.library.custom_op(
+    "vim_kernels::ssd_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor? d_last_state, {_INPUTS}) -> Tensor[]",
+)
+def _backward_op(dy, d_last_state, *args):
+    """Gradients of the tensors that are given, in their order."""
+    backends.check_no_tangents()
+    *inputs, dt_softplus, reverse = args
+    grads = cpu_ssd.backward(dy, d_last_state, tuple(inputs), dt_softplus=dt_softplus, reverse=reverse)
+    return [g for g in grads if g is not None]
+
+
+@_backward_op.register_fake
+def _(dy, d_last_state, *args):
+    return [t.new_empty(t.shape) for t in args[:-2] if t is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, dt_softplus, reverse = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    ctx.options = dt_softplus, reverse
+
+
+def _backward(ctx, dy, d_last_state):
+    inputs = ctx.saved_tensors
+    dy = torch.zeros_like(inputs[0]) if dy is None else dy
+    grads = iter(torch.ops.vim_kernels.ssd_backward(dy, d_last_state, *inputs, *ctx.options))
+    return *(None if t is None else next(grads) for t in inputs), None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(backends.refuse_transform)
+for _op in (_forward_op, _backward_op):
+    _op.register_vmap(backends.refuse_transform)

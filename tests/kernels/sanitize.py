@@ -4,8 +4,9 @@
     python tests/kernels/sanitize.py --cases 600 --seed 0
 
 It needs gcc and its libasan. The exit status is not 0 after a report of a sanitizer or a wrong value, and the case is
-named; `--first N --cases 1` with the same seed runs it alone. Scans and convolutions, one direction and both, forward
-and backward: any sizes (also none), dtypes mixed, tensors strided, sequences packed, with and without what is optional.
+named; `--first N --cases 1` with the same seed runs it alone. Scans and convolutions, one direction and both, and
+state-space duality, forward and backward: any sizes (also none), dtypes mixed, tensors strided, sequences packed, with
+and without what is optional.
 """
 
 import argparse
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ssd_inputs import recurrence
 from torch import Tensor
 
-from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan, causal_conv1d, selective_scan
+from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan, causal_conv1d, selective_scan, ssd
 
 # -O1 overrides the builder's flags: at -O3 the sanitizers take minutes to compile.
 SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -95,7 +97,7 @@ Call = tuple[Callable, Tensors, dict[str, Any]]
 
 def draw(seed: int, number: int) -> tuple["Case", Call]:
     case = Case(f"{seed} {number}")
-    return case, (scan, scans, convolution, convolutions)[number % 4](case)
+    return case, (scan, scans, convolution, convolutions, duality)[number % 5](case)
 
 
 class Case:
@@ -106,8 +108,8 @@ class Case:
         self.generator = torch.Generator().manual_seed(self.chance.getrandbits(32))
         torch.set_num_threads(self.chance.choice((1, 2, 3)))
         self.batch = self.chance.choice((0, 1, 1, 2, 2, 3, 5))
-        # Lengths at and around the ends of chunks of 32 and 128 steps, and any others.
-        edges = (0, 1, 2, 3, 31, 32, 33, 64, 65, 127, 128, 129)
+        # Lengths at and around the ends of chunks of 32, 48 and 128 steps, and any others.
+        edges = (0, 1, 2, 3, 31, 32, 33, 47, 48, 49, 64, 65, 97, 127, 128, 129)
         self.length = self.chance.choice(edges) if self.often(0.5) else self.chance.randint(1, 90)
         floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         usual = self.chance.choice(floats)
@@ -238,6 +240,32 @@ def convolution(case: Case) -> Call:
 
 def convolutions(case: Case) -> Call:
     return bidirectional_causal_conv1d, convolution_tensors(case, 2), activation(case) | case.packed()
+
+
+def duality(case: Case) -> Call:
+    groups, states, head_dim = case.chance.choice((1, 1, 2, 3)), *case.chance.choices((1, 2, 5, 8, 15, 16, 17, 33), k=2)
+    heads = groups * case.chance.choice((1, 2, 3, 5))
+    rows = case.batch, case.length
+    shapes = {"x": (*rows, heads, head_dim), "dt": (*rows, heads), "A": (heads,), "B": (*rows, groups, states)}
+    shapes |= {"C": shapes["B"], "D": (heads,), "dt_bias": (heads,)}
+    shapes["initial_state"] = (case.batch, heads, head_dim, states)
+    tensors = {name: [case.normal(*shape, rates=name == "A")] for name, shape in shapes.items()}
+    settings = {"reverse": case.often(0.5), "return_last_state": True}
+    if case.often(0.2):  # see `scan`
+        settings["dt_softplus"] = False
+        tensors["dt"] = [t.abs() for t in tensors["dt"]]
+        tensors.pop("dt_bias")
+    return ssd_or_recurrence, case.without(tensors, "D", "dt_bias", "initial_state"), settings
+
+
+def ssd_or_recurrence(*, backend: str, return_last_state: bool, **given: Any) -> tuple[Tensor, Tensor]:
+    """`ssd`, which has no backend "reference"."""
+    if backend != "reference":
+        return ssd(**given, backend=backend, return_last_state=return_last_state)
+    (batch, _, heads, head_dim), d_state = given["x"].shape, given["B"].shape[3]
+    shapes = {"D": (heads,), "dt_bias": (heads,), "initial_state": (batch, heads, head_dim, d_state)}
+    zeros = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    return recurrence(**zeros | given)
 
 
 def activation(case: Case) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from scan_inputs import pair_inputs, scan_inputs
+from ssd_inputs import inputs as ssd_inputs
+from ssd_inputs import recurrence
 
-from vim_kernels import available_backends, bidirectional_selective_scan, causal_conv1d, cpu, selective_scan
+from vim_kernels import available_backends, bidirectional_selective_scan, causal_conv1d, cpu, selective_scan, ssd
 
 CC = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 pytestmark = pytest.mark.skipif(CC is None, reason="needs a C compiler")
@@ -416,6 +418,11 @@ def test_no_memory_for_scratch(cache, fake_compiler, tmp_path):
     conv_backward = torch.ops.vim_kernels.causal_conv1d_backward
     with pytest.raises(MemoryError, match="no memory for the scratch space of conv_backward"):
         conv_backward([x], x, [weight], [], None, None, True, [False], "cpu")
+    heads = x.unsqueeze(2), x[..., :1], A[0], x[..., :1, None], x[..., :1, None]
+    with pytest.raises(MemoryError, match="no memory for the scratch space of ssd_forward"):
+        ssd(*heads, backend="cpu")
+    with pytest.raises(MemoryError, match="no memory for the scratch space of ssd_backward"):
+        torch.ops.vim_kernels.ssd_backward(heads[0], None, *heads, None, None, None, True, False)
 
 
 @pytest.mark.parametrize(("wider", "flag"), [("__AVX512F__", "-mno-avx512f"), ("__AVX__", "-mno-avx")])
@@ -437,6 +444,16 @@ def test_narrower_registers(cache, monkeypatch, wider, flag):
     steps, growth = torch.tensor([0.5, 2.0]).view(1, 2, 1), torch.full((1, 1), 100.0)
     grown = selective_scan(one, steps, growth, one, one, dt_softplus=False, backend="cpu")
     assert grown.flatten().tolist() == [0.5, torch.inf]
+    for dtype, limit in ((torch.float32, 3e-6), (torch.float64, 1e-13)):
+        torch.manual_seed(0)
+        given = ssd_inputs(60, heads=3, head_dim=19, groups=1, d_state=17)
+        want, state = recurrence(**given)
+        grads = torch.autograd.grad((want * want.detach().cos()).sum() + state.sum(), list(given.values()))
+        leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in given.items()}
+        y, last = ssd(**leaves, return_last_state=True, backend="cpu")
+        loss = (y * want.detach().to(dtype).cos()).sum() + last.sum()
+        for a, b in zip(torch.autograd.grad(loss, list(leaves.values())), grads, strict=True):
+            assert (a - b).norm() < limit * b.norm()
 
 
 def scan_and_gradients(**shape) -> list[torch.Tensor]:
@@ -456,6 +473,13 @@ def convolution_and_gradients(packed: bool) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
 
+def duality_and_gradients(**shape) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    leaves = ssd_inputs(200, head_dim=20, d_state=20, dtype=torch.float32, **shape)
+    y = ssd(**leaves, backend="cpu")
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), list(leaves.values()), materialize_grads=True)]
+
+
 @pytest.mark.skipif("cpu" not in available_backends(), reason="needs the cpu backend")
 @pytest.mark.parametrize(
     ("function", "options"),
@@ -465,6 +489,9 @@ def convolution_and_gradients(packed: bool) -> list[torch.Tensor]:
         (scan_and_gradients, {"length": 300, "batch": 2, "d_inner": 400, "groups": 2}),
         (convolution_and_gradients, {"packed": False}),
         (convolution_and_gradients, {"packed": True}),
+        (duality_and_gradients, {"batch": 9, "heads": 8, "groups": 1}),
+        (duality_and_gradients, {"batch": 16, "heads": 6, "groups": 2}),
+        (duality_and_gradients, {"batch": 1, "heads": 12, "groups": 2}),
     ],
 )
 def test_any_number_of_threads_gives_the_same_bits(function, options):

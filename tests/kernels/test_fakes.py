@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from scan_inputs import pair_inputs, scan_inputs
+from ssd_inputs import inputs as ssd_inputs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -62,6 +63,17 @@ def test_convolution(backend, reverse, dtype):
         args = x, weight, bias, None if bare or len(reverse) == 2 else state, None, True, reverse, backend
         ys = assert_as_promised(torch.ops.vim_kernels.causal_conv1d, *args)
         assert_as_promised(torch.ops.vim_kernels.causal_conv1d_backward, [layout(y) for y in ys], *args)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the cpu backend")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_duality(dtype):
+    for bare, layout in itertools.product([False, True], [Tensor.detach, strided]):
+        x, dt, A, B, C, *others = (layout(t) for t in ssd_inputs(9, dtype=dtype).values())
+        args = x, dt, A.double() if bare else A, B, C, *([None] * 3 if bare else others), True, True
+        y, state = assert_as_promised(torch.ops.vim_kernels.ssd, *args)
+        for d_state in (layout(state), None):
+            assert_as_promised(torch.ops.vim_kernels.ssd_backward, layout(y), d_state, *args)
 
 
 # Sizes

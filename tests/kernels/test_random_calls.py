@@ -11,7 +11,7 @@ from vim_kernels import available_backends
 def test_random_calls():
     threads = torch.get_num_threads()
     try:
-        for number in range(120):
+        for number in range(150):
             case, call = sanitize.draw(2, number)
             assert case.compare(*call) is None, number
     finally:

@@ -1,11 +1,22 @@
 """State-space duality against the plain recurrence, and against the selective scan, of which it is a special case."""
 
+import functools
+
 import pytest
 import torch
 from ssd_inputs import NAMES, inputs, recurrence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vim_kernels import selective_scan, ssd
+from vim_kernels import available_backends, selective_scan
+from vim_kernels import ssd as public_ssd
+
+BACKENDS = [name for name in available_backends() if name in ("torch", "cpu")]
+
+
+@pytest.fixture(params=BACKENDS)
+def ssd(request):
+    """The function with each backend that takes fp64 tensors on a CPU."""
+    return functools.partial(public_ssd, backend=request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +46,22 @@ def scan(x, dt, A, B, C, D, dt_bias, initial_state, reverse=False):
     return y.view_as(x), state.view_as(initial_state)
 
 
-# The last one has more chunks than one product joins.
-@pytest.mark.parametrize(("length", "chunk_size"), [(0, 4), (1, 64), (23, 5), (130, 16), (150, 2)])
+# 150 steps in chunks of 2 are more chunks than one product joins.
+@pytest.mark.parametrize(
+    ("length", "chunk_size", "sizes"),
+    [
+        (0, 4, {}),
+        (1, 64, {"batch": 1}),
+        (23, 5, {}),
+        (130, 16, {}),
+        (150, 2, {}),
+        (97, 48, {"batch": 1, "heads": 5, "head_dim": 17, "groups": 1, "d_state": 20}),
+        (49, 48, {"heads": 3, "head_dim": 32, "groups": 3, "d_state": 16}),
+    ],
+)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_outputs_and_gradients(length, chunk_size, reverse, relative_error):
-    given = inputs(length)
+def test_outputs_and_gradients(ssd, length, chunk_size, sizes, reverse, relative_error):
+    given = inputs(length, **sizes)
 
     def results(run, **options):
         y, state = run(**given, reverse=reverse, **options)
@@ -52,8 +74,20 @@ def test_outputs_and_gradients(length, chunk_size, reverse, relative_error):
             assert relative_error(a, b) < 1e-12, (truth.__name__, name)
 
 
+def test_the_last_state_alone(ssd, relative_error):
+    """Without a gradient of y; D then has none."""
+    given = inputs(60)
+
+    def gradients(run, **options):
+        _, state = run(**given, **options)
+        return torch.autograd.grad((state * state.detach().sin()).sum(), list(given.values()), materialize_grads=True)
+
+    for name, a, b in zip(NAMES, gradients(ssd, return_last_state=True), gradients(recurrence), strict=True):
+        assert relative_error(a, b) < 1e-12, name
+
+
 @pytest.mark.parametrize("reverse", [False, True])
-def test_gradcheck(reverse):
+def test_gradcheck(ssd, reverse):
     given = inputs(7, batch=1, heads=2, head_dim=2, d_state=2)
 
     def run(*tensors):
@@ -62,7 +96,7 @@ def test_gradcheck(reverse):
     assert torch.autograd.gradcheck(run, tuple(given.values()))
 
 
-def test_steps_without_softplus_and_without_what_is_optional(relative_error):
+def test_steps_without_softplus_and_without_what_is_optional(ssd, relative_error):
     given = inputs(23)
     given |= {name: given[name].detach().abs() for name in ("dt", "dt_bias")}
     got = ssd(**given, chunk_size=5, dt_softplus=False)
@@ -73,7 +107,7 @@ def test_steps_without_softplus_and_without_what_is_optional(relative_error):
 
 
 @pytest.mark.parametrize("wide", NAMES)
-def test_one_tensor_in_fp64_widens_all(wide, relative_error):
+def test_one_tensor_in_fp64_widens_all(ssd, wide, relative_error):
     """Gradients of the fp64 tensor, and y if it is x, are right to fp64 precision."""
     given = {name: t.detach().float() for name, t in inputs(23).items()}
     given |= {wide: given[wide].double()}
@@ -95,7 +129,7 @@ def test_one_tensor_in_fp64_widens_all(wide, relative_error):
 
 @torch.no_grad()
 @pytest.mark.parametrize("reverse", [False, True])
-def test_parts_equal_the_whole(reverse, relative_error):
+def test_parts_equal_the_whole(ssd, reverse, relative_error):
     given = inputs(41)
     y, last = ssd(**given, chunk_size=8, reverse=reverse, return_last_state=True)
     state, parts = given["initial_state"], {}
@@ -109,7 +143,7 @@ def test_parts_equal_the_whole(reverse, relative_error):
 
 
 @torch.no_grad()
-def test_reverse_is_a_flip(relative_error):
+def test_reverse_is_a_flip(ssd, relative_error):
     given = inputs(41)
     flipped = {name: t.flip(1) if name in ("x", "dt", "B", "C") else t for name, t in given.items()}
     y, state = ssd(**given, chunk_size=8, return_last_state=True)
@@ -118,10 +152,13 @@ def test_reverse_is_a_flip(relative_error):
     assert relative_error(state_flipped, state) < 1e-13
 
 
+ON_EACH_DEVICE = [*(("cpu", name) for name in BACKENDS), pytest.param("cuda", "auto", marks=pytest.mark.gpu)]
+
+
 @pytest.mark.parametrize("forgetting", [100, 1e9])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("device", "backend"), ON_EACH_DEVICE)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_single_precision_behind_steps_that_forget(device, forgetting, reverse, relative_error):
+def test_single_precision_behind_steps_that_forget(device, backend, forgetting, reverse, relative_error):
     """Some large steps, and small decays between them, whose digits a sum of both would lose."""
     given = inputs(200, head_dim=8)
     with torch.no_grad():
@@ -134,12 +171,12 @@ def test_single_precision_behind_steps_that_forget(device, forgetting, reverse, 
         y, state = run(**leaves, reverse=reverse, **options)
         return y, state, *torch.autograd.grad(y.square().sum() + state.sum(), list(leaves.values()))
 
-    got = results(ssd, torch.float32, return_last_state=True)
+    got = results(public_ssd, torch.float32, return_last_state=True, backend=backend)
     for name, a, b in zip(("y", "state", *NAMES), got, results(recurrence, torch.float64), strict=True):
         assert relative_error(a, b) < 3e-6, name
 
 
-def test_no_overflow():
+def test_no_overflow(ssd):
     given = inputs(100, dtype=torch.float32)
     with torch.no_grad():
         given["dt"][:, ::7] = 1e6
@@ -149,10 +186,11 @@ def test_no_overflow():
     assert all(t.isfinite().all() for t in (y, state, *gradients))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("device", "backend"), ON_EACH_DEVICE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, device):
+def test_half_precision(dtype, device, backend):
     """Products in half precision, states in fp32; autocast changes nothing."""
+    ssd = functools.partial(public_ssd, backend=backend)
     given = {name: t.detach().to(device) for name, t in inputs(300, head_dim=16, dtype=torch.float32).items()}
     low = {name: t.to(dtype) if name in ("x", "dt", "B", "C") else t for name, t in given.items()}
     want, want_state = recurrence(**{name: t.double() for name, t in low.items()})
@@ -166,7 +204,7 @@ def test_half_precision(dtype, device):
     assert torch.equal(single, ssd(**given))
 
 
-def test_a_state_stays_in_fp32_beside_half_precision(relative_error):
+def test_a_state_stays_in_fp32_beside_half_precision(ssd, relative_error):
     """With no input the state only decays."""
     given = {name: t.detach() for name, t in inputs(3, dtype=torch.float32).items()}
     given |= {name: given[name].bfloat16() for name in ("dt", "B", "C")} | {"x": given["x"].bfloat16() * 0}
@@ -195,7 +233,7 @@ def test_memory_is_linear_in_the_length():
     for length in (2048, 16384):
         given = inputs(length, batch=1, heads=2, head_dim=2, d_state=2, dtype=torch.float32)
         with Largest() as largest:
-            torch.autograd.grad(ssd(**given, chunk_size=8).sum(), list(given.values()))
+            torch.autograd.grad(public_ssd(**given, chunk_size=8, backend="torch").sum(), list(given.values()))
         found.append(largest.elements)
     assert found[1] <= 8.1 * found[0]
 
@@ -218,4 +256,4 @@ def test_memory_is_linear_in_the_length():
 )
 def test_bad_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
-        ssd(**inputs(9) | changes)
+        public_ssd(**inputs(9) | changes)

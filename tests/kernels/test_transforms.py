@@ -22,6 +22,7 @@ from vim_kernels import (
     selective_scan,
     selective_state_update,
     ssd,
+    swiglu,
 )
 
 NAMED = [name for name in available_backends() if name in ("torch", "cpu")]
@@ -96,10 +97,12 @@ SHAPES = WITH_BACKENDS | {
     by_fft: (ROW, (CHANNELS, LENGTH)),
     by_matrix: (ROW, (CHANNELS, LENGTH)),
     rms_norm: (ROW, (CHANNELS,)),
+    swiglu: (ROW, ROW),
     gated_norm: (ROW, (CHANNELS,), ROW),
 }
 each_operator = pytest.mark.parametrize("function", SHAPES, ids=lambda f: f.__name__)
 each_with_backends = pytest.mark.parametrize("function", WITH_BACKENDS, ids=lambda f: f.__name__)
+each_registered = pytest.mark.parametrize("function", [*WITH_BACKENDS, of_ssd], ids=lambda f: f.__name__)
 
 
 def inputs_of(function, device="cpu", seed=0) -> tuple[Tensor, ...]:
@@ -236,7 +239,7 @@ def test_reference_has_second_backwards(function):
     assert torch.autograd.gradgradcheck(lambda *t: function(*t, backend="reference"), leaves, fast_mode=True)
 
 
-@each_with_backends
+@each_registered
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
 def test_traced(function, relative_error):
     """A trace equals the function for other values, gradients included, even if traced without gradients."""
@@ -251,7 +254,7 @@ def test_traced(function, relative_error):
             assert relative_error(got, want) < 1e-14
 
 
-@each_with_backends
+@each_registered
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
 def test_a_trace_refuses_other_sizes(function):
     """It calls the operator without the function's checks: a kernel would read past a buffer."""
@@ -259,8 +262,8 @@ def test_a_trace_refuses_other_sizes(function):
     traced = torch.jit.trace(function, inputs)
     for i, t in enumerate(inputs):
         for dim in range(t.dim()):
-            if function is of_conv and (i, dim) == (0, 1):
-                continue  # the length, which only x has
+            if (function, i, dim) in ((of_conv, 0, 1), (of_ssd, 0, 3)):
+                continue  # the length and the head_dim, which only x has
             others = [*inputs[:i], t.narrow(dim, 0, t.shape[dim] - 1), *inputs[i + 1 :]]
             with pytest.raises(RuntimeError):
                 traced(*others)

@@ -11,12 +11,15 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from vim.layers import S4, S4D, S4ND, BiMamba, BiMamba2, GatedConv, Mamba, Mamba2, MambaBlock, RMSNorm
 from vim.layers.plain import is_plain
+from vim.models.arm import ARM
 from vim.models.vision_mamba import VisionMamba
 
 LAYERS = {  # on a GPU 24 states compile fastest: see test_triton_gpu.py
     "mamba": lambda: Mamba(16, d_state=24),
+    "mamba, other biases": lambda: Mamba(16, d_state=24, bias=True, conv_bias=False),
     "bimamba": lambda: BiMamba(16, d_state=24),
     "mamba2": lambda: Mamba2(16, d_state=5, head_dim=8),
+    "mamba2, other biases": lambda: Mamba2(16, d_state=5, head_dim=8, bias=True, conv_bias=False),
     "bimamba2": lambda: BiMamba2(16, d_state=5, head_dim=8),
     "gated conv": lambda: GatedConv(16),
     "s4d": lambda: S4D(16, 6, bidirectional=True),
@@ -26,8 +29,14 @@ LAYERS = {  # on a GPU 24 states compile fastest: see test_triton_gpu.py
     "image, overlapping": lambda: VisionMamba(
         img_size=24, patch_size=8, patch_stride=4, embed_dim=16, depth=1, mixer="mamba", num_classes=3
     ),
+    "image, rows and columns": lambda: ARM(img_size=24, patch_size=8, embed_dim=16, depth=1, d_state=24, num_classes=3),
 }
-SHAPES = {"s4nd": (2, 5, 3, 16), "image": (2, 3, 24, 16), "image, overlapping": (2, 3, 24, 24)}
+SHAPES = {
+    "s4nd": (2, 5, 3, 16),
+    "image": (2, 3, 24, 16),
+    "image, overlapping": (2, 3, 24, 24),
+    "image, rows and columns": (2, 3, 24, 24),
+}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 

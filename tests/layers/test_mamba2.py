@@ -126,8 +126,8 @@ def test_sizes_that_do_not_divide(mixer_class):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mixer_class", [Mamba2, BiMamba2])
 def test_on_a_gpu_in_half_precision(mixer_class):
-    """in_proj has 422 columns, no multiple of 8; `ssd` runs its kernels."""
-    mixer = mixer_class(96, d_state=16, head_dim=32)
+    """in_proj has 422 columns, no multiple of 8, and Mamba2's has a bias; `ssd` runs its kernels."""
+    mixer = mixer_class(96, d_state=16, head_dim=32, **{"bias": True} if mixer_class is Mamba2 else {})
     x = torch.randn(2, 70, 96)
     results = []
     for device in ("cpu", "cuda"):

@@ -235,10 +235,13 @@ def test_bandlimit_leaves_out_what_aliases():
     hertz = 0.2 * kernel.A_imag.abs()[0] / (2 * torch.pi)
     assert (hertz >= 0.25).tolist() == [False, False, False, True]
     assert (C[0, 0] == 0).tolist() == [False, False, False, True]
-    assert (kernel._discrete(2.0)[2][0, 0] == 0).tolist() == [False, False, True, True]
+    for rate in (0.5, 2.0):  # another resolution brings in no mode that was not trained, and drops none that was
+        assert (kernel._discrete(rate)[2][0, 0] == 0).tolist() == [False, False, False, True]
 
 
-@pytest.mark.parametrize("make", [*MIXERS.values(), lambda: S4ND(6, 8, dim=1)])
+@pytest.mark.parametrize(
+    "make", [*MIXERS.values(), lambda: S4ND(6, 8, dim=1), lambda: S4ND(6, 8, dim=1, measure="legs")]
+)
 def test_autocast_and_round_trip(make):
     mixer = make()
     x = torch.randn(2, 12, 6)

@@ -12,7 +12,7 @@ from vim.models.mamba_lm import MambaLM
 
 SIZES = {"vocab_size": 50, "d_model": 16, "depth": 2}
 USUAL = {"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": None, "norm_eps": 1e-5}  # of Mamba and of both libraries
-FLAGS = {"residual_in_fp32": True, "tie_embeddings": True}
+FLAGS = {"residual_in_fp32": True, "tie_embeddings": True, "bias": False, "conv_bias": True, "rms_norm": True}
 
 
 @pytest.mark.parametrize(
@@ -28,14 +28,18 @@ def test_what_is_left_out_is_what_the_library_of_the_checkpoint_takes(config, vo
     assert arguments_of(config | {"vocab_size": 50}) == SIZES | USUAL | FLAGS | {"vocab_multiple": vocab_multiple}
 
 
-@pytest.mark.parametrize("options", [{}, {"dt_rank": 3, "residual_in_fp32": False, "tie_embeddings": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dt_rank": 3, "residual_in_fp32": False, "tie_embeddings": False}, {"rms_norm": False, "bias": True}],
+    ids=str,
+)
 def test_a_saved_configuration_has_no_options_but_the_authors(options, tmp_path, request):
     """Their code refuses any other option. The configuration of the golden model has all of theirs."""
     MambaLM(50, 16, 1, **options).save_pretrained(tmp_path)
     known = json.loads((request.path.parent.parent / "fixtures" / "ssm_mamba_lm.json").read_text())["config"]
     saved = json.loads((tmp_path / "config.json").read_text())
     assert set(saved) <= set(known)
-    assert set(saved["ssm_cfg"]) <= {"d_state", "d_conv", "expand", "dt_rank"}
+    assert set(saved["ssm_cfg"]) <= {"d_state", "d_conv", "expand", "dt_rank", "bias", "conv_bias"}
 
 
 def test_a_save_that_fails_leaves_the_older_weights(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
+from lm_by_hand import TRANSFORMERS, by_hand, write_transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -291,75 +292,6 @@ def test_saved_and_loaded(tie, tmp_path):
         assert file.metadata() == {"format": "pt"}, "without it transformers does not load the file"
 
 
-TRANSFORMERS = {
-    "architectures": ["MambaForCausalLM"],
-    "model_type": "mamba",
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "state_size": 4,
-    "conv_kernel": 4,
-    "expand": 2,
-    "time_step_rank": 1,
-    "layer_norm_epsilon": 1e-5,
-    "hidden_act": "silu",
-    "use_bias": False,
-    "use_conv_bias": True,
-    "time_step_min": 0.01,  # for initial values only
-    "eos_token_id": 0,
-}
-
-
-def write_transformers(folder, **changes):
-    """Write a random checkpoint in the format of transformers. Returns: the weights in fp64 and the options."""
-    options = TRANSFORMERS | changes
-    d, inner, rank = options["hidden_size"], options["intermediate_size"], options["time_step_rank"]
-    shapes = {"backbone.embeddings.weight": (options["vocab_size"], d), "backbone.norm_f.weight": (d,)}
-    for i in range(options["num_hidden_layers"]):
-        shapes |= {
-            f"backbone.layers.{i}.norm.weight": (d,),
-            f"backbone.layers.{i}.mixer.in_proj.weight": (2 * inner, d),
-            f"backbone.layers.{i}.mixer.conv1d.weight": (inner, 1, options["conv_kernel"]),
-            f"backbone.layers.{i}.mixer.conv1d.bias": (inner,),
-            f"backbone.layers.{i}.mixer.x_proj.weight": (rank + 2 * options["state_size"], inner),
-            f"backbone.layers.{i}.mixer.dt_proj.weight": (inner, rank),
-            f"backbone.layers.{i}.mixer.dt_proj.bias": (inner,),
-            f"backbone.layers.{i}.mixer.A_log": (inner, options["state_size"]),
-            f"backbone.layers.{i}.mixer.D": (inner,),
-            f"backbone.layers.{i}.mixer.out_proj.weight": (d, inner),
-        }
-    weights: dict[str, torch.Tensor] = {name: 0.4 * torch.randn(shape) for name, shape in shapes.items()}
-    folder.mkdir(exist_ok=True)
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(options))
-    return {name.removeprefix("backbone."): value.double() for name, value in weights.items()}, options
-
-
-def by_hand(weights, options, ids):
-    """Logits in fp64, by a loop over the steps."""
-
-    def norm(x, weight):
-        return x / (x.square().mean(-1, keepdim=True) + options["layer_norm_epsilon"]).sqrt() * weight
-
-    n, rank, taps = options["state_size"], options["time_step_rank"], options["conv_kernel"]
-    x = weights["embeddings.weight"][ids]
-    for i in range(options["num_hidden_layers"]):
-        w = {name.split(".", 3)[-1]: v for name, v in weights.items() if name.startswith(f"layers.{i}.mixer.")}
-        u, z = (norm(x, weights[f"layers.{i}.norm.weight"]) @ w["in_proj.weight"].T).chunk(2, -1)
-        windows = F.pad(u, (0, 0, taps - 1, 0)).unfold(1, taps, 1)
-        u = F.silu((windows * w["conv1d.weight"][:, 0]).sum(-1) + w["conv1d.bias"])
-        dt, B, C = (u @ w["x_proj.weight"].T).split([rank, n, n], -1)
-        dt = F.softplus(dt @ w["dt_proj.weight"].T + w["dt_proj.bias"])
-        h, ys = torch.zeros(*u[:, 0].shape, n, dtype=u.dtype), []
-        for t in range(u.shape[1]):
-            step = dt[:, t, :, None]
-            h = (step * -w["A_log"].exp()).exp() * h + step * B[:, t, None] * u[:, t, :, None]
-            ys.append((h * C[:, t, None]).sum(-1))
-        x = x + (torch.stack(ys, 1) + w["D"] * u) * F.silu(z) @ w["out_proj.weight"].T
-    return norm(x, weights["norm_f.weight"]) @ weights.get("lm_head.weight", weights["embeddings.weight"]).T
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -370,6 +302,8 @@ def by_hand(weights, options, ids):
         {"intermediate_size": 37},
         {"expand": 3, "intermediate_size": 48},
         {"hidden_act": "swish", "conv_kernel": 2},
+        {"use_bias": True},
+        {"use_conv_bias": False},
     ],
     ids=str,
 )
@@ -418,8 +352,9 @@ def test_a_residual_stream_in_the_dtype_of_the_weights(tmp_path):
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, r"has hidden_act = 'gelu'; MambaLM .* takes only 'silu' or 'swish'"),
-        ({"use_bias": True}, "use_bias = True; .* only False"),
-        ({"use_conv_bias": False}, "use_conv_bias = False; .* only True"),
+        ({"use_bias": True}, r"config.json: 4 missing \(backbone.layers.0.mixer.in_proj.bias, .* \.\.\.\)$"),
+        ({"use_conv_bias": None}, "use_conv_bias = None; it must be true or false"),
+        ({"rms_norm": False}, "rms_norm = False; .* only True"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config = {'bits': 4}; .* only None"),
         ({"model_type": "falcon_mamba"}, "model_type = 'falcon_mamba'; .* only 'mamba'"),
         ({"time_step_rank": 0}, "time_step_rank = 0; it must be 'auto' or a whole number of at least 1"),
@@ -454,9 +389,11 @@ def test_options_that_nobody_knows(tmp_path):
     [
         ({"d_intermediate": 64}, "d_intermediate = 64; .* takes only 0"),
         ({"attn_layer_idx": [1]}, r"attn_layer_idx = \[1\]"),
-        ({"rms_norm": False}, "rms_norm = False"),
+        ({"rms_norm": False}, r"config.json: 3 missing \(backbone.layers.0.norm.bias, .*, backbone.norm_f.bias\)$"),
+        ({"rms_norm": 0}, "rms_norm = 0; it must be true or false"),
         ({"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer = 'Mamba2'; .* takes only 'Mamba1'"),
-        ({"ssm_cfg": {"bias": True}}, "ssm_cfg.bias = True"),
+        ({"ssm_cfg": {"bias": "yes"}}, "ssm_cfg.bias = 'yes'; it must be true or false"),
+        ({"ssm_cfg": {"conv_bias": False}}, r"config.json: 2 unexpected \(backbone.layers.0.mixer.conv1d.bias, "),
         ({"ssm_cfg": {"rank": 3}}, "unknown options: ssm_cfg.rank"),
         ({"ssm_cfg": 3}, "ssm_cfg = 3; it must be a table"),
         ({"layers": 3}, "unknown options: layers"),

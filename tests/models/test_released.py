@@ -30,6 +30,7 @@ GOLDEN = {
         "adventurer_tiny",
         {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3},
     ),
+    "g10_arm_globalpool_img48": ("arm_base", {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 3}),
 }
 
 
@@ -101,9 +102,8 @@ def layout(family: str) -> dict[str, dict]:
     return out
 
 
-LAYOUTS = {
-    (family, name): entry for family in ("mambar", "videomamba", "adventurer") for name, entry in layout(family).items()
-}
+FAMILIES = ("mambar", "videomamba", "adventurer", "arm")
+LAYOUTS = {(family, name): entry for family in FAMILIES for name, entry in layout(family).items()}
 
 
 @pytest.mark.parametrize(("family", "name"), LAYOUTS)

@@ -110,9 +110,11 @@ class AugmentConfig:
     affine_shear: float = 0.0
     """Random shear along x by up to this many degrees in either direction."""
     color_jitter: float = 0.0
-    """Random brightness, contrast and saturation by up to this factor; off with auto_augment."""
+    """Random brightness, contrast and saturation by up to this factor, after auto_augment; off with all its policies
+    but 3a and rand-t3a."""
     auto_augment: str | None = None
-    """timm's policy string, as rand-m9-mstd0.5-inc1; null for none."""
+    """timm's policy string, as rand-m9-mstd0.5-inc1; null for none. 3a: ThreeAugment of DeiT III, each image grey,
+    solarised or blurred, to use with color_jitter 0.3."""
     erasing: float = 0.0
     """Probability of erasing a random rectangle."""
     erasing_mode: Literal["const", "rand", "pixel"] = "pixel"

@@ -1,1 +1,1 @@
-"""Experiments on top of training: benchmarks, comparisons, the kill test, dataloader speed."""
+"""Experiments on top of training: benchmarks, the cost of models, comparisons, the kill test, dataloader speed."""

@@ -5,12 +5,14 @@ from .gated_conv import GatedConv
 from .mamba import Mamba, MambaCache
 from .mamba2 import BiMamba2, Mamba2, Mamba2Cache
 from .mamba_block import MambaBlock
-from .norm import GatedRMSNorm, RMSNorm
+from .norm import GatedRMSNorm, LayerNorm, RMSNorm
 from .recompute import recompute_all_but_scans
+from .row_column_mamba import RowColumnMamba
 from .s4 import S4
 from .s4d import S4D
 from .s4nd import S4ND
 from .selective_ssm import SelectiveSSM
+from .swiglu import SwiGLU
 
 __all__ = [
     "S4",
@@ -20,12 +22,15 @@ __all__ = [
     "BiMamba2",
     "GatedConv",
     "GatedRMSNorm",
+    "LayerNorm",
     "Mamba",
     "Mamba2",
     "Mamba2Cache",
     "MambaBlock",
     "MambaCache",
     "RMSNorm",
+    "RowColumnMamba",
     "SelectiveSSM",
+    "SwiGLU",
     "recompute_all_but_scans",
 ]

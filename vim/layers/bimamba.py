@@ -63,20 +63,25 @@ class BiMamba(nn.Module):
     def scan_inputs(self, x: Tensor, seq_idx: Tensor | None = None) -> dict[str, Any]:
         """Arguments of `bidirectional_selective_scan` for a sequence (B, L, d_model); seq_idx: see `forward`."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u_f, u_b = convolve_both(
-            (self.forward_ssm.conv1d, self.backward_ssm.conv1d), self.forward_ssm.d_conv, x, seq_idx=seq_idx
-        )
-        dt_f, A_f, B_f, C_f, bias_f = self.forward_ssm.project(u_f)
-        dt_b, A_b, B_b, C_b, bias_b = self.backward_ssm.project(u_b)
-        return {
-            "u": (u_f, u_b),
-            "dt": (dt_f, dt_b),
-            "A": (A_f, A_b),
-            "B": (B_f, B_b),
-            "C": (C_f, C_b),
-            "D": (self.forward_ssm.D, self.backward_ssm.D),
-            "z": z,
-            "dt_bias": (bias_f, bias_b),
-            "scale": self.scale,
-            "seq_idx": seq_idx,
-        }
+        return scans_of(self.forward_ssm, self.backward_ssm, x, z, scale=self.scale, seq_idx=seq_idx)
+
+
+def scans_of(
+    forward: SelectiveSSM, backward: SelectiveSSM, x: Tensor, z: Tensor, *, scale: float, seq_idx: Tensor | None = None
+) -> dict[str, Any]:
+    """Arguments of `bidirectional_selective_scan` for an input x and a gate z, (B, L, E)."""
+    u_f, u_b = convolve_both((forward.conv1d, backward.conv1d), forward.d_conv, x, seq_idx=seq_idx)
+    dt_f, A_f, B_f, C_f, bias_f = forward.project(u_f)
+    dt_b, A_b, B_b, C_b, bias_b = backward.project(u_b)
+    return {
+        "u": (u_f, u_b),
+        "dt": (dt_f, dt_b),
+        "A": (A_f, A_b),
+        "B": (B_f, B_b),
+        "C": (C_f, C_b),
+        "D": (forward.D, backward.D),
+        "z": z,
+        "dt_bias": (bias_f, bias_b),
+        "scale": scale,
+        "seq_idx": seq_idx,
+    }

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from vim_kernels import selective_scan, selective_state_update
 
 from .cache import before_update
+from .rename import rename_keys
 from .selective_ssm import SelectiveSSM
 from .short_conv import convolve
 
 torch.fx.wrap("selective_scan")
 
-
+OFFICIAL_NAMES = {r"((?:conv1d|x_proj|dt_proj)\..*|A_log|D)": r"ssm.\1"}  # the authors' Mamba -> ours
 NO_STEP = -1e4  # its softplus is 0, with any bias and in half precision
 
 
@@ -41,8 +42,10 @@ class Mamba(nn.Module):
         d_model: channels of the sequence. d_state: states N per inner channel. d_conv: taps of the convolution.
         expand: d_inner = expand * d_model, rounded down. dt_rank: rank of the step's projection, ceil(d_model / 16) if
             None.
+        bias: whether input and output projection have biases. conv_bias: whether the convolution has one.
 
-    Source: Gu & Dao 2023, arXiv 2312.00752, figure 3.
+    Source: Gu & Dao 2023, arXiv 2312.00752, figure 3. State dicts of the authors' Mamba load: in_proj and out_proj keep
+    their names; the others are in `ssm` here.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Mamba(nn.Module):
         expand: float = 2,
         dt_rank: int | None = None,
         *,
+        bias: bool = False,
+        conv_bias: bool = True,
         device=None,
         dtype=None,
     ):
@@ -60,9 +65,10 @@ class Mamba(nn.Module):
         dd = {"device": device, "dtype": dtype}
         d_inner = int(expand * d_model)
         dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
-        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False, **dd)
-        self.ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank, **dd)
-        self.out_proj = nn.Linear(d_inner, d_model, bias=False, **dd)
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias, **dd)
+        self.ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank, conv_bias=conv_bias, **dd)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias, **dd)
+        self.register_load_state_dict_pre_hook(_translate_official)
 
     def allocate_cache(self, batch_size: int) -> MambaCache:
         """A cache for the start of a sequence, on the layer's device. conv_state has the dtype of the weights."""
@@ -157,3 +163,8 @@ class Mamba(nn.Module):
         )
         cache.ssm_state.copy_(state.detach())
         return self.out_proj(y)
+
+
+def _translate_official(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """Load-state-dict pre-hook: rename official keys in place."""
+    rename_keys(OFFICIAL_NAMES, state_dict, prefix)

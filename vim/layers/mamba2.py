@@ -27,16 +27,19 @@ class HeadSSM(nn.Module):
     """The parameters of one direction: the convolution of x, B and C, and per head a decay, a skip and a step size.
 
     Args:
-        d_conv_channels: channels of x, B and C together. heads: H. d_conv: taps of the convolution.
+        d_conv_channels: channels of x, B and C together. heads: H. d_conv, conv_bias: taps of the convolution, and
+            whether it has a bias.
 
     Source: Dao & Gu 2024, arXiv 2405.21060, section 7. Initial values are as in the authors' code.
     """
 
-    def __init__(self, d_conv_channels: int, heads: int, d_conv: int, *, device=None, dtype=None):
+    def __init__(
+        self, d_conv_channels: int, heads: int, d_conv: int, *, conv_bias: bool = True, device=None, dtype=None
+    ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.d_conv = d_conv
-        self.conv1d = nn.Conv1d(d_conv_channels, d_conv_channels, d_conv, groups=d_conv_channels, **dd)
+        self.conv1d = nn.Conv1d(d_conv_channels, d_conv_channels, d_conv, groups=d_conv_channels, bias=conv_bias, **dd)
         self.A_log = nn.Parameter(torch.empty(heads, **dd))
         self.D = nn.Parameter(torch.empty(heads, **dd))
         self.dt_bias = nn.Parameter(torch.empty(heads, **dd))
@@ -63,7 +66,18 @@ class Projections(nn.Module):
     Raises: ValueError if head_dim does not divide d_inner, or groups does not divide the number of heads.
     """
 
-    def __init__(self, d_model: int, d_state: int, expand: int, head_dim: int, groups: int, *, device=None, dtype=None):
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        expand: int,
+        head_dim: int,
+        groups: int,
+        *,
+        bias: bool = False,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.d_inner = d_inner = expand * d_model
@@ -73,15 +87,15 @@ class Projections(nn.Module):
         if self.heads % groups:
             raise ValueError(f"groups must divide the d_inner / head_dim = {self.heads} heads, got {groups}")
         self.d_conv_channels = d_inner + 2 * groups * d_state
-        self.in_proj = nn.Linear(d_model, d_inner + self.d_conv_channels + self.heads, bias=False, **dd)
+        self.in_proj = nn.Linear(d_model, d_inner + self.d_conv_channels + self.heads, bias=bias, **dd)
         self.norm = GatedRMSNorm(d_inner, groups, **dd)
-        self.out_proj = nn.Linear(d_inner, d_model, bias=False, **dd)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias, **dd)
 
     def project_in(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (..., d_inner), the convolution's input [x, B, C] (..., d_conv_channels) and dt (..., heads)."""
         sizes = [self.d_inner, self.d_conv_channels, self.heads]
-        if is_plain(self.in_proj, bias=False):
-            z, xBC, dt = _project(x, self.in_proj.weight, sizes)
+        if is_plain(self.in_proj):
+            z, xBC, dt = _project(x, self.in_proj.weight, self.in_proj.bias, sizes)
         else:
             z, xBC, dt = self.in_proj(x).split(sizes, dim=-1)
         return z, xBC, dt
@@ -98,13 +112,14 @@ class Projections(nn.Module):
         return self.out_proj(self.norm(y.flatten(-2), z))
 
 
-def _project(x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """x (..., d_model) by a weight (sum of sizes, d_model), split into the sizes."""
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> tuple[Tensor, ...]:
+    """x (..., d_model) by a weight (sum of sizes, d_model), plus a bias, split into the sizes."""
     padding = -len(weight) % 8
     if x.is_cuda and x.element_size() == 2 and x.dim() > 2 and padding:
         # Tensor cores need rows of 16 bytes, see `project_by`; at Vim-Ti's size a row has 902 columns.
-        return F.linear(x, F.pad(weight, (0, 0, 0, padding))).split([*sizes, padding], dim=-1)[:-1]
-    return F.linear(x, weight).split(sizes, dim=-1)
+        weight, bias = F.pad(weight, (0, 0, 0, padding)), None if bias is None else F.pad(bias, (0, padding))
+        return F.linear(x, weight, bias).split([*sizes, padding], dim=-1)[:-1]
+    return F.linear(x, weight, bias).split(sizes, dim=-1)
 
 
 class Mamba2Cache(NamedTuple):
@@ -123,6 +138,7 @@ class Mamba2(Projections):
         d_model: channels of the sequence. d_state: states N per inner channel. d_conv: taps of the convolution.
         expand: d_inner = expand * d_model. head_dim: inner channels that share a decay and a step size.
         groups: groups of heads; each group has its own B, C and norm.
+        bias: whether input and output projection have biases. conv_bias: whether the convolution has one.
 
     Source: Dao & Gu 2024, arXiv 2405.21060, figure 6 (right). State dicts of the authors' Mamba2 load: in_proj
     (z, x, B, C, dt), norm and out_proj keep their names; conv1d, A_log, D and dt_bias are in `ssm` here.
@@ -137,12 +153,14 @@ class Mamba2(Projections):
         head_dim: int = 64,
         groups: int = 1,
         *,
+        bias: bool = False,
+        conv_bias: bool = True,
         device=None,
         dtype=None,
     ):
         dd = {"device": device, "dtype": dtype}
-        super().__init__(d_model, d_state, expand, head_dim, groups, **dd)
-        self.ssm = HeadSSM(self.d_conv_channels, self.heads, d_conv, **dd)
+        super().__init__(d_model, d_state, expand, head_dim, groups, bias=bias, **dd)
+        self.ssm = HeadSSM(self.d_conv_channels, self.heads, d_conv, conv_bias=conv_bias, **dd)
         self.register_load_state_dict_pre_hook(_translate_official)
 
     def allocate_cache(self, batch_size: int) -> Mamba2Cache:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from vim_kernels import MambaBlockWeights, mamba_block_step
 
 from .mamba import Mamba, MambaCache
-from .norm import RMSNorm
+from .norm import LayerNorm, RMSNorm
 from .plain import is_plain
 
 
@@ -15,7 +15,7 @@ class MambaBlock(nn.Module):
 
     The residual stream may have a wider dtype than the weights: fp32 keeps digits that bf16 would lose layer by layer.
 
-    Args: see `Mamba`. norm_eps: epsilon of the norm.
+    Args: see `Mamba`. norm_eps: epsilon of the norm. rms_norm: an RMS norm; False: a LayerNorm with a bias.
     """
 
     def __init__(
@@ -27,13 +27,17 @@ class MambaBlock(nn.Module):
         dt_rank: int | None = None,
         *,
         norm_eps: float = 1e-5,
+        rms_norm: bool = True,
+        bias: bool = False,
+        conv_bias: bool = True,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm = RMSNorm(d_model, eps=norm_eps, **dd)
-        self.mixer = Mamba(d_model, d_state, d_conv, expand, dt_rank, **dd)
+        norm = RMSNorm if rms_norm else LayerNorm
+        self.norm: RMSNorm | LayerNorm = norm(d_model, eps=norm_eps, **dd)
+        self.mixer = Mamba(d_model, d_state, d_conv, expand, dt_rank, bias=bias, conv_bias=conv_bias, **dd)
 
     def forward(
         self,

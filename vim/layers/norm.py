@@ -1,11 +1,13 @@
-"""RMS norms: in front of a mixer, and gated within one."""
+"""Norms in front of a mixer, and a gated RMS norm within one."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vim_kernels import rms_norm
 
 # FX keeps these calls as leaves; inside, they branch on device and dtype.
+torch.fx.wrap("layer_norm_for_autocast")
 torch.fx.wrap("norm_for_autocast")
 torch.fx.wrap("rms_norm")
 
@@ -19,6 +21,13 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return norm_for_autocast(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the last dimension, with a bias, that returns the same dtype as RMSNorm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm_for_autocast(x, self.weight, self.bias, self.eps)
 
 
 class GatedRMSNorm(nn.Module):
@@ -44,7 +53,18 @@ class GatedRMSNorm(nn.Module):
 
 def norm_for_autocast(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     """`rms_norm` in the dtype to which a Linear behind it would cast."""
+    assert eps is not None
+    return rms_norm(x, weight, eps, dtype=_dtype_behind(x, weight))
+
+
+def layer_norm_for_autocast(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The same for a layer norm. It is computed in the wider dtype of x and the weights, and rounded once."""
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    y = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    return y.to(_dtype_behind(x, weight))
+
+
+def _dtype_behind(x: Tensor, weight: Tensor) -> torch.dtype:
     device = x.device.type
     low = device != "meta" and torch.is_autocast_enabled(device)  # torch raises for meta tensors
-    assert eps is not None
-    return rms_norm(x, weight, eps, dtype=torch.get_autocast_dtype(device) if low else weight.dtype)
+    return torch.get_autocast_dtype(device) if low else weight.dtype

@@ -24,15 +24,23 @@ def translate(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_)
     if not (from_s4 or from_s4d):
         return
     rename_keys(NAMES, state_dict, prefix)
-    for name, own in module.state_dict().items():
+    wanted = module.state_dict()
+    for name, own in wanted.items():
         key = prefix + name
         if key not in state_dict:
             continue
         if from_s4 and name.endswith("A_imag"):
             state_dict[key] = -state_dict[key]  # s4.py has A = -exp(A_real) - i A_imag
+        if from_s4 and name.endswith((".A_log", ".A_imag", ".B", ".P")):
+            state_dict[key] = _untie(state_dict[key], int(name.endswith((".B", ".P"))), len(wanted["D"]))
         if state_dict[key].numel() == own.numel():
             state_dict[key] = state_dict[key].reshape(own.shape)
     if from_s4d:  # s4d.py has B = 1
         like = state_dict[prefix + "kernel.C"][0]
         one, zero = torch.ones_like(like[..., 0]), torch.zeros_like(like[..., 0])
         state_dict[prefix + "kernel.B"] = torch.stack((one, zero), -1)
+
+
+def _untie(value: Tensor, axis: int, channels: int) -> Tensor:
+    """Repeat along an axis what channels share: of n_ssm systems, channel h has number h mod n_ssm."""
+    return torch.cat([value] * max(1, channels // value.shape[axis]), axis)

@@ -20,8 +20,9 @@ class DiagonalKernel(StateKernel):
     Args:
         d_model: kernels H. d_state: N; one half is kept, the other is its conjugate.
         init, rule: see S4D. directions: 1, or 2 with one C each.
-        bandlimit: leave out modes that alias at a kernel's step size: those with
-            delta |Im A| / 2 pi >= bandlimit / 2.
+        bandlimit: leave out modes that alias at the step size of training: those with
+            delta |Im A| / 2 pi >= bandlimit / 2. The rate does not count: a finer step would bring in modes that were
+            never trained.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class DiagonalKernel(StateKernel):
         log_dA = delta * A if self.rule == "zoh" else dA.log()
         C = 2 * torch.view_as_complex(C)
         if self.bandlimit is not None:
-            C = C * (delta * A_imag.abs() / (2 * math.pi) < self.bandlimit / 2)
+            C = C * (delta / rate * A_imag.abs() / (2 * math.pi) < self.bandlimit / 2)
         return log_dA, dB, C
 
 

@@ -21,7 +21,7 @@ class SelectiveSSM(nn.Module):
 
     Args:
         d_inner: channels E. d_state: states N per channel. d_conv: taps of the convolution.
-        dt_rank: rank R of the step's projection.
+        dt_rank: rank R of the step's projection. conv_bias: whether the convolution has a bias.
         dt_min, dt_max, dt_init_floor: initial step sizes are log-uniform in [dt_min, dt_max], and at least the floor.
 
     Source: Gu & Dao 2023, arXiv 2312.00752, section 3.4 and Algorithm 2.
@@ -37,6 +37,7 @@ class SelectiveSSM(nn.Module):
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
         device=None,
         dtype=None,
     ):
@@ -45,7 +46,7 @@ class SelectiveSSM(nn.Module):
         self.d_state, self.d_conv, self.dt_rank = d_state, d_conv, dt_rank
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
         # Conv1d and Linear modules hold the weights. Kernels read them from modules that are plain, see `is_plain`.
-        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, **dd)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=conv_bias, **dd)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False, **dd)
         self.dt_proj = nn.Linear(dt_rank, d_inner, **dd)
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state, **dd))

@@ -66,7 +66,9 @@ def convolve_both(
 
 
 def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv1d]:
-    return is_plain(conv) and (conv.stride, conv.padding, conv.dilation) == ((1,), (0,), (1,))
+    # A FLOP counter must see the kernel: torch 2.10 to 2.14 count the weight gradient of a depthwise Conv1d as that of
+    # a dense one.
+    return is_plain(conv, tracked=True) and (conv.stride, conv.padding, conv.dilation) == ((1,), (0,), (1,))
 
 
 def _call(conv: nn.Module, d_conv: int, x: Tensor, conv_state: Tensor | None, seq_idx: Tensor | None) -> Tensor:

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import SwiGLU
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vim.layers import Mamba2, RMSNorm
+from vim.layers import Mamba2, RMSNorm, SwiGLU
 from vim.layers.rename import rename
 
 from .backbone import GlobalPool, PlainBackbone, WeightInit, create
@@ -158,7 +157,7 @@ default_cfgs = generate_default_cfgs(
         "adventurer_base.wangf3014_in1k": _cfg("adventurer_base_patch16_224.pth"),
         "adventurer_base.wangf3014_in1k_384": _cfg("adventurer_base_patch16_384.pth", 384, 1.0),
         "adventurer_base.wangf3014_in1k_448": _cfg("adventurer_base_patch16_448.pth", 448, 1.0),
-        "adventurer_base_patch8.wangf3014_in1k": _cfg("adventurer_base_patch8_224.pth"),
+        "adventurer_base_patch8.wangf3014_in1k": _cfg("adventurer_base_patch8_224.pth", 224, 1.0),
         "adventurer_base_patch8.wangf3014_in1k_448": _cfg("adventurer_base_patch8_448.pth", 448, 1.0),
         "adventurer_large.wangf3014_in1k": _cfg("adventurer_large_patch16_224.pth"),
     }

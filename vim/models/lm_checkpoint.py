@@ -127,11 +127,8 @@ def _authors_arguments(options: Options) -> dict[str, Any]:
     options.only("d_intermediate", 0)
     options.only("attn_layer_idx", [])
     options.only("attn_cfg", {})
-    options.only("rms_norm", True)
     ssm = Options(options.table("ssm_cfg"), "ssm_cfg.")
     ssm.only("layer", "Mamba1")
-    ssm.only("bias", False)
-    ssm.only("conv_bias", True)
     ssm.skip(IGNORED_SSM)
     arguments = {
         "vocab_size": options.size("vocab_size"),
@@ -141,6 +138,9 @@ def _authors_arguments(options: Options) -> dict[str, Any]:
         "d_conv": ssm.size("d_conv", 4),
         "expand": ssm.number("expand", 2),
         "dt_rank": ssm.rank("dt_rank"),
+        "bias": ssm.flag("bias", False),
+        "conv_bias": ssm.flag("conv_bias", True),
+        "rms_norm": options.flag("rms_norm", True),
         "norm_eps": options.number("norm_epsilon", 1e-5),  # ours; the authors' code refuses it and has only 1e-5
         "residual_in_fp32": options.flag("residual_in_fp32", True),
         "tie_embeddings": options.flag("tie_embeddings", True),
@@ -155,8 +155,6 @@ def _authors_arguments(options: Options) -> dict[str, Any]:
 def _transformers_arguments(options: Options) -> dict[str, Any]:
     options.only("model_type", "mamba")
     options.only("hidden_act", "silu", "swish")
-    options.only("use_bias", False)
-    options.only("use_conv_bias", True)
     options.only("quantization_config", None)
     d_model, depth, expand = options.size("hidden_size"), options.size("num_hidden_layers"), options.number("expand", 2)
     d_inner = options.size("intermediate_size", int(expand * d_model))
@@ -178,6 +176,9 @@ def _transformers_arguments(options: Options) -> dict[str, Any]:
         "d_conv": options.size("conv_kernel", 4),
         "expand": expand,
         "dt_rank": options.rank("time_step_rank"),
+        "bias": options.flag("use_bias", False),
+        "conv_bias": options.flag("use_conv_bias", True),
+        "rms_norm": True,
         "norm_eps": options.number("layer_norm_epsilon", 1e-5),
         "residual_in_fp32": options.flag("residual_in_fp32", True),
         "tie_embeddings": options.flag("tie_word_embeddings", True),

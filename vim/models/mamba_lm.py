@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vim.files import whole_file, write_json
-from vim.layers import MambaBlock, MambaCache, RMSNorm
+from vim.layers import LayerNorm, MambaBlock, MambaCache, RMSNorm
 from vim.layers.precision import at_least_fp32
 
 from .lm_checkpoint import arguments_of, checkpoint_folder, native_weights, official_name, read_json, read_weights
@@ -23,8 +23,9 @@ class MambaLM(nn.Module):
     """A causal language model: token ids (B, L) -> logits (B, L, V).
 
     Args:
-        vocab_size: tokens V. d_model: channels. depth: blocks. d_state, d_conv, expand, dt_rank: see `Mamba`.
-        norm_eps: epsilon of the RMS norms.
+        vocab_size: tokens V. d_model: channels. depth: blocks. d_state, d_conv, expand, dt_rank, bias,
+            conv_bias: see `Mamba`.
+        rms_norm: RMS norms; False: LayerNorms with biases. norm_eps: epsilon of the norms.
         residual_in_fp32: keep the residual stream in fp32 at least; False: in the dtype of the weights.
         tie_embeddings: the head shares the weights of the embedding.
         vocab_multiple: round the rows of the embedding up to a multiple of this; it affects only speed.
@@ -40,6 +41,9 @@ class MambaLM(nn.Module):
         expand: float = 2,
         dt_rank: int | None = None,
         *,
+        bias: bool = False,
+        conv_bias: bool = True,
+        rms_norm: bool = True,
         norm_eps: float = 1e-5,
         residual_in_fp32: bool = True,
         tie_embeddings: bool = True,
@@ -51,12 +55,13 @@ class MambaLM(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.vocab_size, self.residual_in_fp32 = vocab_size, residual_in_fp32
         rank = {} if dt_rank is None else {"dt_rank": dt_rank}
+        biases = {"bias": bias, "conv_bias": conv_bias}
         self.config = {  # under the authors' names
             "d_model": d_model,
             "n_layer": depth,
             "vocab_size": vocab_size,
-            "ssm_cfg": {"d_state": d_state, "d_conv": d_conv, "expand": expand, **rank},
-            "rms_norm": True,
+            "ssm_cfg": {"d_state": d_state, "d_conv": d_conv, "expand": expand, **rank, **biases},
+            "rms_norm": rms_norm,
             "residual_in_fp32": residual_in_fp32,
             "fused_add_norm": True,
             "pad_vocab_size_multiple": vocab_multiple,
@@ -66,9 +71,11 @@ class MambaLM(nn.Module):
             self.config["norm_epsilon"] = norm_eps
         rows = -(-vocab_size // vocab_multiple) * vocab_multiple
         self.embedding = nn.Embedding(rows, d_model, **dd)
-        blocks = (MambaBlock(d_model, d_state, d_conv, expand, dt_rank, norm_eps=norm_eps, **dd) for _ in range(depth))
+        options = {"norm_eps": norm_eps, "rms_norm": rms_norm, **biases, **dd}
+        blocks = (MambaBlock(d_model, d_state, d_conv, expand, dt_rank, **options) for _ in range(depth))
         self.blocks = cast("Sequence[MambaBlock]", nn.ModuleList(blocks))
-        self.norm = RMSNorm(d_model, eps=norm_eps, **dd)
+        norm = RMSNorm if rms_norm else LayerNorm
+        self.norm: RMSNorm | LayerNorm = norm(d_model, eps=norm_eps, **dd)
         self.head = nn.Linear(d_model, rows, bias=False, **dd)
         if tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -76,14 +83,19 @@ class MambaLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise as the authors do: embeddings of std 0.02, output projections divided by sqrt(depth)."""
+        """Initialise as the authors do: embeddings of std 0.02, output projections divided by sqrt(depth), their and
+        the input projections' biases 0.
+        """
         nn.init.normal_(self.embedding.weight, std=0.02)
         for block in self.blocks:
             block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
+            for projection in (block.mixer.in_proj, block.mixer.out_proj):
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
 
     def no_weight_decay(self) -> set[str]:
         """Names and patterns of the parameters without weight decay."""
-        return {"*.A_log", "*.D", "*.dt_proj.bias", "*norm.weight"}
+        return {"*.A_log", "*.D", "*.dt_proj.bias", "*norm.weight", "*norm.bias"}
 
     def allocate_cache(self, batch_size: int) -> list[MambaCache]:
         """A cache for the start of a sequence. Its size does not depend on the length."""

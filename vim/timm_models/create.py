@@ -76,7 +76,7 @@ def create_model(config: ModelConfig, num_classes: int | None, section: str = "m
 
 
 def create_model_at(
-    config: ModelConfig, num_classes: int | None, img_size: int | None
+    config: ModelConfig, num_classes: int | None, img_size: int | None, section: str = "model."
 ) -> tuple[TimmModel, dict[str, Any]]:
     """`create_model` for square images of img_size pixels to the edge; None: the model's own size.
 
@@ -85,11 +85,11 @@ def create_model_at(
     if img_size is not None and "img_size" not in config.kwargs:
         sized = replace(config, kwargs=config.kwargs | {"img_size": img_size})
         try:
-            return create_model(sized, num_classes), sized.kwargs
+            return create_model(sized, num_classes, section), sized.kwargs
         except ConfigError as error:
             if "'img_size'" not in str(error):  # convolutional networks take any size, and no such argument
                 raise
-    return create_model(config, num_classes), config.kwargs
+    return create_model(config, num_classes, section), config.kwargs
 
 
 def load_model(source: LoadedModelConfig, section: str = "", needs_head: bool = True) -> TimmModel:

@@ -1,12 +1,22 @@
-"""`backend=` of ssd, long_conv, rms_norm, mamba_block_step: a named one runs or raises; "auto" picks and logs once."""
+"""`backend=` of all operators but scan and convolution: a named one runs or raises; "auto" picks and logs once."""
 
 import functools
+import re
 
 import pytest
 import torch
 from torch.func import grad
 
-from vim_kernels import MambaBlockWeights, backends, long_conv, mamba_block_step, rms_norm, ssd
+from vim_kernels import (
+    MambaBlockWeights,
+    available_backends,
+    backends,
+    long_conv,
+    mamba_block_step,
+    rms_norm,
+    ssd,
+    swiglu,
+)
 
 
 def run_ssd(dtype=torch.bfloat16, head_dim=4, d_state=5, A=None, **options):
@@ -30,6 +40,11 @@ def run_norm(**options):
     return rms_norm(torch.randn(2, 8, generator=generator), torch.ones(8), **options)
 
 
+def run_swiglu(**options):
+    generator = torch.Generator().manual_seed(0)
+    return swiglu(*(torch.randn(2, 8, generator=generator) for _ in range(2)), **options)
+
+
 def run_step(dtype=torch.float32, strided=False, **options):
     d_model, d_inner, d_state, rank, taps = 4, 6, 3, 2, 4
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +59,14 @@ def run_step(dtype=torch.float32, strided=False, **options):
     return mamba_block_step(random(2, d_model), window, random(2, d_inner, d_state), weights, **options)
 
 
-CALLS = {"ssd": run_ssd, "long_conv": run_conv, "rms_norm": run_norm, "mamba_block_step": run_step}
+CALLS = {
+    "ssd": run_ssd,
+    "long_conv": run_conv,
+    "rms_norm": run_norm,
+    "swiglu": run_swiglu,
+    "mamba_block_step": run_step,
+}
+NAMES = dict.fromkeys(CALLS, ("triton", "torch")) | {"ssd": ("triton", "cpu", "torch")}
 each_operator = pytest.mark.parametrize("operator", CALLS)
 
 
@@ -52,32 +74,58 @@ each_operator = pytest.mark.parametrize("operator", CALLS)
 def gpu(monkeypatch):
     """Dispatch as on a machine with a GPU, for CPU tensors; nothing runs there."""
     monkeypatch.setattr(backends, "unavailable", lambda backend: None)
-    monkeypatch.setattr(backends, "_fastest", lambda device_type, operator=None: "triton")
+    monkeypatch.setattr(backends, "_fastest", lambda device_type, operator=None, names=(): "triton")
     monkeypatch.setattr(backends, "_triton_interprets", lambda: True)
 
 
+@pytest.fixture
+def choices_anew():
+    """Nothing has been chosen or logged yet; nor has it afterwards."""
+    caches = backends._fastest, backends._log_fallback
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
 @each_operator
-def test_auto_takes_torch_on_a_cpu_and_logs_it_once(operator, caplog):
-    backends._fastest.cache_clear()
+def test_auto_takes_the_fastest_on_a_cpu_and_logs_it_once(operator, choices_anew, caplog):
+    fastest = "cpu" if "cpu" in NAMES[operator] and "cpu" in available_backends() else "torch"
     with caplog.at_level("INFO", "vim_kernels"):
         first, second = CALLS[operator](), CALLS[operator]()
-    named = CALLS[operator](backend="torch")
+    named = CALLS[operator](backend=fastest)
     assert torch.equal(first, second)
     assert torch.equal(first, named)
-    assert [record.getMessage() for record in caplog.records] == [f"backend 'torch' of {operator} for tensors on cpu"]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(f"backend '{fastest}' of {operator} for tensors on cpu")
 
 
-@each_operator
-@pytest.mark.parametrize("name", ["cpu", "reference", "cuda"])
+def test_without_a_compiler_auto_takes_torch(choices_anew, monkeypatch, caplog):
+    monkeypatch.setattr(backends, "unavailable", lambda backend: "no compiler" if backend == "cpu" else None)
+    with caplog.at_level("INFO", "vim_kernels"):
+        assert torch.equal(run_ssd(), run_ssd(backend="torch"))
+    reason = "backend 'torch' of ssd for tensors on cpu: the faster 'cpu' cannot run here: no compiler"
+    assert [record.getMessage() for record in caplog.records] == [reason]
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run here: no compiler; available: "):
+        run_ssd(backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [(operator, name) for operator in CALLS for name in ("cpu", "reference", "cuda") if name not in NAMES[operator]],
+)
 def test_an_unknown_name_lists_those_there_are(operator, name):
-    with pytest.raises(ValueError, match=rf"backend must be one of \('auto', 'triton', 'torch'\), got '{name}'"):
+    listed = re.escape(str(("auto", *NAMES[operator])))
+    with pytest.raises(ValueError, match=rf"backend must be one of {listed}, got '{name}'"):
         CALLS[operator](backend=name)
 
 
 @each_operator
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_named_backend_never_falls_back(operator):
-    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run here: .*; available: \('torch',\)"):
+    available = re.escape(str(tuple(name for name in available_backends() if name in NAMES[operator])))
+    with pytest.raises(RuntimeError, match=rf"backend 'triton' cannot run here: .*; available: {available}"):
         CALLS[operator](backend="triton")
 
 
@@ -95,9 +143,8 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("case", LIMITS)
-def test_a_call_beyond_the_kernels_limits(case, gpu, caplog):
+def test_a_call_beyond_the_kernels_limits(case, choices_anew, gpu, caplog):
     """By name it raises and names the limit; "auto" takes torch and logs the reason once."""
-    backends._log_fallback.cache_clear()
     call, reason = LIMITS[case]
     with pytest.raises(
         RuntimeError, match=f"backend 'triton' of .* cannot run this call: {reason}; use backend='auto'"
@@ -113,25 +160,30 @@ def test_a_call_beyond_the_kernels_limits(case, gpu, caplog):
 def test_a_call_within_the_limits_takes_triton(gpu):
     for limit in (None, lambda: None):
         for backend in ("auto", "triton"):
-            assert backends.triton_or_torch("ssd", backend, torch.device("cpu"), limit) == "triton"
-        assert backends.triton_or_torch("ssd", "torch", torch.device("cpu"), limit) == "torch"
+            assert backends.kernels_or_torch("ssd", backend, torch.device("cpu"), limit=limit) == "triton"
+        assert backends.kernels_or_torch("ssd", "torch", torch.device("cpu"), limit=limit) == "torch"
 
 
-@each_operator
-def test_transforms_take_torch(operator, gpu):
-    """A named Triton raises there, and "auto" runs."""
+EACH_KERNEL = [(operator, name) for operator, names in NAMES.items() for name in names[:-1]]
+
+
+@pytest.mark.parametrize(("operator", "name"), EACH_KERNEL)
+def test_transforms_take_torch(operator, name, gpu):
+    """A named kernel raises there, and "auto" runs."""
 
     def total(scale, backend):
         return (CALLS[operator](backend=backend) * scale).sum()
 
-    with pytest.raises(RuntimeError, match=f"backend 'triton' of {operator} supports only first derivatives"):
-        grad(total)(torch.ones(()), "triton")
+    with pytest.raises(RuntimeError, match=f"backend '{name}' of {operator} supports only first derivatives"):
+        grad(total)(torch.ones(()), name)
     assert torch.isfinite(grad(total)(torch.ones(()), "auto"))
 
 
-def test_a_compiler_takes_torch(gpu, monkeypatch):
+@pytest.mark.parametrize(("operator", "name"), EACH_KERNEL)
+def test_a_compiler_takes_torch(operator, name, gpu, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert backends.triton_or_torch("ssd", "auto", torch.device("cpu")) == "torch"
-    assert backends.triton_or_torch("ssd", "torch", torch.device("cpu")) == "torch"
-    with pytest.raises(RuntimeError, match="backend 'triton' of ssd cannot be compiled or exported"):
-        backends.triton_or_torch("ssd", "triton", torch.device("cpu"))
+    arguments = torch.device("cpu"), NAMES[operator]
+    assert backends.kernels_or_torch(operator, "auto", *arguments) == "torch"
+    assert backends.kernels_or_torch(operator, "torch", *arguments) == "torch"
+    with pytest.raises(RuntimeError, match=f"backend '{name}' of {operator} cannot be compiled or exported"):
+        backends.kernels_or_torch(operator, name, *arguments)
