@@ -247,7 +247,7 @@ TAGS = {
     },
     "adventurer_base.wangf3014_in1k_384": (f"{ADVENTURER} adventurer_base_patch16_384.pth", 384, 1.0),
     "adventurer_base.wangf3014_in1k_448": (f"{ADVENTURER} adventurer_base_patch16_448.pth", 448, 1.0),
-    "adventurer_base_patch8.wangf3014_in1k": (f"{ADVENTURER} adventurer_base_patch8_224.pth", 224, 0.875),
+    "adventurer_base_patch8.wangf3014_in1k": (f"{ADVENTURER} adventurer_base_patch8_224.pth", 224, 1.0),
     "adventurer_base_patch8.wangf3014_in1k_448": (f"{ADVENTURER} adventurer_base_patch8_448.pth", 448, 1.0),
 }
 
