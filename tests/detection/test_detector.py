@@ -157,7 +157,7 @@ def test_gradient_checkpointing_keeps_gradients_and_is_graph_safe_for_vim():
     assert_close(*gradients)
 
 
-@pytest.mark.parametrize("name", ["adventurer_tiny", "mambar_small", "videomamba_tiny"])
+@pytest.mark.parametrize("name", ["adventurer_tiny", "mambar_small", "videomamba_tiny", "arm_base"])
 def test_a_detector_on_each_family_learns(name):
     """With layer decay and gradient checkpointing, on one image of two boxes."""
     model = detector(name=name, kwargs={"depth": 3, "embed_dim": 32})

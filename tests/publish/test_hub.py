@@ -161,6 +161,7 @@ def test_a_model_of_timm_needs_no_vim_and_a_run_without_its_start_still_has_a_ca
         ("mambar_small", "[Mamba-R](https://arxiv.org/abs/2405.14858)"),
         ("videomamba_base", "[VideoMamba](https://arxiv.org/abs/2403.06977)"),
         ("adventurer_base_patch8", "[Adventurer](https://arxiv.org/abs/2410.07599)"),
+        ("arm_base", "[ARM](https://arxiv.org/abs/2406.07537)"),
         ("s4nd_tiny", "[S4ND](https://arxiv.org/abs/2210.06583)"),
     ],
 )

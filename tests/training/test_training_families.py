@@ -24,6 +24,7 @@ FAMILIES = {
     "mambar_small": {"num_registers": 3, "register_dim": 4},
     "videomamba_tiny": {},
     "adventurer_tiny": {"d_state": 6, "head_dim": 8},
+    "arm_base": {},
 }
 
 

@@ -98,6 +98,7 @@ ORDERS = {
     "one direction": ("vim_nano", {"mixer": "mamba2"}),
     "registers": ("mambar_small", {"num_registers": 3, "register_dim": 4}),
     "class first": ("videomamba_tiny", {}),
+    "rows": ("arm_base", {}),
     "adventurer": ("adventurer_tiny", ADVENTURER | {"flipped_blocks": ()}),
     "adventurer, flipped": ("adventurer_tiny", ADVENTURER | {"flipped_blocks": (0,)}),
 }

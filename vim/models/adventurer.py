@@ -66,7 +66,7 @@ class AdventurerBlock(ResidualBlock):
         return torch.cat((y[:, 1:-1].flip(1), y[:, -1:]), 1)
 
     def mixer_places(self, layout: Layout, length: int) -> Tensor:
-        """For each of `length` tokens, its place in the sequence that the mixer reads: behind the heading."""
+        """Behind the heading."""
         places = torch.arange(1, length + 1)
         return torch.cat((places[:-1].flip(0), places[-1:])) if self.flipped else places
 
