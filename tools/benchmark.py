@@ -4,7 +4,7 @@ python tools/benchmark.py --config configs/benchmark.yaml
 python tools/benchmark.py --config configs/benchmark_cpu.yaml --models '[vim_tiny, resnet18]'
 """
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigParser, plain_errors
 from vim.console.progress import plain_console
 from vim.experiments.benchmark import benchmark, benchmark_table

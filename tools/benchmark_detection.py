@@ -6,7 +6,7 @@ python tools/benchmark_detection.py --models '[resnet50]' --workloads '[{mode: t
 
 from functools import partial
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigParser, plain_errors
 from vim.console.progress import plain_console
 from vim.experiments.benchmark import benchmark, benchmark_table

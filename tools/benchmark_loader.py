@@ -5,7 +5,7 @@ python tools/benchmark_loader.py --config configs/vim_tiny_in1k.yaml --data.root
 
 from rich.table import Table
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigParser, plain_errors
 from vim.console.progress import plain_console
 from vim.experiments.loader_speed import loader_speed

@@ -5,7 +5,7 @@ python tools/compare.py --config configs/compare_mnist5k.yaml
 
 from rich.table import Table
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigParser, plain_errors
 from vim.console.progress import plain_console
 from vim.experiments.comparison import CompareConfig, compare

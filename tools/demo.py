@@ -7,7 +7,7 @@ python tools/demo.py --model runs/quickstart --features runs/features_train --po
 import signal
 import sys
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigParser, plain_errors
 from vim.demo import DemoConfig, serve
 

@@ -8,7 +8,7 @@ accelerate launch tools/export_features.py --model vim_small --images data/image
 Read them back: vim.features.load("runs/features_train").
 """
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigParser, plain_errors
 from vim.data.names import plain_name
 from vim.features import FeaturesConfig, export_features

@@ -7,7 +7,7 @@ python tools/export_model.py --model vim_small --kwargs.img_size 384 --kwargs.nu
 model.pt2 needs torch alone: torch.export.load("model.pt2").module()(images). export.json describes its input.
 """
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigParser, plain_errors
 from vim.export import ExportConfig, export_model
 

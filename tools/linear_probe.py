@@ -8,7 +8,7 @@ After an interruption, the same command continues from there.
 
 from rich.table import Table
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigParser, plain_errors
 from vim.console.progress import plain_console
 from vim.data.names import plain_name

@@ -6,7 +6,7 @@ python tools/train.py --config configs/vim_small_in1k.yaml --steps 20
 accelerate launch tools/train.py --config configs/vim_small_in1k.yaml
 """
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.training import Classification, TrainConfig, training_tool
 
 if __name__ == "__main__":

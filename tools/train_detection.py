@@ -5,7 +5,7 @@ python tools/train_detection.py --config runs/trees/config.yaml --resume
 accelerate launch tools/train_detection.py --config configs/detection_coco_vim_tiny.yaml
 """
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.detection import Detection, DetectionTrainConfig
 from vim.training import training_tool
 

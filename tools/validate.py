@@ -9,7 +9,7 @@ python tools/validate.py --model vim_tiny --data.root data --data.val_split imag
 
 from rich.table import Table
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigParser, plain_errors
 from vim.console.progress import plain_console
 from vim.training import ValidateConfig, validate

@@ -6,7 +6,7 @@ python tools/validate_detection.py --model runs/trees --data.root data/trees \\
 
 from rich.table import Table
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigParser, plain_errors
 from vim.console.progress import plain_console
 from vim.detection import METRICS, DetectionValidateConfig, validate

@@ -4,7 +4,7 @@ python tools/visualize.py --model runs/quickstart --images data/mnist5k/val
 python tools/visualize.py --model vim_small --images photographs/ --blocks [5,11,17,23] --count 8
 """
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigParser, plain_errors
 from vim.visualize import VisualizeConfig, visualize
 

@@ -322,6 +322,33 @@ def test_any_timm_model(setting):
 
 
 @pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adventurer_tiny", {"embed_dim": 16, "d_state": 6, "head_dim": 8, "flipped_blocks": [0]}),
+        ("mambar_small", {"embed_dim": 16, "num_registers": 3, "register_dim": 4}),
+    ],
+)
+def test_families(setting, name, options):
+    """Both formats answer like the model; the program has ATen operators only."""
+    path, _ = setting
+    torch.manual_seed(0)
+    kwargs = KWARGS | options
+    model = timm.create_model(name, **kwargs).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+    save_file(model.state_dict(), path / f"{name}.safetensors")
+    report = export_model(
+        config(path, model=name, checkpoint=str(path / f"{name}.safetensors"), kwargs=kwargs, output=str(path / name))
+    )
+    with torch.no_grad():
+        assert model(images(2)).std() > 0.1
+    assert max(report[form]["max_abs_error"] for form in ("pt2", "onnx")) < 1e-5
+    nodes = torch.export.load(path / name / "model.pt2").graph.nodes
+    assert {n.target.namespace for n in nodes if isinstance(n.target, torch._ops.OpOverload)} == {"aten"}
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"formats": ["tflite"]}, "formats must be some of"),

@@ -194,6 +194,23 @@ def test_of_two_class_tokens_the_feature_is_what_the_classifier_reads():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("block", [None, 0])
+def test_the_feature_of_registers_that_replace_the_class_token_is_their_mean(block):
+    """Mamba-R: as wide as the model, without the neck."""
+    torch.manual_seed(0)
+    registers = {"embed_dim": 16, "num_registers": 3, "register_dim": 4}
+    model = timm.create_model("mambar_small", **KWARGS | registers).eval()
+    images, name = torch.randn(2, 1, 12, 12), "" if block is None else f"block{block}."
+    tokens = model.forward_features(images)
+    if block is not None:
+        last = model.blocks[0](model._embed(images))
+        tokens = model.prefix_first(model.norm(last))
+    columns = FeatureExtractor(model, ["token", "avg"], None if block is None else [block])(images)
+    assert_close(columns[f"{name}token"], tokens[:, :3].mean(1))
+    assert_close(columns[f"{name}avg"], tokens[:, 3:].mean(1))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("blocks", [None, [0]])
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
 def test_registers_are_no_class_token_and_no_patch(name, blocks):

@@ -14,7 +14,7 @@ import torch
 from image_tree import write_image_tree
 from safetensors.torch import save_file
 
-import vim  # (registers the vim_* models)
+import vim  # (registers the models)
 import vim.features
 import vim.features.judge as judge
 import vim.features.unfinished as unfinished

@@ -382,67 +382,7 @@ def test_bad_options_are_named(kwargs, message):
         timm.create_model("vim_nano", **kwargs)
 
 
-def test_unknown_option_is_refused():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'drop_path'"):
-        timm.create_model("vim_nano", drop_path=0.1)
-
-
 # Initialisation, meta, training
-
-
-def test_init_weights_after_to_empty():
-    model = timm.create_model("vim_nano", img_size=32, device="meta").to_empty(device="cpu")
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(float("nan"))
-    torch.manual_seed(0)
-    model.init_weights()
-    torch.manual_seed(0)
-    fresh = timm.create_model("vim_nano", img_size=32)
-    for (name, p), q in zip(model.named_parameters(), fresh.parameters(), strict=True):
-        assert torch.isfinite(p).all(), name
-        assert abs(p.std() - q.std()) < 0.3 * q.std() + 1e-6, name
-    dt = torch.nn.functional.softplus(model.blocks[0].mixer.backward_ssm.dt_proj.bias)
-    assert dt.max() < 0.11, "the step sizes are set after their Linear has initialised itself"
-    bound = (1 / 128) ** 0.5 / math.sqrt(4)  # Kaiming uniform over d_inner inputs, divided by sqrt(depth)
-    assert bound * 0.95 < model.blocks[0].mixer.out_proj.weight.abs().max() <= bound
-
-
-def test_weight_decay_spares_what_the_authors_meant_to_spare():
-    model = timm.create_model("vim_nano", img_size=32)
-    groups = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1).param_groups
-    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    decayed = {name for name, p in model.named_parameters() if decay[id(p)] > 0}
-    per_ssm = ("conv1d.weight", "x_proj.weight", "dt_proj.weight")
-    assert decayed == {"patch_embed.proj.weight", "head.weight"} | {
-        f"blocks.{i}.mixer.{key}"
-        for i in range(4)
-        for key in (
-            "in_proj.weight",
-            "out_proj.weight",
-            *(f"{ssm}_ssm.{key}" for ssm in ("forward", "backward") for key in per_ssm),
-        )
-    }
-
-
-def test_trains_in_bf16_autocast_with_drop_path_and_gradient_checkpointing():
-    """Finite gradients for every parameter, the same with and without checkpointing."""
-    torch.manual_seed(0)
-    model = timm.create_model("vim_nano", img_size=32, patch_size=8, num_classes=5, drop_path_rate=0.2, drop_rate=0.1)
-    model.train()
-    x, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
-    gradients = []
-    for checkpointing in (False, True):
-        model.set_grad_checkpointing(checkpointing)
-        model.zero_grad()
-        torch.manual_seed(1)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = torch.nn.functional.cross_entropy(model(x), target)
-        loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for a, b in zip(*gradients, strict=True):
-        assert torch.isfinite(a).all()
-        assert torch.equal(a, b)
 
 
 @pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context")  # the hooks do not see the kept scans
@@ -484,14 +424,6 @@ def test_checkpointing_runs_no_scan_again():
     assert scans.count == len(model.blocks)
 
 
-def test_compiles_in_one_graph():
-    torch.manual_seed(0)
-    model = timm.create_model("vim_nano", img_size=32, depth=2).eval()
-    x = torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(x), model(x), atol=1e-5)
-
-
 def test_trains_compiled_in_one_graph_with_checkpointing():
     torch.manual_seed(0)
     model = timm.create_model("vim_nano", img_size=32, depth=2, num_classes=5).train()
@@ -504,29 +436,6 @@ def test_trains_compiled_in_one_graph_with_checkpointing():
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     for a, b in zip(*gradients, strict=True):
         assert (a - b).norm() <= 0.05 * a.norm()
-
-
-def test_exports_with_a_dynamic_batch():
-    model = timm.create_model("vim_nano", img_size=32, depth=2).eval()
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
-    x = torch.randn(5, 3, 32, 32)
-    assert torch.allclose(program.module()(x), model(x), atol=1e-5)
-
-
-def test_features_only_for_a_detector():
-    maps = timm.create_model("vim_nano", features_only=True, out_indices=(1, 3), img_size=64)(torch.randn(1, 3, 64, 64))
-    assert [tuple(m.shape) for m in maps] == [(1, 64, 4, 4)] * 2
-    assert len(timm.create_model("vim_nano", features_only=True, img_size=64)(torch.randn(1, 3, 64, 64))) == 3
-
-
-def test_saved_model_loads_from_a_folder(tmp_path):
-    kwargs = {"img_size": (28, 35), "patch_size": 7, "in_chans": 1, "num_classes": 10}
-    model = timm.create_model("vim_nano", **kwargs).eval()
-    timm.models.save_for_hf(model, tmp_path, model_args=kwargs, safe_serialization=True)
-    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    x = torch.randn(1, 1, 28, 35)
-    assert torch.equal(again(x), model(x))
 
 
 def test_entrypoints_cover_the_table():

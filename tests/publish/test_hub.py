@@ -21,7 +21,7 @@ from option_effects import Seen
 from safetensors.torch import save_file
 from whole_runs import interrupt, one_thread  # noqa: F401  (the fixture)
 
-import vim  # noqa: F401  (registers the vim_* models)
+import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigError, InterruptedRunError, RunError
 from vim.data import AugmentConfig, DataConfig
 from vim.publish import PushConfig, push_to_hub
@@ -152,6 +152,28 @@ def test_a_model_of_timm_needs_no_vim_and_a_run_without_its_start_still_has_a_ca
     assert "| initial weights | random |" in card.text
     assert "git revision" not in card.text
     assert "confusion" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "family"),
+    [
+        ("vim_nano", "[Vision Mamba](https://arxiv.org/abs/2401.09417)"),
+        ("mambar_small", "[Mamba-R](https://arxiv.org/abs/2405.14858)"),
+        ("videomamba_base", "[VideoMamba](https://arxiv.org/abs/2403.06977)"),
+        ("adventurer_base_patch8", "[Adventurer](https://arxiv.org/abs/2410.07599)"),
+        ("arm_base", "[ARM](https://arxiv.org/abs/2406.07537)"),
+        ("s4nd_tiny", "[S4ND](https://arxiv.org/abs/2210.06583)"),
+    ],
+)
+def test_the_card_names_the_family(finished, tmp_path, architecture, family):
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architecture": architecture}))
+    push_to_hub(push_config(tmp_path, output=str(tmp_path / "files")))
+    card = ModelCard.load(tmp_path / "files" / "README.md")
+    assert f": the {family} `{architecture}` with " in card.text
+    assert "import timm, vim " in card.text
+    assert "vision-mamba" in card.data.tags
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from vim.data import DataConfig
 from vim.timm_models.config import LoadedModelConfig, ModelConfig
 from vim.timm_models.create import create_model
 from vim.timm_models.input import at_size, check_size, resolve_input
-from vim.timm_models.name import timm_name
+from vim.timm_models.name import needs_vim, timm_name
 
 
 @pytest.fixture
@@ -126,3 +126,17 @@ def test_models_without_tables_take_any_size_and_others_say_what_they_cannot():
         at_size(mixer, LoadedModelConfig("mixer_s32_224"), 256)
     with pytest.raises(ConfigError, match=r"vim_nano cannot take images of 2 x 2 pixels: .* at least the patch_size"):
         at_size(timm.create_model("vim_nano"), LoadedModelConfig("vim_nano"), 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("vim_tiny", True),
+        ("s4nd_tiny", True),
+        ("adventurer_base.wangf3014_in1k_384", True),
+        ("vit_tiny_patch16_224", False),
+        ("local-dir:runs/vim_tiny", False),
+    ],
+)
+def test_which_models_timm_has_only_with_vim(name, needs):
+    assert needs_vim(name) is needs

@@ -5,22 +5,26 @@ in none of them. The answers here put ours into both.
 """
 
 import os
+import sys
 
 import pytest
 import timm
-from timm.models import get_arch_pretrained_cfgs
+from timm.models import get_arch_pretrained_cfgs, model_entrypoint
 
 import vim  # noqa: F401  (registers the models)
 
 MODEL = os.environ["TIMM_SUITE_MODEL"]
+OURS = [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("vim.")]
 
 
 def pytest_configure(config):
     groups = ["base", "forward", "backward", "cfg", "cfg_nonstd", "features", "torchscript", "fxforward", "fxbackward"]
     for marker in groups:
         config.addinivalue_line("markers", f"{marker}: one of timm's groups")
-    if MODEL not in timm.list_models(module="vision_mamba"):
-        raise pytest.UsageError(f"no model {MODEL!r}; there are {timm.list_models(module='vision_mamba')}")
+    if MODEL not in OURS:
+        raise pytest.UsageError(f"no model {MODEL!r}; there are {OURS}")
+    if depth := os.environ.get("TIMM_SUITE_DEPTH"):
+        sys.modules[model_entrypoint(MODEL).__module__].VARIANTS[MODEL]["depth"] = int(depth)
     timm.list_models = list_models
     timm.list_pretrained = lambda *_, **__: []
 

@@ -1,4 +1,4 @@
-"""Run timm's own tests/test_models.py on one of our models.
+"""Run timm's own tests/test_models.py on our models, one after the other.
 
 The tests come from the source distribution of the installed timm; the wheel has none. `plugin.py` aims them.
 """
@@ -39,20 +39,23 @@ def fetch_tests(folder: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="name of a registered model, e.g. vim_nano")
-    parser.add_argument("--deselect", action="append", default=[], choices=TESTS, help="leave this test out")
+    parser.add_argument("models", nargs="+", help="names of registered models, e.g. vim_nano")
+    parser.add_argument("--depth", help="number of blocks; some tests take a time that is quadratic in it")
     args = parser.parse_args()
     tests = fetch_tests(Path(sys.prefix) / "timm_suite")
     source = (tests / "test_models.py").read_text()
     missing = [name for name in TESTS if f"def {name}(" not in source]
     if missing:
         print(f"timm {timm.__version__} does not have {missing}")
-    chosen = [f"{tests / 'test_models.py'}::{name}" for name in TESTS if name not in (*args.deselect, *missing)]
+    chosen = [f"{tests / 'test_models.py'}::{name}" for name in TESTS if name not in missing]
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "TIMM_SUITE_MODEL": args.model, "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": path, "TIMM_SUITE_DEPTH": args.depth or "", "CUDA_VISIBLE_DEVICES": ""}
     options = ["-p", "plugin", "-p", "no:cacheprovider", "--import-mode=importlib", "-c", os.devnull, "-ra"]
     command = [sys.executable, "-m", "pytest", *options, "--rootdir", str(tests), *chosen]
-    return subprocess.run(command, env=environment, check=False).returncode
+    runs = [
+        subprocess.run(command, env=environment | {"TIMM_SUITE_MODEL": model}, check=False) for model in args.models
+    ]
+    return max(run.returncode for run in runs)
 
 
 if __name__ == "__main__":

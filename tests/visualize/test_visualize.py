@@ -27,7 +27,7 @@ from vim.visualize import (
     visualize,
 )
 from vim.visualize.maps import block_maps, class_tokens
-from vim_kernels import bidirectional_selective_scan
+from vim_kernels import bidirectional_selective_scan, ssd
 
 KWARGS = {"img_size": (16, 12), "patch_size": 4, "depth": 3, "num_classes": 3}
 
@@ -57,6 +57,93 @@ def test_the_implicit_attention_is_the_scan(model, images):
     assert attention[1][:, -1, :-1].abs().max() == 0
     some = implicit_attention(scan, [3, 7])
     assert torch.equal(some[1], attention[1][:, [3, 7]])
+
+
+SMALL = KWARGS | {"embed_dim": 16}
+ADVENTURER = {"d_state": 6, "head_dim": 8, "flipped_blocks": (1,)}
+HEADS = {
+    "adventurer": ("adventurer_tiny", SMALL | ADVENTURER),
+    "vim": ("vim_nano", SMALL | {"mixer": "mamba2", "embed_dim": 64}),
+}
+
+
+@pytest.mark.parametrize(("name", "kwargs"), HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("block", [0, 1])
+def test_the_implicit_attention_of_heads_is_the_ssd(images, name, kwargs, block):
+    """Of the one that the model runs; the channels of a head share their matrix."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).eval()
+    mixer = model.blocks[block].mixer
+    seen = []
+    handle = mixer.register_forward_hook(lambda module, inputs, output: seen.append((*inputs, output)))
+    model(images)
+    handle.remove()
+    scan = scan_of_block(model, images, block)
+    ((x, output),) = seen
+    y = ssd(**scan)
+    assert_close(mixer.project_out(y, mixer.project_in(x)[0]), output)
+    (attention,) = implicit_attention(scan, torch.arange(x.shape[1]))
+    assert attention.shape == (2, x.shape[1], x.shape[1], mixer.heads)
+    sums = torch.einsum("btsh,bshp->bthp", attention, scan["x"]) + scan["D"][:, None] * scan["x"]
+    assert y.abs().max() > 0.01
+    assert (sums - y).abs().max() < 1e-5 * y.abs().max()
+    assert attention[:, 0, 1:].abs().max() == 0  # causal
+    assert_close(step_sizes(scan)[0], (scan["dt"] + scan["dt_bias"]).exp().log1p())
+
+
+ORDERS = {
+    "vim": ("vim_nano", {}),
+    "columns": ("vim_nano", {"scan_order": "column"}),
+    "zigzag": ("vim_nano", {"scan_order": "zigzag", "class_token": "both"}),
+    "one direction": ("vim_nano", {"mixer": "mamba2"}),
+    "registers": ("mambar_small", {"num_registers": 3, "register_dim": 4}),
+    "class first": ("videomamba_tiny", {}),
+    "rows": ("arm_base", {}),
+    "adventurer": ("adventurer_tiny", ADVENTURER | {"flipped_blocks": ()}),
+    "adventurer, flipped": ("adventurer_tiny", ADVENTURER | {"flipped_blocks": (0,)}),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), ORDERS.values(), ids=ORDERS)
+def test_maps_are_of_the_patches_in_whatever_order_they_are_read(name, options):
+    """With a convolution of one tap, a change of a patch changes the step sizes there and nowhere else."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **SMALL | options | {"depth": 1}).eval()
+    for key, p in model.named_parameters():
+        if key.endswith("conv1d.weight"):
+            p.data[..., :-1] = 0
+        if key.endswith(("x_proj.weight", "in_proj.weight")):
+            p.data *= 4
+    images = torch.randn(1, 3, 16, 12).repeat(2, 1, 1, 1)
+    images[1, :, 8:12, 4:8] += 1
+    maps = block_maps(model, images, torch.tensor([0, 0]), 0)
+    sizes = [value for key, value in maps.items() if key.startswith("step size")]
+    assert len(sizes) == (1 if name == "adventurer_tiny" or "mixer" in options else 2)
+    for size in sizes:
+        assert (size[1] - size[0]).abs().gt(1e-6).nonzero().tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_what_the_class_token_of_adventurer_reads(images, block):
+    """The last row of the matrix, without the heading; block 1 reads the patches from last to first."""
+    model = timm.create_model("adventurer_tiny", **SMALL | ADVENTURER).eval()
+    maps = block_maps(model, images, torch.tensor([2, 0]), block)
+    assert list(maps) == ["step size", "class token reads", "class map"]
+    (reads,) = implicit_attention(scan_of_block(model, images, block), [13])
+    reads = reads.abs().mean(3)[:, 0, 1:13]
+    reads = reads.flip(1) if block else reads
+    assert_close(maps["class token reads"], reads.reshape(2, 4, 3).detach())
+
+
+def test_what_registers_read(images):
+    """Three registers, behind 3 patches each: the mean over them."""
+    model = timm.create_model("mambar_small", **SMALL | {"num_registers": 3, "register_dim": 4}).eval()
+    maps = block_maps(model, images, torch.tensor([2, 0]), 1)
+    names = [f"register reads, {way}" for way in ("forward", "backward")]
+    assert list(maps) == ["step size, forward", "step size, backward", *names, "class map"]
+    patches = [i for i in range(15) if i not in (3, 7, 11)]
+    for name, reads in zip(names, implicit_attention(scan_of_block(model, images, 1), [3, 7, 11]), strict=True):
+        assert_close(maps[name], reads.abs().mean((1, 3))[:, patches].reshape(2, 4, 3).detach())
 
 
 def test_the_scan_of_a_block_is_the_one_that_the_model_runs(model, images):
@@ -235,6 +322,10 @@ def test_sheets(tmp_path):
     files = visualize(VisualizeConfig("vim_nano", **given))
     assert [file.name for file in files] == ["0.png", "1.png", "receptive_fields.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    causal = SMALL | ADVENTURER | {"in_chans": 1}
+    save_file(timm.create_model("adventurer_tiny", **causal).state_dict(), tmp_path / "causal.safetensors")
+    other = given | {"checkpoint": str(tmp_path / "causal.safetensors"), "kwargs": causal, "blocks": [1]}
+    assert len(visualize(VisualizeConfig("adventurer_tiny", **other))) == 3
     with pytest.raises(ConfigError, match="the model has blocks 0 to 2, got 3"):
         visualize(VisualizeConfig("vim_nano", blocks=[3], **given))
     headless = given | {"kwargs": grey | {"num_classes": 0}}

@@ -73,7 +73,7 @@ def page(predictor: Predictor, name: str) -> Any:
     if predictor.blocks:
         about_maps = "Bright means high. Each map has its own scale. Block 0 is the first."
     else:
-        about_maps = f"{name} is no Vision Mamba (vim_*): it has no scans to show."
+        about_maps = f"{name} is no Vision Mamba: it has no scans to show."
     # Check every 10 minutes for uploads older than an hour, and delete them. All go when the server ends.
     with gr.Blocks(analytics_enabled=False, title=visible(name), fill_width=True, delete_cache=(600, 3600)) as app:
         _section("h2", name, "Drop an image to classify it.")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from vim.figures import MAX_LINE, plain_text, save_figure
+from vim.timm_models.name import needs_vim
 
 
 def plot_comparison(report: dict, path: Path) -> str:
@@ -48,16 +49,16 @@ def contender_name(row: dict) -> str:
 def plot_benchmark(results: dict, path: Path) -> None:
     """Plot benchmark.json: throughput in images/s, one panel per workload.
 
-    Thin lines show the spread of the rounds; the peak memory is written next to each bar. Vim models are blue, others
-    orange.
+    Thin lines show the spread of the rounds; the peak memory is written next to each bar. This package's models are
+    blue, others orange.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     models = results["config"]["models"]
     colours = {}
-    for family, colormap in ((True, "Blues"), (False, "Oranges")):
-        members = [name for name in models if name.startswith("vim_") == family]
+    for ours, colormap in ((True, "Blues"), (False, "Oranges")):
+        members = [name for name in models if needs_vim(name) == ours]
         for place, name in enumerate(members):
             colours[name] = colormaps[colormap](0.8 - 0.45 * place / max(1, len(members) - 1))
 

@@ -20,7 +20,8 @@ class FeaturesConfig(LoadedModelConfig):
     output: str | None = None
     """Folder; null: runs/features_<name of images>. An unfinished export of the same configuration is continued."""
     pools: list[str] = field(default_factory=lambda: ["token"])
-    """Tokens to store: token (the class token), avg (mean over the patches), map (all patches, row by row)."""
+    """Tokens to store: token (the class token, or the mean of several), avg (mean over the patches), map (all patches,
+    row by row). Mamba-R's registers count as class tokens."""
     blocks: list[int] | None = None
     """Blocks whose normalised tokens to store; 0 is the first, -1 the last. null: the model's final features."""
     dtype: Literal["fp16", "fp32"] = "fp32"

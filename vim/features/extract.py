@@ -58,7 +58,8 @@ class FeatureExtractor(nn.Module):
 
     def _pooled(self, name: str, prefix: Tensor, patches: Tensor) -> dict[str, Tensor]:
         taken = {
-            "token": lambda: prefix[:, : self.class_tokens].mean(1),  # like token pooling if there are two
+            # Of two class tokens, what token pooling reads; of Mamba-R's registers, which its head joins, the mean.
+            "token": lambda: prefix[:, : self.class_tokens].mean(1),
             "avg": lambda: patches.mean(1),
             "map": lambda: patches,
         }

@@ -190,6 +190,12 @@ class Mamba2(Projections):
             cache.ssm_state.copy_(last_state.detach())
         return self.project_out(y, z)
 
+    def scan_inputs(self, x: Tensor) -> dict[str, Any]:
+        """Arguments of `ssd` for a sequence (batch, length, d_model)."""
+        _, xBC, dt = self.project_in(x)
+        u, B, C = self.by_head(convolve(self.ssm.conv1d, self.ssm.d_conv, xBC))
+        return {"x": u, "dt": dt, "B": B, "C": C, **self.ssm.arguments()}
+
     def step(self, x: Tensor, cache: Mamba2Cache) -> Tensor:
         """One step, x: (batch, d_model) -> (batch, d_model). The cache is updated in place."""
         z, xBC, dt = self.project_in(x)

@@ -65,6 +65,11 @@ class AdventurerBlock(ResidualBlock):
         y = self.mixer(torch.cat((heading, x[:, :-1].flip(1), x[:, -1:]), 1))
         return torch.cat((y[:, 1:-1].flip(1), y[:, -1:]), 1)
 
+    def mixer_places(self, layout: Layout, length: int) -> Tensor:
+        """Behind the heading."""
+        places = torch.arange(1, length + 1)
+        return torch.cat((places[:-1].flip(0), places[-1:])) if self.flipped else places
+
 
 class Adventurer(PlainBackbone):
     """Adventurer classifier and backbone, with timm's interface of a plain model.

@@ -134,7 +134,7 @@ def _cfg(size: int = 224, crop_pct: float = 0.875) -> dict[str, Any]:
         crop_pct=crop_pct,
         crop_mode="squash",  # the whole image becomes a square
         paper_ids="arXiv:2406.07537",
-        paper_name="Autoregressive Pretraining with Mamba in Vision",
+        paper_name="ARM: Autoregressive Pretraining with Mamba in Vision",
         origin_url="https://github.com/OliverRensu/ARM",
         notes=(
             # The authors do not say which set has the reported accuracy; their evaluation reads this one.

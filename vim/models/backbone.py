@@ -195,7 +195,7 @@ class PlainBackbone(FeatureMaps):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Groups of parameters for layer-wise learning rates."""
-        blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
+        blocks = [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))]
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -218,6 +218,8 @@ class PlainBackbone(FeatureMaps):
 
     def _set_head(self, num_classes: int, *, device=None, dtype=None) -> None:
         self.num_classes = num_classes
+        # In timm, num_features is also the width of what a model without classes returns.
+        self.num_features = self.embed_dim if num_classes > 0 else self.head_hidden_size
         self.head: nn.Module = nn.Identity()
         if num_classes > 0:
             self.head = nn.Linear(self.head_hidden_size, num_classes, device=device, dtype=dtype)

@@ -30,6 +30,10 @@ class ResidualBlock(nn.Module):
         recompute = self.grad_checkpointing and self.training
         return x + self.drop_path(recompute_all_but_scans(branch, x) if recompute else branch(x))
 
+    def mixer_places(self, layout: Layout, length: int) -> Tensor:
+        """For each of `length` tokens, its place in the sequence that the mixer reads."""
+        return torch.arange(length)
+
 
 class Block(ResidualBlock):
     """x + drop_path(mixer(norm(x))), (B, L, D) -> (B, L, D).
@@ -58,6 +62,10 @@ class Block(ResidualBlock):
             return rearrange(y, "b h w d -> b (h w) d")
         order = layout.orders.get(self.order)  # none for "raster"
         return self.mixer(x) if order is None else self.mixer(x[:, order[0]])[:, order[1]]
+
+    def mixer_places(self, layout: Layout, length: int) -> Tensor:
+        order = layout.orders.get(self.order)
+        return super().mixer_places(layout, length) if order is None else order[1]
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:

@@ -13,8 +13,8 @@ from .position_table import GRID, TableModel, check_table, fit_table, patches_of
 _logger = logging.getLogger(__name__)
 EMA_WARNING = (
     "official weights came without their training state. From checkpoint_path= or timm's load_checkpoint they are the "
-    "EMA, but the accuracy of %s was reported for its other weights; to load those from a file use pretrained=True, "
-    "pretrained_cfg_overlay={'file': ...}"
+    "EMA if the file has one, but the accuracy of %s was reported for its other weights; to load those from a file use "
+    "pretrained=True, pretrained_cfg_overlay={'file': ...}"
 )
 
 

@@ -122,7 +122,10 @@ default_cfgs = generate_default_cfgs(
         "vim_base.hustvl_in1k": _cfg(
             "hustvl/Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth", notes=(official.EMA_NOTE,)
         ),
-        "s4nd_tiny.untrained": _cfg(paper_ids="arXiv:2210.06583"),
+        "s4nd_tiny.untrained": _cfg(
+            paper_ids="arXiv:2210.06583",
+            paper_name="S4ND: Modeling Images and Videos as Multidimensional Signals Using State Spaces",
+        ),
         "vim_pixels.untrained": _cfg(input_size=(1, 28, 28), num_classes=10, crop_pct=1.0, mean=(0.5,), std=(0.5,)),
     }
 )

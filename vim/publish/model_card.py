@@ -12,9 +12,11 @@ from typing import Any
 import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import get_pretrained_cfg_value
 
 from vim.console.errors import ConfigError, RunError
 from vim.console.escapes import visible
+from vim.timm_models.name import needs_vim
 from vim.training.config import TrainConfig
 from vim.training.run_folder import RunFolder
 
@@ -105,7 +107,7 @@ def _start(line: dict[str, Any]) -> dict[str, Any]:
 def model_card(run: FinishedRun, config: PushConfig) -> ModelCard:
     """The model card (README.md): YAML metadata, then text."""
     title = config.repo.split("/")[-1]
-    vision_mamba = run.model["architecture"].startswith("vim_")
+    vision_mamba = needs_vim(run.model["architecture"])
     data = ModelCardData(
         license=config.license,
         library_name="timm",
@@ -139,12 +141,18 @@ def _eval_results(run: FinishedRun, config: PushConfig) -> list[EvalResult]:
 def _what(run: FinishedRun, vision_mamba: bool) -> str:
     size = " x ".join(map(str, run.model["pretrained_cfg"]["input_size"]))
     data = _plain(_dataset(run))
-    kind = "[Vision Mamba](https://arxiv.org/abs/2401.09417)" if vision_mamba else "model"
+    kind = _family(run.model["architecture"]) if vision_mamba else "model"
     return (
         f"An image classifier for [timm](https://github.com/huggingface/pytorch-image-models): the {kind} "
         f"`{run.model['architecture']}` with {run.summary['parameters']:,} parameters, trained on {data}. It "
         f"predicts one of {run.model['num_classes']} classes for an image of {size} (channels, height, width)."
     )
+
+
+def _family(architecture: str) -> str:
+    """A link to the paper of one of our models, such as [Vision Mamba](https://arxiv.org/abs/2401.09417)."""
+    name, number = (str(get_pretrained_cfg_value(architecture, key)) for key in ("paper_name", "paper_ids"))
+    return f"[{name.split(':')[0]}](https://arxiv.org/abs/{number.removeprefix('arXiv:')})"
 
 
 def _use(repo: str, vision_mamba: bool) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.models import model_entrypoint
 
 from vim.console.errors import ConfigError, RunError, did_you_mean
 
@@ -27,6 +28,11 @@ def timm_name(name: str) -> str:
         raise ConfigError(_no_model_in(folder))
     hint = did_you_mean(name, timm.list_models(), "see timm.list_models()")
     raise ConfigError(f"no model {name!r} in timm, and no run folder of that name{hint}")
+
+
+def needs_vim(name: str) -> bool:
+    """Whether timm has a model of that name only after `import vim`."""
+    return timm.is_model(name) and model_entrypoint(name).__module__.startswith("vim.")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Compute the maps.
 
-Shapes: B batch, L tokens, P patches, E channels of a scan, N states of a channel, D model width.
+Shapes: B batch, L tokens of a sequence or scan, P patches, E channels of a scan, N states of a channel, D model width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,40 +23,73 @@ def as_pixels(images: Tensor, data_config: dict[str, Any]) -> Tensor:
 @torch.no_grad()
 def block_maps(model: ScanningModel, images: Tensor, classes: Tensor, block: int) -> dict[str, Tensor]:
     """All maps (B, rows, columns) of one block by name: means over channels, and the class map of `classes` (B,)."""
-    scan = scan_of_block(model, images, block)
-    directions = ("forward", "backward")
-    values = {f"step size, {d}": v.mean(2) for d, v in zip(directions, step_sizes(scan), strict=True)}
-    tokens = class_tokens(model, scan["u"][0].shape[1])
+    scan, places = _look(model, images, block)
+    sizes = step_sizes(scan)
+    directions = ("",) if len(sizes) == 1 else (", forward", ", backward")
+    values = {f"step size{d}": v.mean(2) for d, v in zip(directions, sizes, strict=True)}
+    tokens = class_tokens(model, len(places))
     if len(tokens):
-        reads = zip(directions, implicit_attention(scan, tokens), strict=True)
-        values |= {f"class token reads, {d}": v.abs().mean((1, 3)) for d, v in reads}
-    maps = {name: image_maps(model, v) for name, v in values.items()}
+        reader = "register" if model.class_token == "registers" else "class token"
+        reads = zip(directions, implicit_attention(scan, places[tokens]), strict=True)
+        values |= {f"{reader} reads{d}": v.abs().mean((1, 3)) for d, v in reads}
+    maps = {name: image_maps(model, v[:, places]) for name, v in values.items()}
     maps[CLASS_MAP] = class_map(model, images, classes, block)
     return {name: m.float().cpu() for name, m in maps.items()}
 
 
-@torch.no_grad()
 def scan_of_block(model: ScanningModel, images: Tensor, block: int) -> Scan:
-    """Inputs of a block's scan for images (B, C, H, W): arguments of `bidirectional_selective_scan`."""
-    mixer = model.blocks[block].mixer
-    seen: list[Tensor] = []
-    handle = mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    """Inputs of a block's scan for images (B, C, H, W), in the order in which its mixer reads the tokens.
+
+    Returns: arguments of `bidirectional_selective_scan`; of `ssd` for a Mamba2.
+    """
+    return _look(model, images, block)[0]
+
+
+@torch.no_grad()
+def _look(model: ScanningModel, images: Tensor, block: int) -> tuple[Scan, Tensor]:
+    """The scan of a block, and for each token of the sequence its place (L,) in the scan."""
+    chosen, seen, places = model.blocks[block], [], []
+    handles = [
+        chosen.mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])),
+        chosen.register_forward_pre_hook(
+            lambda module, inputs, options: places.append(module.mixer_places(options["layout"], inputs[0].shape[1])),
+            with_kwargs=True,
+        ),
+    ]
     try:
         model(images)
     finally:
-        handle.remove()
-    return mixer.scan_inputs(seen[0])
+        for handle in handles:
+            handle.remove()
+    return chosen.mixer.scan_inputs(seen[0]), places[0].cpu()
 
 
-def step_sizes(scan: Scan) -> tuple[Tensor, Tensor]:
-    """delta (B, L, E), forward and backward: how strongly a token enters the state."""
-    forward, backward = (
-        F.softplus(dt.float() + bias.float()) for dt, bias in zip(scan["dt"], scan["dt_bias"], strict=True)
-    )
-    return forward, backward
+class Direction(NamedTuple):
+    """One direction of a scan. E counts channels, or the heads of an `ssd`, whose channels share all of this."""
+
+    delta: Tensor  # (B, L, E)
+    A: Tensor  # (E, N), or (E, 1) for the same decay of all states
+    B: Tensor  # (B, L, 1 or E, N)
+    C: Tensor
 
 
-def implicit_attention(scan: Scan, rows: Tensor | list[int]) -> tuple[Tensor, Tensor]:
+def _directions(scan: Scan) -> list[Direction]:
+    if isinstance(scan["dt"], Tensor):  # of ssd; a group of heads shares B and C
+        heads = scan["dt"].shape[2]
+        B, C = (scan[name].float().repeat_interleave(heads // scan[name].shape[2], 2) for name in "BC")
+        return [Direction(F.softplus(scan["dt"].float() + scan["dt_bias"].float()), scan["A"].float()[:, None], B, C)]
+    return [
+        Direction(F.softplus(dt.float() + bias.float()), A.float(), B.float().unsqueeze(2), C.float().unsqueeze(2))
+        for dt, bias, A, B, C in zip(*(scan[name] for name in ("dt", "dt_bias", "A", "B", "C")), strict=True)
+    ]
+
+
+def step_sizes(scan: Scan) -> tuple[Tensor, ...]:
+    """delta (B, L, E), forward and backward if there are two directions: how strongly a token enters the state."""
+    return tuple(direction.delta for direction in _directions(scan))
+
+
+def implicit_attention(scan: Scan, rows: Tensor | list[int]) -> tuple[Tensor, ...]:
     """How much each token contributes to the scan's output at chosen tokens, before D and the gate.
 
     For each channel, a selective scan is a matrix over tokens: y[t] = sum over s of attention[t, s] u[s], with
@@ -66,16 +99,15 @@ def implicit_attention(scan: Scan, rows: Tensor | list[int]) -> tuple[Tensor, Te
     for s <= t in the forward direction and s >= t in the backward one, else 0.
 
     Args:
-        scan: from `scan_of_block`. rows: the tokens t, in sequence order.
+        scan: from `scan_of_block`. rows: the tokens t, in the order of the scan.
 
-    Returns: (B, rows, L, E), forward and backward.
+    Returns: (B, rows, L, E), forward and backward if there are two directions. For an `ssd`, E counts its heads.
 
     Source: Ali et al. 2024, arXiv 2403.01590, equation 12.
     """
     rows = torch.as_tensor(rows)
     found = []
-    for i, delta in enumerate(step_sizes(scan)):
-        A, B, C = (scan[name][i].float() for name in "ABC")
+    for i, (delta, A, B, C) in enumerate(_directions(scan)):
         reverse = i == 1
         if reverse:
             delta, B, C = delta.flip(1), B.flip(1), C.flip(1)
@@ -84,12 +116,12 @@ def implicit_attention(scan: Scan, rows: Tensor | list[int]) -> tuple[Tensor, Te
         past = delta.cumsum(1)  # (B, L, E)
         writes = []
         for t in at.tolist():
-            decay = torch.exp((past[:, t : t + 1] - past)[:, : t + 1, :, None] * A)  # (B, t + 1, E, N)
-            weights = torch.einsum("bn,blen,bln->ble", C[:, t], decay, B[:, : t + 1]) * delta[:, : t + 1]
+            decay = torch.exp((past[:, t : t + 1] - past)[:, : t + 1, :, None] * A)  # (B, t + 1, E, N or 1)
+            weights = torch.einsum("ben,blen,blen->ble", C[:, t], decay, B[:, : t + 1]) * delta[:, : t + 1]
             writes.append(F.pad(weights, (0, 0, 0, length - 1 - t)))
         attention = torch.stack(writes, 1)
         found.append(attention.flip(2) if reverse else attention)
-    return found[0], found[1]
+    return tuple(found)
 
 
 def image_maps(model: ScanningModel, values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vim.timm_models.timm_model import TimmModel
 
-Scan = dict[str, Any]  # arguments of bidirectional_selective_scan
+Scan = dict[str, Any]  # arguments of bidirectional_selective_scan, or of ssd
 
 
 class Mixer(nn.Module):
@@ -16,6 +16,7 @@ class Mixer(nn.Module):
 
 class Block(nn.Module):
     mixer: Mixer
+    mixer_places: Callable[[Any, int], Tensor]  # for each token of a layout, its place in the mixer's sequence
 
 
 class PatchEmbed(nn.Module):
@@ -27,6 +28,7 @@ class ScanningModel(TimmModel):
 
     blocks: Sequence[Block]
     patch_embed: PatchEmbed
+    class_token: str
     num_prefix_tokens: int
     prefix_first: Callable[[Tensor], Tensor]
 

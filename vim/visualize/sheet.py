@@ -32,7 +32,7 @@ def visualize(config: VisualizeConfig) -> list[Path]:
     Progress().line(f"weights: {weights_from(model)}")
     if not has_scans(model):
         raise ConfigError(
-            f"{config.model} is no Vision Mamba: its blocks have no selective scan to show; choose a vim_* model"
+            f"{config.model} is no Vision Mamba: its blocks have no selective scan to show; choose one, as vim_tiny"
         )
     blocks = _chosen_blocks(model, config.blocks)
     data_config = resolve_input(model, config.kwargs, EvalDataConfig())
