@@ -623,6 +623,7 @@ def test_a_seed_gives_the_same_weights_on_a_gpu(tree, tmp_path, monkeypatch, nam
         ("vit_tiny_patch16_224", {"kwargs": TINY}),
         ("resnet10t", {"kwargs": {"in_chans": 1}}),
         ("vim_nano", {"kwargs": {"depth": 2, "in_chans": 1}, "grad_checkpointing": True}),
+        ("adventurer_tiny", {"kwargs": {"depth": 3, "in_chans": 1}, "grad_checkpointing": True}),
     ],
 )
 def test_a_graph_trains_as_the_eager_step(tree, tmp_path, monkeypatch, name, options, precision):
