@@ -229,7 +229,7 @@ def test_fake_tensors(inside):
         B, A = torch.randn(*row, GROUPS, WIDE), torch.randn(HEADS)
     outer, inner = (fake, counter) if inside else (counter, fake)
     with outer, inner:
-        ssd(x, dt, A, B, B).sum().backward()
+        ssd(x, dt, A, B, B, backend="torch").sum().backward()
         long_conv(u, kernel).sum().backward()
     want = [
         sum(by.values())
