@@ -124,9 +124,10 @@ def test_ssd_counts_the_products_that_torch_does():
     length, chunk, chunks = 48, 16, 3
 
     class Products(TorchDispatchMode):
-        flops = 0
+        flops, reported = 0, False
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.reported |= func is torch.ops.vim_kernels.count_ssd.default
             if func is torch.ops.aten.bmm.default:
                 self.flops += 2 * args[0].numel() * args[1].shape[2]
             return func(*args, **(kwargs or {}))
@@ -136,6 +137,7 @@ def test_ssd_counts_the_products_that_torch_does():
     carry = 2 * BATCH * HEADS * (1 + chunks) ** 2 * HEAD_DIM * WIDE
     forward, _ = counts(lambda: heads(length, skip=False, chunk_size=chunk))
     assert products.flops - carry == forward["vim_kernels.count_ssd"]
+    assert not products.reported
 
 
 @pytest.mark.parametrize("device", DEVICES)
