@@ -42,9 +42,8 @@ def long_conv(u: Tensor, kernel: Tensor, *, ahead: int = 0, method: Method = "ff
     def run(u: Tensor, kernel: Tensor) -> Tensor:
         with own_precision(u.device.type):  # there is no FFT in half precision
             if chosen == "triton":
-                from .triton_kernels import (
-                    long_conv as triton_long_conv,
-                )  # imports triton, which not every platform has
+                # This imports triton, which not every platform has.
+                from .triton_kernels import long_conv as triton_long_conv
 
                 return triton_long_conv.long_conv(u, kernel, ahead, method)
             return torch_long_conv.long_conv(u, kernel, ahead, method)

@@ -16,6 +16,7 @@ from vim.layers.rename import rename
 
 from .backbone import GlobalPool, PlainBackbone, WeightInit, create
 from .block import ResidualBlock, drop_path_rates
+from .official import NAMES_WITH_MLP
 from .patch_embed import Size
 from .pretrained_cfg import in1k_cfg
 from .token_layout import Layout, TokenLayout
@@ -27,11 +28,7 @@ MLP_RATIO = 2.5
 # Official name -> ours.
 NAMES = {
     r"layers\.(\d+)\.mixer\.(conv1d\..*|A_log|D|dt_bias)": r"blocks.\1.mixer.ssm.\2",
-    r"layers\.(\d+)\.mlp\.w1\.(.*)": r"blocks.\1.mlp.fc1_g.\2",
-    r"layers\.(\d+)\.mlp\.w2\.(.*)": r"blocks.\1.mlp.fc1_x.\2",
-    r"layers\.(\d+)\.mlp\.w3\.(.*)": r"blocks.\1.mlp.fc2.\2",
-    r"layers\.(\d+)\.(.*)": r"blocks.\1.\2",
-    r"norm_f\.(.*)": r"norm.\1",
+    **NAMES_WITH_MLP,
 }
 
 

@@ -15,7 +15,7 @@ from vim.layers.rename import rename
 
 from .backbone import GlobalPool, PlainBackbone, WeightInit, create
 from .block import ResidualBlock, drop_path_rates
-from .official import EMA_NOTE
+from .official import EMA_NOTE, NAMES_WITH_MLP
 from .patch_embed import Size
 from .pretrained_cfg import in1k_cfg
 from .token_layout import Layout, TokenLayout
@@ -29,11 +29,7 @@ NAMES = {
     rf"{_SSM}_c(|_log|\..*)": r"blocks.\1.mixer.column_forward_ssm.\2\3",
     rf"{_SSM}_b(|_log|\..*)": r"blocks.\1.mixer.row_backward_ssm.\2\3",
     rf"{_SSM}(|_log|\..*)": r"blocks.\1.mixer.row_forward_ssm.\2\3",
-    r"layers\.(\d+)\.mlp\.w1\.(.*)": r"blocks.\1.mlp.fc1_g.\2",
-    r"layers\.(\d+)\.mlp\.w2\.(.*)": r"blocks.\1.mlp.fc1_x.\2",
-    r"layers\.(\d+)\.mlp\.w3\.(.*)": r"blocks.\1.mlp.fc2.\2",
-    r"layers\.(\d+)\.(.*)": r"blocks.\1.\2",
-    r"norm_f\.(.*)": r"norm.\1",
+    **NAMES_WITH_MLP,
 }
 # The decoder of a pretraining file.
 _DECODER = r"(ar_token|ar_norm|ar_pred|dec_block|dec_pos_embed|enc2dec|mask|norm_[1-4])(|\..*)"

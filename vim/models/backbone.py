@@ -31,7 +31,7 @@ Family = TypeVar("Family", bound="PlainBackbone")
 class PlainBackbone(FeatureMaps):
     """Base class of the families. A family creates its stem here, then its blocks, then its head:
 
-        super().__init__(img_size, ..., TokenLayout("middle", depth), **dd)
+        super().__init__(img_size, ..., TokenLayout("middle"), dynamic_img_size=dynamic_img_size, **dd)
         self.blocks = nn.Sequential(...)  # each takes and returns the sequence, block(x, layout=layout)
         self._add_head(nn.RMSNorm(embed_dim), num_classes, global_pool, drop_rate, weight_init, **dd)
 

@@ -29,6 +29,14 @@ NAMES = {
     r"layers\.(\d+)\.mixer\.(A|D|conv1d|x_proj|dt_proj)(|_log|\..*)": r"blocks.\1.mixer.forward_ssm.\2\3",
     r"norm_f\.(.*)": r"norm.\1",
 }
+# Adventurer and ARM share the names of all but their mixers.
+NAMES_WITH_MLP = {
+    r"layers\.(\d+)\.mlp\.w1\.(.*)": r"blocks.\1.mlp.fc1_g.\2",
+    r"layers\.(\d+)\.mlp\.w2\.(.*)": r"blocks.\1.mlp.fc1_x.\2",
+    r"layers\.(\d+)\.mlp\.w3\.(.*)": r"blocks.\1.mlp.fc2.\2",
+    r"layers\.(\d+)\.(.*)": r"blocks.\1.\2",
+    r"norm_f\.(.*)": r"norm.\1",
+}
 
 # Class tokens in a file -> the values of class_token whose models can load it.
 _CLASS_TOKENS = {

@@ -38,8 +38,8 @@ class TokenLayout(nn.Module):
     def __init__(self, class_token: Place, *, num_registers: int = 0, orders: Iterable[str] = ()):
         super().__init__()
         self.class_token = class_token
-        single = {"middle": 1, "first": 1, "last": 1}
-        self.num_tokens = ({"both": 2, "registers": num_registers, "none": 0} | single)[class_token]
+        numbers = {"middle": 1, "first": 1, "last": 1, "both": 2, "registers": num_registers, "none": 0}
+        self.num_tokens = numbers[class_token]
         self.orders = sorted(orders)
 
     def places(self, num_patches: int) -> tuple[int, ...]:
@@ -51,8 +51,14 @@ class TokenLayout(nn.Module):
         if self.class_token == "registers":
             gap = num_patches // (self.num_tokens + 1)
             return tuple(gap + i * (gap + 1) for i in range(self.num_tokens))
-        places = {"middle": (num_patches // 2,), "first": (0,), "last": (num_patches,), "none": ()}
-        return (places | {"both": (0, num_patches + 1)})[self.class_token]
+        places = {
+            "middle": (num_patches // 2,),
+            "first": (0,),
+            "last": (num_patches,),
+            "both": (0, num_patches + 1),
+            "none": (),
+        }
+        return places[self.class_token]
 
     def insert(self, patches: Tensor, class_tokens: Tensor) -> Tensor:
         """Patches (B, P, D) and class tokens (B, T, D) -> the sequence (B, L, D)."""

@@ -76,9 +76,9 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(states.log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner, device=device))
         # Marks that training code written for mamba_ssm looks for.
-        for parameter, mark in ((self.dt_proj.bias, "_no_reinit"), (self.A_log, "_no_weight_decay")):
+        marks = (self.dt_proj.bias, "_no_reinit"), (self.A_log, "_no_weight_decay"), (self.D, "_no_weight_decay")
+        for parameter, mark in marks:
             setattr(parameter, mark, True)
-        self.D._no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor, inference_params=None) -> Tensor:
         """With inference_params, a first call fills this layer's caches there, and later ones take a step each."""

@@ -39,9 +39,7 @@ def selective_scan_fn(
 
     Raises: ValueError, TypeError: a wrong shape, device or dtype; complex tensors.
     """
-    return _scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, backend="auto", log=_log_constant
-    )
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, backend="auto")
 
 
 def selective_scan_ref(
@@ -60,11 +58,10 @@ def selective_scan_ref(
     return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, backend="reference")
 
 
-def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, *, backend, log=lambda: None):
+def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, *, backend):
     _check(u, delta, A, B, C, D, z, delta_bias)
-    if B.dim() == 2 or C.dim() == 2:
-        backend = "reference"
-        log()
+    if backend == "auto":
+        backend = _backend_of(B, C)
     y, last_state = selective_scan(
         u.transpose(1, 2),
         delta.transpose(1, 2),
@@ -129,10 +126,7 @@ def mamba_inner_fn(
     if C is None:
         C = _biased(projected[..., -d_state:], C_proj_bias).mT
     _check(x.mT, delta.mT, A, B, C, D, z.mT, delta_bias)
-    backend = "auto"
-    if B.dim() == 2 or C.dim() == 2:
-        backend = "reference"
-        _log_constant()
+    backend = _backend_of(B, C)
     B, C = (_normed(_steps(t), weight, b_c_dt_rms_eps) for t, weight in ((B, b_rms_weight), (C, c_rms_weight)))
     B, C = _same_groups(B, C)
     delta = _normed(delta, dt_rms_weight, b_c_dt_rms_eps)
@@ -148,6 +142,14 @@ def _biased(t: Tensor, bias: Tensor | None) -> Tensor:
 
 def _normed(t: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return t if weight is None else rms_norm(t, weight, eps)
+
+
+def _backend_of(B: Tensor, C: Tensor) -> str:
+    """Only `reference` takes B or C that are constant in time, (dim, d_state)."""
+    if B.dim() != 2 and C.dim() != 2:
+        return "auto"
+    _log_constant()
+    return "reference"
 
 
 def _steps(t: Tensor) -> Tensor:
