@@ -24,7 +24,7 @@ from ..directions import Direction, ScanOutput
 from ..rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, sizes
 from .activations import LOG2E
 from .scan_backward import backward
-from .scan_windows import window_length, window_starts
+from .scan_windows import in_gluon, window_length, window_starts
 from .tiles import (
     Tile,
     advance,
@@ -271,29 +271,34 @@ def forward(
     initial = None if d.initial_state is None else d.initial_state.unsqueeze(0)
     with on_device_of(d.u):
         starts = window_starts(directions, window, dt_softplus=dt_softplus, start=initial)
-        _forward_kernel[(tile.programs(d) * windows,)](
-            *columns(directions)[:-1],
-            last_state if starts is None else starts,
-            z,
-            cut_bytes(d),
-            y,
-            y_sum,
-            last_state,
-            checkpoints,
-            **sizes(d),
-            window=window,
-            started=int(starts is not None),
-            **row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z),
-            SCALE=scale,
-            SOFTPLUS=dt_softplus,
-            STAGES=3,
-            **tile.constants(directions),
-            Z_PACK=1 if z is None else tile.pack(d, z),
-            Y_PACK=tile.pack(d, y),
-            num_warps=count,
-            num_stages=1,
-            maxnreg=168 if tile.REPEAT == 4 else None,
-        )
+        gluon = in_gluon(directions, z, windows)
+        if gluon is not None:
+            outputs = y, y_sum, last_state, checkpoints, None
+            gluon.launch(directions, z, starts, outputs, window, dt_softplus=dt_softplus, scale=scale)
+        else:
+            _forward_kernel[(tile.programs(d) * windows,)](
+                *columns(directions)[:-1],
+                last_state if starts is None else starts,
+                z,
+                cut_bytes(d),
+                y,
+                y_sum,
+                last_state,
+                checkpoints,
+                **sizes(d),
+                window=window,
+                started=int(starts is not None),
+                **row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z),
+                SCALE=scale,
+                SOFTPLUS=dt_softplus,
+                STAGES=3,
+                **tile.constants(directions),
+                Z_PACK=1 if z is None else tile.pack(d, z),
+                Y_PACK=tile.pack(d, y),
+                num_warps=count,
+                num_stages=1,
+                maxnreg=168 if tile.REPEAT == 4 else None,
+            )
     none = d.A.new_empty(0)
     return ScanOutput(
         y,

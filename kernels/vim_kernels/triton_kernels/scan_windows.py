@@ -11,6 +11,7 @@ and step; it pays off if whole sequences would leave the GPU idle.
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import triton
@@ -216,20 +217,40 @@ def _starts_kernel(
     tl.store(ends + row * N + n, h, inside)
 
 
-# Forward programs, of 32 channels each, that an H100 runs at once, and the longest window in steps. Measured there: no
-# windows pay off if whole sequences already make more than a quarter of these programs.
-PROGRAMS, LONGEST = 792, 768
+TRIED = ((3, 6), (3, 8))  # the first and the last version of Triton whose Gluon the kernel in scan_gluon was tried in
+
+# Programs of 128 channels in both directions that an H200 runs at once, and the longest window in steps. Measured on an
+# H100: no windows pay off if whole sequences already make more than an eighth of these programs.
+PROGRAMS, LONGEST = 396, 768
+# Measured on an H200: with fewer programs, not two for each multiprocessor, the smaller ones of `scan` are faster.
+LEAST = 264
+
+
+def in_gluon(directions: Sequence[Direction], z: Tensor | None, windows: int) -> ModuleType | None:
+    """The module scan_gluon if it takes a forward call, else None."""
+    if _programs(directions[0], len(directions)) * windows < LEAST:
+        return None
+    if not TRIED[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= TRIED[1]:
+        return None
+    from . import scan_gluon  # another version may not have what it imports
+
+    return scan_gluon if scan_gluon.takes(directions, z) else None
+
+
+def _programs(d: Direction, directions: int) -> float:
+    """Programs for whole sequences; those of one direction count half."""
+    batch, _, d_inner = d.u.shape
+    return directions * batch * triton.cdiv(d_inner, 128) / 2
 
 
 def window_length(d: Direction, directions: int) -> int:
     """Steps per window, the same for forward and backward; the whole length if there are enough rows.
 
-    A function of shapes only. A multiple of twice the checkpoint interval, so that windows save as many states as whole
-    sequences and `checkpoint_rows` need not know of them.
+    A function of shapes only, because both passes must agree. A multiple of twice the checkpoint interval, so that
+    windows save as many states as whole sequences and `checkpoint_rows` need not know of them.
     """
-    batch, length, d_inner = d.u.shape
-    programs = directions * batch * triton.cdiv(d_inner, 32) / 2
-    if programs > PROGRAMS / 4:
+    length, programs = d.u.shape[1], _programs(d, directions)
+    if programs > PROGRAMS / 8:
         return length
     unit = 2 * INTERVAL
     # The fewest sequential steps; among equal choices the longest window.
@@ -258,14 +279,49 @@ def window_starts(
     adjoint = dy is not None
     ends = d.A.new_empty(windows, count, batch, *d.A.shape)
     totals = d.A.new_empty(windows, count, batch, d_inner)
+    gluon = None if adjoint else in_gluon(directions, None, windows)
+    if gluon is not None:
+        gluon.launch(directions, None, None, (None, None, ends, None, totals), window, dt_softplus=dt_softplus)
+    else:
+        _window_ends(directions, ends, totals, window, dt_softplus=dt_softplus, dy=dy, scale=scale)
+    _starts_kernel[(triton.cdiv(d_inner, 16), count * batch)](
+        ends,
+        totals,
+        columns(directions)[2],
+        start,
+        batch,
+        windows,
+        d_inner,
+        REVERSE=tuple(each.reverse != adjoint for each in directions),
+        PACKED=d.cuts is not None,
+        N=d.A.shape[1],
+        ROWS=16,
+        COLUMNS=triton.next_power_of_2(d.A.shape[1]),
+        num_warps=1,
+    )
+    return ends
+
+
+def _window_ends(
+    directions: Sequence[Direction],
+    ends: Tensor,
+    totals: Tensor,
+    window: int,
+    *,
+    dt_softplus: bool,
+    dy: Tensor | None,
+    scale: float,
+) -> None:
+    """Write the state (with dy: the adjoint) after each window from zero, and the window's sums of delta."""
+    d, adjoint = directions[0], dy is not None
+    windows = triton.cdiv(d.u.shape[1], window)
     _, dt, A, _, _, _, dt_bias, _ = columns(directions)
     x = tuple(each.u if dy is None else dy for each in directions)
     rows = tuple(each.C if adjoint else each.B for each in directions)
     spread = spread_of_fours(d.A.shape[1])
     tile = Tile(4 if d.A.dtype == torch.float32 and spread <= 4 else 1, spread, 8)
     constants = tile.constants(directions)
-    reverse = tuple(each.reverse for each in directions)
-    _ends_kernel[(tile.programs(d) * count * (windows - 1),)](
+    _ends_kernel[(tile.programs(d) * len(directions) * (windows - 1),)](
         x,
         dt,
         A,
@@ -278,7 +334,7 @@ def window_starts(
         window=window,
         windows=windows,
         **row_arguments(x=x[0], dt=d.dt, B=rows[0]),
-        REVERSE=reverse,
+        REVERSE=tuple(each.reverse for each in directions),
         ADJOINT=adjoint,
         SCALE=scale,
         SOFTPLUS=dt_softplus,
@@ -289,19 +345,3 @@ def window_starts(
         num_warps=1,
         num_stages=1,
     )
-    _starts_kernel[(triton.cdiv(d_inner, 16), count * batch)](
-        ends,
-        totals,
-        A,
-        start,
-        batch,
-        windows,
-        d_inner,
-        REVERSE=tuple(flag != adjoint for flag in reverse),
-        PACKED=d.cuts is not None,
-        N=d.A.shape[1],
-        ROWS=16,
-        COLUMNS=triton.next_power_of_2(d.A.shape[1]),
-        num_warps=1,
-    )
-    return ends
