@@ -197,6 +197,24 @@ torch.save(outputs, {str(tmp_path / "out.pt")!r})
     assert "eager" not in report
 
 
+def test_a_program_for_a_package_has_no_empty_lists():
+    """AOTInductor of torch 2.10 and 2.11 would pass None for them."""
+    model = timm.create_model("vim_nano", **KWARGS).eval()
+    program = programs.export_with_operators(programs.in_precision(model, "bf16"), images(2))
+
+    def empty_lists():
+        graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+        calls = [node for graph in graphs for node in graph.nodes if "vim_kernels" in str(node.target)]
+        assert len(calls) == 2
+        return [argument for node in calls for argument in node.args if isinstance(argument, list) and not argument]
+
+    assert empty_lists()
+    programs.without_empty_lists(program)
+    assert not empty_lists()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert_close(program.module()(images(3)), model(images(3)).float(), atol=1e-2, rtol=1e-2)
+
+
 def test_a_rounded_file_may_have_twice_the_error_of_the_model_in_its_precision(made, monkeypatch):
     """The model itself is off by a hundredth."""
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from vim.checkpoint import one_line
 from vim.console.errors import ConfigError, RunError
@@ -69,6 +70,19 @@ def export_with_operators(model: nn.Module, example: Tensor) -> ExportedProgram:
         )
 
 
+def without_empty_lists(program: ExportedProgram) -> ExportedProgram:
+    """Replace empty lists of tensors by None in calls of vim_kernels, in place.
+
+    AOTInductor passes None for an empty list, which operators refuse (seen with torch 2.10 and 2.11) unless their
+    schema and the exported call allow it.
+    """
+    for graph in program.graph_module.modules():  # autocast has a graph of its own
+        for node in graph.graph.nodes if isinstance(graph, GraphModule) else ():
+            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "vim_kernels":
+                node.args = tuple(None if isinstance(a, list | tuple) and not a else a for a in node.args)
+    return program
+
+
 def write_pt2(program: ExportedProgram, path: Path) -> None:
     torch.export.save(program, path)
 
@@ -85,7 +99,7 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
 def write_aoti(program: ExportedProgram, path: Path) -> None:
     made_with = {"torch": torch.__version__}
     torch._inductor.aoti_compile_and_package(
-        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": made_with}
+        without_empty_lists(program), package_path=str(path), inductor_configs={"aot_inductor.metadata": made_with}
     )
 
 
@@ -129,8 +143,7 @@ def load_compiled(path: str | Path) -> Runner:
     import vim_kernels  # noqa: F401  (registers the operators in the package)
 
     try:
-        # One thread at a time: otherwise a runner synchronises, and a CUDA graph could not capture it.
-        return torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+        return torch._inductor.aoti_load_package(str(path))
     except RuntimeError as error:
         raise RunError(f"cannot load {path}: {one_line(error)}; export it again") from error
 
