@@ -173,7 +173,7 @@ def test_a_package_for_a_gpu_calls_the_operators_in_its_precision(setting, with_
 import sys
 for name in ("vim", "timm", "torchvision"):
     sys.modules[name] = None
-import torch, vim_kernels
+import torch, torch._inductor.codecache, vim_kernels
 run = torch._inductor.aoti_load_package({str(path)!r})
 outputs = [run(images) for images in torch.load({str(tmp_path / "images.pt")!r})]
 torch.save(outputs, {str(tmp_path / "out.pt")!r})

@@ -140,6 +140,8 @@ def load_compiled(path: str | Path) -> Runner:
             raise RunError(
                 f"{path} was compiled for compute capability {capability}, this GPU has {here}; export it again"
             )
+    from torch._inductor import codecache  # noqa: F401  (torch 2.10 does not import it itself)
+
     import vim_kernels  # noqa: F401  (registers the operators in the package)
 
     try:
