@@ -157,6 +157,8 @@ def _forward_op(*args):
     backends.check_no_tangents()
     inputs, settings = args[:8], Settings(*args[8:])
     _check(*inputs)  # traced programs call the operator directly
+    if settings.backend == "triton" and (reason := _triton_limit(*inputs)) is not None:
+        raise RuntimeError(f"this traced program has backend 'triton' of ssd, which cannot run this call: {reason}")
     module, options = settings.of_module()
     if module is not cpu_ssd:
         options["last"] = settings.last
