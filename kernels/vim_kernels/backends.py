@@ -18,6 +18,8 @@ COMPILED_OR_TORCH = ("triton", "cpu", "torch")  # those of ssd
 
 _log = logging.getLogger("vim_kernels")
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that can run on this machine, fastest first. May compile the `cpu` backend."""
@@ -36,7 +38,7 @@ def unavailable(backend: str) -> str | None:
         return cpu.load_error()
     if backend != "triton":
         return None
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "the package triton is not installed"
     if not (torch.cuda.is_available() or _triton_interprets()):
         return "there is no GPU"
@@ -61,21 +63,26 @@ def kernels_or_torch(
     names: tuple[str, ...] = TRITON_OR_TORCH,
     *,
     limit: Callable[[], str | None] | None = None,
+    registered: bool = False,
 ) -> str:
     """The backend of an operator that has kernels and a version in ATen operators.
 
-    "auto" takes "torch" under torch.compile, torch.export, torch.func transforms and forward mode: they can trace and
-    differentiate ATen operators only.
+    "auto" takes "torch" under torch.func transforms and in forward mode, which can differentiate ATen operators only,
+    and under torch.compile and torch.export, which can trace those only, unless the kernels are `registered`.
 
     Args:
         names: the backends of the operator.
         limit: returns why Triton's kernels cannot take these tensors, or None if they can. Only called if they may run.
+        registered: whether its Triton kernels are a torch.library operator, which compiled programs keep on CUDA.
 
     Raises: ValueError for an unknown name; RuntimeError if a named backend cannot run here.
     """
     if backend == "auto":
-        if torch.compiler.is_compiling() or _transformed():
+        if _transformed():
             return "torch"
+        if torch.compiler.is_compiling():
+            kept = registered and HAS_TRITON and device.type == "cuda" and (limit is None or limit() is None)
+            return "triton" if kept else "torch"
         fastest = _fastest(device.type, operator, names)
         if fastest == "triton" and limit is not None and (reason := limit()) is not None:
             _log_fallback(operator, device.type, reason)

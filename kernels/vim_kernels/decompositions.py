@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan_op as torch_scan_operator
 
-from . import reference
+from . import reference, torch_ssd
 from .precision import state_dtype
+from .ssd import Settings
 
 
 def decompositions(*, loop: bool = False) -> dict[torch._ops.OpOverload, Callable]:
@@ -36,6 +37,7 @@ def decompositions(*, loop: bool = False) -> dict[torch._ops.OpOverload, Callabl
     return {
         torch.ops.vim_kernels.selective_scan.default: partial(_selective_scan, recurrence),
         torch.ops.vim_kernels.causal_conv1d.default: _causal_conv1d,
+        torch.ops.vim_kernels.ssd.default: _ssd,
     }
 
 
@@ -72,6 +74,13 @@ def _causal_conv1d(
         return (F.silu(y) if silu else y).to(x.dtype)
 
     return [one(w, b, r) for w, b, r in zip(weight, biases, reverse, strict=True)]
+
+
+def _ssd(*args) -> tuple[Tensor, Tensor]:
+    """The operator `ssd`."""
+    dt_softplus, reverse, chunk_size, _, last = Settings(*args[8:])
+    y, state = torch_ssd.ssd(*args[:8], dt_softplus=dt_softplus, chunk_size=chunk_size, reverse=reverse)
+    return y, state if last else state.new_empty(0)
 
 
 def _selective_scan(

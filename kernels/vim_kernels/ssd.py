@@ -1,9 +1,10 @@
 """State-space duality: the recurrence of Mamba-2 as matrix products over chunks; public function and dispatch."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import backends, cpu_ssd, flops, torch_ssd
 from .checks import check, check_shape, check_tensors
@@ -67,19 +68,14 @@ def ssd(
     _check(*inputs)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    options: dict[str, Any] = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "reverse": reverse}
     chosen = backends.kernels_or_torch(
-        "ssd", backend, x.device, backends.COMPILED_OR_TORCH, limit=lambda: _triton_limit(*inputs)
+        "ssd", backend, x.device, backends.COMPILED_OR_TORCH, limit=lambda: _triton_limit(*inputs), registered=True
     )
 
     def run(*inputs: Any) -> tuple[Tensor, Tensor]:
         if chosen == "torch" or x.numel() == 0:  # a grid cannot be empty
-            return torch_ssd.ssd(*inputs, **options)
-        if chosen == "cpu":
-            return torch.ops.vim_kernels.ssd(*inputs, dt_softplus, reverse)
-        from .triton_kernels import ssd as triton_ssd  # imports triton, which not every platform has
-
-        return triton_ssd.ssd(*inputs, **options)
+            return torch_ssd.ssd(*inputs, dt_softplus=dt_softplus, chunk_size=chunk_size, reverse=reverse)
+        return torch.ops.vim_kernels.ssd(*inputs, dt_softplus, reverse, chunk_size, chosen, return_last_state)
 
     if x.numel() > 0 and flops.counting():
         y, last_state = flops.as_one("ssd", flops.ssd(x.shape, B.shape, chunk_size, skip=D is not None), run, *inputs)
@@ -128,27 +124,54 @@ def _check(
     check_shape("initial_state", initial_state, "(batch, heads, head_dim, d_state)", want)
 
 
-# The operator of backend `cpu`, so that traced programs keep it.
+# The operator of the compiled backends, so that traced, compiled and exported programs keep it. Programs of earlier
+# versions end with `reverse`.
 
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial_state, "
-    "bool dt_softplus, bool reverse"
+    "bool dt_softplus, bool reverse, int chunk_size=64, str backend='cpu'"
 )
 
 
-@torch.library.custom_op("vim_kernels::ssd", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+class Settings(NamedTuple):
+    """Of the operator, with the schema's defaults: the dispatcher drops arguments that equal them."""
+
+    dt_softplus: bool
+    reverse: bool
+    chunk_size: int = 64
+    backend: str = "cpu"
+    last: bool = True  # whether the last state is wanted; else it is empty
+
+    def of_module(self) -> tuple[Any, dict[str, Any]]:
+        """The backend's module and the options of its functions."""
+        options = {"dt_softplus": self.dt_softplus, "reverse": self.reverse}
+        if self.backend == "cpu":
+            return cpu_ssd, options
+        from .triton_kernels import ssd as triton_ssd  # imports triton, which not every platform has
+
+        return triton_ssd, options | {"chunk_size": self.chunk_size}
+
+
+@torch.library.custom_op("vim_kernels::ssd", mutates_args=(), schema=f"({_INPUTS}, bool last=True) -> (Tensor, Tensor)")
 def _forward_op(*args):
     backends.check_no_tangents()
-    *inputs, dt_softplus, reverse = args
+    inputs, settings = args[:8], Settings(*args[8:])
     _check(*inputs)  # traced programs call the operator directly
-    return cpu_ssd.forward(*inputs, dt_softplus=dt_softplus, reverse=reverse)
+    if settings.backend == "triton" and (reason := _triton_limit(*inputs)) is not None:
+        raise RuntimeError(f"this traced program has backend 'triton' of ssd, which cannot run this call: {reason}")
+    module, options = settings.of_module()
+    if module is not cpu_ssd:
+        options["last"] = settings.last
+    y, state = module.forward(*inputs, **options)
+    return y, state if settings.last else state.new_empty(0)
 
 
 @_forward_op.register_fake
 def _(*args):
-    x, _, _, B, *_ = inputs = args[:-2]
+    x, _, _, B, *_ = inputs = args[:8]
     batch, _, heads, head_dim = x.shape
-    return x.new_empty(x.shape), x.new_empty((batch, heads, head_dim, B.shape[3]), dtype=state_dtype(*inputs))
+    state = (batch, heads, head_dim, B.shape[3]) if Settings(*args[8:]).last else (0,)
+    return x.new_empty(x.shape), x.new_empty(state, dtype=state_dtype(*inputs))
 
 
 @torch.library.custom_op(
@@ -159,31 +182,41 @@ def _(*args):
 def _backward_op(dy, d_last_state, *args):
     """Gradients of the tensors that are given, in their order."""
     backends.check_no_tangents()
-    *inputs, dt_softplus, reverse = args
-    grads = cpu_ssd.backward(dy, d_last_state, tuple(inputs), dt_softplus=dt_softplus, reverse=reverse)
-    return [g for g in grads if g is not None]
+    module, options = Settings(*args[8:]).of_module()
+    return [g for g in module.backward(dy, d_last_state, tuple(args[:8]), **options) if g is not None]
 
 
 @_backward_op.register_fake
 def _(dy, d_last_state, *args):
-    return [t.new_empty(t.shape) for t in args[:-2] if t is not None]
+    return [t.new_empty(t.shape) for t in args[:8] if t is not None]
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, dt_softplus, reverse = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-    ctx.options = dt_softplus, reverse
+    ctx.save_for_backward(*inputs[:8])
+    ctx.settings, ctx.last = inputs[8:-1], inputs[-1]
 
 
 def _backward(ctx, dy, d_last_state):
     inputs = ctx.saved_tensors
     dy = torch.zeros_like(inputs[0]) if dy is None else dy
-    grads = iter(torch.ops.vim_kernels.ssd_backward(dy, d_last_state, *inputs, *ctx.options))
-    return *(None if t is None else next(grads) for t in inputs), None, None
+    d_last_state = d_last_state if ctx.last else None
+    grads = iter(torch.ops.vim_kernels.ssd_backward(dy, d_last_state, *inputs, *ctx.settings))
+    return *(None if t is None else next(grads) for t in inputs), *[None] * 5
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 _backward_op.register_autograd(backends.refuse_transform)
 for _op in (_forward_op, _backward_op):
     _op.register_vmap(backends.refuse_transform)
+
+
+@register_flop_formula(torch.ops.vim_kernels.ssd)
+def _forward_flops(*args, **_) -> int:
+    x, B, D = args[0], args[3], args[5]
+    return flops.ssd(x, B, Settings(*args[8:]).chunk_size, skip=D is not None)[0]
+
+
+@register_flop_formula(torch.ops.vim_kernels.ssd_backward)
+def _backward_flops(dy, d_last_state, *inputs, **_) -> int:
+    return 2 * _forward_flops(*inputs)

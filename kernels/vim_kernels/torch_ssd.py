@@ -99,9 +99,9 @@ def _segment_decays(exponent: Tensor, reverse: bool) -> Tensor:
     steps = exponent.shape[-1]
     if reverse:  # the segment runs from q to the step before k
         exponent = F.pad(exponent[..., :-1], (1, 0))
-    sums = exponent.unsqueeze(-2).expand(*exponent.shape, steps).triu(1).cumsum(-1)  # from row to column
     behind = torch.ones(steps, steps, dtype=torch.bool, device=exponent.device).tril(-1)
-    decays = sums.masked_fill_(behind, -torch.inf).exp_()
+    pairs = exponent.unsqueeze(-2).expand(*exponent.shape, steps)  # from row to column
+    decays = pairs.triu(1).cumsum(-1).masked_fill(behind, -torch.inf).exp()
     return decays if reverse else decays.mT
 
 

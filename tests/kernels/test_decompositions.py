@@ -3,6 +3,8 @@
 import pytest
 import torch
 from scan_inputs import pair_inputs, scan_inputs
+from ssd_inputs import inputs as ssd_inputs
+from ssd_inputs import recurrence
 from torch import nn
 from torch.testing import assert_close
 
@@ -132,6 +134,20 @@ def test_convolution(reverse, seq_idx):
             strict=True,
         ):
             assert_close(f, e)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_duality(reverse, last):
+    inputs = detached(ssd_inputs(37))
+
+    def operator(**given):
+        return torch.ops.vim_kernels.ssd(*given.values(), True, reverse, 16, "cpu", last)
+
+    y, state = exported(operator, inputs, loop=False)
+    expected, last_state = recurrence(**inputs, reverse=reverse)
+    assert_close(y, expected, atol=1e-11, rtol=1e-11)
+    assert_close(state, last_state if last else last_state.new_empty(0), atol=1e-11, rtol=1e-11)
 
 
 def test_a_scan_exported_for_training_is_refused():

@@ -89,6 +89,9 @@ def test_duality(dtype):
         y, state = assert_as_promised(torch.ops.vim_kernels.ssd, *args)
         for d_state in (layout(state), None):
             assert_as_promised(torch.ops.vim_kernels.ssd_backward, layout(y), d_state, *args)
+        same, none = assert_as_promised(torch.ops.vim_kernels.ssd, *args, 64, "cpu", False)  # no last state
+        assert same.equal(y)
+        assert none.numel() == 0
 
 
 # Sizes

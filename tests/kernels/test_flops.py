@@ -119,6 +119,18 @@ def test_ssd(device, dtype, length, chunk, skip):
     assert backward == {"vim_kernels.count_ssd": 2 * BATCH * length * each}
 
 
+@pytest.mark.skipif("cpu" not in available_backends(), reason="needs the cpu backend")
+def test_ssd_in_an_exported_program():
+    """It calls the operator, which counts as the function does."""
+    row = BATCH, 96
+    x, dt, A = tensor(*row, HEADS, HEAD_DIM), tensor(*row, HEADS), -tensor(HEADS).square()
+    B, D = tensor(*row, GROUPS, WIDE), tensor(HEADS)
+    forward, backward = counts(lambda: torch.ops.vim_kernels.ssd(x, dt, A, B, B, D, None, None, True, False, 16)[0])
+    want = counts(lambda: heads(96, chunk_size=16))
+    assert forward == {"vim_kernels.ssd": want[0]["vim_kernels.count_ssd"]}
+    assert backward == {"vim_kernels.ssd_backward": want[1]["vim_kernels.count_ssd"]}
+
+
 def test_ssd_counts_the_products_that_torch_does():
     """All but the carry between chunks, which torch computes as a product of the four states before and after them."""
     length, chunk, chunks = 48, 16, 3

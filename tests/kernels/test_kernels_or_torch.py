@@ -187,3 +187,25 @@ def test_a_compiler_takes_torch(operator, name, gpu, monkeypatch):
     assert backends.kernels_or_torch(operator, "torch", *arguments) == "torch"
     with pytest.raises(RuntimeError, match=f"backend '{name}' of {operator} cannot be compiled or exported"):
         backends.kernels_or_torch(operator, name, *arguments)
+
+
+@pytest.mark.parametrize("limit", [None, lambda: None, lambda: "too wide"])
+def test_a_compiler_keeps_registered_kernels_on_cuda(limit, monkeypatch):
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+    def chosen(device):
+        return backends.kernels_or_torch(
+            "ssd", "auto", torch.device(device), NAMES["ssd"], limit=limit, registered=True
+        )
+
+    assert chosen("cuda") == ("triton" if limit is None or limit() is None else "torch")
+    assert chosen("cpu") == "torch"
+    assert grad(lambda x: x * (chosen("cuda") == "torch"))(torch.ones(())) == 1  # a transform sees ATen only
+
+
+def test_a_program_traced_with_kernels_refuses_what_they_cannot_take():
+    x = torch.zeros(2, 7, 2, 4)
+    B = torch.zeros(2, 7, 1, 5)
+    with pytest.raises(RuntimeError, match=r"this traced program has backend 'triton' of ssd, .*: x must be bf16"):
+        torch.ops.vim_kernels.ssd(x, x[..., 0], x[0, 0, :, 0], B, B, None, None, None, True, False, 64, "triton")

@@ -238,10 +238,8 @@ def test_duality_equals_recurrence(shape, dtype, in_order, monkeypatch):
 
 
 def test_duality_takes_its_kernels():
-    from vim_kernels.triton_kernels import ssd as triton_ssd
-
     given = ssd_inputs(torch.bfloat16, device="cuda", length=100)
-    want, state = triton_ssd.ssd(**given, dt_softplus=True, chunk_size=64, reverse=False)
+    want, state = torch.ops.vim_kernels.ssd(*given.values(), True, False, 64, "triton")
     y, last = ssd(**given, return_last_state=True)
     assert y.equal(want)
     assert last.equal(state)
@@ -347,10 +345,12 @@ def test_a_new_length_compiles_nothing():
         triton_conv._forward_kernel,
         triton_conv._backward_kernel,
         triton_conv._tap_sums_kernel,
+        triton_ssd_states._steps,
         triton_ssd_states._states,
-        triton_ssd_states._carry,
         triton_ssd._outputs,
         triton_ssd_backward._gradients,
+        triton_ssd_backward._step_gradients,
+        triton_ssd_backward._sums,
     ]
 
     def compiled() -> list[int]:
@@ -384,6 +384,18 @@ def test_one_graph_under_compile():
     want = results(lambda **given: bidirectional_selective_scan(**given) * 2.0, leaves(inputs))
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=0)
+
+
+def test_duality_under_compile():
+    """A compiled program keeps the kernels, and with them every bit."""
+    given = ssd_inputs(torch.bfloat16, device="cuda", length=100, strided=True)
+    options = {"reverse": True, "return_last_state": True}
+    want = ssd_results(ssd, given, **options)
+    got = ssd_results(torch.compile(ssd, fullgraph=True), given, **options)
+    for name in want:
+        assert got[name].equal(want[name]), name
+    only = torch.compile(lambda **given: ssd(**given) * 2.0, fullgraph=True)(**given)
+    assert only.equal(ssd(**given) * 2.0)
 
 
 def test_one_graph_under_autocast():

@@ -73,6 +73,7 @@ NAMES = [
     "ssd_bare",
     "ssd_steps_given",
     "ssd_steps_that_forget",
+    "ssd_huge_steps",
     "ssd_a_head_a_group",
     "ssd_in_order",
     "ssd_in_order_in_slices",
@@ -209,6 +210,8 @@ def cases() -> dict[str, dict[str, float]]:
         "ssd_steps_that_forget": ssd_excess(half, length=47, chunk_size=32, forgetting=100, reverse=True),
         "ssd_a_head_a_group": ssd_excess(half, batch=1, length=33, heads=3, groups=3, chunk_size=31, reverse=True),
     }
+    huge = ssd_excess(half, length=47, forgetting=3e4)
+    found["ssd_huge_steps"] = {name: error for name, error in huge.items() if name != "x"}  # beyond fp16
     # Chunks in order, as if these heads filled the chip.
     triton_ssd_states.PROGRAMS = 1
     found["ssd_in_order"] = ssd_excess(half, length=37, chunk_size=16)

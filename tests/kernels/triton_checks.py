@@ -1,10 +1,12 @@
 """Errors of the Triton backend against the fp64 reference: shared by the tests on a GPU and in Triton's interpreter."""
 
+import functools
+
 import torch
 from scan_inputs import pair_inputs, scan_inputs
 from ssd_inputs import inputs, recurrence
 
-from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan, causal_conv1d, selective_scan
+from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan, causal_conv1d, selective_scan, ssd
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -319,7 +321,6 @@ def ssd_results(function, given: dict, dy=None, d_state=None, **options) -> dict
 def ssd_excess(dtype, *, reverse=False, chunk_size=64, dt_softplus=True, **shape) -> dict[str, float]:
     """`ssd` by its kernels against the fp64 recurrence, as fractions of what is allowed: see `excess`."""
     from vim_kernels import torch_ssd
-    from vim_kernels.triton_kernels import ssd as triton_ssd
 
     given, options = ssd_inputs(dtype, **shape), {"reverse": reverse, "dt_softplus": dt_softplus}
     if not dt_softplus:
@@ -332,7 +333,8 @@ def ssd_excess(dtype, *, reverse=False, chunk_size=64, dt_softplus=True, **shape
     cotangents = {"dy": want["y"].to(dtype), "d_state": want["state"].float()}
     want = ssd_results(recurrence, truth, **{k: t.double() for k, t in cotangents.items()}, **options)
     eager = ssd_results(torch_ssd.ssd, given, **cotangents, **options, chunk_size=chunk_size)
-    got = ssd_results(triton_ssd.ssd, given, **cotangents, **options, chunk_size=chunk_size)
+    kernels = functools.partial(ssd, backend="triton", return_last_state=True)
+    got = ssd_results(kernels, given, **cotangents, **options, chunk_size=chunk_size)
     assert all(got[name].dtype == t.dtype for name, t in eager.items())
     budgets = {
         name: 2 * error(t.contiguous(), want[name]) + torch.finfo(t.dtype).eps + 1e-5 for name, t in eager.items()

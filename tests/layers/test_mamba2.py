@@ -1,11 +1,15 @@
 """Mamba2 and BiMamba2 against their equations written out, with the authors' names and layouts."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vim.layers import BiMamba2, Mamba2, Mamba2Cache
+from vim.layers import BiMamba2, Mamba2, Mamba2Cache, recompute_all_but_scans
+from vim_kernels import available_backends
 
 SIZES = {"d_model": 12, "d_state": 5, "d_conv": 3, "head_dim": 4, "groups": 2}  # d_inner 24, 6 heads
 
@@ -113,6 +117,32 @@ def test_traced_and_without_data(mixer_class):
     x = torch.randn(2, 9, 12)
     assert torch.equal(torch.fx.symbolic_trace(torch.nn.Sequential(mixer))(x), mixer(x))
     assert functional_call(mixer.to("meta"), {}, x.to("meta")).shape == x.shape
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of an operator."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator, self.count = operator, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is self.operator
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="needs a backend with an operator")
+@pytest.mark.parametrize("mixer_class", [Mamba2, BiMamba2])
+def test_checkpointing_keeps_the_duals(mixer_class):
+    mixer, x = mixer_class(**SIZES), torch.randn(2, 9, 12, requires_grad=True)
+    found = []
+    for run in (mixer, functools.partial(recompute_all_but_scans, mixer)):
+        with Calls(torch.ops.vim_kernels.ssd.default) as calls:
+            y = run(x)
+            found.append([y, *torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])])
+        assert calls.count == (1 if mixer_class is Mamba2 else 2)
+    for kept, plain in zip(*found, strict=True):
+        assert torch.equal(kept, plain)
 
 
 @pytest.mark.parametrize("mixer_class", [Mamba2, BiMamba2])

@@ -1,24 +1,27 @@
+# Triton grows a tuple by `tiles + (tile,)` and by nothing else.
+# ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
-"""Backend `triton` of `ssd`, for x in half precision. A program takes a chunk of at most 64 steps of a head:
+"""Backend `triton` of `ssd`, for x in half precision:
 
-    _states       the state before each chunk                               chunks in order, heads and batch in parallel
-    _outputs      y, from the chunk's steps and the state before it         all chunks in parallel
-    _gradients    of all inputs, from the states before and after a chunk   all chunks in parallel
+    _steps        step sizes, and sums of the exponents within each chunk       all chunks in parallel
+    _states       what each window adds to the state                            if there are several windows
+    _outputs      y, along the chunks of a window                               all windows in parallel
 
-If heads and batch are too few to fill the chip, all chunks first find in parallel what they add to the state, and
-`_carry` then turns this, in order, into the state before each chunk.
+The backward (`ssd_backward`) adds
 
-The backward recomputes the states and finds their gradients by the same recurrence from the end, with dy in place of x
-and C in place of B. Only the inputs are saved.
+    _states           the state before each chunk, along a window
+    _gradients        of x, B and C, along the chunks of a window from the last
+    _step_gradients   of the step sizes, from sums that `_gradients` writes       all chunks in parallel
+    _sums             of the parts of dB and dC by head, of dA, dD and the gradient of the bias by chunk
+
+Only the inputs are saved.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..backends import check_no_tangents
 from ..rows import on_device_of, row_arguments
 from .ssd_backward import backward
 from .ssd_states import (
@@ -27,111 +30,109 @@ from .ssd_states import (
     chunk_rows,
     chunk_steps,
     contiguous,
-    decay_matrix,
+    load_steps,
+    narrow,
     program_place,
-    step_exponents,
+    tile_mask,
+    window_start,
 )
+
+__all__ = ["backward", "forward"]
 
 
 @triton.jit(do_not_specialize=VARIABLE)
 def _outputs(
     x,  # (batch, length, heads, P)
-    dt,  # (batch, length, heads)
-    A,  # (heads,)
     B,  # (batch, length, groups, N)
     C,  # (batch, length, groups, N)
     D,  # (heads,)
-    dt_bias,  # (heads,)
-    states,  # (batch, chunks, heads, P, N), before each chunk
+    deltas,  # (batch, chunks, heads, Q), see `_steps`
+    sums,
+    initial,  # (batch, heads, P, N) or None
+    ends,  # (batch, windows, heads, P, N): what each window alone adds to the state
+    totals,  # (batch, windows, heads): the sum of a window's exponents
     y,  # (batch, length, heads, P), written
+    last,  # (batch, heads, P, N) or None, written: the state after the last step
     length,
     chunks,
-    heads,
-    group_size,
+    windows,
+    window,  # chunks of a window
+    heads: tl.constexpr,
+    group_size: tl.constexpr,
     x_pitch,
-    x_stride,
-    dt_pitch,
-    dt_stride,
+    x_stride: tl.constexpr,
     B_pitch,
-    B_stride,
+    B_stride: tl.constexpr,
     C_pitch,
-    C_stride,
+    C_stride: tl.constexpr,
     REVERSE: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,  # a power of two, P at least
-    BLOCK_N: tl.constexpr,  # states at a time
+    BLOCK_N: tl.constexpr,  # states of a tile
 ):
-    b, c, h = program_place(chunks, heads)
-    first, i, there = chunk_steps(c, length, REVERSE, Q)
-    dt += (b * dt_pitch + first) * dt_stride
-    _, delta, exponent = step_exponents(dt, A, dt_bias, h, i, dt_stride, there, SOFTPLUS)
-    sums = tl.cumsum(exponent, 0)
-    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    x += (b * x_pitch + first) * x_stride + h * P
-    B += (b * B_pitch + first) * B_stride + h // group_size * N
-    C += (b * C_pitch + first) * C_stride + h // group_size * N
-    y += ((b * length + first) * heads + h) * P
-    states += tl.cast(tl.program_id(0), tl.int64) * P * N
-    x_inside = there[:, None] & (p[None, :] < P)
-    x_t = tl.load(x + (i * x_stride)[:, None] + p[None, :], x_inside, 0.0)
-    scores, y_t = tl.zeros([Q, Q], tl.float32), tl.zeros([Q, BLOCK_P], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        k = start + n[None, :]
-        BC_inside = there[:, None] & (k < N)
-        B_t = tl.load(B + (i * B_stride)[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
-        C_t = tl.load(C + (i * C_stride)[:, None] + k, BC_inside, 0.0).to(x_t.dtype)
-        before = tl.load(states + p[:, None] * N + k, (p[:, None] < P) & (k < N), 0.0).to(x_t.dtype)
-        scores = tl.dot(C_t, tl.trans(B_t), scores)
-        y_t = tl.dot(C_t, tl.trans(before), y_t)
-    y_t *= tl.exp(sums)[:, None]
-    weights = (scores * decay_matrix(sums, Q)).to(x_t.dtype)
-    # Delta scales x and not the weights, which would lose more in half precision, or overflow.
-    y_t = tl.dot(weights, (x_t.to(tl.float32) * delta[:, None]).to(x_t.dtype), y_t)
-    if D is not None:
-        y_t += tl.load(D + h).to(tl.float32) * x_t.to(tl.float32)
-    tl.store(y + (i * heads * P)[:, None] + p[None, :], y_t, x_inside)
+    b, w, h = program_place(windows, heads)
+    p, n, q = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, Q)
+    tiles = ()
+    for j in tl.static_range((N + BLOCK_N - 1) // BLOCK_N):
+        k = j * BLOCK_N + n
+        entry, inside = p[:, None] * N + k[None, :], (p[:, None] < P) & (k[None, :] < N)
+        tiles = tiles + (window_start(initial, ends, totals, entry, inside, b, w, h, windows, heads, P * N, False),)
+    x += h * P
+    B += h // group_size * N
+    C += h // group_size * N
+    y += h * P
+    for step in range(w * window, tl.minimum((w + 1) * window, chunks)):
+        c = tl.minimum(step, chunks - 1)  # the step, hidden: LLVM would keep an address in registers for each load
+        first, i, there = chunk_steps(c, length, REVERSE, Q)
+        delta, sums_t, total = load_steps(deltas, sums, b, c, h, chunks, heads, Q)
+        x_c = x + (b * x_pitch + first) * x_stride
+        B_c = B + (b * B_pitch + first) * B_stride
+        C_c = C + (b * C_pitch + first) * C_stride
+        y_c = y + (b * length + first) * heads * P
+        x_inside = tile_mask(there, p, P, BLOCK_P)
+        x_t = tl.load(x_c + (i * x_stride)[:, None] + p[None, :], x_inside, 0.0)
+        # First all that goes to shared memory, then the products, with few barriers between. Scales apply to the second
+        # operand of a product: the first would move to registers.
+        to_end = delta * tl.exp2(total - sums_t)
+        B_tiles = ()
+        C_tiles = ()
+        before = ()
+        staying = ()
+        for j in tl.static_range((N + BLOCK_N - 1) // BLOCK_N):
+            k = j * BLOCK_N + n
+            BC_inside = tile_mask(there, k, N, BLOCK_N)
+            B_t = tl.load(B_c + (i * B_stride)[:, None] + k[None, :], BC_inside, 0.0).to(x_t.dtype)
+            C_t = tl.load(C_c + (i * C_stride)[:, None] + k[None, :], BC_inside, 0.0).to(x_t.dtype)
+            B_tiles = B_tiles + (B_t,)
+            C_tiles = C_tiles + (C_t,)
+            before = before + (tiles[j].to(x_t.dtype),)
+            staying = staying + (narrow(B_t.to(tl.float32) * to_end[:, None], x_t.dtype),)
+        scores, y_t = tl.zeros([Q, Q], tl.float32), tl.zeros([Q, BLOCK_P], tl.float32)
+        next_tiles = ()
+        for j in tl.static_range((N + BLOCK_N - 1) // BLOCK_N):
+            scores = tl.dot(C_tiles[j], tl.trans(B_tiles[j]), scores)
+            y_t = tl.dot(C_tiles[j], tl.trans(before[j]), y_t)
+            next_tiles = next_tiles + (tl.dot(tl.trans(x_t), staying[j], tiles[j] * tl.exp2(total)),)
+        tiles = next_tiles
+        # The share of step k's input that remains after step q; 0 if k comes after q. With c the mask is of this chunk;
+        # without, it would stay in registers.
+        decays = tl.exp2(tl.where(c + q[:, None] >= c + q[None, :], sums_t[:, None] - sums_t[None, :], float("-inf")))
+        weights = narrow(scores * decays * delta[None, :], x_t.dtype)
+        y_t *= tl.exp2(sums_t)[:, None]
+        if D is not None:
+            y_t += tl.load(D + h).to(tl.float32) * x_t.to(tl.float32)
+        y_t = tl.dot(weights, x_t, y_t)
+        tl.store(y_c + (i * heads * P)[:, None] + p[None, :], y_t.to(x_t.dtype), x_inside)
+    if last is not None:
+        for j in tl.static_range((N + BLOCK_N - 1) // BLOCK_N):
+            k = j * BLOCK_N + n
+            entry, inside = p[:, None] * N + k[None, :], (p[:, None] < P) & (k[None, :] < N)
+            tl.store(last + (b * heads + h) * P * N + entry, tiles[j], inside & (w == windows - 1))
 
 
-class _SSD(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus, chunk_size, reverse):
-        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, initial_state)
-        ctx.options = chunk_size, reverse, dt_softplus
-        ctx.set_materialize_grads(False)
-        shape = Shape(x, B, *ctx.options)
-        x, dt, B, C = (chunk_rows(t) for t in (x, dt, B, C))
-        A, (D, dt_bias, initial_state) = A.contiguous(), map(contiguous, (D, dt_bias, initial_state))
-        y = x.new_empty(x.shape)
-        with on_device_of(x):
-            states, last_state = shape.states(x, dt, A, B, dt_bias, initial_state)
-            _outputs[(shape.programs,)](
-                x,
-                dt,
-                A,
-                B,
-                C,
-                D,
-                dt_bias,
-                states,
-                y,
-                **shape.sizes,
-                **row_arguments(x=x, dt=dt, B=B, C=C),
-                **shape.constants,
-            )
-        return y, last_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, d_last_state):
-        check_no_tangents()
-        inputs = ctx.saved_tensors
-        return *backward(dy, d_last_state, inputs, Shape(inputs[0], inputs[3], *ctx.options)), None, None, None
-
-
-def ssd(
+def forward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -144,6 +145,32 @@ def ssd(
     dt_softplus: bool,
     chunk_size: int,
     reverse: bool,
+    last: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `vim_kernels.ssd`: y and the last state."""
-    return _SSD.apply(x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus, chunk_size, reverse)
+    """See `vim_kernels.ssd`: y and the last state, empty unless asked for by `last`."""
+    shape = Shape(x, B, chunk_size, reverse)
+    x, dt, B, C = (chunk_rows(t) for t in (x, dt, B, C))
+    A, (D, dt_bias, initial_state) = A.contiguous(), map(contiguous, (D, dt_bias, initial_state))
+    y = x.new_empty(x.shape)
+    sizes = (shape.batch, shape.heads, shape.head_dim, shape.d_state) if last else (0,)
+    last_state = x.new_empty(sizes, dtype=torch.float32)
+    with on_device_of(x):
+        steps = shape.steps(dt, A, dt_bias, dt_softplus)
+        ends, totals = shape.ends(x, B, steps)
+        _outputs[(shape.programs,)](
+            x,
+            B,
+            C,
+            D,
+            *steps,
+            initial_state,
+            ends,
+            totals,
+            y,
+            last_state if last else None,
+            **shape.sizes,
+            **row_arguments(x=x, B=B, C=C),
+            **shape.constants,
+            num_stages=1,
+        )
+    return y, last_state
