@@ -226,14 +226,18 @@ PROGRAMS, LONGEST = 396, 768
 LEAST = 264
 
 
-def in_gluon(directions: Sequence[Direction], z: Tensor | None, windows: int) -> ModuleType | None:
-    """The module scan_gluon if it takes a forward call, else None."""
+def in_gluon(
+    directions: Sequence[Direction], z: Tensor | None, windows: int, dy: Tensor | None = None
+) -> ModuleType | None:
+    """scan_gluon if it takes a forward call, or with dy scan_gluon_backward if it takes the backward; else None."""
     if _programs(directions[0], len(directions)) * windows < LEAST:
         return None
     if not TRIED[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= TRIED[1]:
         return None
-    from . import scan_gluon  # another version may not have what it imports
+    from . import scan_gluon, scan_gluon_backward  # another version may not have what they import
 
+    if dy is not None:
+        return scan_gluon_backward if scan_gluon_backward.takes_backward(directions, z, dy) else None
     return scan_gluon if scan_gluon.takes(directions, z) else None
 
 
