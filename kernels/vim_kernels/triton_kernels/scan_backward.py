@@ -525,8 +525,6 @@ def backward(
     window = window_length(d, count)
     windows = triton.cdiv(length, window)
     gluon = in_gluon(directions, z, windows, dy)
-    # With windows the adjoint between them needs the gated dy, too.
-    gate_apart = z is not None and (gluon is None or windows > 1)
     du = tuple(each.u.new_empty(each.u.shape) for each in directions)
     ddt = tuple(each.dt.new_empty(each.dt.shape) for each in directions)
     dA, dB, dC, dD, d_bias = (
@@ -540,9 +538,9 @@ def backward(
     # Only single directions have an initial state.
     d_h0 = None if d.initial_state is None else d.A.new_empty(count, batch, *d.A.shape)
     d_last_state = None if d_last_state is None else d_last_state.contiguous()
-    dz, gate = None if z is None else z.new_empty(z.shape), z
+    dz = None if z is None else z.new_empty(z.shape)
     with on_device_of(dy):
-        if gate_apart:
+        if z is not None and gluon is None:
             # In full precision: parameter gradients would show the rounding.
             d_sum = d.A.new_empty(y_sum.shape)
             tall, wide = 16, 128
@@ -561,12 +559,12 @@ def backward(
                 COLUMNS=wide,
                 S=tl.float64 if d.A.dtype == torch.float64 else tl.float32,
             )
-            dy, gate, scale = d_sum, None, 1.0
-        starts = window_starts(directions, window, dt_softplus=dt_softplus, start=d_last_state, dy=dy, scale=scale)
+            dy, z, scale = d_sum, None, 1.0
+        starts = window_starts(directions, window, dt_softplus=dt_softplus, start=d_last_state, z=z, dy=dy, scale=scale)
         if gluon is not None:
             outputs = du, ddt, dz, d_channels, dBC, d_h0
             gluon.launch(
-                directions, dy, gate, y_sum, checkpoints, starts, outputs, window, dt_softplus=dt_softplus, scale=scale
+                directions, dy, z, y_sum, checkpoints, starts, outputs, window, dt_softplus=dt_softplus, scale=scale
             )
         else:
             items = tile.programs(d) * count * windows

@@ -431,6 +431,7 @@ def takes_backward(directions: Sequence[Direction], z: Tensor | None, dy: Tensor
     return (
         takes(directions, z)
         and d.B.dtype == d.C.dtype == torch.bfloat16
+        and dy.element_size() == 2
         and dy.data_ptr() % 16 == 0
         and row_arguments(dy=dy)["dy_stride"] % 8 == 0
     )

@@ -267,12 +267,13 @@ def window_starts(
     *,
     dt_softplus: bool,
     start: Tensor | None,
+    z: Tensor | None = None,
     dy: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor | None:
     """State before each window, (windows, directions, B, E, N); for a single window `start`.
 
-    With dy: the adjoint after each window, if scale * dy is the gradient of the ungated sum.
+    With dy: the adjoint after each window, if scale * dy, gated by z, is the gradient of the ungated sum.
     `start`: (directions, B, E, N), the state before the sequence, or the adjoint after it.
     """
     d, count = directions[0], len(directions)
@@ -283,9 +284,12 @@ def window_starts(
     adjoint = dy is not None
     ends = d.A.new_empty(windows, count, batch, *d.A.shape)
     totals = d.A.new_empty(windows, count, batch, d_inner)
-    gluon = None if adjoint else in_gluon(directions, None, windows)
-    if gluon is not None:
-        gluon.launch(directions, None, None, (None, None, ends, None, totals), window, dt_softplus=dt_softplus)
+    if in_gluon(directions, z, windows, dy) is not None:
+        from . import scan_gluon
+
+        outputs = None, None, ends, None, totals
+        gate = None if dy is None else z
+        scan_gluon.launch(directions, gate, None, outputs, window, dt_softplus=dt_softplus, scale=scale, dy=dy)
     else:
         _window_ends(directions, ends, totals, window, dt_softplus=dt_softplus, dy=dy, scale=scale)
     _starts_kernel[(triton.cdiv(d_inner, 16), count * batch)](
