@@ -1,4 +1,4 @@
-"""The forward scan in Gluon on a GPU: parity with the fp64 reference, through the gradients of the saved states too."""
+"""The scan in Gluon on a GPU, forward and backward: parity of outputs and gradients with the fp64 reference."""
 
 import pytest
 import torch
@@ -19,18 +19,23 @@ BF16, FP16 = ({"dtype": dtype, "device": "cuda"} for dtype in (torch.bfloat16, t
 
 
 @pytest.fixture(autouse=True)
-def launches(monkeypatch) -> list[int]:
-    """Numbers of directions of the kernel's launches; however few programs a call makes, the kernel takes it."""
-    from vim_kernels.triton_kernels import scan_gluon
+def launches(monkeypatch) -> list[str]:
+    """Pass and number of directions of each launch; however few programs a call makes, the kernels take it."""
+    from vim_kernels.triton_kernels import scan_gluon, scan_gluon_backward
 
-    found: list[int] = []
-    launch = scan_gluon.launch
+    found: list[str] = []
 
-    def counted(directions, *args, **kwargs):
-        found.append(len(directions))
-        launch(directions, *args, **kwargs)
+    def count(module):
+        launch = module.launch
 
-    monkeypatch.setattr(scan_gluon, "launch", counted)
+        def counted(directions, *args, **kwargs):
+            found.append(f"{'backward' if module is scan_gluon_backward else 'forward'} {len(directions)}")
+            launch(directions, *args, **kwargs)
+
+        monkeypatch.setattr(module, "launch", counted)
+
+    count(scan_gluon)
+    count(scan_gluon_backward)
     monkeypatch.setattr(scan_windows, "LEAST", 0)
     torch.use_deterministic_algorithms(True, warn_only=True)  # outputs start as NaN
     yield found
@@ -49,7 +54,7 @@ def test_pair(launches, precision):
         assert_within(pair_excess(length=length, **precision))
     for d_inner in (8, 128, 136, 264):
         assert_within(pair_excess(length=37, d_inner=d_inner, batch=3, **precision))
-    assert set(launches) == {2}
+    assert set(launches) == ({"forward 2", "backward 2"} if precision is BF16 else {"forward 2"})
 
 
 @pytest.mark.parametrize("options", [{"absent": ("z",)}, {"absent": ("D", "dt_bias")}, {"groups": 3}], ids=str)
@@ -64,7 +69,7 @@ def test_one_direction(launches, reverse):
     for length in (1, 9, 70):
         assert_within(scan_excess(length=length, reverse=reverse, **BF16))
     assert_within(scan_excess(length=33, reverse=reverse, dt_softplus=False, absent=("D", "dt_bias"), **BF16))
-    assert set(launches) == {1}
+    assert set(launches) == {"forward 1", "backward 1"}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +78,8 @@ def test_one_direction(launches, reverse):
 def test_windows_and_packed_sequences(launches, rows):
     assert_within(pair_excess(length=600, d_inner=40, rows=rows, **BF16))
     assert_within(scan_excess(length=600, d_inner=40, rows=rows, reverse=True, **BF16))
-    assert sorted(launches) == [1, 1, 2, 2]  # the ends of the windows, then the scan
+    # Each pass first finds the ends of the windows.
+    assert launches == [name for n in (2, 1) for name in (*[f"forward {n}"] * 3, f"backward {n}")]
 
 
 def test_dtypes_may_differ(launches):
@@ -81,7 +87,7 @@ def test_dtypes_may_differ(launches):
     want = bidirectional_selective_scan(**inputs, backend="triton")
     mixed = inputs | {"z": inputs["z"].half(), "dt": tuple(t.half() for t in inputs["dt"])}
     got = bidirectional_selective_scan(**mixed, backend="triton")
-    assert launches == [2, 2]
+    assert launches == ["forward 2", "forward 2"]
     torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..directions import Direction, DirectionGrads
 from ..rows import agreeing, as_rows, columns, cut_bytes, on_device_of, row_arguments, row_strides, sizes
 from .activations import LN2, LOG2E, sigmoid
-from .scan_windows import window_length, window_starts
+from .scan_windows import in_gluon, window_length, window_starts
 from .tiles import (
     INTERVAL,
     Tile,
@@ -524,28 +524,25 @@ def backward(
     tile = _tile(d)
     window = window_length(d, count)
     windows = triton.cdiv(length, window)
-    items = tile.programs(d) * count * windows
-    programs = min(items, _multiprocessors(dy.device) * PROGRAMS)
-    states = tile.REPEAT * triton.cdiv(d_state, tile.SPREAD)
-    scratch = d.A.new_empty(programs, INTERVAL // tile.T, states, 32)
-
+    gluon = in_gluon(directions, z, windows, dy)
     du = tuple(each.u.new_empty(each.u.shape) for each in directions)
     ddt = tuple(each.dt.new_empty(each.dt.shape) for each in directions)
     dA, dB, dC, dD, d_bias = (
         None if column is None else tuple(t.new_empty(t.shape) for t in column) for column in columns(directions)[2:7]
     )
-    dz = None
     d_channels = d.A.new_empty(count, windows * batch, d_inner * (d_state + 2))
     # In bf16 rounding the parts loses no more than rounding their sum, and halves a tenth of all bytes moved.
     rounded = d.B.dtype == d.C.dtype == torch.bfloat16
-    dBC = (d.B if rounded else d.A).new_empty(tile.blocks(d), count, batch, length, groups, 2, d_state)
+    blocks = tile.blocks(d) if gluon is None else triton.cdiv(d_inner // groups, gluon.CHANNELS)
+    dBC = (d.B if rounded else d.A).new_empty(blocks, count, batch, length, groups, 2, d_state)
     # Only single directions have an initial state.
     d_h0 = None if d.initial_state is None else d.A.new_empty(count, batch, *d.A.shape)
     d_last_state = None if d_last_state is None else d_last_state.contiguous()
+    dz = None if z is None else z.new_empty(z.shape)
     with on_device_of(dy):
-        if z is not None:
+        if z is not None and gluon is None:
             # In full precision: parameter gradients would show the rounding.
-            dz, d_sum = z.new_empty(z.shape), d.A.new_empty(y_sum.shape)
+            d_sum = d.A.new_empty(y_sum.shape)
             tall, wide = 16, 128
             _gate_kernel[(triton.cdiv(batch * length, tall), triton.cdiv(d_inner, wide))](
                 dy,
@@ -562,39 +559,49 @@ def backward(
                 COLUMNS=wide,
                 S=tl.float64 if d.A.dtype == torch.float64 else tl.float32,
             )
-            dy, scale = d_sum, 1.0
-        # The largest distance between rows, in elements.
-        widest = max(2 * d_state * groups, *(row_strides(t)[1] for t in (d.u, d.dt, d.B, d.C, dy, *du)))
-        starts = window_starts(directions, window, dt_softplus=dt_softplus, start=d_last_state, dy=dy, scale=scale)
-        _backward_kernel[(programs,)](
-            *columns(directions)[:-1],
-            dy,
-            cut_bytes(d),
-            checkpoints,
-            scratch if starts is None else starts,
-            du,
-            ddt,
-            d_channels,
-            dBC,
-            d_h0,
-            scratch,
-            items,
-            **sizes(d),
-            window=window,
-            windows=windows,
-            started=int(starts is not None),
-            **row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, dy=dy),
-            SCALE=scale,
-            SOFTPLUS=dt_softplus,
-            STAGES=STAGES,
-            **tile.constants(directions),
-            DY_PACK=tile.pack(d, dy),
-            DU_PACK=tile.pack(d, *du),
-            DDT_PACK=tile.pack(d, *ddt),
-            INDEX=tl.int32 if window * widest < 2**31 else tl.int64,
-            num_warps=1,
-            num_stages=1,
-        )
+            dy, z, scale = d_sum, None, 1.0
+        starts = window_starts(directions, window, dt_softplus=dt_softplus, start=d_last_state, z=z, dy=dy, scale=scale)
+        if gluon is not None:
+            outputs = du, ddt, dz, d_channels, dBC, d_h0
+            gluon.launch(
+                directions, dy, z, y_sum, checkpoints, starts, outputs, window, dt_softplus=dt_softplus, scale=scale
+            )
+        else:
+            items = tile.programs(d) * count * windows
+            programs = min(items, _multiprocessors(dy.device) * PROGRAMS)
+            states = tile.REPEAT * triton.cdiv(d_state, tile.SPREAD)
+            scratch = d.A.new_empty(programs, INTERVAL // tile.T, states, 32)
+            # The largest distance between rows, in elements.
+            widest = max(2 * d_state * groups, *(row_strides(t)[1] for t in (d.u, d.dt, d.B, d.C, dy, *du)))
+            _backward_kernel[(programs,)](
+                *columns(directions)[:-1],
+                dy,
+                cut_bytes(d),
+                checkpoints,
+                scratch if starts is None else starts,
+                du,
+                ddt,
+                d_channels,
+                dBC,
+                d_h0,
+                scratch,
+                items,
+                **sizes(d),
+                window=window,
+                windows=windows,
+                started=int(starts is not None),
+                **row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, dy=dy),
+                SCALE=scale,
+                SOFTPLUS=dt_softplus,
+                STAGES=STAGES,
+                **tile.constants(directions),
+                DY_PACK=tile.pack(d, dy),
+                DU_PACK=tile.pack(d, *du),
+                DDT_PACK=tile.pack(d, *ddt),
+                INDEX=tl.int32 if window * widest < 2**31 else tl.int64,
+                num_warps=1,
+                num_stages=1,
+            )
         wide, tall = 64, 64
         _channel_sums_kernel[(triton.cdiv(d_channels.shape[2], wide), count)](
             d_channels, dA, dD, d_bias, windows * batch, d_inner, N=d_state, ROWS=32, COLUMNS=wide
@@ -604,7 +611,7 @@ def backward(
             dBC,
             dB,
             dC,
-            tile.blocks(d),
+            blocks,
             rows,
             N=d_state,
             N2=triton.next_power_of_2(2 * d_state),

@@ -43,12 +43,9 @@ def softplus(x):
 
 
 @gluon.jit
-def silu(x):
-    # An approximate reciprocal: division would take four more instructions.
-    open = gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1 + gl.exp2(x * -LOG2E)], dtype=gl.float32, is_pure=True, pack=1
-    )
-    return x * open
+def reciprocal(x):
+    """An approximate one: division would take four more instructions."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit(
@@ -93,6 +90,7 @@ def _forward_kernel(
     REVERSE: gl.constexpr,  # per direction; the second of two is the reverse one
     SCALE: gl.constexpr,
     SOFTPLUS: gl.constexpr,
+    ADJOINT: gl.constexpr,  # without y: of dy in place of u, gated by z if there is one, and C in place of B
     GROUPS: gl.constexpr,
     K: gl.constexpr,  # steps between checkpoints
     T: gl.constexpr,
@@ -127,7 +125,7 @@ def _forward_kernel(
     c = channels + gl.arange(0, CHANNELS, gl.SliceLayout(0, PAIRS))[None, :]
     inside = (c < group_size) & (d >= 0)
     c += group * group_size
-    at, sign, first, here, middle = _heading(d, order, window, windows, length, y is None, REVERSE)
+    at, sign, first, here, middle = _heading(d, order, window, windows, length, y is None, ADJOINT, REVERSE)
     n = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(0, STATES)))[None, :][None, :, :]
     entry = gl.expand_dims(c, 2) * 16 + n
     inside_n = gl.expand_dims(inside, 2) & (n >= 0)
@@ -141,7 +139,7 @@ def _forward_kernel(
     t_r, d_r, c_r = _axes(T, DIRECTIONS, CHANNELS, COPIES)
     inside_r = channels + c_r < group_size
     c_r += channels + group * group_size
-    _, sign_r, first_r, here_r, middle_r = _heading(d_r, order, window, windows, length, y is None, REVERSE)
+    _, sign_r, first_r, here_r, middle_r = _heading(d_r, order, window, windows, length, y is None, ADJOINT, REVERSE)
     row_r = first_r + t_r * sign_r
     sign_r = sign_r.to(gl.int64)
     u_ring = gl.allocate_shared_memory(u[0].dtype.element_ty, [SLOTS, T, DIRECTIONS, CHANNELS], SLOT)
@@ -163,7 +161,7 @@ def _forward_kernel(
 
     t_b, d_b, n_b = _axes(T, DIRECTIONS, 16, NUMBERS)
     n_b += group * 16
-    _, sign_b, first_b, here_b, middle_b = _heading(d_b, order, window, windows, length, y is None, REVERSE)
+    _, sign_b, first_b, here_b, middle_b = _heading(d_b, order, window, windows, length, y is None, ADJOINT, REVERSE)
     row_b = first_b + t_b * sign_b
     B_step = sign_b.to(gl.int64) * B_stride
     C_step = sign_b.to(gl.int64) * C_stride
@@ -177,7 +175,7 @@ def _forward_kernel(
     out_0 = (b * length + first) * d_inner + c
     out_step = sign.to(gl.int64) * d_inner
     if cuts is not None:
-        cuts_0 = cuts + (b * (length + 1) + first + (sign < 0))
+        cuts_0 = cuts + (b * (length + 1) + first + ((sign > 0) if ADJOINT else (sign < 0)))
 
     for segment in gl.static_range(SEGMENTS):
         # At odd lengths the forward direction reaches the middle step first, and the reverse one finishes it.
@@ -244,7 +242,14 @@ def _forward_kernel(
                         total = gl.where(begins, float("inf"), total)
                     cuts_p += sign
                 B_k = gl.expand_dims(Bs.index(block % 2 * T + k).load(SHARED), 1)
-                h = gl.exp2(exponent) * h + gl.expand_dims(delta * u_k, 2) * B_k
+                if ADJOINT:
+                    x = SCALE * u_k
+                    if z is not None:
+                        z_k = _pair(zs, place, z.dtype.element_ty, PAIRS)
+                        x *= z_k * reciprocal(1 + gl.exp2(z_k * -LOG2E))
+                    h = gl.exp2(exponent) * (h + gl.expand_dims(x, 2) * B_k)
+                else:
+                    h = gl.exp2(exponent) * h + gl.expand_dims(delta * u_k, 2) * B_k
                 if y is not None:
                     C_k = gl.expand_dims(Cs.index(block % 2 * T + k).load(SHARED), 1)
                     y_k = gl.sum(h * C_k, 2)
@@ -258,7 +263,8 @@ def _forward_kernel(
                             sum_out += out_step
                         y_k *= SCALE
                         if z is not None:
-                            y_k *= silu(_pair(zs, place, z.dtype.element_ty, PAIRS))
+                            z_k = _pair(zs, place, z.dtype.element_ty, PAIRS)
+                            y_k *= z_k * reciprocal(1 + gl.exp2(z_k * -LOG2E))
                     gl.store(out, y_k.to(y.dtype.element_ty), inside & there)
                     out += out_step
             left -= T
@@ -286,9 +292,10 @@ def _forward_kernel(
 
 
 @gluon.jit
-def _heading(d, order, window, windows, length, ENDS: gl.constexpr, REVERSE: gl.constexpr):
+def _heading(d, order, window, windows, length, ENDS: gl.constexpr, ADJOINT: gl.constexpr, REVERSE: gl.constexpr):
     """Of each direction: number of the window, sign of a step, first row, steps, and steps before the middle."""
     sign = 1 - 2 * d if len(REVERSE) == 2 else (d - 1 if REVERSE[0] else d + 1)
+    sign = -sign if ADJOINT else sign
     at = gl.where(sign > 0, order, windows - 1 - order) if ENDS else order + 0 * d
     here = gl.minimum(window, length - at * window)
     first = at * window + gl.where(sign > 0, 0, here - 1)
@@ -377,8 +384,14 @@ def launch(
     *,
     dt_softplus: bool,
     scale: float = 1.0,
+    dy: Tensor | None = None,
 ) -> None:
-    """Run the scan, or the recurrence over windows; outputs: y to totals, see `_forward_kernel`."""
+    """Run the scan, or the recurrence over windows; outputs: y to totals, see `_forward_kernel`.
+
+    With dy: that of the adjoint, if scale * dy, gated by z, is the gradient of the sum of both directions.
+    """
+    if dy is not None:
+        directions = [each._replace(u=dy, B=each.C) for each in directions]
     d = directions[0]
     batch, length, d_inner = d.u.shape
     groups = d.B.shape[2]
@@ -404,6 +417,7 @@ def launch(
         REVERSE=tuple(each.reverse for each in directions),
         SCALE=scale,
         SOFTPLUS=dt_softplus,
+        ADJOINT=dy is not None,
         GROUPS=groups,
         K=INTERVAL,
         T=T,

@@ -226,14 +226,18 @@ PROGRAMS, LONGEST = 396, 768
 LEAST = 264
 
 
-def in_gluon(directions: Sequence[Direction], z: Tensor | None, windows: int) -> ModuleType | None:
-    """The module scan_gluon if it takes a forward call, else None."""
+def in_gluon(
+    directions: Sequence[Direction], z: Tensor | None, windows: int, dy: Tensor | None = None
+) -> ModuleType | None:
+    """scan_gluon if it takes a forward call, or with dy scan_gluon_backward if it takes the backward; else None."""
     if _programs(directions[0], len(directions)) * windows < LEAST:
         return None
     if not TRIED[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= TRIED[1]:
         return None
-    from . import scan_gluon  # another version may not have what it imports
+    from . import scan_gluon, scan_gluon_backward  # another version may not have what they import
 
+    if dy is not None:
+        return scan_gluon_backward if scan_gluon_backward.takes_backward(directions, z, dy) else None
     return scan_gluon if scan_gluon.takes(directions, z) else None
 
 
@@ -263,12 +267,13 @@ def window_starts(
     *,
     dt_softplus: bool,
     start: Tensor | None,
+    z: Tensor | None = None,
     dy: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor | None:
     """State before each window, (windows, directions, B, E, N); for a single window `start`.
 
-    With dy: the adjoint after each window, if scale * dy is the gradient of the ungated sum.
+    With dy: the adjoint after each window, if scale * dy, gated by z, is the gradient of the ungated sum.
     `start`: (directions, B, E, N), the state before the sequence, or the adjoint after it.
     """
     d, count = directions[0], len(directions)
@@ -279,9 +284,12 @@ def window_starts(
     adjoint = dy is not None
     ends = d.A.new_empty(windows, count, batch, *d.A.shape)
     totals = d.A.new_empty(windows, count, batch, d_inner)
-    gluon = None if adjoint else in_gluon(directions, None, windows)
-    if gluon is not None:
-        gluon.launch(directions, None, None, (None, None, ends, None, totals), window, dt_softplus=dt_softplus)
+    if in_gluon(directions, z, windows, dy) is not None:
+        from . import scan_gluon
+
+        outputs = None, None, ends, None, totals
+        gate = None if dy is None else z
+        scan_gluon.launch(directions, gate, None, outputs, window, dt_softplus=dt_softplus, scale=scale, dy=dy)
     else:
         _window_ends(directions, ends, totals, window, dt_softplus=dt_softplus, dy=dy, scale=scale)
     _starts_kernel[(triton.cdiv(d_inner, 16), count * batch)](

@@ -1,0 +1,492 @@
+# Triton grows a tuple by `tiles + (tile,)` and by nothing else.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+"""The backward scan in Gluon, for bf16 and 16 states: a lane holds one channel with all its states.
+
+A program takes 128 channels of one direction, chunk by chunk from the last one:
+
+1. Run forward from the chunk's saved state, and keep the state before every T-th step in scratch memory.
+2. Take the blocks of T steps from last to first: recompute states and decays into registers, then run the adjoint
+   g[k] = dy[k] C[k] + decay[k + 1] g[k + 1] backwards through them.
+
+Sums over states stay in a lane. Those over channels, dB = sum(g x) and dC = sum(h dy), are products on the tensor cores
+of a block's T states (rows) with its T steps (columns), of which the diagonal is kept.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from ..directions import Direction
+from ..rows import columns, cut_bytes, row_arguments
+from .activations import LN2, LOG2E
+from .scan_gluon import CHANNELS, reciprocal, softplus, takes
+from .tiles import INTERVAL
+
+
+@gluon.jit
+def _step_size(v, SOFTPLUS: gl.constexpr):
+    """delta and d(delta) / dv"""
+    if SOFTPLUS:
+        delta = softplus(v)
+        e = gl.exp2(gl.abs(v) * -LOG2E)  # the compiler has it from the line above
+        slope = gl.where(v >= 0, 1.0, e) * reciprocal(1 + e)
+    else:
+        delta = v
+        slope = v * 0 + 1
+    return delta, slope
+
+
+@gluon.jit
+def _of(pair, d):
+    """That of direction d."""
+    if len(pair) == 1:
+        one = pair[0]
+    else:
+        one = gl.where(d == 0, pair[0], pair[1])
+    return one
+
+
+@gluon.jit
+def _vector(pair, at, inside, d):
+    if pair is None:
+        found = at.to(gl.float32) * 0
+    else:
+        found = gl.load(_of(pair, d) + at, inside, 0.0).to(gl.float32)
+    return found
+
+
+@gluon.jit
+def _copy(rings, bases, offsets, steps, slot, valid):
+    """Start to copy rows from each base and offset into the slot of its ring; returns the offsets of the next rows."""
+    ahead = ()
+    for i in gl.static_range(len(rings)):
+        async_copy.async_copy_global_to_shared(rings[i].index(slot), bases[i] + offsets[i], valid)
+        ahead = ahead + (offsets[i] + steps[i],)
+    async_copy.commit_group()
+    return ahead
+
+
+@gluon.jit
+def _beside(tiles, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Four tiles (rows, n) side by side, (rows, 4 n), within each lane."""
+    t = gl.join(gl.join(tiles[0], tiles[2]), gl.join(tiles[1], tiles[3]))
+    if len(tiles[0].shape) == 2:
+        t = gl.permute(t, (0, 2, 3, 1))
+    return gl.convert_layout(t.reshape(SHAPE), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "items", "batch", "length", "window", "windows", "started", "d_inner8", "group_size8", "u_pitch", "u_stride8",
+        "dt_pitch", "dt_stride8", "B_pitch", "B_stride", "C_pitch", "C_stride", "z_pitch", "z_stride8", "dy_pitch",
+        "dy_stride8",
+    ]
+)  # fmt: skip
+def _backward_kernel(
+    u,  # (B, L, E), one per direction, as all up to dt_bias
+    dt,  # (B, L, E)
+    A,  # (E, N)
+    B,  # (B, L, G, N)
+    C,  # (B, L, G, N)
+    D,  # (E,) or None
+    dt_bias,  # (E,) or None
+    dy,  # (B, L, E)
+    z,  # (B, L, E) or None
+    y_sum,  # (B, L, E), with z
+    cuts,  # (B, L + 1) or None
+    checkpoints,  # (directions, B, rows, E, N)
+    starts,  # (windows, directions, B, E, N), read if started: the adjoint after each window, else zero
+    du,  # (B, L, E), one per direction
+    ddt,  # (B, L, E), one per direction
+    dz,  # (B, L, E), with z
+    d_channels,  # (directions, windows B, E (N + 2)): dA, then dD, then d(dt_bias)
+    dBC,  # (blocks, directions, B, L, G, 2, N)
+    d_h0,  # (directions, B, E, N) or None
+    scratch,  # (programs, K / T, CHANNELS, N)
+    items,  # blocks of channels over all batch entries, directions and windows
+    batch,
+    length,
+    window,
+    windows,
+    started,
+    d_inner8,
+    group_size8,
+    u_pitch,
+    u_stride8,
+    dt_pitch,
+    dt_stride8,
+    B_pitch,
+    B_stride,
+    C_pitch,
+    C_stride,
+    z_pitch,
+    z_stride8,
+    dy_pitch,
+    dy_stride8,
+    REVERSE: gl.constexpr,
+    SCALE: gl.constexpr,
+    SOFTPLUS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    K: gl.constexpr,
+    SLOTS: gl.constexpr,
+    CHANNELS: gl.constexpr,
+):
+    DIRECTIONS: gl.constexpr = len(REVERSE)
+    T: gl.constexpr = 4  # as `_beside` has it
+    STATES: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0])
+    LANES: gl.constexpr = gl.SliceLayout(1, STATES)
+    SHARED: gl.constexpr = gl.SliceLayout(0, STATES)
+    COPIES: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    NUMBERS: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
+    BLOCK: gl.constexpr = gl.BlockedLayout([1, 64], [32, 1], [4, 1], [1, 0])
+    COLUMNS: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    SLOT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    d_inner = d_inner8 * 8
+    group_size = group_size8 * 8
+    blocks = gl.cdiv(group_size, CHANNELS)
+    rows = DIRECTIONS * gl.cdiv(gl.cdiv(length, DIRECTIONS), K)
+
+    lane = gl.arange(0, CHANNELS, LANES)
+    n = gl.arange(0, 16, SHARED)[None, :]
+    t_r = gl.arange(0, T, gl.SliceLayout(1, COPIES))[:, None]
+    lane_r = gl.arange(0, CHANNELS, gl.SliceLayout(0, COPIES))[None, :]
+    t_b = gl.arange(0, T, gl.SliceLayout(1, NUMBERS))[:, None]
+    n_b = gl.arange(0, 16, gl.SliceLayout(0, NUMBERS))[None, :]
+    own = scratch + gl.program_id(0).to(gl.int64) * (K // T * CHANNELS * 16)
+    own = own + (n // 4 * (4 * CHANNELS) + lane[:, None] * 4 + n % 4)  # 16 bytes of each lane beside each other
+    # Rows of the product: (step, state); every second column is a step.
+    m = gl.arange(0, 4 * 16, gl.SliceLayout(1, PRODUCT))[:, None]
+    column = gl.arange(0, 8, gl.SliceLayout(0, PRODUCT))[None, :]
+    diagonal = column == m // 16 * 2
+
+    u_ring = gl.allocate_shared_memory(u[0].dtype.element_ty, [SLOTS, T, CHANNELS], SLOT)
+    dt_ring = gl.allocate_shared_memory(dt[0].dtype.element_ty, [SLOTS, T, CHANNELS], SLOT)
+    dy_ring = gl.allocate_shared_memory(dy.dtype.element_ty, [SLOTS, T, CHANNELS], SLOT)
+    us = u_ring._reinterpret(u[0].dtype.element_ty, [SLOTS * T, CHANNELS], ROW)
+    dts = dt_ring._reinterpret(dt[0].dtype.element_ty, [SLOTS * T, CHANNELS], ROW)
+    dys = dy_ring._reinterpret(dy.dtype.element_ty, [SLOTS * T, CHANNELS], ROW)
+    if z is not None:
+        z_ring = gl.allocate_shared_memory(z.dtype.element_ty, [SLOTS, T, CHANNELS], SLOT)
+        s_ring = gl.allocate_shared_memory(y_sum.dtype.element_ty, [SLOTS, T, CHANNELS], SLOT)
+        zs = z_ring._reinterpret(z.dtype.element_ty, [SLOTS * T, CHANNELS], ROW)
+        sums = s_ring._reinterpret(y_sum.dtype.element_ty, [SLOTS * T, CHANNELS], ROW)
+    B_rows = gl.allocate_shared_memory(gl.float32, [2, T, 16], SLOT)
+    C_rows = gl.allocate_shared_memory(gl.float32, [2, T, 16], SLOT)
+    Bs = B_rows._reinterpret(gl.float32, [2 * T, 16], ROW)
+    Cs = C_rows._reinterpret(gl.float32, [2 * T, 16], ROW)
+    MATRIX: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    NARROW: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
+    h_stage = gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 4 * 16], MATRIX)
+    g_stage = gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 4 * 16], MATRIX)
+    x_stage = gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 8], NARROW)
+    dy_stage = gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 8], NARROW)
+
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        block = item % blocks
+        group = item // blocks % GROUPS
+        b = (item // (blocks * GROUPS) % batch).to(gl.int64)
+        d = item // (blocks * GROUPS) // batch % DIRECTIONS
+        at_window = item // (blocks * GROUPS) // batch // DIRECTIONS
+        base = at_window * window
+        here = gl.minimum(window, length - base)
+        half = gl.cdiv(here, DIRECTIONS)
+        chunks = gl.cdiv(half, K)  # in a segment; see the forward kernel
+        sign = 1 - 2 * d if DIRECTIONS == 2 else (d - 1 if REVERSE[0] else d + 1)
+        first = base + gl.where(sign > 0, 0, here - 1)
+        middle = (here + 1 - d) // 2
+        db = d * batch + b
+        c = block * CHANNELS + lane
+        inside = c < group_size
+        c += group * group_size
+        entry = c[:, None] * 16 + n
+        inside_n = inside[:, None] & (n >= 0)
+        A_n = LOG2E * _vector(A, entry, inside_n, d)
+        bias = _vector(dt_bias, c, inside, d)
+        skip = _vector(D, c, inside, d)
+        row = (at_window.to(gl.int64) * DIRECTIONS * batch + db) * d_inner * 16
+        g = gl.load(starts + row + entry, inside_n & (started > 0), 0.0)
+        sum_A = gl.zeros([CHANNELS, 16], gl.float32, STATES)
+        sum_D = gl.zeros([CHANNELS], gl.float32, LANES)
+        sum_bias = gl.zeros([CHANNELS], gl.float32, LANES)
+
+        c_r = block * CHANNELS + lane_r
+        inside_r = c_r < group_size
+        c_r += group * group_size
+        # Uniform addresses of the first step; offsets within a window take 32 bits.
+        u_step = sign * (u_stride8 * 8)
+        dt_step = sign * (dt_stride8 * 8)
+        dy_step = sign * (dy_stride8 * 8)
+        z_step = sign * (z_stride8 * 8)
+        out_step = sign * d_inner
+        B_step = sign * B_stride
+        C_step = sign * C_stride
+        u_0 = _of(u, d) + (b * u_pitch + first) * (u_stride8 * 8)
+        dt_0 = _of(dt, d) + (b * dt_pitch + first) * (dt_stride8 * 8)
+        dy_0 = dy + (b * dy_pitch + first) * (dy_stride8 * 8)
+        out_0 = (b * length + first) * d_inner
+        du_0 = _of(du, d) + out_0
+        ddt_0 = _of(ddt, d) + out_0
+        if z is not None:
+            z_0 = z + (b * z_pitch + first) * (z_stride8 * 8)
+            s_0 = y_sum + out_0
+            dz_0 = dz + out_0
+        B_0 = _of(B, d) + ((b * B_pitch + first) * B_stride + group * 16)
+        C_0 = _of(C, d) + ((b * C_pitch + first) * C_stride + group * 16)
+        B_lane = t_b * B_step + n_b
+        C_lane = t_b * C_step + n_b
+        BC_0 = dBC + (((block * DIRECTIONS * batch + db) * length + first) * GROUPS + group) * 32
+        BC_step = sign * (32 * GROUPS)
+        BC_lane = m // 16 * BC_step + m % 16 + 0 * column
+        if cuts is not None:
+            cuts_0 = cuts + (b * (length + 1) + first + (1 if DIRECTIONS == 1 and REVERSE[0] else d))
+
+        for chunk_back in range(DIRECTIONS * chunks):
+            chunk = DIRECTIONS * chunks - 1 - chunk_back
+            segment = chunk // chunks
+            begin = segment * middle + chunk % chunks * K
+            end = gl.minimum(begin + K, here if DIRECTIONS == 1 else segment * here + (1 - segment) * middle)
+            subs = gl.cdiv(gl.minimum(K, half - chunk % chunks * K), T)
+            steps = end - begin  # at most K; the blocks may go beyond
+
+            # 1. Keep the state before each block.
+            saved = (db * rows + base // K + chunk) * d_inner * 16
+            h = gl.load(checkpoints + saved + entry, inside_n, 0.0)
+            left_r = gl.where(inside_r, steps - t_r, 0)
+            left_b = steps - t_b
+            rings = (u_ring, dt_ring)
+            bases = (u_0, dt_0)
+            moves = (T * u_step, T * dt_step)
+            ahead = ((begin + t_r) * u_step + c_r, (begin + t_r) * dt_step + c_r)
+            for slot in gl.static_range(SLOTS - 1):
+                ahead = _copy(rings, bases, ahead, moves, slot, left_r > slot * T)
+            B_at = begin * B_step + B_lane
+            B_rows.index(0).store(gl.load(B_0 + B_at, left_b > 0, 0.0).to(gl.float32))
+            B_at += T * B_step
+            B_next = gl.load(B_0 + B_at, left_b > T, 0.0)
+            for sub in range(subs - 1):
+                gl.store(own + sub * (16 * CHANNELS), h)
+                async_copy.wait_group(SLOTS - 2)
+                for k in range(T):
+                    place = sub % SLOTS * T + k
+                    delta, _ = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, SOFTPLUS)
+                    delta = gl.where(sub * T + k < steps, delta, 0.0)
+                    x = delta * us.index(place).load(LANES).to(gl.float32)
+                    exponent = delta[:, None] * A_n
+                    if cuts is not None:
+                        begins = gl.load(cuts_0 + (begin + sub * T + k) * sign, sub * T + k < steps, 0)
+                        exponent += gl.where(begins != 0, float("-inf"), 0.0)
+                    B_k = Bs.index(sub % 2 * T + k).load(SHARED)[None, :]
+                    h = gl.exp2(exponent) * h + x[:, None] * B_k
+                B_rows.index((sub + 1) % 2).store(B_next.to(gl.float32))
+                ahead = _copy(rings, bases, ahead, moves, (sub + SLOTS - 1) % SLOTS, left_r > (sub + SLOTS - 1) * T)
+                B_at += T * B_step
+                B_next = gl.load(B_0 + B_at, left_b > (sub + 2) * T, 0.0)
+            gl.store(own + (subs - 1) * (16 * CHANNELS), h)
+            async_copy.wait_group(0)
+
+            # 2. The adjoint, block by block.
+            last = begin + (subs - 1) * T
+            left_r = gl.where(inside_r, end - last - t_r, 0)  # grows by T a block
+            left_b = end - last - t_b
+            ahead = ((last + t_r) * u_step + c_r, (last + t_r) * dt_step + c_r, (last + t_r) * dy_step + c_r)
+            rings = rings + (dy_ring,)
+            bases = bases + (dy_0,)
+            moves = (-T * u_step, -T * dt_step, -T * dy_step)
+            if z is not None:
+                ahead = ahead + ((last + t_r) * z_step + c_r, (last + t_r) * out_step + c_r)
+                rings = rings + (z_ring, s_ring)
+                bases = bases + (z_0, s_0)
+                moves = moves + (-T * z_step, -T * out_step)
+            for slot in gl.static_range(SLOTS - 1):
+                ahead = _copy(rings, bases, ahead, moves, slot, (left_r > -slot * T) & inside_r & (subs > slot))
+            B_at = last * B_step + B_lane
+            C_at = last * C_step + C_lane
+            B_rows.index(0).store(gl.load(B_0 + B_at, left_b > 0, 0.0).to(gl.float32))
+            C_rows.index(0).store(gl.load(C_0 + C_at, left_b > 0, 0.0).to(gl.float32))
+            B_at -= T * B_step
+            C_at -= T * C_step
+            B_next = gl.load(B_0 + B_at, (left_b > -T) & (subs > 1), 0.0)
+            C_next = gl.load(C_0 + C_at, (left_b > -T) & (subs > 1), 0.0)
+            for back in range(subs):
+                sub = subs - 1 - back
+                at = sub * T
+                h = gl.load(own + sub * (16 * CHANNELS))
+                async_copy.wait_group(SLOTS - 2)
+                decays = ()
+                befores = ()
+                afters = ()
+                deltas = ()
+                slopes = ()
+                values = ()
+                xs = ()
+                for k in gl.static_range(T):
+                    place = back % SLOTS * T + k
+                    delta, slope = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, SOFTPLUS)
+                    delta = gl.where(at + k < steps, delta, 0.0)
+                    u_k = us.index(place).load(LANES).to(gl.float32)
+                    x = delta * u_k
+                    exponent = delta[:, None] * A_n
+                    if cuts is not None:
+                        begins = gl.load(cuts_0 + (begin + at + k) * sign, at + k < steps, 0)
+                        exponent += gl.where(begins != 0, float("-inf"), 0.0)
+                    decay = gl.exp2(exponent)
+                    B_k = Bs.index(back % 2 * T + k).load(SHARED)[None, :]
+                    befores = befores + (h,)
+                    h = decay * h + x[:, None] * B_k
+                    afters = afters + (h.to(gl.bfloat16),)
+                    decays = decays + (decay,)
+                    deltas = deltas + (delta,)
+                    slopes = slopes + (slope,)
+                    values = values + (u_k,)
+                    xs = xs + (x.to(gl.bfloat16),)
+                h_stage.store(_beside(afters, [CHANNELS, 64], BLOCK))
+                columns = _beside(xs, [CHANNELS, 4], gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0]))
+                columns = gl.join(columns, columns).reshape([CHANNELS, 8])
+                x_stage.store(gl.convert_layout(columns, COLUMNS, assert_trivial=True))
+
+                gs = ()
+                dys_k = ()
+                for back_k in gl.static_range(T):
+                    place = back % SLOTS * T + T - 1 - back_k
+                    there = at + T - 1 - back_k < steps
+                    out = (begin + at + T - 1 - back_k) * out_step + c
+                    dy_k = SCALE * dys.index(place).load(LANES).to(gl.float32)
+                    if z is not None:
+                        z_k = zs.index(place).load(LANES).to(gl.float32)
+                        open = reciprocal(1 + gl.exp2(z_k * -LOG2E))
+                        if d == 0:
+                            dz_k = dy_k * sums.index(place).load(LANES).to(gl.float32) * open * (1 + z_k * (1 - open))
+                            gl.store(dz_0 + out, dz_k.to(dz.dtype.element_ty), inside & there)
+                        dy_k *= z_k * open
+                    C_k = Cs.index(back % 2 * T + T - 1 - back_k).load(SHARED)[None, :]
+                    B_k = Bs.index(back % 2 * T + T - 1 - back_k).load(SHARED)[None, :]
+                    g += dy_k[:, None] * C_k
+                    gs = (g.to(gl.bfloat16),) + gs
+                    dys_k = (dy_k.to(gl.bfloat16),) + dys_k
+                    gB = gl.sum(g * B_k, 1)
+                    g *= decays[T - 1 - back_k]
+                    q = g * befores[T - 1 - back_k]
+                    qA = gl.sum(q * A_n, 1)
+                    sum_A += q * deltas[T - 1 - back_k][:, None]
+                    du_k = deltas[T - 1 - back_k] * gB
+                    if D is not None:
+                        du_k += skip * dy_k
+                        sum_D += gl.where(there, dy_k * values[T - 1 - back_k], 0.0)
+                    ddt_k = (LN2 * qA + values[T - 1 - back_k] * gB) * slopes[T - 1 - back_k]
+                    sum_bias += gl.where(there, ddt_k, 0.0)
+                    gl.store(du_0 + out, du_k.to(du[0].dtype.element_ty), inside & there)
+                    gl.store(ddt_0 + out, ddt_k.to(ddt[0].dtype.element_ty), inside & there)
+                g_stage.store(_beside(gs, [CHANNELS, 64], BLOCK))
+                columns = _beside(dys_k, [CHANNELS, 4], gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0]))
+                columns = gl.join(columns, columns).reshape([CHANNELS, 8])
+                dy_stage.store(gl.convert_layout(columns, COLUMNS, assert_trivial=True))
+                fence_async_shared()
+                zero = gl.zeros([64, 8], gl.float32, PRODUCT)
+                dB = warpgroup_mma(g_stage.permute([1, 0]), x_stage, zero, use_acc=False, is_async=True)
+                dC = warpgroup_mma(h_stage.permute([1, 0]), dy_stage, zero, use_acc=False, is_async=True)
+                dB, dC = warpgroup_mma_wait(0, deps=[dB, dC])
+                to = BC_0 + ((begin + at) * BC_step + BC_lane)
+                found = diagonal & (at + m // 16 < steps)
+                gl.store(to, dB.to(dBC.dtype.element_ty), found)
+                gl.store(to + 16, dC.to(dBC.dtype.element_ty), found)
+
+                B_rows.index((back + 1) % 2).store(B_next.to(gl.float32))
+                C_rows.index((back + 1) % 2).store(C_next.to(gl.float32))
+                more = back + SLOTS - 1 < subs
+                next_slot = (back + SLOTS - 1) % SLOTS
+                valid = (left_r > -(back + SLOTS - 1) * T) & inside_r & more
+                ahead = _copy(rings, bases, ahead, moves, next_slot, valid)
+                B_at -= T * B_step
+                C_at -= T * C_step
+                more_b = (left_b > -(back + 2) * T) & (back + 2 < subs)
+                B_next = gl.load(B_0 + B_at, more_b, 0.0)
+                C_next = gl.load(C_0 + C_at, more_b, 0.0)
+            async_copy.wait_group(0)
+
+        totals = d_channels + ((d * windows + at_window).to(gl.int64) * batch + b) * d_inner * 18
+        gl.store(totals + entry, sum_A, inside_n)
+        gl.store(totals + 16 * d_inner + c, sum_D, inside)
+        gl.store(totals + 17 * d_inner + c, sum_bias, inside)
+        if d_h0 is not None:  # noqa: SIM102
+            if gl.where(sign > 0, length - base, base + here) == length:
+                gl.store(d_h0 + db * d_inner * 16 + entry, g, inside_n)
+
+
+T, SLOTS = 4, 3  # steps of a block, slots of a ring
+PROGRAMS = 2  # that a multiprocessor runs at once
+
+
+def takes_backward(directions: Sequence[Direction], z: Tensor | None, dy: Tensor) -> bool:
+    """Whether the kernel can run a call. Sums over channels are of numbers rounded to bf16, too coarse for fp16."""
+    d = directions[0]
+    return (
+        takes(directions, z)
+        and d.B.dtype == d.C.dtype == torch.bfloat16
+        and dy.element_size() == 2
+        and dy.data_ptr() % 16 == 0
+        and row_arguments(dy=dy)["dy_stride"] % 8 == 0
+    )
+
+
+def launch(
+    directions: Sequence[Direction],
+    dy: Tensor,
+    z: Tensor | None,
+    y_sum: Tensor,
+    checkpoints: Tensor,
+    starts: Tensor | None,
+    outputs: Sequence,
+    window: int,
+    *,
+    dt_softplus: bool,
+    scale: float,
+) -> None:
+    """Run the backward; outputs: du to d_h0, see `_backward_kernel`. z None: dy is that of the ungated sum."""
+    d, count = directions[0], len(directions)
+    batch, length, d_inner = d.u.shape
+    groups = d.B.shape[2]
+    windows = triton.cdiv(length, window)
+    items = triton.cdiv(d_inner // groups, CHANNELS) * groups * batch * count * windows
+    programs = min(items, torch.cuda.get_device_properties(dy.device).multi_processor_count * PROGRAMS)
+    scratch = d.A.new_empty(programs, INTERVAL // T, CHANNELS, 16)
+    rows = row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z, dy=dy)
+    for name in ("u", "dt", "z", "dy"):
+        rows[f"{name}_stride8"] = rows.pop(f"{name}_stride") // 8
+    _backward_kernel[(programs,)](
+        *columns(directions)[:-1],
+        dy,
+        z,
+        None if z is None else y_sum,
+        cut_bytes(d),
+        checkpoints,
+        scratch if starts is None else starts,
+        *outputs,
+        scratch,
+        items,
+        batch,
+        length,
+        window,
+        windows,
+        int(starts is not None),
+        d_inner // 8,
+        d_inner // groups // 8,
+        **rows,
+        REVERSE=tuple(each.reverse for each in directions),
+        SCALE=scale,
+        SOFTPLUS=dt_softplus,
+        GROUPS=groups,
+        K=INTERVAL,
+        SLOTS=SLOTS,
+        CHANNELS=CHANNELS,
+        num_warps=4,
+        maxnreg=255,
+    )
