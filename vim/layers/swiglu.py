@@ -9,6 +9,7 @@ from vim_kernels import add_branch, biased_swiglu, swiglu
 from .plain import is_plain
 
 # FX keeps these calls as leaves; inside, they branch on device and dtype.
+torch.fx.wrap("_add_product")
 torch.fx.wrap("_hidden")
 torch.fx.wrap("add_branch")
 torch.fx.wrap("swiglu")
@@ -40,13 +41,17 @@ class SwiGLU(nn.Module):
 
 
 def add_mlp(stream: Tensor, mlp: SwiGLU, x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """stream + mlp(x) * scale, (batch, length, dim); scale: (batch,).
-
-    One kernel adds the bias of a plain SwiGLU and the stream, and finds the gradient of the bias.
-    """
+    """stream + mlp(x) * scale, (batch, length, dim); scale: (batch,)."""
     if is_plain(mlp, kinds=(SwiGLU,)) and is_plain(mlp.fc2, bias=True):
-        return add_branch(stream, F.linear(mlp.activated(x), mlp.fc2.weight), mlp.fc2.bias, scale=scale)
+        return _add_product(stream, mlp.activated(x), mlp.fc2.weight, mlp.fc2.bias, scale)
     return add_branch(stream, mlp(x), scale=scale)
+
+
+def _add_product(stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+    """stream + (x weight^T + bias) * scale"""
+    if x.is_cuda:  # one kernel adds bias and stream, and finds the gradient of the bias
+        return add_branch(stream, F.linear(x, weight), bias, scale=scale)
+    return add_branch(stream, F.linear(x, weight, bias), scale=scale)
 
 
 def _hidden(x: Tensor, gate_weight: Tensor, gate_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
