@@ -5,20 +5,25 @@ from .block_step import mamba_block_step
 from .block_weights import MambaBlockWeights
 from .causal_conv import bidirectional_causal_conv1d, causal_conv1d
 from .long_conv import long_conv
+from .residual import add_and_norm, add_branch, pre_norm
 from .rms_norm import rms_norm
 from .selective_scan import bidirectional_selective_scan, selective_scan
 from .ssd import ssd
 from .state_update import selective_state_update
-from .swiglu import swiglu
+from .swiglu import biased_swiglu, swiglu
 
 __all__ = [
     "MambaBlockWeights",
+    "add_and_norm",
+    "add_branch",
     "available_backends",
+    "biased_swiglu",
     "bidirectional_causal_conv1d",
     "bidirectional_selective_scan",
     "causal_conv1d",
     "long_conv",
     "mamba_block_step",
+    "pre_norm",
     "rms_norm",
     "selective_scan",
     "selective_state_update",

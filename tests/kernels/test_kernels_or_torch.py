@@ -13,6 +13,7 @@ from vim_kernels import (
     backends,
     long_conv,
     mamba_block_step,
+    pre_norm,
     rms_norm,
     ssd,
     swiglu,
@@ -40,6 +41,11 @@ def run_norm(**options):
     return rms_norm(torch.randn(2, 8, generator=generator), torch.ones(8), **options)
 
 
+def run_pre_norm(**options):
+    generator = torch.Generator().manual_seed(0)
+    return pre_norm(torch.randn(2, 3, 8, generator=generator), torch.ones(8), **options)[1]
+
+
 def run_swiglu(**options):
     generator = torch.Generator().manual_seed(0)
     return swiglu(*(torch.randn(2, 8, generator=generator) for _ in range(2)), **options)
@@ -63,6 +69,7 @@ CALLS = {
     "ssd": run_ssd,
     "long_conv": run_conv,
     "rms_norm": run_norm,
+    "residual": run_pre_norm,
     "swiglu": run_swiglu,
     "mamba_block_step": run_step,
 }

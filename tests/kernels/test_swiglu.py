@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_fakes import assert_as_promised
+from triton_checks import swiglu_excess
 
-from vim_kernels import swiglu
+from vim_kernels import biased_swiglu, swiglu
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)]
@@ -37,11 +38,23 @@ def test_equals_the_formula(shape, gate_dtype, dtype, device, relative_error):
         assert ((found - right).abs() <= allowed)[right.abs() < 6e4].all()
 
 
+@pytest.mark.parametrize("on", [("cpu", "torch"), pytest.param(("cuda", "triton"), marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 1_500, 24), (1,), (7, 1280)], ids=str)
+def test_halves_with_biases(shape, dtype, limit, on):
+    found = swiglu_excess(shape, dtype=dtype, device=on[0], backend=on[1], limit=limit)
+    assert max(found.values()) <= 1, found
+
+
 @pytest.mark.gpu
 def test_is_as_its_fake_promises():
     gate, x = (torch.randn(7, 11, 40, device="cuda", dtype=torch.bfloat16)[..., :20] for _ in range(2))
     y = assert_as_promised(torch.ops.vim_kernels.swiglu, gate, x)
     assert_as_promised(torch.ops.vim_kernels.swiglu_backward, torch.ones_like(y), gate, x)
+    bias = torch.randn(40, device="cuda")
+    both = torch.cat((gate, x), 2)
+    y = assert_as_promised(torch.ops.vim_kernels.biased_swiglu, both, bias)
+    assert_as_promised(torch.ops.vim_kernels.biased_swiglu_backward, torch.ones_like(y), both, bias)
 
 
 @pytest.mark.parametrize(
@@ -54,3 +67,15 @@ def test_is_as_its_fake_promises():
 def test_bad_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         swiglu(**{"gate": torch.ones(2, 4), "x": torch.ones(2, 4)} | change)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.ones(2, 5), r"x must have an even number of channels, got \(2, 5\)"),
+        (torch.ones(2, 6), r"bias must be \(2 \* channels,\) = \(6,\), got \(4,\)"),
+    ],
+)
+def test_bad_halves_are_named(x, message):
+    with pytest.raises(ValueError, match=message):
+        biased_swiglu(x, torch.ones(4))

@@ -13,11 +13,15 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import vim  # noqa: F401 (it registers the models)
 from vim_kernels import (
+    add_and_norm,
+    add_branch,
     available_backends,
+    biased_swiglu,
     bidirectional_causal_conv1d,
     bidirectional_selective_scan,
     causal_conv1d,
     long_conv,
+    pre_norm,
     rms_norm,
     selective_scan,
     selective_state_update,
@@ -81,6 +85,17 @@ def gated_norm(x, weight, gate) -> Tensor:
     return rms_norm(x, weight, gate=gate, groups=2)
 
 
+def of_block(x, branch, bias, weight) -> Tensor:
+    """A block of Adventurer: a norm behind a heading, a branch, a norm, a branch with a bias."""
+    x, y = pre_norm(x, weight, heading=True, reverse=True)
+    x, y = add_and_norm(x, branch * y, weight, heading=True, reverse=True)
+    return add_branch(x, y, bias)
+
+
+def of_gate(x, bias) -> Tensor:
+    return biased_swiglu(x, bias)
+
+
 HEADS, MATRIX = (BATCH, LENGTH, 2, STATES), (CHANNELS, STATES)
 WITH_BACKENDS = {
     of_scan: None,
@@ -99,6 +114,8 @@ SHAPES = WITH_BACKENDS | {
     rms_norm: (ROW, (CHANNELS,)),
     swiglu: (ROW, ROW),
     gated_norm: (ROW, (CHANNELS,), ROW),
+    of_block: (ROW, (BATCH, LENGTH + 1, CHANNELS), (CHANNELS,), (CHANNELS,)),
+    of_gate: ((BATCH, LENGTH, 2 * CHANNELS), (2 * CHANNELS,)),
 }
 each_operator = pytest.mark.parametrize("function", SHAPES, ids=lambda f: f.__name__)
 each_with_backends = pytest.mark.parametrize("function", WITH_BACKENDS, ids=lambda f: f.__name__)

@@ -33,6 +33,7 @@ from vim_kernels import (
     bidirectional_causal_conv1d,
     bidirectional_selective_scan,
     causal_conv1d,
+    pre_norm,
     rms_norm,
     selective_scan,
     ssd,
@@ -327,6 +328,7 @@ def test_two_processes_give_the_same_bits():
 
 def test_a_new_length_compiles_nothing():
     from vim_kernels.triton_kernels import conv as triton_conv
+    from vim_kernels.triton_kernels import norm as triton_norm
     from vim_kernels.triton_kernels import scan as triton_scan
     from vim_kernels.triton_kernels import scan_backward as triton_scan_backward
     from vim_kernels.triton_kernels import scan_windows as triton_scan_windows
@@ -346,6 +348,8 @@ def test_a_new_length_compiles_nothing():
         triton_conv._backward_kernel,
         triton_conv._tap_sums_kernel,
         triton_ssd_states._steps,
+        triton_norm._forward_kernel,
+        triton_norm._backward_kernel,
         triton_ssd_states._states,
         triton_ssd._outputs,
         triton_ssd_backward._gradients,
@@ -365,6 +369,8 @@ def test_a_new_length_compiles_nothing():
         results(bidirectional_selective_scan, inputs, backend="triton")
         inputs = conv_inputs(batch=batch, length=length, channels=384, dtype=torch.bfloat16, device="cuda")
         results(causal_conv1d, inputs, activation="silu", backend="triton")
+        weight = torch.ones(384, device="cuda", requires_grad=True)
+        pre_norm(inputs["x"], weight, heading=True, reverse=True)[1].sum().backward()
         inputs = ssd_inputs(
             torch.bfloat16, device="cuda", batch=batch, length=length, head_dim=64, d_state=64, strided=True
         )

@@ -54,6 +54,22 @@ NAMES = [
     "norm_with_a_gate_in_bf16",
     "norm_with_a_gate_in_fp64",
     "norm_strided",
+    "stream_pre_norm",
+    "stream_heading",
+    "stream_heading_fp64",
+    "stream_heading_reverse",
+    "stream_heading_of_one_token",
+    "stream_add",
+    "stream_add_and_norm",
+    "stream_add_and_norm_reverse",
+    "stream_add_and_norm_without_y",
+    "stream_pre_norm_alone",
+    "stream_in_bf16",
+    "stream_in_turns",
+    "stream_add_in_turns",
+    "swiglu_with_biases",
+    "swiglu_in_turns",
+    "sums_of_columns",
     "long_fft",
     "long_fft_in_tiles",
     "long_fft_across",
@@ -93,6 +109,18 @@ def long_convolutions():
         yield f"{method}_in_bf16", long_conv_excess(long_conv, method, (2, 33, 3), 33, dtype=torch.bfloat16, limit=8e-3)
 
 
+def column_sums_excess():
+    """Few rows and several tiles of them, with a batch and rows of the result that are apart."""
+    from triton_checks import error
+
+    from vim_kernels.triton_kernels.column_sums import column_sums
+
+    for count in (3, 5000):
+        parts = torch.randn(2, count, 5, generator=torch.Generator().manual_seed(0))
+        found = column_sums(parts, torch.zeros(2, 2, 5)[:, 1], 7)
+        yield str(count), error(found.contiguous(), parts.double().sum(1) / 7) / 1e-5
+
+
 def every_other_step() -> dict[str, torch.Tensor]:
     """Inputs with u as a slice of a longer sequence of odd length."""
     from scan_inputs import scan_inputs
@@ -112,22 +140,34 @@ def cases() -> dict[str, dict[str, float]]:
         extreme_inputs,
         norm_excess,
         pair_excess,
+        residual_excess,
         scan_excess,
         ssd_excess,
         step_excess,
+        swiglu_excess,
         uneven_pair,
         widened_convolutions,
         widened_pair,
     )
 
-    from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan, selective_scan
+    from vim_kernels import (
+        add_and_norm,
+        add_branch,
+        bidirectional_causal_conv1d,
+        bidirectional_selective_scan,
+        pre_norm,
+        selective_scan,
+    )
+    from vim_kernels.triton_kernels import conv as triton_conv
     from vim_kernels.triton_kernels import norm as triton_norm
     from vim_kernels.triton_kernels import scan_backward as triton_scan_backward
     from vim_kernels.triton_kernels import scan_windows as triton_scan_windows
     from vim_kernels.triton_kernels import ssd_states as triton_ssd_states
+    from vim_kernels.triton_kernels import swiglu as triton_swiglu
     from vim_kernels.triton_kernels import tiles as triton_tiles
 
     bf16 = 0.02  # the interpreter truncates fp32 to bf16; the hardware rounds
+    triton_conv.ROWS = 64  # so that short sequences have two chunks
     # Outputs and scratch memory start as NaN, so that unwritten elements show.
     torch.use_deterministic_algorithms(True)
     found = {
@@ -174,13 +214,26 @@ def cases() -> dict[str, dict[str, float]]:
         "norm_with_a_gate_in_bf16": norm_excess((5, 20), gated=torch.bfloat16, limit=bf16),
         "norm_with_a_gate_in_fp64": norm_excess((2, 20), out=torch.float64, gated=torch.float64, limit=2e-7),
         "norm_strided": norm_excess((2, 3, 20), gated=True, strided=True),
+        "stream_pre_norm": residual_excess(pre_norm),
+        "stream_heading": residual_excess(pre_norm, heading=True),
+        "stream_heading_fp64": residual_excess(pre_norm, dtype=torch.float64, heading=True, limit=1e-12),
+        "stream_heading_reverse": residual_excess(pre_norm, heading=True, reverse=True),
+        "stream_heading_of_one_token": residual_excess(pre_norm, (2, 1, 5), heading=True, reverse=True),
+        "stream_add": residual_excess(add_branch, bias=True, scale=True),
+        "stream_add_and_norm": residual_excess(add_and_norm, heading=True),
+        "stream_add_and_norm_reverse": residual_excess(add_and_norm, heading=True, reverse=True, scale=True),
+        "stream_add_and_norm_without_y": residual_excess(add_and_norm, heading=True, unused=["y"]),
+        "stream_pre_norm_alone": residual_excess(pre_norm, heading=True, unused=["stream"]),
+        "stream_in_bf16": residual_excess(add_and_norm, branch_dtype=torch.bfloat16, out=torch.bfloat16, limit=bf16),
+        "swiglu_with_biases": swiglu_excess(),
+        "sums_of_columns": dict(column_sums_excess()),
         **{f"long_{name}": fractions for name, fractions in long_convolutions()},
         "step_of_one": step_excess(1, d_model=520, d_inner=530, rank=1, d_state=16),  # more than a tile of each
         "step_of_few": step_excess(3, eps=0.5),
         "step_of_small_size": step_excess(2, small=True),
         "step_of_many": step_excess(6, taps=2, d_state=1, eps=0.5),
         "step_bf16": step_excess(2, dtype=torch.bfloat16, limit=2 * bf16),
-        # Cuts at and next to the ends of blocks of 4 and 8 steps, of halves and of the convolution's 64 rows.
+        # Cuts at and next to the ends of blocks of 4 and 8 steps, of halves and of the convolution's 33 and 35 rows.
         "scan_packed": scan_excess(
             length=14, d_inner=3, d_state=5, rows=[[1, 3, 4, 1, 5], [14]], dtype=torch.float32, limit=1e-5
         ),
@@ -188,13 +241,13 @@ def cases() -> dict[str, dict[str, float]]:
             batch=1, length=13, d_inner=3, d_state=3, rows=[[1, 5, 1, 6]], scale=1.5, dtype=torch.float64, limit=1e-12
         ),
         "conv_packed": conv_excess(
-            length=70, channels=3, rows=[[1, 1, 61, 1, 2, 1, 1, 2], [70]], dtype=torch.float32, limit=1e-5
+            length=70, channels=3, rows=[[1, 1, 32, 1, 2, 1, 1, 31], [70]], dtype=torch.float32, limit=1e-5
         ),
         "conv_packed_reverse": conv_excess(
-            batch=1, length=70, channels=3, width=3, reverse=True, rows=[[2, 62, 1, 4, 1]], limit=1e-12
+            batch=1, length=70, channels=3, width=3, reverse=True, rows=[[2, 33, 1, 33, 1]], limit=1e-12
         ),
         "conv_pair_packed": conv_pair_excess(
-            batch=1, length=66, channels=3, width=5, rows=[[3, 1, 1, 58, 1, 2]], dtype=torch.float32, limit=1e-5
+            batch=1, length=66, channels=3, width=5, rows=[[3, 1, 1, 27, 1, 1, 32]], dtype=torch.float32, limit=1e-5
         ),
         "conv_bf16": conv_excess(length=5, absent=("initial_state",), dtype=torch.bfloat16, limit=bf16),
     }
@@ -218,8 +271,11 @@ def cases() -> dict[str, dict[str, float]]:
     found["ssd_in_order_in_slices"] = ssd_excess(half, **wide, strided=True, reverse=True)
     found["ssd_in_order_bare"] = ssd_excess(half, **wide, absent=("D", "dt_bias", "initial_state"))
     # Fewer programs than tiles of rows or blocks of channels, so that each takes several in turn.
-    triton_norm.PROGRAMS, triton_scan_backward.PROGRAMS = 2, 1
+    triton_norm.PROGRAMS, triton_swiglu.PROGRAMS, triton_scan_backward.PROGRAMS = 2, 4, 1
     found["norm_in_turns"] = norm_excess((23, 260), gated=True)
+    found["stream_in_turns"] = residual_excess(pre_norm, (1, 13, 260), heading=True, reverse=True)
+    found["stream_add_in_turns"] = residual_excess(add_and_norm, (3, 9, 260), heading=True, reverse=True)
+    found["swiglu_in_turns"] = swiglu_excess((23, 260))
     # Windows of 16 steps and states saved every 8 steps, so that short sequences have several.
     triton_tiles.INTERVAL = triton_scan_backward.INTERVAL = triton_scan_windows.INTERVAL = 8
     triton_scan_windows.LONGEST = 16

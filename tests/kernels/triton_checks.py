@@ -213,6 +213,90 @@ def norm_excess(
     }
 
 
+def residual_excess(
+    function,
+    shape=(2, 7, 20),
+    *,
+    dtype=torch.float32,
+    branch_dtype=None,
+    out=None,
+    heading=False,
+    reverse=False,
+    bias=False,
+    scale=False,
+    unused=(),
+    device="cpu",
+    backend="triton",
+    limit=1e-5,
+) -> dict[str, float]:
+    """`pre_norm`, `add_branch` or `add_and_norm` with gradients against formulas in fp64: fractions of what is allowed.
+
+    unused: results, "stream" or "y", that have no gradient.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length, channels = shape[1:]
+
+    def random(*shape, dtype=torch.float32):
+        return (2 * torch.randn(*shape, generator=generator)).to(device, dtype).requires_grad_()
+
+    given = {"x": random(*shape, dtype=dtype)}
+    if function.__name__ != "pre_norm":
+        given["branch"] = random(shape[0], length + heading, channels, dtype=branch_dtype or dtype)
+    if function.__name__ != "add_branch":
+        given["weight"] = random(channels, dtype=torch.promote_types(dtype, torch.float32))
+    if bias:
+        given["bias"] = random(channels)
+    options = {"heading": heading, "reverse": reverse, "backend": backend}
+    if scale:
+        options["scale"] = torch.arange(shape[0], device=device) / 2  # of the first sequence 0
+    if "weight" in given:
+        options |= {"eps": 0.125, "dtype": out}
+    found = function(**given, **options)
+    found = dict(zip(("stream", "y"), found if isinstance(found, tuple) else (found,), strict=False))
+
+    exact = leaves(given, dtype=torch.float64)
+    tokens = list(range(length))
+    order = [*reversed(tokens[:-1]), tokens[-1]] if reverse else tokens  # of the tokens behind the heading
+    stream = exact["x"]
+    if "branch" in given:
+        places = [order.index(token) + heading for token in tokens]
+        added = exact["branch"][:, places] + exact.get("bias", 0)
+        stream = stream + (added * options["scale"].double()[:, None, None] if scale else added)
+    want = {"stream": stream}
+    if "weight" in given:
+        y = stream / (stream.square().mean(-1, keepdim=True) + 0.125).sqrt() * exact["weight"]
+        if heading and "branch" not in given:
+            y = torch.cat((y.sum(1, keepdim=True) / length, y[:, order]), 1)
+        want["y"] = y
+    dys = {name: torch.randn(t.shape, generator=generator).to(t) for name, t in found.items() if name not in unused}
+    names = [name for name in given if not ("y" in unused and name == "weight")]
+    got = torch.autograd.grad([found[n] for n in dys], [given[n] for n in names], list(dys.values()))
+    right = torch.autograd.grad([want[n] for n in dys], [exact[n] for n in names], [t.double() for t in dys.values()])
+    assert [t.dtype for t in got] == [given[name].dtype for name in names]
+    pairs = [(name, t, want[name]) for name, t in found.items()]
+    pairs += [(f"d_{name}", t, exactly) for name, t, exactly in zip(names, got, right, strict=True)]
+    return {name: error(t.detach().contiguous(), truth.detach()) / limit for name, t, truth in pairs}
+
+
+def swiglu_excess(
+    shape=(5, 12), *, dtype=torch.float32, device="cpu", backend="triton", limit=1e-5
+) -> dict[str, float]:
+    """`biased_swiglu`, and its gradients, against the formula in fp64, as fractions of what is allowed."""
+    from vim_kernels import biased_swiglu
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).to(device, dtype).requires_grad_()
+    bias = torch.randn(2 * shape[-1], generator=generator).to(device, torch.promote_types(dtype, torch.float32))
+    y = biased_swiglu(x, bias.requires_grad_(), backend=backend)
+    dy = torch.randn(*shape, generator=generator).to(y)
+    exact = [t.detach().double().requires_grad_() for t in (x, bias)]
+    gate, half = (exact[0] + exact[1]).chunk(2, -1)
+    want = gate * torch.sigmoid(gate) * half
+    got = [y.detach(), *torch.autograd.grad(y, (x, bias), dy)]
+    want = [want.detach(), *torch.autograd.grad(want, exact, dy.double())]
+    return {name: error(g, w) / limit for name, g, w in zip(("y", "x", "bias"), got, want, strict=True)}
+
+
 def long_conv_excess(
     run, method, shape=(2, 9, 3), lags=9, ahead=0, *, dtype=torch.float64, device="cpu", limit=1e-12
 ) -> dict[str, float]:

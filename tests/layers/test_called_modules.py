@@ -11,8 +11,14 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from vim.layers import S4, S4D, S4ND, BiMamba, BiMamba2, GatedConv, Mamba, Mamba2, MambaBlock, RMSNorm
 from vim.layers.plain import is_plain
+from vim.models.adventurer import Adventurer
 from vim.models.arm import ARM
 from vim.models.vision_mamba import VisionMamba
+
+
+def adventurer() -> Adventurer:
+    return Adventurer(img_size=24, patch_size=8, embed_dim=16, depth=1, d_state=5, head_dim=8, num_classes=3)
+
 
 LAYERS = {  # on a GPU 24 states compile fastest: see test_triton_gpu.py
     "mamba": lambda: Mamba(16, d_state=24),
@@ -30,12 +36,14 @@ LAYERS = {  # on a GPU 24 states compile fastest: see test_triton_gpu.py
         img_size=24, patch_size=8, patch_stride=4, embed_dim=16, depth=1, mixer="mamba", num_classes=3
     ),
     "image, rows and columns": lambda: ARM(img_size=24, patch_size=8, embed_dim=16, depth=1, d_state=24, num_classes=3),
+    "image, heading and gate": adventurer,
 }
 SHAPES = {
     "s4nd": (2, 5, 3, 16),
     "image": (2, 3, 24, 16),
     "image, overlapping": (2, 3, 24, 24),
     "image, rows and columns": (2, 3, 24, 24),
+    "image, heading and gate": (2, 3, 24, 24),
 }
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -113,6 +121,18 @@ def test_a_hook_for_all_modules_fires_on_every_one(layer_and_input):
     finally:
         handle.remove()
     assert {id(module) for module in weighted(layer)} <= set(seen)
+
+
+def test_a_block_calls_its_norms_and_mlp_if_they_are_hooked_or_replaced(relative_error):
+    torch.manual_seed(0)
+    model, x = adventurer().double().eval(), torch.randn(2, 3, 24, 24).double()
+    block, want, seen = model.blocks[0], model(x), {}
+    for name in ("norm", "norm_mlp", "mlp"):
+        block.get_submodule(name).register_forward_hook(lambda module, _, y, name=name: seen.update({name: y}))
+    assert relative_error(model(x), want) < 1e-12
+    assert {name: tuple(y.shape) for name, y in seen.items()} == dict.fromkeys(("norm", "norm_mlp", "mlp"), (2, 10, 16))
+    block.mlp = nn.Sequential(block.mlp)
+    assert relative_error(model(x), want) < 1e-12
 
 
 def scale_of_its_own(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from vim_kernels import MambaBlockWeights, mamba_block_step
 from .mamba import Mamba, MambaCache
 from .norm import LayerNorm, RMSNorm
 from .plain import is_plain
+from .residual import add_branch, pre_norm
 
 
 class MambaBlock(nn.Module):
@@ -47,7 +48,8 @@ class MambaBlock(nn.Module):
         seq_idx: Tensor | None = None,
     ) -> Tensor:
         """x: (batch, length, d_model). cache, mask, seq_idx: see `Mamba.forward`."""
-        return x + self.mixer(self.norm(x), cache, mask, seq_idx)
+        x, normed = pre_norm(self.norm, x)
+        return add_branch(x, self.mixer(normed, cache, mask, seq_idx))
 
     @torch.no_grad()
     def step(self, x: Tensor, cache: MambaCache) -> Tensor:

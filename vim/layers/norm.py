@@ -54,17 +54,18 @@ class GatedRMSNorm(nn.Module):
 def norm_for_autocast(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     """`rms_norm` in the dtype to which a Linear behind it would cast."""
     assert eps is not None
-    return rms_norm(x, weight, eps, dtype=_dtype_behind(x, weight))
+    return rms_norm(x, weight, eps, dtype=dtype_behind(x, weight))
 
 
 def layer_norm_for_autocast(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The same for a layer norm. It is computed in the wider dtype of x and the weights, and rounded once."""
     wide = torch.promote_types(x.dtype, weight.dtype)
     y = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
-    return y.to(_dtype_behind(x, weight))
+    return y.to(dtype_behind(x, weight))
 
 
-def _dtype_behind(x: Tensor, weight: Tensor) -> torch.dtype:
+def dtype_behind(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of a Linear behind a norm with this weight."""
     device = x.device.type
     low = device != "meta" and torch.is_autocast_enabled(device)  # torch raises for meta tensors
     return torch.get_autocast_dtype(device) if low else weight.dtype

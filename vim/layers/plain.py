@@ -10,19 +10,21 @@ HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, RMSNorm)
 
 
-def is_plain(module: nn.Module, *, bias: bool | None = None, tracked: bool = False) -> bool:
+def is_plain(
+    module: nn.Module, *, bias: bool | None = None, tracked: bool = False, kinds: tuple[type, ...] = PLAIN
+) -> bool:
     """Whether calling the module runs only the forward of its class, on its own tensors.
 
     A module must be called if it is wrapped or replaced (LoRA, quantisation), parametrised (another class), has hooks
     of any kind (also from old weight norms and pruning), another forward (accelerate), or weights of a tensor subclass.
 
-    bias: whether the module must have a bias; None accepts both.
+    bias: whether the module must have a bias; None accepts both. kinds: the classes it may have.
     tracked: whether a module is plain, too, if the only hooks are those of FLOP counters, which note what is called.
     """
     own = module.__dict__
     weight, own_bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
     return (
-        type(module) in PLAIN
+        type(module) in kinds
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
         and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
         and "forward" not in own

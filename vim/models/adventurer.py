@@ -11,7 +11,7 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vim.layers import Mamba2, RMSNorm, SwiGLU
+from vim.layers import Mamba2, RMSNorm, SwiGLU, add_and_norm, add_mlp, pre_norm, recompute_all_but_scans
 from vim.layers.rename import rename
 
 from .backbone import GlobalPool, PlainBackbone, WeightInit, create
@@ -52,15 +52,16 @@ class AdventurerBlock(ResidualBlock):
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """layout: not used; the blocks of other families need it."""
-        x = self.add(x, lambda x: self._mix(self.norm(x)))
-        return self.add(x, lambda x: self.mlp(self.norm_mlp(x)))
+        scales = self.drop_scale(x), self.drop_scale(x)  # here, because what is recomputed must draw no random numbers
+        if self._recomputes():
+            return recompute_all_but_scans(lambda x: self._whole(x, *scales), x)
+        return self._whole(x, *scales)
 
-    def _mix(self, x: Tensor) -> Tensor:
-        heading = x.mean(1, keepdim=True)  # of the class token, too
-        if not self.flipped:
-            return self.mixer(torch.cat((heading, x), 1))[:, 1:]
-        y = self.mixer(torch.cat((heading, x[:, :-1].flip(1), x[:, -1:]), 1))
-        return torch.cat((y[:, 1:-1].flip(1), y[:, -1:]), 1)
+    def _whole(self, x: Tensor, mixer_scale: Tensor | None, mlp_scale: Tensor | None) -> Tensor:
+        reverse = self.flipped
+        x, tokens = pre_norm(self.norm, x, heading=True, reverse=reverse)
+        x, tokens = add_and_norm(x, self.mixer(tokens), self.norm_mlp, scale=mixer_scale, heading=True, reverse=reverse)
+        return add_mlp(x, self.mlp, tokens, mlp_scale)
 
     def mixer_places(self, layout: Layout, length: int) -> Tensor:
         """Behind the heading."""

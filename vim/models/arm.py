@@ -51,8 +51,8 @@ class ARMBlock(ResidualBlock):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         columns = layout.orders["column"]
-        x = self.add(x, lambda x: self.mixer(self.norm1(x), columns))
-        return self.add(x, lambda x: self.mlp(self.norm2(x)))
+        x = self.add(x, self.norm1, lambda x: self.mixer(x, columns))
+        return self.add(x, self.norm2, self.mlp)
 
 
 class ARM(PlainBackbone):

@@ -7,11 +7,13 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vim.layers import S4ND, RMSNorm, recompute_all_but_scans
+from vim.layers import S4ND, LayerNorm, RMSNorm, add_branch, pre_norm, recompute_all_but_scans
 
 from .token_layout import Layout
 
-torch.fx.wrap("rearrange")  # FX keeps the call as a leaf; inside, einops asks for the type of the tensor
+# FX keeps these calls as leaves; inside, they ask for the type of a tensor.
+torch.fx.wrap("add_branch")
+torch.fx.wrap("rearrange")
 
 
 class ResidualBlock(nn.Module):
@@ -25,10 +27,23 @@ class ResidualBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.grad_checkpointing = False
 
-    def add(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """x + drop_path(branch(x)), (B, L, D) -> (B, L, D). `branch` must not draw random numbers."""
-        recompute = self.grad_checkpointing and self.training
-        return x + self.drop_path(recompute_all_but_scans(branch, x) if recompute else branch(x))
+    def add(self, x: Tensor, norm: RMSNorm | LayerNorm, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """x + drop_path(branch(norm(x))), (B, L, D) -> (B, L, D). `branch` must not draw random numbers."""
+        scale = self.drop_scale(x)
+        if self._recomputes():
+            y = recompute_all_but_scans(lambda x: branch(pre_norm(norm, x)[1]), x)
+        else:
+            x, normed = pre_norm(norm, x)
+            y = branch(normed)
+        return add_branch(x, y, scale=scale)
+
+    def drop_scale(self, x: Tensor) -> Tensor | None:
+        """Factors (B,) of a branch: 0 where stochastic depth drops it; None outside training."""
+        drops = self.training and not isinstance(self.drop_path, nn.Identity)
+        return self.drop_path(x.new_ones(x.shape[0])) if drops else None
+
+    def _recomputes(self) -> bool:
+        return self.grad_checkpointing and self.training
 
     def mixer_places(self, layout: Layout, length: int) -> Tensor:
         """For each of `length` tokens, its place in the sequence that the mixer reads."""
@@ -52,7 +67,7 @@ class Block(ResidualBlock):
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """layout: None mixes the tokens in the order that they have."""
-        return self.add(x, lambda x: self._mix(self.norm(x), layout))
+        return self.add(x, self.norm, lambda x: self._mix(x, layout))
 
     def _mix(self, x: Tensor, layout: Layout | None) -> Tensor:
         if layout is None:

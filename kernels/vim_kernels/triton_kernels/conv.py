@@ -3,9 +3,9 @@
 # mypy: disable-error-code="assignment, var-annotated"
 """Backend `triton` of the causal convolution, in one direction or in both over the same x. No atomics, deterministic.
 
-A program walks along a chunk of rows with the last W = width rows of x in registers, so each element is read once. At
-row i the window is x[i .. i + W - 1]: it gives the output of the forward direction at row i + W - 1 and that of the
-reverse direction at row i. The backward walks the same way and keeps W rows of either gradient:
+A program walks along a chunk of rows with the last W = width rows of x in registers, so each element is read once. A
+window x[i .. i + W - 1] gives the output of the forward direction at row i + W - 1 and that of the reverse direction at
+row i. The backward walks the same way and keeps W rows of either gradient:
 
     dx[i] = sum_j w_forward[W - 1 - j] d_forward[i + j] + w_reverse[W - 1 - j] d_reverse[i - j]
 
@@ -41,13 +41,42 @@ def _own(window, ids, AT: tl.constexpr):
 
 
 @triton.jit
-def _load_x(x, x_stride, past, row, length, d_inner, inside, REVERSE: tl.constexpr, W: tl.constexpr, S: tl.constexpr):
-    """A row of x. Before the first step of the direction: its initial state; zero elsewhere outside x."""
-    value = tl.load(x + row * x_stride, inside & (row >= 0) & (row < length), 0.0).to(S)
-    if past is not None:
-        step = length - 1 - row if REVERSE else row
-        value += tl.load(past + (step + W - 1) * d_inner, inside & (step < 0) & (step > -W), 0.0).to(S)
-    return value
+def _load_rows(
+    x,  # points to row `begin`
+    x_stride,
+    past,
+    row,
+    begin,
+    length,
+    limit,
+    d_inner,
+    inside,
+    REVERSE: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """COUNT rows of x from begin + row on, those before begin + limit; zero outside the sequence.
+
+    Before the first step of the direction: its initial state.
+    """
+    rows = ()
+    for j in tl.static_range(COUNT):
+        at = begin + row + j
+        value = tl.load(x + (row + j) * x_stride, inside & (at >= 0) & (at < length) & (row + j < limit), 0.0)
+        if past is not None:
+            step = length - 1 - at if REVERSE else at
+            value = value.to(S) + tl.load(past + (step + W - 1) * d_inner, inside & (step < 0) & (step > -W), 0.0).to(S)
+        rows = rows + (value,)
+    return rows
+
+
+@triton.jit
+def _converted(rows, S: tl.constexpr):
+    out = ()
+    for j in tl.static_range(len(rows)):
+        out = out + (rows[j].to(S),)
+    return out
 
 
 @triton.jit
@@ -98,7 +127,7 @@ def _summed(sums, factor, window, AHEAD: tl.constexpr, W: tl.constexpr):
     return out + (sums[W] + factor,)
 
 
-@triton.jit(do_not_specialize=["length", "x_pitch"])
+@triton.jit(do_not_specialize=["length", "x_pitch", "chunk"])
 def _forward_kernel(
     x,  # (B, L, E)
     weight,  # (E, W), one per direction, as bias and y
@@ -110,47 +139,50 @@ def _forward_kernel(
     d_inner,
     x_pitch,  # see rows.row_strides
     x_stride,
+    chunk,
     SILU: tl.constexpr,
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
     W: tl.constexpr,
     S: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,  # no block of channels is beyond the last one in part
 ):
     LAST: tl.constexpr = len(weight) - 1  # with two directions, the reverse one
-    chunks = tl.cdiv(length, ROWS)
+    chunks = tl.cdiv(length, chunk)
     b = (tl.program_id(0) // chunks).to(tl.int64)
-    begin = (tl.program_id(0) % chunks * ROWS).to(tl.int64)
-    origin = begin - (W - 1)
-    end = tl.minimum(begin + ROWS, length)
+    begin = tl.program_id(0) % chunks * chunk
+    rows = tl.minimum(chunk, length - begin)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < d_inner
-    x += b * x_pitch * x_stride + channel
-    out = b * length * d_inner + channel
+    inside = (channel < d_inner) | WHOLE
+    x += (b * x_pitch + begin) * x_stride + channel
+    out = (b * length + begin) * d_inner + channel
     if past is not None:
         past += b * (W - 1) * d_inner + channel
     if FORWARD:
         taps_f = _taps(weight[0] + channel * W, None if bias is None else bias[0] + channel, inside, W, S)
     if REVERSE:
         taps_r = _taps(weight[LAST] + channel * W, None if bias is None else bias[LAST] + channel, inside, W, S)
-    window = zeros(1, channel, S)
-    for j in tl.static_range(W - 1):
-        window = window + (_load_x(x, x_stride, past, origin + j, length, d_inner, inside, REVERSE, W, S),)
+    steps = rows + (W - 1 if REVERSE else 0)
+    before = _load_rows(x, x_stride, past, -W, begin, length, steps, d_inner, inside, REVERSE, W, S, W)
+    window = _converted(before, S)
+    fresh = _load_rows(x, x_stride, past, 0, begin, length, steps, d_inner, inside, REVERSE, W, S, BLOCK)
     if segments is not None:
         segments += b * length
-        ids = (_segment(segments, origin - 1, length),)
-        for j in tl.static_range(W - 1):
-            ids = ids + (_segment(segments, origin + j, length),)
-    for block in tl.range(0, tl.cdiv(end - origin, BLOCK), num_stages=STAGES):
+        ids = (_segment(segments, begin - W, length),)
+        for j in tl.static_range(1 - W, 0):
+            ids = ids + (_segment(segments, begin + j, length),)
+    # The window ends at row i of the chunk. The rows of the next block are on their way while this one computes.
+    for block in range(tl.cdiv(steps, BLOCK)):
+        new = _converted(fresh, S)
+        after = (block + 1) * BLOCK
+        fresh = _load_rows(x, x_stride, past, after, begin, length, steps, d_inner, inside, REVERSE, W, S, BLOCK)
         for j in tl.static_range(BLOCK):
-            row = origin + block * BLOCK + j
-            new = _load_x(x, x_stride, past, row + W - 1, length, d_inner, inside, REVERSE, W, S)
-            window = _shifted(window, new)
+            i = block * BLOCK + j
+            window = _shifted(window, new[j])
             if segments is not None:
-                ids = _shifted(ids, _segment(segments, row + W - 1, length))
+                ids = _shifted(ids, _segment(segments, begin + i, length))
             if FORWARD:
                 own = window
                 if segments is not None:
@@ -158,7 +190,7 @@ def _forward_kernel(
                 value = _pre_activation(own, taps_f, False, W)
                 if SILU:
                     value *= sigmoid(value)
-                tl.store(y[0] + out + (row + W - 1) * d_inner, value, inside & (row + W - 1 < end))
+                tl.store(y[0] + out + i * d_inner, value, inside & (i < rows))
             if REVERSE:
                 own = window
                 if segments is not None:
@@ -166,10 +198,11 @@ def _forward_kernel(
                 value = _pre_activation(own, taps_r, True, W)
                 if SILU:
                     value *= sigmoid(value)
-                tl.store(y[LAST] + out + row * d_inner, value, inside & (row >= begin) & (row < end))
+                row = i - (W - 1)
+                tl.store(y[LAST] + out + row * d_inner, value, inside & (row >= 0) & (row < rows))
 
 
-@triton.jit(do_not_specialize=["length", "x_pitch", "dy_pitch"])
+@triton.jit(do_not_specialize=["length", "x_pitch", "dy_pitch", "chunk"])
 def _backward_kernel(
     dy,  # (B, L, E), one per direction, as weight and bias
     x,  # (B, L, E)
@@ -186,72 +219,90 @@ def _backward_kernel(
     x_stride,
     dy_pitch,
     dy_stride,
+    chunk,
     SILU: tl.constexpr,
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
     W: tl.constexpr,
     S: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,  # no block of channels is beyond the last one in part
 ):
     DIRECTIONS: tl.constexpr = len(weight)
     LAST: tl.constexpr = DIRECTIONS - 1
     # The initial state acts as rows before the first one, or in reverse after the last one.
     before = 0 if past is None or REVERSE else W - 1
     behind = W - 1 if past is not None and REVERSE else 0
-    chunks = tl.cdiv(before + length + behind, ROWS)
+    chunks = tl.cdiv(before + length + behind, chunk)
     b = (tl.program_id(0) // chunks).to(tl.int64)
-    begin = (tl.program_id(0) % chunks * ROWS).to(tl.int64) - before
-    origin = begin - (W - 1)
-    end = tl.minimum(begin + ROWS, length + behind)
+    begin = tl.program_id(0) % chunks * chunk - before
+    rows = tl.minimum(chunk, length + behind - begin)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < d_inner
-    x += b * x_pitch * x_stride + channel
-    d_out = b * dy_pitch * dy_stride + channel
-    dx += b * length * d_inner + channel
+    inside = (channel < d_inner) | WHOLE
+    x += (b * x_pitch + begin) * x_stride + channel
+    d_out = (b * dy_pitch + begin) * dy_stride + channel
+    dx += (b * length + begin) * d_inner + channel
     if past is not None:
         past += b * (W - 1) * d_inner + channel
         d_past += b * (W - 1) * d_inner + channel
     if FORWARD:
         taps_f = _taps(weight[0] + channel * W, None if bias is None else bias[0] + channel, inside, W, S)
-        recent_f = zeros(W, channel, S)  # d_forward of rows i .. i + W - 1
+        recent_f = zeros(W, channel, S)  # d_forward of rows i - W + 1 .. i
         sums_f = zeros(W + 1, channel, S)
     if REVERSE:
         taps_r = _taps(weight[LAST] + channel * W, None if bias is None else bias[LAST] + channel, inside, W, S)
-        recent_r = zeros(W, channel, S)  # d_reverse of rows i - W + 1 .. i
+        recent_r = zeros(W, channel, S)  # d_reverse of rows i - 2 W + 2 .. i - W + 1
         sums_r = zeros(W + 1, channel, S)
-    window = zeros(1, channel, S)
-    for j in tl.static_range(W - 1):
-        window = window + (_load_x(x, x_stride, past, origin + j, length, d_inner, inside, REVERSE, W, S),)
+    steps = rows + W - 1
+    earlier = _load_rows(x, x_stride, past, -W, begin, length, steps, d_inner, inside, REVERSE, W, S, W)
+    window = _converted(earlier, S)
+    fresh = _load_rows(x, x_stride, past, 0, begin, length, steps, d_inner, inside, REVERSE, W, S, BLOCK)
+    if FORWARD:
+        dy_f = dy[0] + d_out
+        fresh_f = _load_rows(dy_f, dy_stride, None, 0, begin, length, steps, d_inner, inside, REVERSE, W, S, BLOCK)
+    if REVERSE:
+        dy_r = dy[LAST] + d_out
+        fresh_r = _load_rows(dy_r, dy_stride, None, 1 - W, begin, length, rows, d_inner, inside, REVERSE, W, S, BLOCK)
     if segments is not None:
         segments += b * length
-        ids = (_segment(segments, origin - 1, length),)  # of rows i .. i + W - 1, as the window
-        ids_behind = (_segment(segments, origin - W, length),)  # of rows i - W + 1 .. i
+        ids = (_segment(segments, begin - W, length),)  # of rows i - W + 1 .. i, as the window
+        ids_behind = (_segment(segments, begin - 2 * W + 1, length),)  # of rows i - 2 W + 2 .. i - W + 1
         for j in tl.static_range(W - 1):
-            ids = ids + (_segment(segments, origin + j, length),)
-            ids_behind = ids_behind + (_segment(segments, origin - W + 1 + j, length),)
-    for block in tl.range(0, tl.cdiv(end - origin, BLOCK), num_stages=STAGES):
+            ids = ids + (_segment(segments, begin - W + 1 + j, length),)
+            ids_behind = ids_behind + (_segment(segments, begin - 2 * W + 2 + j, length),)
+    # The window ends at row i of the chunk; dx is complete at row i - W + 1.
+    for block in range(tl.cdiv(steps, BLOCK)):
+        new = _converted(fresh, S)
+        after = (block + 1) * BLOCK
+        fresh = _load_rows(x, x_stride, past, after, begin, length, steps, d_inner, inside, REVERSE, W, S, BLOCK)
+        if FORWARD:
+            new_f = _converted(fresh_f, S)
+            fresh_f = _load_rows(
+                dy_f, dy_stride, None, after, begin, length, steps, d_inner, inside, REVERSE, W, S, BLOCK
+            )
+        if REVERSE:
+            new_r = _converted(fresh_r, S)
+            fresh_r = _load_rows(
+                dy_r, dy_stride, None, after + 1 - W, begin, length, rows, d_inner, inside, REVERSE, W, S, BLOCK
+            )
         for j in tl.static_range(BLOCK):
-            row = origin + block * BLOCK + j
-            ahead = row + W - 1
-            window = _shifted(window, _load_x(x, x_stride, past, ahead, length, d_inner, inside, REVERSE, W, S))
+            i = block * BLOCK + j
+            row = i - (W - 1)
+            window = _shifted(window, new[j])
             if segments is not None:
-                ids = _shifted(ids, _segment(segments, ahead, length))
+                ids = _shifted(ids, _segment(segments, begin + i, length))
                 ids_behind = _shifted(ids_behind, ids[0])
-            mine = inside & (row >= begin) & (row < end)
+            mine = inside & (row >= 0) & (row < rows)
             d_x = tl.zeros(channel.shape, S)
             if FORWARD:
                 own = window
                 if segments is not None:
                     own = _own(window, ids, W - 1)
-                valid = inside & (ahead >= 0) & (ahead < length)
-                d_y = tl.load(dy[0] + d_out + ahead * dy_stride, valid, 0.0).to(S)
-                d_f = _d_pre_activation(d_y, own, taps_f, SILU, False, W)
+                d_f = _d_pre_activation(new_f[j], own, taps_f, SILU, False, W)
                 recent_f = _shifted(recent_f, d_f)
-                # Rows from `end` on belong to the next chunk.
-                sums_f = _summed(sums_f, tl.where(ahead < end, d_f, 0.0), own, False, W)
+                # Rows from `rows` on belong to the next chunk.
+                sums_f = _summed(sums_f, tl.where(i < rows, d_f, 0.0), own, False, W)
                 met = recent_f
                 if segments is not None:
                     met = _own(recent_f, ids, 0)
@@ -261,9 +312,7 @@ def _backward_kernel(
                 own = window
                 if segments is not None:
                     own = _own(window, ids, 0)
-                valid = inside & (row >= 0) & (row < length)
-                d_y = tl.load(dy[LAST] + d_out + row * dy_stride, valid, 0.0).to(S)
-                d_r = _d_pre_activation(d_y, own, taps_r, SILU, True, W)
+                d_r = _d_pre_activation(new_r[j], own, taps_r, SILU, True, W)
                 recent_r = _shifted(recent_r, d_r)
                 sums_r = _summed(sums_r, tl.where(mine, d_r, 0.0), own, True, W)
                 met = recent_r
@@ -271,9 +320,9 @@ def _backward_kernel(
                     met = _own(recent_r, ids_behind, W - 1)
                 for k in tl.static_range(W):
                     d_x += taps_r[W - 1 - k] * met[W - 1 - k]
-            tl.store(dx + row * d_inner, d_x, mine & (row >= 0) & (row < length))
+            tl.store(dx + row * d_inner, d_x, mine & (begin + row >= 0) & (begin + row < length))
             if past is not None:
-                step = length - 1 - row if REVERSE else row
+                step = length - 1 - begin - row if REVERSE else begin + row
                 tl.store(d_past + (step + W - 1) * d_inner, d_x, mine & (step < 0))
     d_taps += tl.program_id(0).to(tl.int64) * DIRECTIONS * (W + 1) * d_inner + channel
     for k in tl.static_range(W + 1):
@@ -311,9 +360,14 @@ def _tap_sums_kernel(
             tl.store(d_bias[i] + channel, total, (channel < d_inner) & (k == W) & (direction == i))
 
 
-# Rows per chunk, rows loaded together, channels per program, and blocks in flight. Fixed, so that the sums of the
-# gradients are always the same.
-ROWS, BLOCK, CHANNELS, STAGES = 64, 8, 128, 3
+# Rows of a program at most, rows loaded together (forward and backward) and channels of a program. Fixed, so that the
+# sums of the gradients are always the same.
+ROWS, BLOCK, BLOCK_BACKWARD, CHANNELS = 128, 8, 4, 64
+
+
+def _chunk(rows: int) -> int:
+    """Rows of a program: chunks of equal size."""
+    return triton.cdiv(rows, triton.cdiv(rows, ROWS))
 
 
 def forward(
@@ -333,8 +387,9 @@ def forward(
     x = as_rows(x)
     batch, length, d_inner = x.shape
     y = tuple(x.new_empty(x.shape) for _ in reverse)
+    chunk = _chunk(length)
     with on_device_of(x):
-        _forward_kernel[(batch * triton.cdiv(length, ROWS), triton.cdiv(d_inner, CHANNELS))](
+        _forward_kernel[(batch * triton.cdiv(length, chunk), triton.cdiv(d_inner, CHANNELS))](
             x,
             tuple(w.contiguous() for w in weight),
             None if bias is None else tuple(t.contiguous() for t in bias),
@@ -344,7 +399,9 @@ def forward(
             length,
             d_inner,
             **row_arguments(x=x),
+            chunk=chunk,
             **_constants(x, weight, silu, reverse),
+            BLOCK=BLOCK,
         )
     return list(y)
 
@@ -367,7 +424,9 @@ def backward(
         dy = tuple(t.to(x.dtype).contiguous() for t in dy)
     batch, length, d_inner = x.shape
     width = weight[0].shape[1]
-    parts = batch * triton.cdiv(length + (0 if past is None else width - 1), ROWS)
+    rows = length + (0 if past is None else width - 1)
+    chunk = _chunk(rows)
+    parts = batch * triton.cdiv(rows, chunk)
     dx = x.new_empty(x.shape)
     d_weight = tuple(t.new_empty(t.shape) for t in weight)
     d_bias = None if bias is None else tuple(t.new_empty(t.shape) for t in bias)
@@ -387,11 +446,13 @@ def backward(
             length,
             d_inner,
             **row_arguments(x=x, dy=dy[0]),
+            chunk=chunk,
             **_constants(x, weight, silu, reverse),
+            BLOCK=BLOCK_BACKWARD,
         )
-        channels = 32
+        channels = 8
         _tap_sums_kernel[(triton.cdiv(d_inner, channels), width + 1, len(weight))](
-            d_taps, d_weight, d_bias, parts, d_inner, W=width, ROWS=64, CHANNELS=channels
+            d_taps, d_weight, d_bias, parts, d_inner, W=width, ROWS=512, CHANNELS=channels
         )
     return dx, d_weight, d_bias, d_past
 
@@ -408,9 +469,7 @@ def _constants(x: Tensor, weight: Sequence[Tensor], silu: bool, reverse: Sequenc
         "REVERSE": any(reverse),
         "W": weight[0].shape[1],
         "S": tl.float64 if state_dtype(x, *weight) == torch.float64 else tl.float32,
-        "ROWS": ROWS,
-        "BLOCK": BLOCK,
         "CHANNELS": CHANNELS,
-        "STAGES": STAGES,
-        "num_warps": 2,
+        "WHOLE": x.shape[2] % CHANNELS == 0,
+        "num_warps": 1,
     }
