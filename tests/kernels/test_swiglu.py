@@ -79,3 +79,12 @@ def test_bad_arguments_are_named(change, message):
 def test_bad_halves_are_named(x, message):
     with pytest.raises(ValueError, match=message):
         biased_swiglu(x, torch.ones(4))
+
+
+@pytest.mark.parametrize("walks", [False, True])
+def test_many_rows_fit_into_a_grid(walks):
+    """CUDA allows 65,535 programs in the second dimension: one image of 224 pixels has 197 rows."""
+    triton_swiglu = pytest.importorskip("vim_kernels.triton_kernels.swiglu", exc_type=ImportError)
+    grid, _ = triton_swiglu._launch(torch.empty(1024 * 6085, 4096, device="meta"), walks=walks)
+    assert grid[0] < 2**31
+    assert grid[1] < 2**16

@@ -37,12 +37,12 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     there = channel < channels
     if bias is not None:
         gate_bias = tl.load(bias + channel, there, 0.0).to(S)
         x_bias = tl.load(bias + channels + channel, there, 0.0).to(S)
-    begin = tl.program_id(1).to(tl.int64) * chunk
+    begin = tl.program_id(0).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, rows)
     for start in tl.range(begin, end, ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[:, None]
@@ -75,14 +75,14 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     there = channel < channels
     if bias is not None:
         gate_bias = tl.load(bias + channel, there, 0.0).to(S)
         x_bias = tl.load(bias + channels + channel, there, 0.0).to(S)
         gate_sum = tl.zeros([CHANNELS], S)
         x_sum = tl.zeros([CHANNELS], S)
-    begin = tl.program_id(1).to(tl.int64) * chunk
+    begin = tl.program_id(0).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, rows)
     for start in tl.range(begin, end, ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[:, None]
@@ -102,7 +102,7 @@ def _backward_kernel(
             gate_sum += tl.sum(d_g, 0)
             x_sum += tl.sum(d_x, 0)
     if bias is not None:
-        d_bias += tl.program_id(1).to(tl.int64) * 2 * channels + channel
+        d_bias += tl.program_id(0).to(tl.int64) * 2 * channels + channel
         tl.store(d_bias, gate_sum[None, :], there)
         tl.store(d_bias + channels, x_sum[None, :], there)
 
@@ -132,7 +132,7 @@ def _launch(x: Tensor, *others: Tensor | None, walks: bool) -> tuple[tuple[int, 
         "ROWS": ROWS,
         "CHANNELS": CHANNELS,
     }
-    return (blocks, triton.cdiv(rows, chunk)), sizes | {"num_warps": 1}
+    return (triton.cdiv(rows, chunk), blocks), sizes | {"num_warps": 1}  # only the first dimension may be large
 
 
 def forward(gate: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -152,7 +152,7 @@ def backward(dy: Tensor, gate: Tensor, x: Tensor, bias: Tensor | None, d_gate: T
     parts = None
     if bias is not None:
         bias = bias.contiguous()
-        parts = x.new_empty(grid[1], 2 * x.shape[1], dtype=state_dtype(x, gate, bias))
+        parts = x.new_empty(grid[0], 2 * x.shape[1], dtype=state_dtype(x, gate, bias))
     strides = {"gate_stride": gate.stride(0), "x_stride": x.stride(0), "d_stride": dx.stride(0)}
     with on_device_of(x):
         _backward_kernel[grid](dy, gate, x, bias, d_gate, dx, parts, **strides, **sizes)
