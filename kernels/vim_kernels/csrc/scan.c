@@ -9,8 +9,7 @@
 // along the sequence in chunks of CHUNK steps and takes each chunk tile by tile.
 #include <stdlib.h>
 
-#include "layout.h"
-#include "parallel.h"
+#include "scan.h"
 
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
 enum { STATES = 16 };  // states of a tile in registers at a time: 16 of 32 registers
@@ -18,26 +17,7 @@ enum { STATES = 16 };  // states of a tile in registers at a time: 16 of 32 regi
 enum { STATES = 8 };  // 8 of 16
 #endif
 
-// Shapes: B batch, E d_inner, N d_state. An absent tensor is NULL, and so is its gradient.
-typedef struct {
-    Sequence u, dt, B, C, z, y, y_sum;            // z, y, y_sum: shared by the directions
-    const real *A, *D, *dt_bias, *initial_state;  // (E, N), (E), (E), (B, E, N)
-    real *last_state, *checkpoints;               // (B, E, N), (B, chunks, E * N tiled): states before each chunk
-    Flags starts;                                 // whether a step begins a sequence: the state before it is zero
-    // For the backward:
-    Sequence dy, dz, du, ddt, dB, dC;
-    const real *d_last_state;
-    real *dA, *dD, *d_bias, *d_initial_state;
-} Direction;
-
-enum { MAX_DIRECTIONS = 2, GRAIN = 1 << 18 };  // GRAIN: in states times steps, for `threads_for`
-
-typedef struct {
-    Team team;
-    int64_t threads, batch, length, d_inner, d_state, groups, directions, softplus;
-    double scale;
-    Direction direction[MAX_DIRECTIONS];
-} Scan;
+enum { GRAIN = 1 << 18 };  // in states times steps, for `threads_for`
 
 // The division of a group's channels, and the memory of a call.
 typedef struct {
@@ -195,7 +175,7 @@ static void forward_task(const void *work, int64_t index, int thread) {
         begin_states(s, t, w->state, s->direction[i].initial_state);
         for (int64_t start = 0; start < s->length; start += CHUNK)
             for (int64_t e = t.begin; e < t.end; e += LANES) forward_tile(w, i, t, start, e);
-        end_states(s, t, s->direction[i].last_state, w->state);
+        if (s->direction[i].last_state) end_states(s, t, s->direction[i].last_state, w->state);
     }
 }
 
@@ -415,8 +395,6 @@ static bool begin_work(Work *w, const Scan *s, bool backward) {
     }
     return true;
 }
-
-// Both return 0, or -1 if there is no memory.
 
 int scan_forward(const Scan *s) {
     Work w;
