@@ -7,13 +7,14 @@
 // A call takes the batch in groups whose tensors fit the cache. All groups use the same memory. As operators of their
 // own, the steps would get memory fresh from the system: its page faults took a fifth of the time.
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "conv.h"
 #include "product.h"
 #include "scan.h"
 
 enum {
-    STEPS = 32,               // per task of a product
+    STEPS = 16,               // per task of a product
     WIDTH = COLUMNS * LANES,  // outputs of a product at a time: their weights stay in the innermost cache
     GROUP_BYTES = 4 << 20,    // of a group's tensors, per thread
     GRAIN = 1 << 21,          // in multiply-adds, for `threads_for`
@@ -22,9 +23,9 @@ enum {
 
 // Shapes: B batch, L length, D d_model, E d_inner, N d_state, R dt_rank, W width of the convolution.
 typedef struct {
-    const real *conv, *conv_bias;             // (E, W), (E) or NULL
-    const real *x_proj, *dt_proj, *dt_bias;   // (R + 2 N, E): the rows of dt, B and C; (E, R), (E)
-    const real *A_log, *D;                    // (E, N), (E)
+    const real *conv, *conv_bias;            // (E, W), (E) or NULL
+    const real *x_proj, *dt_proj, *dt_bias;  // (R + 2 N, E): the rows of dt, B and C; (E, R), (E)
+    const real *A_log, *D;                   // (E, N), (E)
 } Weights;
 
 typedef struct {
@@ -32,38 +33,51 @@ typedef struct {
     int64_t threads, batch, length, d_model, d_inner, d_state, dt_rank, width;
     double scale, eps;
     Sequence x, y;                          // (B, L, D)
-    const real *norm, *in_proj, *out_proj;  // (D), (2 E, D): the rows of x, then those of z, (D, E)
+    const real *norm, *in_proj, *out_proj;  // (D), (2 E, D): the rows of x, then those of z; (D, E)
     Weights direction[PAIR];
 } Block;
 
 // A weight (outputs, inputs) as blocks (inputs, WIDTH), one for each WIDTH outputs. The last one is padded with zeros.
 typedef struct {
+    const real *weight;
     int64_t outputs, inputs;
     real *blocks;
 } Linear;
 
-// The memory of a call. Rows are the steps of a group, padded to whole tasks.
+enum { IN_PROJ, OUT_PROJ, X_PROJ, LINEARS = X_PROJ + PAIR };  // X_PROJ: the first of a pair
+
+// The memory of a call. Rows are the steps of a group. There are enough for whole tasks, and rows have whole vectors.
 typedef struct {
     const Block *block;
     int threads;
-    int64_t first, rows;                // of the group: its first batch element, and its steps
-    Matrix xz;                          // (rows, 2 E); the scan overwrites x with its output
-    Matrix u[PAIR], dt[PAIR];           // (rows, E)
-    Matrix dt_B_C[PAIR];                // (rows, R + 2 N), dt before dt_proj
-    Matrix task_rows;                   // (threads, STEPS, D)
-    Linear in_proj, out_proj, x_proj[PAIR], dt_proj[PAIR];
-    real *A[PAIR];                      // (E, N)
+    int64_t first, rows;   // of the group: its first batch element, and its steps
+    Matrix xz;             // (rows, 2 E); the scan overwrites x with its output
+    Matrix u[PAIR];        // (rows, E)
+    Matrix dt_B_C[PAIR];   // (rows, R + 2 N)
+    Matrix dt_proj[PAIR];  // (R, E)
+    Matrix task_rows;      // (threads, STEPS, D)
+    Linear linear[LINEARS];
+    real *A[PAIR];  // (E, N)
 } Work;
 
-static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+static int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+static void pack_task(const void *work, int64_t task, int thread) {
+    (void)thread;
+    Linear l = ((const Work *)work)->linear[task];
+    for (int64_t begin = 0; begin < l.outputs; begin += WIDTH)
+        for (int64_t k = 0; k < l.inputs; k++)
+            for (int64_t o = begin; o < begin + WIDTH; o++)
+                *l.blocks++ = o < l.outputs ? l.weight[o * l.inputs + k] : 0;
+}
 
 // to (STEPS, outputs) = from (STEPS, inputs) weight^T
-static void apply(Linear weight, Matrix to, Matrix from) {
+static void apply(Linear l, Matrix to, Matrix from) {
     Left left = {from.data, from.row, 1, ALL};
-    for (int64_t o = 0; o < weight.outputs; o += WIDTH) {
-        Matrix here = {to.data + o, to.row}, block = {weight.blocks + o * weight.inputs, WIDTH};
-        int64_t width = weight.outputs - o < WIDTH ? weight.outputs - o : WIDTH;
-        product(here, ALL, STEPS, width, left, block, weight.inputs, 0);
+    for (int64_t o = 0; o < l.outputs; o += WIDTH) {
+        Matrix here = {to.data + o, to.row}, block = {l.blocks + o * l.inputs, WIDTH};
+        int64_t width = l.outputs - o < WIDTH ? l.outputs - o : WIDTH;
+        product(here, ALL, STEPS, width, left, block, l.inputs, 0);
     }
 }
 
@@ -107,22 +121,20 @@ static void in_task(const void *work, int64_t task, int thread) {
     const Work *w = work;
     Matrix rows = from_row(w->task_rows, thread * STEPS);
     for_steps(w, task, rows, normalise);
-    apply(w->in_proj, from_row(w->xz, task * STEPS), rows);
+    apply(w->linear[IN_PROJ], from_row(w->xz, task * STEPS), rows);
 }
 
 static void dt_B_C_task(const void *work, int64_t task, int thread) {
     (void)thread;
     const Work *w = work;
     int64_t start = task / PAIR * STEPS, i = task % PAIR;
-    Matrix dt_B_C = from_row(w->dt_B_C[i], start);
-    apply(w->x_proj[i], dt_B_C, from_row(w->u[i], start));
-    apply(w->dt_proj[i], from_row(w->dt[i], start), dt_B_C);
+    apply(w->linear[X_PROJ + i], from_row(w->dt_B_C[i], start), from_row(w->u[i], start));
 }
 
 static void out_task(const void *work, int64_t task, int thread) {
     const Work *w = work;
     Matrix rows = from_row(w->task_rows, thread * STEPS);
-    apply(w->out_proj, rows, from_row(w->xz, task * STEPS));
+    apply(w->linear[OUT_PROJ], rows, from_row(w->xz, task * STEPS));
     for_steps(w, task, rows, add);
 }
 
@@ -138,9 +150,9 @@ static Sequence sequence(const Work *w, Matrix m, int64_t column, int i) {
 static int mix(const Work *w) {
     const Block *b = w->block;
     int64_t E = b->d_inner, R = b->dt_rank, N = b->d_state;
-    int64_t batch = w->rows / b->length, tasks = round_up(w->rows, STEPS) / STEPS;
+    int64_t batch = w->rows / b->length, tasks = ceil_div(w->rows, STEPS);
     Conv conv = {b->team, b->threads, batch, b->length, E, b->width, .silu = true};
-    Scan scan = {b->team, b->threads, batch, b->length, E, N, 1, PAIR, .softplus = true, .scale = b->scale};
+    Scan scan = {b->team, b->threads, batch, b->length, E, N, 1, PAIR, true, R, b->scale};
 
     parallel(b->team, w->threads, tasks, in_task, w);
     for (int i = 0; i < PAIR; i++) {
@@ -150,7 +162,7 @@ static int mix(const Work *w) {
         if (conv_forward(&conv)) return -1;
         scan.direction[i] = (Direction){
             .u = u,
-            .dt = sequence(w, w->dt[i], 0, i),
+            .dt = sequence(w, w->dt_B_C[i], 0, i),
             .B = sequence(w, w->dt_B_C[i], R, i),
             .C = sequence(w, w->dt_B_C[i], R + N, i),
             .z = sequence(w, w->xz, E, i),
@@ -158,6 +170,7 @@ static int mix(const Work *w) {
             .A = w->A[i],
             .D = d->D,
             .dt_bias = d->dt_bias,
+            .dt_proj = w->dt_proj[i].data,
         };
     }
     parallel(b->team, w->threads, PAIR * tasks, dt_B_C_task, w);
@@ -178,13 +191,7 @@ static Matrix matrix(Arena *arena, int64_t rows, int64_t columns) {
 }
 
 static Linear linear(Arena *arena, const real *weight, int64_t outputs, int64_t inputs) {
-    Linear l = {outputs, inputs, matrix(arena, inputs, round_up(outputs, WIDTH)).data};
-    if (!l.blocks) return l;
-    real *next = l.blocks;
-    for (int64_t begin = 0; begin < outputs; begin += WIDTH)
-        for (int64_t k = 0; k < inputs; k++)
-            for (int64_t o = begin; o < begin + WIDTH; o++) *next++ = o < outputs ? weight[o * inputs + k] : 0;
-    return l;
+    return (Linear){weight, outputs, inputs, matrix(arena, inputs, round_up(outputs, WIDTH)).data};
 }
 
 static real *negative_exp(Arena *arena, const real *A_log, int64_t size) {
@@ -203,31 +210,46 @@ static int64_t begin_work(Work *w, int64_t rows, real *memory) {
     Arena arena = {memory, 0};
     w->xz = matrix(&arena, rows, 2 * E);
     w->task_rows = matrix(&arena, w->threads * STEPS, D);
-    w->in_proj = linear(&arena, b->in_proj, 2 * E, D);
-    w->out_proj = linear(&arena, b->out_proj, D, E);
+    w->linear[IN_PROJ] = linear(&arena, b->in_proj, 2 * E, D);
+    w->linear[OUT_PROJ] = linear(&arena, b->out_proj, D, E);
     for (int i = 0; i < PAIR; i++) {
         const Weights *d = &b->direction[i];
         w->u[i] = matrix(&arena, rows, E);
-        w->dt[i] = matrix(&arena, rows, E);
         w->dt_B_C[i] = matrix(&arena, rows, R + 2 * N);
-        w->x_proj[i] = linear(&arena, d->x_proj, R + 2 * N, E);
-        w->dt_proj[i] = linear(&arena, d->dt_proj, E, R);
+        w->linear[X_PROJ + i] = linear(&arena, d->x_proj, R + 2 * N, E);
+        w->dt_proj[i] = matrix(&arena, R, E);
+        if (memory) transpose(w->dt_proj[i], d->dt_proj, R, E, R);
         w->A[i] = negative_exp(&arena, d->A_log, E * N);
     }
     return arena.used;
 }
 
+// A long sequence gets memory fresh from the system. Huge pages save most of its page faults.
+static real *allocate(int64_t numbers) {
+    int64_t bytes = round_up(numbers * sizeof(real), sizeof(Vec));
+#ifdef MADV_HUGEPAGE
+    enum { HUGE_PAGE = 2 << 20 };
+    if (bytes >= 4 * HUGE_PAGE) {
+        real *memory = aligned_alloc(HUGE_PAGE, round_up(bytes, HUGE_PAGE));
+        if (memory) madvise(memory, bytes, MADV_HUGEPAGE);  // may be ignored
+        return memory;
+    }
+#endif
+    return aligned_alloc(sizeof(Vec), bytes);
+}
+
 // Returns 0, or -1 if there is no memory.
 int bimamba_block(const Block *b) {
-    int64_t E = b->d_inner, L = b->length, row = padded(2 * E) + PAIR * (2 * padded(E) + padded(b->dt_rank + 2 * b->d_state));
-    int64_t batch = b->threads * GROUP_BYTES / (L * row * (int64_t)sizeof(real));
-    if (batch < 1) batch = 1;
-    if (batch > b->batch) batch = b->batch;
+    int64_t L = b->length, E = b->d_inner;
+    int64_t step = padded(2 * E) + PAIR * (padded(E) + padded(b->dt_rank + 2 * b->d_state));
+    int64_t most = b->threads * GROUP_BYTES / (L * step * (int64_t)sizeof(real));
+    int64_t batch = ceil_div(b->batch, ceil_div(b->batch, most > 1 ? most : 1));  // groups of similar sizes
     Work w = {.block = b, .threads = threads_for(b->threads, batch * L * E * b->d_model, GRAIN)};
     int64_t rows = round_up(batch * L, STEPS), size = begin_work(&w, rows, NULL);
-    real *memory = aligned_alloc(sizeof(Vec), round_up(size, LANES) * sizeof(real));
+    real *memory = allocate(size);
     if (!memory) return -1;
     begin_work(&w, rows, memory);
+    parallel(b->team, w.threads, LINEARS, pack_task, &w);
     int failure = 0;
     for (; w.first < b->batch && !failure; w.first += batch) {
         w.rows = (b->batch - w.first < batch ? b->batch - w.first : batch) * L;

@@ -38,8 +38,6 @@ typedef struct {
     int64_t batch, group, begin, end;  // channels [begin, end)
 } Task;
 
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 static Task task_of(const Work *w, int64_t index) {
     const Scan *s = w->scan;
     int64_t channels = s->d_inner / s->groups, group = index / w->tasks % s->groups;
@@ -83,6 +81,21 @@ typedef struct {
     bool begins[CHUNK];                                // set if sequences are packed; see `starts`
 } Tile;
 
+// raw (steps, lanes) = dt (steps, R) dt_proj
+static void project_dt(Tile *c, const Scan *s, const Direction *d) {
+    Matrix weight = {(real *)d->dt_proj + c->channel, padded(s->d_inner)};
+    int k = 0;
+    for (; k + ROWS <= c->steps; k += ROWS) {
+        Left dt = {at(d->dt, c->batch, c->start + k), d->dt.step, 1, ALL};
+        block_product((Matrix){(real *)(c->raw + k), LANES}, 1, dt, weight, 0, s->dt_rank, 0);
+    }
+    for (; k < c->steps; k++) {
+        const real *dt = at(d->dt, c->batch, c->start + k);
+        c->raw[k] = splat(0);
+        for (int64_t r = 0; r < s->dt_rank; r++) c->raw[k] += dt[r] * load(weight.data + r * weight.row, c->lanes);
+    }
+}
+
 static void begin_tile(Tile *c, const Work *w, int direction, Task t, int64_t start, int64_t channel) {
     const Scan *s = w->scan;
     const Direction *d = &s->direction[direction];
@@ -98,9 +111,11 @@ static void begin_tile(Tile *c, const Work *w, int direction, Task t, int64_t st
     if (d->checkpoints) c->checkpoint += ((t.batch * chunks + start / CHUNK) * E + channel) * N;
 
     Vec bias = d->dt_bias ? load(d->dt_bias + channel, c->lanes) : splat(0);
+    if (d->dt_proj) project_dt(c, s, d);
     for (int k = 0; k < c->steps; k++) {
         c->u[k] = stream(at(d->u, t.batch, start + k) + channel, c->lanes);
-        c->raw[k] = stream(at(d->dt, t.batch, start + k) + channel, c->lanes) + bias;
+        if (!d->dt_proj) c->raw[k] = stream(at(d->dt, t.batch, start + k) + channel, c->lanes);
+        c->raw[k] += bias;
         c->delta[k] = s->softplus ? softplus(c->raw[k]) : c->raw[k];
         c->x[k] = c->delta[k] * c->u[k];
     }

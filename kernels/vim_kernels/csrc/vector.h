@@ -83,8 +83,8 @@ INLINE Vec softplus_slope(Vec x) { EACH_LANE(v > 20 ? 1 : 1 / (1 + exp(-v))); }
 
 #else
 
-// 2^x. It is exactly 1 at 0, so decays close to 1 do not drift over a long sequence. 2^-inf is 0, 2^inf is inf, NaN stays
-// NaN.
+// 2^x. It is exactly 1 at 0, so decays close to 1 do not drift over a long sequence. 2^-inf is 0, 2^inf is inf, and NaN
+// stays NaN.
 #if VECTOR_BYTES == 64
 
 static const float POWERS[16] = {  // 2^(k / 16)
@@ -129,7 +129,7 @@ INLINE Vec exp2_of(Vec x) {
 INLINE Vec sigmoid(Vec x) { return 1 / (1 + exp2_of(x * -0x1.715476p0f)); }
 
 INLINE Vec softplus(Vec x) {
-    // max(x, 0) + log1p(e) with e = exp(-|x|), and log1p(e) = 2 atanh(s) as an odd polynomial of s = e / (2 + e) <= 1/3.
+    // max(x, 0) + log1p(e) with e = exp(-|x|). log1p(e) = 2 atanh(s) is an odd polynomial of s = e / (2 + e) <= 1/3.
     Vec minus_abs = (Vec)((Mask)x | INT32_MIN), e = exp2_of(minus_abs * 0x1.715476p0f);
     Vec s = e / (2 + e), q = s * s;
     Vec p = splat(0.28178358f);
