@@ -82,9 +82,13 @@ def bimamba_block(x: Tensor, weights: BiMambaBlockWeights, *, scale: float = 0.5
         scale=scale,
         eps=eps,
     )
-    shared = {name: cpu.dense(getattr(weights, name), x.dtype) for name in _SHARED}
-    cpu.fill(block, {"x": cpu.readable(x, x.dtype), "y": y}, shared, reverse=False)
-    own = [{name: cpu.dense(t, x.dtype) for name, t in ssm._asdict().items()} for ssm in ssms]
+    # The kernel reads memory of these copies, so they live until it has run.
+    sequences = {"x": cpu.readable(x, x.dtype), "y": y}
+    shared, *own = (
+        {name: cpu.dense(t, x.dtype) for name, t in tensors.items()}
+        for tensors in ({name: getattr(weights, name) for name in _SHARED}, *(ssm._asdict() for ssm in ssms))
+    )
+    cpu.fill(block, sequences, shared, reverse=False)
     for struct, arrays in zip(block.direction, own, strict=True):
         cpu.fill(struct, {}, arrays, reverse=False)
     cpu.run("bimamba_block", x.dtype, block)
@@ -120,11 +124,16 @@ def _check(x: Tensor, weights: BiMambaBlockWeights) -> None:
     check(x.device.type == "cpu", "x", x, "be on a CPU", x.device)
     check(x.dim() == 3, "x", x, "be (batch, length, d_model)")
     d_model = x.shape[2]
-    (d_inner, d_state), rank, taps = (
+    for name in ("A_log", "dt_proj", "conv"):
+        t = getattr(weights.forward, name)
+        check(t.dim() == 2, f"weights.forward.{name}", t, "be a matrix")
+    (d_inner, d_state), (_, rank), (_, taps) = (
         weights.forward.A_log.shape,
-        weights.forward.dt_proj.shape[1],
-        weights.forward.conv.shape[1],
+        weights.forward.dt_proj.shape,
+        weights.forward.conv.shape,
     )
+    check(d_inner * d_state > 0, "weights.forward.A_log", weights.forward.A_log, "have at least one channel and state")
+    check(taps > 0, "weights.forward.conv", weights.forward.conv, "have at least one tap")
     shapes = {"norm": (d_model,), "in_proj": (2 * d_inner, d_model), "out_proj": (d_model, d_inner)}
     own = {
         "conv": (d_inner, taps),
