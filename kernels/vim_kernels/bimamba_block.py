@@ -48,8 +48,8 @@ def bimamba_block(x: Tensor, weights: BiMambaBlockWeights, *, scale: float = 0.5
         per direction: u = silu(causal_conv1d(x)),    dt, B, C = x_proj(u),    dt = dt_proj(dt)
         mixed = out_proj(bidirectional_selective_scan(u, dt, -exp(A_log), B, C, D=D, z=z, dt_bias=dt_bias, scale=scale))
 
-    The kernel takes a few sequences at a time, whose tensors stay in the processor's cache. Operators of their own write
-    and read those of the whole batch.
+    The kernel takes a few sequences at a time, whose tensors stay in the processor's cache. Operators of their own
+    write and read those of the whole batch.
 
     Args:
         x: (batch, length, d_model), fp32 or fp64, on a CPU.
@@ -119,8 +119,9 @@ def bimamba_block_serves(x: Tensor, weights: BiMambaBlockWeights) -> bool:
 
 def _check(x: Tensor, weights: BiMambaBlockWeights) -> None:
     """Raise for the first argument that breaks a rule."""
-    tensors = {f"weights.{name}": t for name, t in weights.named().items()}
-    check_tensors({"x": x} | tensors, like="x", dtypes=_DTYPES)
+    tensors: dict[str, Tensor | None] = {f"weights.{name}": t for name, t in weights.named().items()}
+    tensors["x"] = x
+    check_tensors(tensors, like="x", dtypes=_DTYPES)
     check(x.device.type == "cpu", "x", x, "be on a CPU", x.device)
     check(x.dim() == 3, "x", x, "be (batch, length, d_model)")
     d_model = x.shape[2]

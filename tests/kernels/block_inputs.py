@@ -45,9 +45,7 @@ def weights_to(weights: BiMambaBlockWeights, dtype: torch.dtype) -> BiMambaBlock
         return SSMWeights._make(None if t is None else t.to(dtype) for t in ssm)
 
     norm, in_proj, out_proj, forward, reverse = weights
-    return BiMambaBlockWeights(
-        norm.to(dtype), in_proj.to(dtype), out_proj.to(dtype), ssm_to(forward), ssm_to(reverse)
-    )
+    return BiMambaBlockWeights(norm.to(dtype), in_proj.to(dtype), out_proj.to(dtype), ssm_to(forward), ssm_to(reverse))
 
 
 def by_operators(x: Tensor, weights: BiMambaBlockWeights, *, scale: float = 0.5, eps: float = 1e-5) -> Tensor:

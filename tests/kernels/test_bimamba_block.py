@@ -103,9 +103,9 @@ def test_rules():
     with pytest.raises(ValueError, match="x must be on a CPU, got meta"):
         bimamba_block(x.to("meta"), meta(weights))
     nothing = torch.zeros(0, 5, dtype=x.dtype)
-    with pytest.raises(ValueError, match="weights.forward.A_log must have at least one channel and state"):
+    with pytest.raises(ValueError, match=r"weights.forward.A_log must have at least one channel and state"):
         bimamba_block(x, weights._replace(forward=forward._replace(A_log=nothing)))
-    with pytest.raises(ValueError, match="weights.forward.conv must have at least one tap"):
+    with pytest.raises(ValueError, match=r"weights.forward.conv must have at least one tap"):
         bimamba_block(x, weights._replace(forward=forward._replace(conv=nothing.mT[:0])))
     for name in forward._fields:
         for side in ("forward", "reverse"):

@@ -1,4 +1,4 @@
-"""On a CPU without gradients, a block of Vim, Mamba-R or VideoMamba runs in one call, unless a module must be called."""
+"""A block of Vim, Mamba-R or VideoMamba runs in one call on a CPU without gradients, unless a module must be called."""
 
 import pytest
 import timm
@@ -6,7 +6,6 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-import vim  # noqa: F401  (registers the models)
 import vim.layers.bimamba
 from vim.layers import BiMamba, Mamba
 from vim.models.block import Block
