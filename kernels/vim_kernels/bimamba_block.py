@@ -16,7 +16,7 @@ _DTYPES = (torch.float32, torch.float64)
 class SSMWeights(NamedTuple):
     """The parameters of one direction. Shapes: E d_inner, N d_state, R dt_rank, W taps."""
 
-    conv: Tensor  # (E, W)
+    conv: Tensor  # (E, 1, W), as nn.Conv1d holds it
     conv_bias: Tensor | None  # (E,)
     x_proj: Tensor  # (R + 2 N, E): the rows of dt, B and C
     dt_proj: Tensor  # (E, R)
@@ -78,7 +78,7 @@ def bimamba_block(x: Tensor, weights: BiMambaBlockWeights, *, scale: float = 0.5
         d_inner=d_inner,
         d_state=d_state,
         dt_rank=ssms[0].dt_proj.shape[1],
-        width=ssms[0].conv.shape[1],
+        width=ssms[0].conv.shape[2],
         scale=scale,
         eps=eps,
     )
@@ -125,10 +125,10 @@ def _check(x: Tensor, weights: BiMambaBlockWeights) -> None:
     check(x.device.type == "cpu", "x", x, "be on a CPU", x.device)
     check(x.dim() == 3, "x", x, "be (batch, length, d_model)")
     d_model = x.shape[2]
-    for name in ("A_log", "dt_proj", "conv"):
+    for name, dims in (("A_log", 2), ("dt_proj", 2), ("conv", 3)):
         t = getattr(weights.forward, name)
-        check(t.dim() == 2, f"weights.forward.{name}", t, "be a matrix")
-    (d_inner, d_state), (_, rank), (_, taps) = (
+        check(t.dim() == dims, f"weights.forward.{name}", t, f"have {dims} dimensions")
+    (d_inner, d_state), (_, rank), (_, _, taps) = (
         weights.forward.A_log.shape,
         weights.forward.dt_proj.shape,
         weights.forward.conv.shape,
@@ -137,7 +137,7 @@ def _check(x: Tensor, weights: BiMambaBlockWeights) -> None:
     check(taps > 0, "weights.forward.conv", weights.forward.conv, "have at least one tap")
     shapes = {"norm": (d_model,), "in_proj": (2 * d_inner, d_model), "out_proj": (d_model, d_inner)}
     own = {
-        "conv": (d_inner, taps),
+        "conv": (d_inner, 1, taps),
         "conv_bias": (d_inner,),
         "x_proj": (rank + 2 * d_state, d_inner),
         "dt_proj": (d_inner, rank),

@@ -26,7 +26,7 @@ def block_inputs(
 
     def ssm() -> SSMWeights:
         return SSMWeights(
-            conv=normal(d_inner, taps),
+            conv=normal(d_inner, 1, taps),
             conv_bias=normal(d_inner) if conv_bias else None,
             x_proj=normal(rank + 2 * d_state, d_inner) / d_inner**0.5,
             dt_proj=normal(d_inner, rank) / max(rank, 1) ** 0.5,
@@ -53,7 +53,8 @@ def by_operators(x: Tensor, weights: BiMambaBlockWeights, *, scale: float = 0.5,
     u, z = F.linear(F.rms_norm(x, weights.norm.shape, weights.norm, eps), weights.in_proj).chunk(2, -1)
     us, dts, Bs, Cs = [], [], [], []
     for ssm, reverse in ((weights.forward, False), (weights.reverse, True)):
-        v = causal_conv1d(u, ssm.conv, ssm.conv_bias, activation="silu", reverse=reverse, backend="reference")
+        taps = ssm.conv.squeeze(1)
+        v = causal_conv1d(u, taps, ssm.conv_bias, activation="silu", reverse=reverse, backend="reference")
         rank, d_state = ssm.dt_proj.shape[1], ssm.A_log.shape[1]
         dt, B, C = F.linear(v, ssm.x_proj).split([rank, d_state, d_state], -1)
         for kept, t in zip((us, dts, Bs, Cs), (v, F.linear(dt, ssm.dt_proj), B, C), strict=True):

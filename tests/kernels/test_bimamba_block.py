@@ -106,11 +106,11 @@ def test_rules():
     with pytest.raises(ValueError, match=r"weights.forward.A_log must have at least one channel and state"):
         bimamba_block(x, weights._replace(forward=forward._replace(A_log=nothing)))
     with pytest.raises(ValueError, match=r"weights.forward.conv must have at least one tap"):
-        bimamba_block(x, weights._replace(forward=forward._replace(conv=nothing.mT[:0])))
+        bimamba_block(x, weights._replace(forward=forward._replace(conv=torch.zeros(24, 1, 0, dtype=x.dtype))))
     for name in forward._fields:
         for side in ("forward", "reverse"):
-            broken = getattr(weights, side)._replace(**{name: torch.zeros(3, 3, dtype=x.dtype)})
-            with pytest.raises(ValueError, match=r"must be of the block's sizes|must be \(batch"):
+            broken = getattr(weights, side)._replace(**{name: torch.zeros(3, dtype=x.dtype)})
+            with pytest.raises(ValueError, match=rf"weights.{side}.{name} must (be of|have)"):
                 bimamba_block(x, weights._replace(**{side: broken}))
 
 

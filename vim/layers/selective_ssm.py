@@ -88,8 +88,7 @@ class SelectiveSSM(nn.Module):
         conv, x_proj, dt_proj = self.conv1d, self.x_proj, self.dt_proj
         if not (is_plain_conv(conv) and is_plain(x_proj, bias=False) and is_plain(dt_proj, bias=True)):
             return None
-        weight = conv.weight.squeeze(1)
-        return SSMWeights(weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, self.A_log, self.D)
+        return SSMWeights(conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, self.A_log, self.D)
 
     def conv_state(self, batch_size: int) -> Tensor:
         """Input of the convolution before the first step: zeros (batch, d_conv - 1, E) in the dtype of its weights."""
