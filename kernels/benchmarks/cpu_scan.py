@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim_kernels import bidirectional_selective_scan, causal_conv1d, cpu, selective_scan
+from vim_kernels import bidirectional_selective_scan, causal_conv1d, selective_scan
+from vim_kernels.cpu_kernels import library as cpu
 
 BATCH, D_INNER, D_STATE = 8, 384, 16  # Vim-Ti
 LENGTHS = (197, 785, 3137)  # images of 224, 448 and 896 pixels in patches of 16

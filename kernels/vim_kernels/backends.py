@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch.autograd import forward_ad
 
-from . import cpu
+from .cpu_kernels import library as cpu
 
 BACKENDS = ("triton", "cpu", "torch", "reference")
 TRITON_OR_TORCH = ("triton", "torch")  # the backends of long_conv, rms_norm, swiglu and mamba_block_step

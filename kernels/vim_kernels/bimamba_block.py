@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from . import backends, cpu
+from . import backends
 from .checks import check, check_shape, check_tensors
+from .cpu_kernels import library as cpu
 
 _DTYPES = (torch.float32, torch.float64)
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backends, cpu_conv, flops, reference, torch_conv
+from . import backends, flops, reference, torch_conv
 from .checks import check, check_shape, check_tensors, shape_of
+from .cpu_kernels import conv as cpu_conv
 from .packing import check_seq_idx, segments_of
 from .precision import state_dtype
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backends, cpu_scan, flops, reference, torch_scan
+from . import backends, flops, reference, torch_scan
 from .checks import FLOATS, check, check_shape, check_tensors, shape_of
+from .cpu_kernels import scan as cpu_scan
 from .directions import Direction, DirectionGrads, ScanOutput
 from .packing import check_seq_idx, cuts_of
 from .precision import state_dtype

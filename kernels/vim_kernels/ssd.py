@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backends, cpu_ssd, flops, torch_ssd
+from . import backends, flops, torch_ssd
 from .checks import check, check_shape, check_tensors
+from .cpu_kernels import ssd as cpu_ssd
 from .precision import state_dtype
 
 MAX_HEAD_DIM, MAX_STATES = 128, 256  # of the Triton kernels

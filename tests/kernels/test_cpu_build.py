@@ -24,10 +24,10 @@ from vim_kernels import (
     bidirectional_selective_scan,
     bimamba_block,
     causal_conv1d,
-    cpu,
     selective_scan,
     ssd,
 )
+from vim_kernels.cpu_kernels import library as cpu
 
 CC = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 pytestmark = pytest.mark.skipif(CC is None, reason="needs a C compiler")
@@ -230,7 +230,7 @@ def test_what_a_killed_compiler_leaves_is_removed(cache, fake_compiler):
         while [ $# -gt 1 ]; do [ "$1" = -o ] && echo half > "$2"; shift; done
         kill -9 $PPID
     """)
-    code = "from vim_kernels import cpu; cpu.load_error()"
+    code = "from vim_kernels.cpu_kernels import library; library.load_error()"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     assert [path.name[:6] for path in cache.iterdir()] == ["build-"]
     fake_compiler('real "$@"')

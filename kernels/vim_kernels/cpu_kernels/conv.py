@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import cpu
-from .precision import state_dtype
+from ..precision import state_dtype
+from . import library as cpu
 
 _ARRAYS = ("weight", "bias", "initial_state")
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import cpu
-from .precision import state_dtype
+from ..precision import state_dtype
+from . import library as cpu
 
 _SIZES = ("batch", "length", "heads", "head_dim", "d_state", "groups", "softplus")
 _SEQUENCES, _ARRAYS = ("x", "dt", "B", "C"), ("A", "D", "dt_bias", "initial_state")

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import cpu
-from .directions import Direction, DirectionGrads, ScanOutput, checkpoint_rows
+from ..directions import Direction, DirectionGrads, ScanOutput, checkpoint_rows
+from . import library as cpu
 
 
 def _fields(kind: type, names: str) -> tuple[tuple[str, type], ...]:

@@ -26,11 +26,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .directions import CHECKPOINT_INTERVAL
+from ..directions import CHECKPOINT_INTERVAL
 
 _log = logging.getLogger("vim_kernels")
 
-_SOURCES = Path(__file__).parent / "csrc"
+_SOURCES = Path(__file__).parents[1] / "csrc"
 _FLAGS = (
     "-std=gnu11 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fPIC -shared -pthread "
     f"-DCHUNK={CHECKPOINT_INTERVAL}"
