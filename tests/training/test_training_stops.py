@@ -88,7 +88,12 @@ def raise_an_error():
 
 
 def fill_shared_memory():
+    """For new batches: those before lie there already, and another thread may still be handing them over."""
+    share = torch.UntypedStorage._share_fd_cpu_
+
     def full(self, *args):
+        if threading.current_thread() is not threading.main_thread():
+            return share(self, *args)
         raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
 
     torch.UntypedStorage._share_fd_cpu_ = full  # in the worker alone
