@@ -8,7 +8,6 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vim.layers import S4ND, BiMamba, LayerNorm, RMSNorm, add_branch, pre_norm, recompute_all_but_scans
-from vim.layers.plain import runs_its_class
 
 from .token_layout import Layout
 
@@ -74,7 +73,7 @@ class Block(ResidualBlock):
     def _in_one_call(self, x: Tensor, layout: Layout | None) -> Tensor | None:
         """The result of `forward` by one kernel; None if the modules must be called."""
         in_order = layout is None or self.order not in layout.orders
-        if self.training or not in_order or type(self.mixer) is not BiMamba or not runs_its_class(self.drop_path):
+        if self.training or not in_order or type(self.mixer) is not BiMamba:
             return None
         return self.mixer.add_in_one_call(x, self.norm)
 
