@@ -22,7 +22,14 @@ from torch import Tensor
 from ..precision import state_dtype
 from ..rows import as_rows, on_device_of, row_arguments
 from .activations import sigmoid
-from .tuples import zeros
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, like, S: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros(like.shape, S),)
+    return tiles
 
 
 @triton.jit
@@ -136,7 +143,7 @@ def _forward_kernel(
         taps_f = _taps(weight[0] + channel * W, None if bias is None else bias[0] + channel, inside, W, S)
     if REVERSE:
         taps_r = _taps(weight[LAST] + channel * W, None if bias is None else bias[LAST] + channel, inside, W, S)
-    window = zeros(1, channel, S)
+    window = _zeros(1, channel, S)
     for j in tl.static_range(W - 1):
         window = window + (_load_x(x, x_stride, past, origin + j, length, d_inner, inside, REVERSE, W, S),)
     if segments is not None:
@@ -216,13 +223,13 @@ def _backward_kernel(
         d_past += b * (W - 1) * d_inner + channel
     if FORWARD:
         taps_f = _taps(weight[0] + channel * W, None if bias is None else bias[0] + channel, inside, W, S)
-        recent_f = zeros(W, channel, S)  # d_forward of rows i .. i + W - 1
-        sums_f = zeros(W + 1, channel, S)
+        recent_f = _zeros(W, channel, S)  # d_forward of rows i .. i + W - 1
+        sums_f = _zeros(W + 1, channel, S)
     if REVERSE:
         taps_r = _taps(weight[LAST] + channel * W, None if bias is None else bias[LAST] + channel, inside, W, S)
-        recent_r = zeros(W, channel, S)  # d_reverse of rows i - W + 1 .. i
-        sums_r = zeros(W + 1, channel, S)
-    window = zeros(1, channel, S)
+        recent_r = _zeros(W, channel, S)  # d_reverse of rows i - W + 1 .. i
+        sums_r = _zeros(W + 1, channel, S)
+    window = _zeros(1, channel, S)
     for j in tl.static_range(W - 1):
         window = window + (_load_x(x, x_stride, past, origin + j, length, d_inner, inside, REVERSE, W, S),)
     if segments is not None:

@@ -24,7 +24,7 @@ from triton.language import debug_barrier
 from ..directions import Direction
 from ..rows import columns, cut_bytes, row_arguments, row_strides
 from .activations import LOG2E
-from .tiles import INTERVAL
+from .scan_plain import INTERVAL
 
 CHANNELS = 128  # of a program
 T, SLOTS = 8, 3  # steps of a slot, slots of a ring
