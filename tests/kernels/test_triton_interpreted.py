@@ -221,7 +221,7 @@ def cases() -> dict[str, dict[str, float]]:
     found["ssd_in_order_in_slices"] = ssd_excess(half, **wide, strided=True, reverse=True)
     found["ssd_in_order_bare"] = ssd_excess(half, **wide, absent=("D", "dt_bias", "initial_state"))
     # Fewer programs than tiles of rows or blocks of channels, so that each takes several in turn.
-    triton_norm.PROGRAMS, triton_scan_plain.PROGRAMS = 2, 1
+    triton_norm.PROGRAMS, triton_scan_plain.REGISTERS = 2, 255
     found["norm_in_turns"] = norm_excess((23, 260), gated=True)
     # Windows of 16 steps and states saved every 8 steps, so that short sequences have several.
     triton_scan_plain.INTERVAL = triton_scan_windows.INTERVAL = 8

@@ -6,7 +6,6 @@ windows.
 
 from collections.abc import Sequence
 
-import triton
 from torch import Tensor
 
 from ..directions import Direction, DirectionGrads, ScanOutput
@@ -33,10 +32,10 @@ def forward(
     checkpoints = d.A.new_empty(count, batch, checkpoint_rows(length, count), *d.A.shape) if save else None
     window = window_length(d, count)
     # Only single directions have an initial state.
-    initial = None if d.initial_state is None else d.initial_state.unsqueeze(0)
+    initial = None if d.initial_state is None else d.initial_state.to(d.A.dtype).unsqueeze(0)
     with on_device_of(d.u):
         starts = window_starts(directions, window, dt_softplus=dt_softplus, start=initial)
-        module = in_gluon(directions, z, triton.cdiv(length, window)) or scan_plain
+        module = in_gluon(directions, z) or scan_plain
         outputs = y, y_sum, last_state, checkpoints, None
         module.launch(directions, z, starts, outputs, window, dt_softplus=dt_softplus, scale=scale)
     none = d.A.new_empty(0)

@@ -1,8 +1,8 @@
 """The scan in plain Triton, for any number of states, any dtype and any GPU: one direction a launch.
 
-A program is one warp and takes a block of channels of one batch entry, as a tile (channels, states) in registers. A
-lane holds up to 16 states of a channel (8 in fp64), so sums over states need few shuffles or none. The second launch of
-a pair adds its y to the first one's and gates the sum.
+A program is one warp and takes a block of channels of one batch entry, as a tile (channels, states) in registers: 512
+states, or 256 in fp64. Triton gives a lane neighbouring states of several channels, so sums in both directions take few
+shuffles. The second launch of a pair adds its y to the first one's and gates the sum.
 
 The backward (formulas in kernels/README.md) walks through the chunks whose initial states the forward saved, the last
 chunk first. It runs forward through a chunk and keeps the state before every T-th step in scratch memory. Then it takes
@@ -25,7 +25,7 @@ from .activations import LN2, LOG2E, sigmoid, softplus
 
 INTERVAL = 64  # steps between saved states: they take an eighth of the memory of xz (a Vim-Ti block)
 T = 8  # steps between the states that the backward keeps in scratch memory
-PROGRAMS = 12  # of the backward that run at once on a multiprocessor: more would only need more scratch memory
+REGISTERS = 2048  # that a multiprocessor has for each lane of a warp
 
 
 def checkpoint_rows(length: int, directions: int) -> int:
@@ -33,23 +33,19 @@ def checkpoint_rows(length: int, directions: int) -> int:
     return directions * triton.cdiv(triton.cdiv(length, directions), INTERVAL)
 
 
-# Not compiled for their values: arguments that change with the length, and those that must not be known to be 1.
+# Arguments that change with the length: a kernel is not compiled for their values.
 RUNTIME = [
-    "batch", "length", "window", "windows", "sign", "started", "start_pitch", "one", "items", "is_first",
+    "batch", "length", "window", "windows", "sign", "started", "start_pitch", "items", "is_first",
     "u_pitch", "dt_pitch", "B_pitch", "C_pitch", "z_pitch", "dy_pitch",
 ]  # fmt: skip
 
 
 @triton.jit
 def _place(
-    item, sign, batch, length, window, windows, group_size, one,
+    item, sign, batch, length, window, windows, group_size,
     GROUPS: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Place of a program: batch entry, group, window, its first row and steps; channels, states, entries; masks.
-
-    `one` is 1. Triton does not know, and so it does not see that states are neighbours in memory. It would put them
-    across the lanes.
-    """
+    """Place of a program: batch entry, group, window, its first row and steps; channels, states, entries; masks."""
     blocks = tl.cdiv(group_size, CHANNELS)
     group = item // blocks % GROUPS
     b = (item // (blocks * GROUPS) % batch).to(tl.int64)
@@ -61,7 +57,7 @@ def _place(
     n = tl.arange(0, STATES)
     inside = c < group_size
     c += group * group_size
-    entries = (c * N)[:, None] + (n * one)[None, :]
+    entries = (c * N)[:, None] + n[None, :]
     return b, group, at.to(tl.int64), first, here, c, n, entries, inside, inside[:, None] & (n < N)[None, :]
 
 
@@ -101,7 +97,7 @@ def _forward_kernel(
     C,  # (B, L, G, N)
     D,  # (E,) or None
     dt_bias,  # (E,) or None
-    cuts,  # (B, L + 1) or None: whether packed sequences change before a step; for reverse scans from entry 1 on
+    cuts,  # (B, L + 1) or None: whether packed sequences change before a step
     z,  # (B, L, E) or None: the gate
     starts,  # (windows, B, E, N), read if started: the state before each window, else zero
     y,  # (B, L, E); None: only run the recurrence over each window but the last one, from zero
@@ -116,7 +112,6 @@ def _forward_kernel(
     sign,  # -1 in reverse
     started,
     start_pitch,  # entries (E, N) from a window to the next one
-    one,  # see _place
     # The rows (b, t) of a tensor are `stride` elements apart, its batch entries `pitch` rows apart.
     u_pitch, u_stride, dt_pitch, dt_stride, B_pitch, B_stride, C_pitch, C_stride, z_pitch, z_stride,
     ADJOINT: tl.constexpr,
@@ -129,7 +124,7 @@ def _forward_kernel(
 ):  # fmt: skip
     S: tl.constexpr = last_state.dtype.element_ty
     b, group, at, first, here, c, n, entries, inside, inside_n = _place(
-        tl.program_id(0), sign, batch, length, window, windows, group_size, one, GROUPS, N, STATES, CHANNELS
+        tl.program_id(0), sign, batch, length, window, windows, group_size, GROUPS, N, STATES, CHANNELS
     )
     A_n = LOG2E * tl.load(A + entries, inside_n, 0.0)
     bias = _parameters(dt_bias, c, inside, S)
@@ -140,7 +135,7 @@ def _forward_kernel(
     if z is not None:
         z += (b * z_pitch + first) * z_stride
     if cuts is not None:
-        cuts += b * (length + 1) + first
+        cuts += b * (length + 1) + first + (sign > 0 if ADJOINT else sign < 0)
     out = (b * length + first) * d_inner
     if y is not None:
         C += (b * C_pitch + first) * C_stride + group * N
@@ -205,24 +200,18 @@ def _forward_kernel(
 
 
 @triton.jit
-def _slot(kept, number, SHAPE: tl.constexpr):
-    """Addresses of a tile of states in scratch memory; those of a lane differ by constants."""
-    states = tl.arange(0, SHAPE[1]) * SHAPE[0]
-    return kept + number * (SHAPE[0] * SHAPE[1]) + states[None, :]
-
-
-@triton.jit
 def _run(
     h, kept, begin, end, u, u_stride, dt, dt_stride, B, B_stride, cuts, sign, c, n, inside, bias, A,
     EVERY: tl.constexpr, SOFTPLUS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Run the recurrence from step `begin` to `end` and keep the state before every EVERY-th step."""
-    u_next = _values(u, begin * sign, u_stride, c, inside)
-    dt_next = _values(dt, begin * sign, dt_stride, c, inside)
-    B_next = _values(B, begin * sign, B_stride, n, n < N)
+    some = begin < end  # else the first row may lie outside
+    u_next = _values(u, begin * sign, u_stride, c, inside & some)
+    dt_next = _values(dt, begin * sign, dt_stride, c, inside & some)
+    B_next = _values(B, begin * sign, B_stride, n, (n < N) & some)
     for step in range(begin, end):
         if (step - begin) % EVERY == 0:
-            tl.store(_slot(kept, (step - begin) // EVERY, h.shape), h)
+            tl.store(kept + (step - begin) // EVERY * (h.shape[0] * h.shape[1]), h)
         u_t, dt_t = u_next.to(A.dtype), dt_next
         ahead = tl.minimum(step + 1, end - 1) * sign
         u_next = _values(u, ahead, u_stride, c, inside)
@@ -230,29 +219,6 @@ def _run(
         delta, decay = _decay(dt_t, bias, A, cuts, step * sign, SOFTPLUS)
         h = decay * h + (delta * u_t)[:, None] * B_next.to(A.dtype)[None, :]
         B_next = _values(B, ahead, B_stride, n, n < N)
-
-
-@triton.jit
-def _exchanged(low, high, i, BIT: tl.constexpr):
-    """Sums over pairs of rows that differ in one bit of i: of `low` in the rows without it, of `high` in the others."""
-    upper = ((i & BIT) != 0)[:, None]
-    other = tl.broadcast_to((i ^ BIT)[:, None], low.shape)
-    return tl.where(upper, high, low) + tl.gather(tl.where(upper, low, high), other, 0)
-
-
-@triton.jit
-def _fold(x, i, BIT: tl.constexpr):
-    """Sums over the rows of x that differ in the bits of i from BIT down; each row gets its part of the columns.
-
-    The columns are halved with every bit: half the shuffles and additions of a sum in which all rows get all columns.
-    """
-    if BIT > 0:
-        if x.shape[1] == 1:
-            low, high = x, x
-        else:
-            low, high = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
-        x = _fold(_exchanged(low, high, i, BIT), i, BIT // 2)
-    return x
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -275,25 +241,27 @@ def _backward_kernel(
     dA,  # (windows, B, E, N)
     dD,  # (windows, B, E) or None
     d_bias,  # (windows, B, E) or None
-    dBC,  # (blocks, B, L, G, 2, N)
+    dB,  # (blocks, B, L, G, N)
+    dC,  # (blocks, B, L, G, N)
     d_h0,  # (B, E, N) or None
     dz,  # (B, L, E)
     scratch,  # (programs, K / T + T, CHANNELS, STATES)
     items,  # blocks of channels over all batch entries and windows
     is_first,  # of the directions: writes dz
-    batch, length, d_inner, group_size, window, windows, sign, started, start_pitch, one,
+    batch, length, d_inner, group_size, window, windows, sign, started, start_pitch,
     u_pitch, u_stride, dt_pitch, dt_stride, B_pitch, B_stride, C_pitch, C_stride, z_pitch, z_stride,
     dy_pitch, dy_stride,
     HALVES: tl.constexpr, K: tl.constexpr, T: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr,
     SCALE: tl.constexpr, SOFTPLUS: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     S: tl.constexpr = scratch.dtype.element_ty
-    i = tl.arange(0, CHANNELS)
-    blocks_kept = scratch + tl.program_id(0).to(tl.int64) * ((K // T + T) * CHANNELS * STATES) + (i * one)[:, None]
-    steps_kept = blocks_kept + K // T * CHANNELS * STATES
+    SIZE: tl.constexpr = CHANNELS * STATES
+    own = tl.arange(0, CHANNELS)[:, None] * STATES + tl.arange(0, STATES)[None, :]
+    blocks_kept = scratch + tl.program_id(0).to(tl.int64) * ((K // T + T) * SIZE) + own
+    steps_kept = blocks_kept + K // T * SIZE
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         b, group, at, first, here, c, n, entries, inside, inside_n = _place(
-            item, sign, batch, length, window, windows, group_size, one, GROUPS, N, STATES, CHANNELS
+            item, sign, batch, length, window, windows, group_size, GROUPS, N, STATES, CHANNELS
         )
         A_n = LOG2E * tl.load(A + entries, inside_n, 0.0)
         bias = _parameters(dt_bias, c, inside, S)
@@ -308,9 +276,9 @@ def _backward_kernel(
         if z is not None:
             z_0 = z + (b * z_pitch + first) * z_stride
         if cuts is not None:
-            cuts_0 = cuts + b * (length + 1) + first
+            cuts_0 = cuts + b * (length + 1) + first + (sign < 0)
         out = (b * length + first) * d_inner
-        part = (((item % tl.cdiv(group_size, CHANNELS) * batch + b) * length + first) * GROUPS + group) * (2 * N)
+        part = (((item % tl.cdiv(group_size, CHANNELS) * batch + b) * length + first) * GROUPS + group) * N
         g = tl.load(starts + (at * start_pitch + b) * d_inner * N + entries, inside_n & (started > 0), 0.0)
         sum_A = tl.zeros([CHANNELS, STATES], S)
         sum_D = tl.zeros([CHANNELS], S)
@@ -334,7 +302,7 @@ def _backward_kernel(
                 block_begin = begin + block * T
                 block_end = tl.minimum(block_begin + T, end)
                 tl.debug_barrier()  # all lanes have stored
-                h = tl.load(_slot(blocks_kept, block, sum_A.shape))
+                h = tl.load(blocks_kept + block * SIZE)
                 _run(
                     h, steps_kept, block_begin, block_end, u_0, u_stride, dt_0, dt_stride, B_0, B_stride, cuts_0, sign,
                     c, n, inside, bias, A_n, 1, SOFTPLUS, N,
@@ -347,7 +315,7 @@ def _backward_kernel(
                     dt_t = _values(dt_0, row, dt_stride, c, inside).to(S)
                     B_t = _values(B_0, row, B_stride, n, n < N).to(S)[None, :]
                     C_t = _values(C_0, row, C_stride, n, n < N).to(S)[None, :]
-                    h = tl.load(_slot(steps_kept, step - block_begin, sum_A.shape))
+                    h = tl.load(steps_kept + (step - block_begin) * SIZE)
                     delta, decay = _decay(dt_t, bias, A_n, cuts_0, row, SOFTPLUS)
                     at_c = out + row.to(tl.int64) * d_inner + c
                     dy_t = SCALE * _values(dy_0, row, dy_stride, c, inside).to(S)
@@ -360,9 +328,10 @@ def _backward_kernel(
                         dy_t *= z_t * gate
 
                     x = (delta * u_t)[:, None]
-                    dC_t = dy_t[:, None] * (decay * h + x * B_t)
                     g += dy_t[:, None] * C_t
-                    sums = _fold(_exchanged(g * x, dC_t, i, CHANNELS // 2), i, CHANNELS // 4)
+                    at_n = part + row.to(tl.int64) * (GROUPS * N) + n
+                    tl.store(dB + at_n, tl.sum(g * x, 0), n < N)
+                    tl.store(dC + at_n, tl.sum(dy_t[:, None] * (decay * h + x * B_t), 0), n < N)
                     gB = tl.sum(g * B_t, 1)
                     g *= decay
                     q = g * h
@@ -374,11 +343,6 @@ def _backward_kernel(
                     sum_bias += ddt_t
                     tl.store(du + at_c, delta * gB + skip * dy_t, inside)
                     tl.store(ddt + at_c, ddt_t, inside)
-                    # The upper half of the rows has sums of dC.
-                    column = (i % (CHANNELS // 2) * STATES // (CHANNELS // 2))[:, None]
-                    column += tl.arange(0, sums.shape[1])[None, :]
-                    dBC_at = dBC + part + row.to(tl.int64) * (GROUPS * 2 * N) + (i // (CHANNELS // 2) * N)[:, None]
-                    tl.store(dBC_at + column, sums, column < N)
 
         entry = (at * batch + b) * d_inner
         tl.store(dA + entry * N + entries, sum_A, inside_n)
@@ -414,7 +378,7 @@ def launch(
         if y is None:
             grid -= grid // arguments["windows"]
         _forward_kernel[(grid,)](
-            x, d.dt, d.A, B, d.C, d.D, d.dt_bias, _cuts(d), gate,
+            x, d.dt, d.A, B, d.C, d.D, d.dt_bias, cut_bytes(d), gate,
             last_state if starts is None else starts[0, i], y, y_sum if final else None,
             last_state[i] if totals is None else last_state[0, i],
             None if checkpoints is None else checkpoints[i],
@@ -437,28 +401,28 @@ def launch_backward(
     scale: float,
 ) -> tuple[list[tuple[Tensor | None, ...]], Tensor | None]:
     """Gradients of each direction, in the order of `DirectionGrads`, some in the precision of the states; and of z."""
-    batch, length, d_inner = dy.shape
     dz = None if z is None else z.new_empty(z.shape)
     grads: list[tuple[Tensor | None, ...]] = []
     for i, d in enumerate(directions):
         items, arguments = _arguments(directions, i, window, starts, u=d.u, dt=d.dt, B=d.B, C=d.C, z=z, dy=dy)
-        groups, d_state = d.B.shape[2:]
         windows, channels, states = (arguments[name] for name in ("windows", "CHANNELS", "STATES"))
-        programs = min(items, _multiprocessors(dy.device) * PROGRAMS)
+        # As many programs as run at once: more would only need more scratch memory.
+        registers = 255 if d.A.dtype == torch.float64 else 168 if channels == 32 else 200
+        programs = min(items, _multiprocessors(dy.device) * (REGISTERS // registers))
         scratch = d.A.new_empty(programs, INTERVAL // T + T, channels, states)
         du, ddt = d.u.new_empty(d.u.shape), d.dt.new_empty(d.dt.shape)
-        parts = [None if t is None else d.A.new_empty(windows, batch, *t.shape) for t in (d.A, d.D, d.dt_bias)]
-        dBC = d.A.new_empty(triton.cdiv(d_inner // groups, channels), batch, length, groups, 2, d_state)
+        parts = [None if t is None else d.A.new_empty(windows, len(dy), *t.shape) for t in (d.A, d.D, d.dt_bias)]
+        blocks = triton.cdiv(arguments["group_size"], channels)
+        dB, dC = (d.A.new_empty(blocks, *d.B.shape) for _ in range(2))
         d_h0 = None if d.initial_state is None else d.A.new_empty(d.initial_state.shape)
         _backward_kernel[(programs,)](
-            d.u, d.dt, d.A, d.B, d.C, d.D, d.dt_bias, _cuts(d), z, dy, y_sum,
+            d.u, d.dt, d.A, d.B, d.C, d.D, d.dt_bias, cut_bytes(d), z, dy, y_sum,
             scratch if starts is None else starts[0, i],
-            checkpoints[i], du, ddt, *parts, dBC, d_h0, dz, scratch, items, int(i == 0),
-            **arguments, T=T, SCALE=scale, SOFTPLUS=dt_softplus, num_warps=1,
-            maxnreg=None if d.A.dtype == torch.float64 else 168 if channels == 32 else 200,
+            checkpoints[i], du, ddt, *parts, dB, dC, d_h0, dz, scratch, items, int(i == 0),
+            **arguments, T=T, SCALE=scale, SOFTPLUS=dt_softplus, num_warps=1, maxnreg=registers,
         )  # fmt: skip
         dA, dD, d_bias = (None if t is None else t.sum((0, 1)) for t in parts)
-        grads.append((du, ddt, dA, *dBC.sum(0).unbind(3), dD, d_bias, d_h0))
+        grads.append((du, ddt, dA, dB.sum(0), dC.sum(0), dD, d_bias, d_h0))
     return grads, dz
 
 
@@ -472,7 +436,7 @@ def _arguments(
     d, count = directions[i], len(directions)
     batch, length, d_inner = d.u.shape
     groups, windows, states = d.B.shape[2], triton.cdiv(length, window), triton.next_power_of_2(d.A.shape[1])
-    channels = min(32, max(2, 32 * (8 if d.A.dtype == torch.float64 else 16) // states))
+    channels = min(32, max(1, 32 * (8 if d.A.dtype == torch.float64 else 16) // states))
     return triton.cdiv(d_inner // groups, channels) * groups * batch * windows, {
         **sizes(d),
         **row_arguments(**rows),
@@ -481,18 +445,11 @@ def _arguments(
         "sign": -1 if d.reverse else 1,
         "started": int(starts is not None),
         "start_pitch": count * batch,
-        "one": 1,
         "HALVES": count,
         "K": INTERVAL,
         "STATES": states,
         "CHANNELS": channels,
     }
-
-
-def _cuts(d: Direction) -> Tensor | None:
-    """Whether packed sequences change before each step, as the direction meets it, from the first element on."""
-    cuts = cut_bytes(d)
-    return None if cuts is None else cuts.view(-1)[int(d.reverse) :]
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -74,14 +74,10 @@ TRIED = ((3, 6), (3, 8))  # the first and the last version of Triton whose Gluon
 # Programs of 128 channels in both directions that an H200 runs at once, and the longest window in steps. Measured on an
 # H100: no windows pay off if whole sequences already make more than an eighth of these programs.
 PROGRAMS, LONGEST = 396, 768
-# Measured on an H200: with fewer programs, not two for each multiprocessor, the smaller ones of `scan` are faster.
-LEAST = 264
 
 
-def in_gluon(directions: Sequence[Direction], z: Tensor | None, windows: int) -> ModuleType | None:
+def in_gluon(directions: Sequence[Direction], z: Tensor | None) -> ModuleType | None:
     """The module scan_gluon if it takes a forward call, else None."""
-    if _programs(directions[0], len(directions)) * windows < LEAST:
-        return None
     if not TRIED[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= TRIED[1]:
         return None
     from . import scan_gluon  # another version may not have what it imports
@@ -132,13 +128,15 @@ def window_starts(
     adjoint = dy is not None
     ends = d.A.new_empty(windows, count, batch, *d.A.shape)
     totals = d.A.new_empty(windows, count, batch, d_inner)
-    gluon = None if adjoint else in_gluon(directions, None, windows)
-    if gluon is not None:
-        gluon.launch(directions, None, None, (None, None, ends, None, totals), window, dt_softplus=dt_softplus)
-    else:
-        outputs = None, None, ends, None, totals
+    outputs = None, None, ends, None, totals
+    if adjoint:
         scan_plain.launch(directions, z, None, outputs, window, dt_softplus=dt_softplus, scale=scale, dy=dy)
-    _starts_kernel[(triton.cdiv(d_inner, 16), count * batch)](
+    else:
+        module = in_gluon(directions, None) or scan_plain
+        module.launch(directions, None, None, outputs, window, dt_softplus=dt_softplus)
+    states = triton.next_power_of_2(d.A.shape[1])
+    rows = max(1, min(16, 256 // states))
+    _starts_kernel[(triton.cdiv(d_inner, rows), count * batch)](
         ends,
         totals,
         columns(directions)[2],
@@ -149,8 +147,8 @@ def window_starts(
         REVERSE=tuple(each.reverse != adjoint for each in directions),
         PACKED=d.cuts is not None,
         N=d.A.shape[1],
-        ROWS=16,
-        COLUMNS=triton.next_power_of_2(d.A.shape[1]),
+        ROWS=rows,
+        COLUMNS=states,
         num_warps=1,
     )
     return ends
