@@ -5,16 +5,31 @@ windows.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
+import triton
 from torch import Tensor
 
 from ..directions import Direction, DirectionGrads, ScanOutput
 from ..rows import agreeing, as_rows, on_device_of
 from . import scan_plain
 from .scan_plain import checkpoint_rows
-from .scan_windows import in_gluon, window_length, window_starts
+from .scan_windows import window_length, window_starts
 
 __all__ = ["backward", "checkpoint_rows", "forward"]
+
+TRIED = ((3, 6), (3, 8))  # the first and the last version of Triton whose Gluon the kernel in scan_gluon was tried in
+
+
+def _module(directions: Sequence[Direction], z: Tensor | None) -> ModuleType:
+    """What runs a forward call."""
+    if TRIED[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= TRIED[1]:
+        from . import scan_gluon  # another version may not have what it imports
+
+        if scan_gluon.takes(directions, z):
+            return scan_gluon
+    return scan_plain
 
 
 def forward(
@@ -33,11 +48,15 @@ def forward(
     window = window_length(d, count)
     # Only single directions have an initial state.
     initial = None if d.initial_state is None else d.initial_state.to(d.A.dtype).unsqueeze(0)
+
+    def run(ends: Tensor, totals: Tensor) -> None:
+        outputs = None, None, ends, None, totals
+        _module(directions, None).launch(directions, None, None, outputs, window, dt_softplus=dt_softplus)
+
     with on_device_of(d.u):
-        starts = window_starts(directions, window, dt_softplus=dt_softplus, start=initial)
-        module = in_gluon(directions, z) or scan_plain
+        starts = window_starts(directions, window, initial, run)
         outputs = y, y_sum, last_state, checkpoints, None
-        module.launch(directions, z, starts, outputs, window, dt_softplus=dt_softplus, scale=scale)
+        _module(directions, z).launch(directions, z, starts, outputs, window, dt_softplus=dt_softplus, scale=scale)
     none = d.A.new_empty(0)
     return ScanOutput(
         y,
@@ -64,11 +83,15 @@ def backward(
     dy, z = as_rows(dy), None if z is None else as_rows(z)
     window = window_length(d, count)
     end = None if d_last_state is None else d_last_state.contiguous()
+    options: dict[str, Any] = {"dt_softplus": dt_softplus, "scale": scale}
+
+    def run(ends: Tensor, totals: Tensor) -> None:
+        outputs = None, None, ends, None, totals
+        scan_plain.launch(directions, z, None, outputs, window, dy=dy, **options)
+
     with on_device_of(dy):
-        starts = window_starts(directions, window, dt_softplus=dt_softplus, start=end, dy=dy, z=z, scale=scale)
-        found, dz = scan_plain.launch_backward(
-            dy, directions, z, starts, checkpoints, y_sum, window, dt_softplus=dt_softplus, scale=scale
-        )
+        starts = window_starts(directions, window, end, run, adjoint=True)
+        found, dz = scan_plain.launch_backward(dy, directions, z, starts, checkpoints, y_sum, window, **options)
     grads = [
         DirectionGrads._make(_like(t, of) for t, of in zip(own, to.tensors(), strict=True))
         for own, to in zip(found, given, strict=True)

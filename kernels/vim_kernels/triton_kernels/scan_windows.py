@@ -7,8 +7,7 @@ step; it pays off if whole sequences would leave the GPU idle.
 """
 
 import math
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
 
 import triton
 import triton.language as tl
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from ..directions import Direction
 from ..rows import columns
-from . import scan_plain
 from .activations import LOG2E
 from .scan_plain import INTERVAL
 
@@ -69,20 +67,9 @@ def _starts_kernel(
     tl.store(ends + row * N + n, h, inside)
 
 
-TRIED = ((3, 6), (3, 8))  # the first and the last version of Triton whose Gluon the kernel in scan_gluon was tried in
-
 # Programs of 128 channels in both directions that an H200 runs at once, and the longest window in steps. Measured on an
 # H100: no windows pay off if whole sequences already make more than an eighth of these programs.
 PROGRAMS, LONGEST = 396, 768
-
-
-def in_gluon(directions: Sequence[Direction], z: Tensor | None) -> ModuleType | None:
-    """The module scan_gluon if it takes a forward call, else None."""
-    if not TRIED[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= TRIED[1]:
-        return None
-    from . import scan_gluon  # another version may not have what it imports
-
-    return scan_gluon if scan_gluon.takes(directions, z) else None
 
 
 def _programs(d: Direction, directions: int) -> float:
@@ -108,32 +95,25 @@ def window_length(d: Direction, directions: int) -> int:
 def window_starts(
     directions: Sequence[Direction],
     window: int,
-    *,
-    dt_softplus: bool,
     start: Tensor | None,
-    dy: Tensor | None = None,
-    z: Tensor | None = None,
-    scale: float = 1.0,
+    run: Callable[[Tensor, Tensor], None],
+    *,
+    adjoint: bool = False,
 ) -> Tensor | None:
-    """State before each window, (windows, directions, B, E, N); for a single window `start`.
+    """State before each window, (windows, directions, B, E, N), or the adjoint after it; for a single window `start`.
 
-    With dy, z and scale: the adjoint after each window.
-    `start`: (directions, B, E, N), the state before the sequence, or the adjoint after it.
+    start: (directions, B, E, N), the state before the sequence, or the adjoint after it.
+    run: runs the recurrence, or that of the adjoint, over each window from zero. It writes the states at the ends,
+        (windows, directions, B, E, N), and the sums of delta, (windows, directions, B, E); see `scan_plain`.
     """
     d, count = directions[0], len(directions)
     batch, length, d_inner = d.u.shape
     windows = triton.cdiv(length, window)
     if windows == 1:
         return None if start is None else start.unsqueeze(0)
-    adjoint = dy is not None
     ends = d.A.new_empty(windows, count, batch, *d.A.shape)
     totals = d.A.new_empty(windows, count, batch, d_inner)
-    outputs = None, None, ends, None, totals
-    if adjoint:
-        scan_plain.launch(directions, z, None, outputs, window, dt_softplus=dt_softplus, scale=scale, dy=dy)
-    else:
-        module = in_gluon(directions, None) or scan_plain
-        module.launch(directions, None, None, outputs, window, dt_softplus=dt_softplus)
+    run(ends, totals)
     states = triton.next_power_of_2(d.A.shape[1])
     rows = max(1, min(16, 256 // states))
     _starts_kernel[(triton.cdiv(d_inner, rows), count * batch)](
