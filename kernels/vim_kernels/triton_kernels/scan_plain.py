@@ -136,9 +136,11 @@ def _forward_kernel(
         z += (b * z_pitch + first) * z_stride
     if cuts is not None:
         cuts += b * (length + 1) + first + (sign > 0 if ADJOINT else sign < 0)
-    out = (b * length + first) * d_inner
     if y is not None:
         C += (b * C_pitch + first) * C_stride + group * N
+        y += (b * length + first) * d_inner
+        if y_sum is not None:
+            y_sum += (b * length + first) * d_inner
     start = (at * start_pitch + b) * d_inner * N + entries
     h = tl.load(starts + start, inside_n & (started > 0), 0.0)
     total = tl.zeros([CHANNELS], S)
@@ -148,8 +150,12 @@ def _forward_kernel(
     u_next = tl.load(u + c, inside, 0.0)
     dt_next = tl.load(dt + c, inside, 0.0)
     B_next = tl.load(B + n, n < N, 0.0)
+    if z is not None:
+        z_next = tl.load(z + c, inside, 0.0)
     if y is not None:
         C_next = tl.load(C + n, n < N, 0.0)
+        if ADD:
+            y_next = tl.load(y + c, inside, 0.0)
     for step in range(here):
         if checkpoints is not None:
             second = step >= middle
@@ -160,16 +166,18 @@ def _forward_kernel(
                 tl.store(checkpoints + row * d_inner * N + entries, h, inside_n)
         row = step * sign
         u_t, dt_t, B_t = u_next.to(S), dt_next, B_next.to(S)[None, :]
-        # Load the next step's rows as soon as registers are free.
+        # Load the next step's rows before this one's are done, those of B and C as soon as their registers are free.
         ahead = tl.minimum(step + 1, here - 1) * sign
         u_next = _values(u, ahead, u_stride, c, inside)
         dt_next = _values(dt, ahead, dt_stride, c, inside)
+        gate = 1.0
+        if z is not None:
+            z_t = z_next.to(S)
+            gate = z_t * sigmoid(z_t)
+            z_next = _values(z, ahead, z_stride, c, inside)
         delta, decay = _decay(dt_t, bias, A_n, cuts, row, SOFTPLUS)
         if ADJOINT:
-            d_sum = SCALE * u_t
-            if z is not None:
-                z_t = _values(z, row, z_stride, c, inside).to(S)
-                d_sum *= z_t * sigmoid(z_t)
+            d_sum = SCALE * u_t * gate
             h = decay * (h + d_sum[:, None] * B_t)
         else:
             h = decay * h + (delta * u_t)[:, None] * B_t
@@ -181,16 +189,12 @@ def _forward_kernel(
         else:
             y_t = tl.sum(h * C_next.to(S)[None, :], 1) + skip * u_t
             C_next = _values(C, ahead, C_stride, n, n < N)
-            y_at = out + row.to(tl.int64) * d_inner + c
             if ADD:
-                y_t += tl.load(y + y_at, inside, 0.0).to(S)
+                y_t += y_next.to(S)
+                y_next = _values(y, ahead, d_inner, c, inside)
             if y_sum is not None:
-                tl.store(y_sum + y_at, y_t, inside)
-            y_t *= SCALE
-            if z is not None:
-                z_t = _values(z, row, z_stride, c, inside).to(S)
-                y_t *= z_t * sigmoid(z_t)
-            tl.store(y + y_at, y_t, inside)
+                tl.store(y_sum + row.to(tl.int64) * d_inner + c, y_t, inside)
+            tl.store(y + row.to(tl.int64) * d_inner + c, SCALE * y_t * gate, inside)
     if y is None:
         tl.store(last_state + start, h, inside_n)
         tl.store(totals + (at * start_pitch + b) * d_inner + c, total, inside)
