@@ -7,16 +7,17 @@ python tools/benchmark.py --config configs/benchmark_cpu.yaml --models '[vim_tin
 import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigParser, plain_errors
 from vim.console.progress import plain_console
-from vim.experiments.benchmark import benchmark, benchmark_table
+from vim.experiments.benchmark import benchmark, benchmark_table, check_complete
 from vim.experiments.benchmark_config import BenchmarkConfig
 
 
 def main() -> None:
     config, _ = ConfigParser(BenchmarkConfig, __doc__).parse_config()
+    terminal = plain_console().is_terminal
     with plain_errors():
         results = benchmark(config)
-    terminal = plain_console().is_terminal
-    plain_console(width=None if terminal else 120).print(benchmark_table(results))
+        plain_console(width=None if terminal else 120).print(benchmark_table(results))
+        check_complete(results)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,17 @@ from functools import partial
 import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigParser, plain_errors
 from vim.console.progress import plain_console
-from vim.experiments.benchmark import benchmark, benchmark_table
+from vim.experiments.benchmark import benchmark, benchmark_table, check_complete
 from vim.experiments.detection_benchmark import DetectionBenchmarkConfig, build_detector_step
 
 
 def main() -> None:
     config, _ = ConfigParser(DetectionBenchmarkConfig, __doc__).parse_config()
+    terminal = plain_console().is_terminal
     with plain_errors():
         results = benchmark(config, partial(build_detector_step, config))
-    terminal = plain_console().is_terminal
-    plain_console(width=None if terminal else 120).print(benchmark_table(results))
+        plain_console(width=None if terminal else 120).print(benchmark_table(results))
+        check_complete(results)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def kernels_or_torch(
     Raises: ValueError for an unknown name; RuntimeError if a named backend cannot run here.
     """
     if backend == "auto":
-        if torch.compiler.is_compiling() or _transformed():
+        if torch.compiler.is_compiling() or transformed():
             return "torch"
         fastest = _fastest(device.type, operator, names)
         if fastest == "triton" and limit is not None and (reason := limit()) is not None:
@@ -86,7 +86,7 @@ def kernels_or_torch(
         return backend
     if torch.compiler.is_compiling():
         raise RuntimeError(f"backend {backend!r} of {operator} cannot be compiled or exported; use backend='auto'")
-    if _transformed():
+    if transformed():
         raise RuntimeError(f"backend {backend!r} of {operator} {_NO_TRANSFORM}")
     _check_runs(backend, device, names)
     if backend == "triton" and limit is not None and (reason := limit()) is not None:
@@ -101,7 +101,7 @@ def under_transforms(backend: str) -> str:
 
     Raises: RuntimeError for a named backend.
     """
-    if backend == "reference" or not _transformed():
+    if backend == "reference" or not transformed():
         return backend
     if backend != "auto":
         raise RuntimeError(f"backend {backend!r} {_NO_TRANSFORM}")
@@ -166,7 +166,7 @@ def _log_fallback(operator: str | None, device_type: str, reason: str, wanted: s
     )
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

@@ -147,18 +147,22 @@ def _final_state(x: Tensor, past: int, reverse: bool, initial_state: Tensor | No
 # The operator: one direction, or two over the same x, whose gradients with respect to x are summed.
 
 _INPUTS = (
-    "Tensor x, Tensor[] weight, Tensor[] bias, Tensor? initial_state, Tensor? segments, "
+    "Tensor x, Tensor[] weight, Tensor[]? bias, Tensor? initial_state, Tensor? segments, "
     "bool silu, int[] reverse, str backend"
 )
 
 
 def _check_sizes(
-    x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor], initial_state: Tensor | None, segments: Tensor | None
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    initial_state: Tensor | None,
+    segments: Tensor | None,
 ) -> None:
     """Raise unless all tensors have the sizes that a kernel assumes: traced programs call the operator directly."""
     batch, length, channels = x.shape
     width = weight[0].shape[1]
-    for name, tensors, size in (("weight", weight, (channels, width)), ("bias", bias, (channels,))):
+    for name, tensors, size in (("weight", weight, (channels, width)), ("bias", bias or (), (channels,))):
         for t in tensors:
             if t.shape != size:
                 raise ValueError(f"{name} must be {size} in this call, got {shape_of(t)}")

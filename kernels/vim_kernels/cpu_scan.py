@@ -21,13 +21,13 @@ class _Direction(ctypes.Structure):
         *_fields(ctypes.c_void_p, "A D dt_bias initial_state last_state checkpoints"),
         ("starts", cpu.Sequence),
         *_fields(cpu.Sequence, "dy dz du ddt dB dC"),
-        *_fields(ctypes.c_void_p, "d_last_state dA dD d_bias d_initial_state"),
+        *_fields(ctypes.c_void_p, "d_last_state dA dD d_bias d_initial_state dt_proj"),
     )
 
 
 class _Scan(cpu.Call):
     _fields_: ClassVar[tuple] = (
-        *_fields(ctypes.c_int64, "batch length d_inner d_state groups directions softplus"),
+        *_fields(ctypes.c_int64, "batch length d_inner d_state groups directions softplus dt_rank"),
         ("scale", ctypes.c_double),
         ("direction", _Direction * 2),
     )

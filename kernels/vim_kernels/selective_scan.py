@@ -214,11 +214,13 @@ def _check_pair(directions: list[Direction]) -> None:
                 raise ValueError(f"{name}[1] must have the shape of {name}[0], {want}, got {got}")
 
 
-# The operator. Its schema has no `Direction`, so it takes the fields as columns; an absent field is an empty list.
+# The operator. Its schema has no `Direction`, so it takes the fields as columns; an absent field is an empty list
+# (None in a compiled package, whose caller has no empty lists).
 # `reverse` is a list of integers, because torch.jit.trace has no lists of booleans.
 
 _COLUMNS = (
-    "Tensor[] u, Tensor[] dt, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] dt_bias, Tensor[] initial_state"
+    "Tensor[] u, Tensor[] dt, Tensor[] A, Tensor[] B, Tensor[] C, "
+    "Tensor[]? D, Tensor[]? dt_bias, Tensor[]? initial_state"
 )
 _INPUTS = f"{_COLUMNS}, Tensor? z, Tensor? cuts, int[] reverse, bool dt_softplus, float scale"
 

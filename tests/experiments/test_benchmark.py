@@ -18,7 +18,7 @@ from torch.testing import assert_close
 import vim  # noqa: F401  (registers the models)
 from vim.console import ConfigError, ConfigParser, InterruptedRunError, RunError
 from vim.experiments import benchmark as module
-from vim.experiments.benchmark import benchmark, benchmark_table
+from vim.experiments.benchmark import benchmark, benchmark_table, check_complete
 from vim.experiments.benchmark_config import BenchmarkConfig, Contender, Workload
 from vim.experiments.plots import plot_benchmark
 from vim.files import whole_file
@@ -109,6 +109,7 @@ def test_defaults_and_help_are_those_of_the_dataclass():
 @pytest.mark.parametrize("name", ["benchmark", "benchmark_cpu"])
 def test_the_configurations_parse_and_their_models_exist(name):
     config = parse("--config", ROOT / "configs" / f"{name}.yaml")
+    assert {contender.model for _, contender in config.plan()} == config.top1.keys()
     assert config.output == f"runs/{name}"
     assert all(timm.is_model(contender.model) for _, contender in config.plan())
     assert {workload.mode for workload in config.workloads} == {"inference", "train"}
@@ -203,8 +204,10 @@ def test_a_benchmark_has_its_device_and_its_threads(tmp_path, monkeypatch, devic
 
 def test_a_model_with_wrong_outputs_has_no_speed(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "build_step", lambda *args: lambda: torch.tensor([1.0, float("nan")]))
-    with pytest.raises(RunError, match=r"vim_nano failed at inference, 32 pixels, batch 2: .*logits not finite"):
-        benchmark(config(tmp_path, "vim_nano"))
+    results = benchmark(config(tmp_path, "vim_nano"))
+    assert results["rows"][0]["images_per_second"] is None
+    with pytest.raises(RunError, match=r"1 of 1 measurements failed, first vim_nano, inference, .*logits not finite"):
+        check_complete(results)
 
 
 @pytest.fixture
@@ -328,21 +331,84 @@ def test_out_of_memory_is_a_result(tmp_path, fake, error):
 
 
 @pytest.mark.parametrize(
-    ("error", "raised", "message", "rows"),
+    ("error", "want"),
     [
-        (ValueError("boom"), RunError, "test_vit failed at inference, 32 pixels, batch 2: ValueError: boom", 2),
-        (KeyboardInterrupt(), InterruptedRunError, "interrupted at test_vit, inference.*; 1 of 3 measurements", 1),
+        (ValueError("boom\nand more"), "ValueError: boom"),
+        (ConfigError("cannot make test_vit at this size"), "cannot make test_vit at this size"),
     ],
 )
-def test_any_other_error_stops_and_loses_nothing(tmp_path, fake, error, raised, message, rows):
-    (tmp_path / "benchmark.png").write_bytes(b"of an earlier benchmark")
+def test_a_model_that_fails_does_not_stop_the_others(tmp_path, fake, error, want):
     fake(test_vit=error)
-    with pytest.raises(raised, match=message):
+    results = benchmark(config(tmp_path, "vim_nano", "test_vit", "test_convnext"))
+    assert results == saved(tmp_path)
+    assert [row["error"] for row in results["rows"]] == [None, want, None]
+    assert (tmp_path / "benchmark.png").is_file()
+    assert ["test_vit", "-", *want.split()] in printed(results)
+    with pytest.raises(RunError, match=f"1 of 3 measurements failed, first test_vit, inference, .*: {want}$"):
+        check_complete(results)
+    fake()
+    check_complete(benchmark(config(tmp_path, "vim_nano", "test_vit")))
+
+
+def test_an_interrupted_run_loses_nothing(tmp_path, fake):
+    (tmp_path / "benchmark.png").write_bytes(b"of an earlier benchmark")
+    fake(test_vit=KeyboardInterrupt())
+    with pytest.raises(InterruptedRunError, match=r"interrupted at test_vit, inference.*; 1 measurements are in"):
         benchmark(config(tmp_path, "vim_nano", "test_vit", "test_convnext"))
     kept = saved(tmp_path)["rows"]
-    assert [row["model"] for row in kept] == ["vim_nano", "test_vit"][:rows]
+    assert [row["model"] for row in kept] == ["vim_nano"]
     assert kept[0]["images_per_second"] == SPEEDS["images_per_second"]
     assert [path.name for path in tmp_path.iterdir()] == ["benchmark.json"]
+
+
+@sees(BenchmarkConfig, "resume")
+def test_parts_of_a_benchmark_come_together(tmp_path, fake, monkeypatch):
+    """A resumed run measures what is missing or failed; lack of memory is a result."""
+    fake(test_vit=torch.OutOfMemoryError("x"), vim_nano=ValueError("x"))
+    benchmark(config(tmp_path, "test_convnext", "test_vit", "vim_nano", rounds=1))
+    seen = []
+    monkeypatch.setattr(module, "measure", lambda contender, w, *_: seen.append((str(contender), w)) or dict(SPEEDS))
+    names = ["vim_nano", "test_vit", "test_vit+checkpoint"]
+    results = benchmark(config(tmp_path, *names, workloads=(INFERENCE, TRAIN), resume=True))
+    new = [("vim_nano", INFERENCE), ("test_vit+checkpoint", INFERENCE), *((name, TRAIN) for name in names)]
+    assert seen == new
+    rows = [("test_convnext", INFERENCE), ("test_vit", INFERENCE), *new]
+    found = [("+".join([row["model"], *row["options"]]), row["mode"], row["batch_size"]) for row in results["rows"]]
+    assert found == [(name, w.mode, w.batch_size) for name, w in rows]
+    assert [row["error"] for row in results["rows"]] == [None, "out of memory", *[None] * 5]
+    assert saved(tmp_path) == results
+    assert benchmark(config(tmp_path, *names, workloads=(INFERENCE, TRAIN), resume=True))["rows"] == results["rows"]
+    assert len(seen) == len(new)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda earlier: earlier | {"device": "another"}, "was measured with device another, and this run has .*;"),
+        (
+            lambda earlier: earlier | {"versions": earlier["versions"] | {"torch": "1"}},
+            "was measured with torch 1, and",
+        ),
+        (
+            lambda earlier: earlier | {"config": earlier["config"] | {"precision": "bf16"}},
+            "was measured with precision bf16, and",
+        ),
+        (lambda earlier: earlier | {"threads": 99}, "was measured with threads 99, and"),
+        (lambda earlier: {"rows": []}, "is no result of this benchmark"),
+        (lambda earlier: [], "is no result of this benchmark"),
+    ],
+)
+def test_measurements_of_another_machine_or_setting_are_no_part(tmp_path, fake, change, message):
+    fake()
+    benchmark(config(tmp_path, "vim_nano"))
+    text = json.dumps(change(saved(tmp_path)))
+    (tmp_path / "benchmark.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"benchmark.json {message}.*choose another output"):
+        benchmark(config(tmp_path, "test_vit", resume=True))
+    assert (tmp_path / "benchmark.json").read_text() == text
+    (tmp_path / "benchmark.json").write_text(text[:5])
+    with pytest.raises(ConfigError, match=r"benchmark\.json is no result of this benchmark"):
+        benchmark(config(tmp_path, "test_vit", resume=True))
 
 
 def test_results_are_on_disk_after_each_contender_and_replace_those_of_an_earlier_run(tmp_path, monkeypatch):
@@ -371,7 +437,7 @@ def test_a_half_written_file_does_not_replace_a_whole_one(tmp_path):
     assert path.read_text() == "whole"
 
 
-def results_of(*speeds, models=("vim_nano", "test_vit+graph"), workloads=(INFERENCE,)):
+def results_of(*speeds, models=("vim_nano", "test_vit+graph"), workloads=(INFERENCE,), peer=None):
     """Content of benchmark.json with these images/s; None: out of memory."""
     rows = []
     contenders = [(workload, *name.split("+")) for workload in workloads for name in models]
@@ -379,8 +445,8 @@ def results_of(*speeds, models=("vim_nano", "test_vit+graph"), workloads=(INFERE
         numbers = {"images_per_second": speed, "min": speed and speed * 0.9, "max": speed and speed * 1.1}
         row = {"model": model, "options": options, **asdict(workload), **SPEEDS, **numbers}
         rows.append(row | {"error": None if speed else "out of memory"})
-    about = {"device": "a card", "versions": {"torch": "2"}, "config": {"precision": "bf16", "models": list(models)}}
-    return about | {"rows": rows}
+    settings = {"precision": "bf16", "peer": peer, "top1": {"test_vit": 70.25}}
+    return {"device": "a card", "versions": {"torch": "2"}, "config": settings, "rows": rows}
 
 
 def printed(results):
@@ -393,32 +459,62 @@ def test_the_table_has_a_block_for_each_workload_with_ratios_to_its_first_row():
     lines = printed(results_of(1000.0, 2500.0, 10.0, 5.0, workloads=(INFERENCE, TRAIN)))
     names = [line[0] for line in lines if line]
     start = names.index("inference,")
-    assert lines[start + 1] == ["vim_nano", "1,000", "(900", "-", "1,100)", "1.00", "3"]
-    assert lines[start + 2] == ["test_vit+graph", "2,500", "(2,250", "-", "2,750)", "2.50", "3"]
+    assert lines[start + 1] == ["vim_nano", "-", "1,000", "(900", "-", "1,100)", "1.00", "3"]
+    assert lines[start + 2] == ["test_vit+graph", "70.2", "2,500", "(2,250", "-", "2,750)", "2.50", "3"]
     assert lines[start + 4] == ["train,", "32", "pixels,", "batch", "3"]
-    assert lines[start + 6] == ["test_vit+graph", "5.0", "(4.5", "-", "5.5)", "0.50", "3"]
+    assert lines[start + 6] == ["test_vit+graph", "70.2", "5.0", "(4.5", "-", "5.5)", "0.50", "3"]
 
 
 def test_the_table_has_no_ratio_to_a_first_row_without_memory():
     lines = printed(results_of(None, 2500.0))
-    assert ["vim_nano", "out", "of", "memory"] in lines
-    assert ["test_vit+graph", "2,500", "(2,250", "-", "2,750)", "-", "3"] in lines
+    assert ["vim_nano", "-", "out", "of", "memory"] in lines
+    assert ["test_vit+graph", "70.2", "2,500", "(2,250", "-", "2,750)", "-", "3"] in lines
 
 
-def test_the_plot_shows_every_speed_and_peak(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
+@sees(BenchmarkConfig, "peer")
+def test_ratios_are_relative_to_the_fastest_row_of_the_peer(tmp_path):
+    """In a block of rows that came in parts, too."""
+    models = ("vim_nano", "test_vit+graph", "test_vit+compile")
+    results = results_of(
+        50.0, 200.0, 100.0, None, 8.0, 7.0, workloads=(INFERENCE, TRAIN), models=models, peer="test_vit"
+    )
+    results["rows"].append(results["rows"].pop(0))
+    lines = printed(results)
+    ratios = [line[-2] for line in lines if "3" in line[-1:] and "(" in "".join(line)]
+    assert ratios == ["1.00", "0.50", "0.25", "1.00", "0.88"]
+    results["config"]["peer"] = "vim_nano"
+    assert [line[-2] for line in printed(results) if "3" in line[-1:] and "(" in "".join(line)][-2:] == ["-", "-"]
+    for wrong in ({"peer": "test_vitt"}, {"top1": {"test_vitt": 70.0}}):
+        with pytest.raises(ConfigError, match=r"no model 'test_vitt' in timm.*did you mean"):
+            benchmark(config(tmp_path, "test_vit", **wrong))
 
-    texts, colours = [], []
-    text, barh = Axes.text, Axes.barh
-    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **k: texts.append(s) or text(self, x, y, s, **k))
-    monkeypatch.setattr(Axes, "barh", lambda self, *a, **k: colours.append(k["color"]) or barh(self, *a, **k))
-    sizes = [Workload("inference", 32 * n, 2) for n in (1, 2, 3)]  # an odd number leaves an empty panel
-    plot_benchmark(results_of(1000.0, 2500.0, None, 5.0, None, None, workloads=sizes), tmp_path / "plot.png")
-    assert texts == ["1,000/s, 3 MiB", "2,500/s, 3 MiB", "out of memory", "5.0/s, 3 MiB", *["out of memory"] * 2]
-    (vim_red, _, vim_blue, _), (red, _, blue, _), again = colours
-    assert vim_blue > vim_red
-    assert red > blue
-    assert again == colours[1]
+
+@sees(BenchmarkConfig, "top1")
+def test_the_plot_has_a_line_for_each_model_through_its_fastest_contenders(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure))
+    models = ("vim_nano", "test_vit+graph", "test_vit+compile", "test_convnext")
+    sizes = [Workload("inference", 64, 2), INFERENCE, Workload("train", 32, 2)]
+    speeds = [(9.0, 5.0, 6.0, None), (30.0, 20.0, 10.0, None), (4.0, None, None, None)]
+    plot_benchmark(results_of(*sum(speeds, ()), models=models, workloads=sizes), tmp_path / "plot.png")
+    inference, training = figures[0].axes
+    assert (inference.get_title(), training.get_title()) == ("inference", "training")
+    for axes, want in (
+        (inference, {"vim_nano": [(32, 30), (64, 9)], "test_vit, 70.2 %": [(32, 20), (64, 6)]}),
+        (training, {"vim_nano": [(32, 4)], "test_vit, 70.2 %": []}),
+    ):
+        assert {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in axes.get_lines()} == want
+        assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+        styles = {line.get_label(): (line.get_linestyle(), line.get_marker()) for line in axes.get_lines()}
+        assert styles == {"vim_nano": ("-", "o"), "test_vit, 70.2 %": ("--", "s")}
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["test_vit, 70.2 %", "vim_nano"]
+
+
+def test_a_benchmark_without_any_speed_has_a_plot(tmp_path):
+    plot_benchmark(results_of(None, None), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,8 +1,10 @@
 """Exported models: the files run in other processes, and only a correct file is kept."""
 
+import copy
 import json
 import subprocess
 import sys
+import zipfile
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ import vim  # (registers the models)
 import vim.export.export
 from vim.console.errors import ConfigError, RunError
 from vim.data import DataError, eval_transform, open_images
-from vim.export import ExportConfig, export_model, programs
+from vim.export import ExportConfig, export_model, load_compiled, programs
 
 KWARGS = {"img_size": [20, 12], "patch_size": 4, "in_chans": 1, "depth": 1, "num_classes": 5}
 # 15 patches and a class token: the last chunk of the scan is not full.
@@ -146,9 +148,144 @@ def test_onnx_has_standard_operators_only_and_one_loop_a_block(exported):
 def test_compiled_package(setting, exported):
     path, model = setting
     report = export_model(config(path, formats=["aoti"], output=str(path / "compiled")))
-    run = programs.read_aoti(path / "compiled" / report["aoti"]["file"])
+    run = load_compiled(path / "compiled" / report["aoti"]["file"])
     with torch.no_grad():
         assert_close(run(images(4)), model(images(4)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def with_operators(setting):
+    """An export of aoti_cuda in bf16, on the CPU. The same code runs on a GPU (tests below, marked gpu)."""
+    path, _ = setting
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(programs.FORMATS, "aoti_cuda", programs.FORMATS["aoti_cuda"]._replace(device="cpu"))
+        patch.setattr(vim.export.export, "_captured", lambda run: run)
+        report = export_model(config(path, formats=["aoti_cuda"], output=str(path / "operators")))
+    return report, path / "operators" / "model_cuda.pt2"
+
+
+def test_a_package_for_a_gpu_calls_the_operators_in_its_precision(setting, with_operators, tmp_path):
+    """In a process with vim_kernels but without vim, for any number of images."""
+    _, model = setting
+    report, path = with_operators
+    torch.save([images(batch) for batch in (1, 2, 7)], tmp_path / "images.pt")
+    code = f"""
+import sys
+for name in ("vim", "timm", "torchvision"):
+    sys.modules[name] = None
+import torch, torch._inductor.codecache, vim_kernels
+run = torch._inductor.aoti_load_package({str(path)!r})
+outputs = [run(images) for images in torch.load({str(tmp_path / "images.pt")!r})]
+torch.save(outputs, {str(tmp_path / "out.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    found = torch.load(tmp_path / "out.pt")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for batch, outputs in zip((1, 2, 7), found, strict=True):
+            assert outputs.dtype == torch.float32
+            assert_close(outputs, model(images(batch)).float(), atol=1e-2, rtol=1e-2)
+    with zipfile.ZipFile(path) as package:
+        text = b"".join(package.read(name) for name in package.namelist() if name.endswith(".json"))
+    assert {name for name in ("selective_scan", "causal_conv1d") if f"vim_kernels::{name}".encode() in text} == {
+        "selective_scan",
+        "causal_conv1d",
+    }
+    about = report["aoti_cuda"]
+    assert 1e-4 < about["eager"]["max_abs_error"] < 0.1  # the rounding of bf16
+    assert about["max_abs_error"] <= 2 * about["eager"]["max_abs_error"]
+    assert set(about["milliseconds"]) == set(about["eager"]["milliseconds"]) == set(about["captured"]["milliseconds"])
+    assert "eager" not in report
+
+
+def test_a_program_for_a_package_has_no_empty_lists():
+    """AOTInductor of torch 2.10 and 2.11 would pass None for them."""
+    model = timm.create_model("vim_nano", **KWARGS).eval()
+    program = programs.export_with_operators(programs.in_precision(model, "bf16"), images(2))
+
+    def empty_lists():
+        graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+        calls = [node for graph in graphs for node in graph.nodes if "vim_kernels" in str(node.target)]
+        assert len(calls) == 2
+        return [argument for node in calls for argument in node.args if isinstance(argument, list) and not argument]
+
+    assert empty_lists()
+    programs.without_empty_lists(program)
+    assert not empty_lists()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert_close(program.module()(images(3)), model(images(3)).float(), atol=1e-2, rtol=1e-2)
+
+
+def test_a_rounded_file_may_have_twice_the_error_of_the_model_in_its_precision(made, monkeypatch):
+    """The model itself is off by a hundredth."""
+
+    class Rounded(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return self.model(images) + 0.01
+
+    monkeypatch.setattr(vim.export.export, "in_precision", lambda model, precision: Rounded(model))
+    report = made(lambda outputs: outputs - 0.019, formats=["aoti_cuda"])["aoti_cuda"]
+    assert report["eager"]["max_abs_error"] == pytest.approx(0.01, rel=1e-3)
+    assert report["max_abs_error"] == pytest.approx(0.019, rel=1e-3)
+    with pytest.raises(RunError, match=r"model\.pt2 differs from the model by 2\.1e-02, more than 2\.0e-02"):
+        made(lambda outputs: outputs - 0.021, formats=["aoti_cuda"])
+
+
+def test_a_package_for_a_gpu_needs_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="formats: aoti_cuda needs a GPU"):
+        export_model(ExportConfig("vim_none", formats=["pt2", "aoti_cuda"]))
+
+
+def changed(package, path, **about):
+    """A copy of a package that says other things about itself. None of its code is in it."""
+    with zipfile.ZipFile(package) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            if name.endswith("_metadata.json"):
+                new.writestr(name, json.dumps(json.loads(old.read(name)) | about))
+    return path
+
+
+def test_a_package_that_cannot_run_here_says_why_in_one_line(with_operators, tmp_path, monkeypatch):
+    package = with_operators[1]
+    text, folder, empty = tmp_path / "text.pt2", tmp_path / "folder.pt2", tmp_path / "empty.pt2"
+    text.write_text("text")
+    folder.mkdir()
+    with zipfile.ZipFile(empty, "w") as archive:
+        archive.writestr("model/data.json", "{}")
+    gpu = {"AOTI_DEVICE_KEY": "cuda", "AOTI_COMPUTE_CAPABILITY": "90"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for path, message in (
+        (tmp_path / "none.pt2", "cannot read .*none.pt2: .*No such file"),
+        (text, "cannot read .*text.pt2: File is not a zip file; give a package"),
+        (folder, "cannot read .*folder.pt2: .*directory"),
+        (empty, "empty.pt2 holds no compiled model; give a package"),
+        (changed(package, tmp_path / "a.pt2", torch="1.0"), "compiled with torch 1.0, this is .*; export it again"),
+        (changed(package, tmp_path / "b.pt2", **gpu), "compiled for a GPU, but torch finds no CUDA device"),
+        (changed(package, tmp_path / "c.pt2"), "cannot load .*c.pt2: .*; export it again"),
+    ):
+        with pytest.raises(RunError, match=message) as caught:
+            load_compiled(path)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(RunError, match="compiled for compute capability 90, this GPU has 80; export it again"):
+        load_compiled(tmp_path / "b.pt2")
+
+
+@pytest.mark.gpu
+def test_a_package_runs_on_a_gpu(setting):
+    path, model = setting
+    report = export_model(config(path, formats=["aoti_cuda"], output=str(path / "gpu")))["aoti_cuda"]
+    assert report["max_abs_error"] <= 2 * max(report["eager"]["max_abs_error"], 1e-4)
+    assert all(ms > 0 for ms in report["captured"]["milliseconds"].values())
+    run = load_compiled(path / "gpu" / "model_cuda.pt2")
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        want = copy.deepcopy(model).cuda()(images(7).cuda()).float()
+    assert_close(run(images(7).cuda()), want, atol=1e-2, rtol=1e-2)
 
 
 def test_a_file_that_disagrees_is_not_kept(setting, monkeypatch):
@@ -196,10 +333,13 @@ def made(setting, tmp_path, monkeypatch):
 
         form = programs.Format("model.pt2", False, lambda program, path: path.write_text("program"), read)
         monkeypatch.setitem(programs.FORMATS, "pt2", form)
+        monkeypatch.setitem(programs.FORMATS, "aoti_cuda", form._replace(operators=True))
         return export_model(config(path, **{"formats": ["pt2"], "output": str(tmp_path / "made")} | options))
 
     made.seen = {}  # type: ignore[attr-defined]
     monkeypatch.setattr(vim.export.export, "export_program", export)
+    monkeypatch.setattr(vim.export.export, "export_with_operators", export)
+    monkeypatch.setattr(vim.export.export, "_captured", lambda run: run)
     monkeypatch.setattr(vim.export.export, "Timer", timer)
     return made
 
@@ -279,6 +419,7 @@ EFFECTS = {  # option -> what must hold for the report, the check and the timing
     "threads": lambda made, at: (
         made(threads=3)["threads"] == made.seen["called"] == 3 and {n for n, _ in made.seen["timed"]} == {3}
     ),
+    "precision": lambda made, at: made(formats=["aoti_cuda"], precision="fp16")["aoti_cuda"]["precision"] == "fp16",
     "output": lambda made, at: made(output=str(at / "there")) and (at / "there" / "export.json").is_file(),
 }
 

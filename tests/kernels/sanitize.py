@@ -6,7 +6,7 @@
 It needs gcc and its libasan. The exit status is not 0 after a report of a sanitizer or a wrong value, and the case is
 named; `--first N --cases 1` with the same seed runs it alone. Scans and convolutions, one direction and both, and
 state-space duality, forward and backward: any sizes (also none), dtypes mixed, tensors strided, sequences packed, with
-and without what is optional.
+and without what is optional. Blocks forward.
 """
 
 import argparse
@@ -22,10 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from block_inputs import block_inputs, by_operators, weights_to
 from ssd_inputs import recurrence
 from torch import Tensor
 
-from vim_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan, causal_conv1d, selective_scan, ssd
+from vim_kernels import (
+    bidirectional_causal_conv1d,
+    bidirectional_selective_scan,
+    bimamba_block,
+    causal_conv1d,
+    selective_scan,
+    ssd,
+)
 
 # -O1 overrides the builder's flags: at -O3 the sanitizers take minutes to compile.
 SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -97,7 +105,7 @@ Call = tuple[Callable, Tensors, dict[str, Any]]
 
 def draw(seed: int, number: int) -> tuple["Case", Call]:
     case = Case(f"{seed} {number}")
-    return case, (scan, scans, convolution, convolutions, duality)[number % 5](case)
+    return case, (scan, scans, convolution, convolutions, duality, block)[number % 6](case)
 
 
 class Case:
@@ -240,6 +248,19 @@ def convolution(case: Case) -> Call:
 
 def convolutions(case: Case) -> Call:
     return bidirectional_causal_conv1d, convolution_tensors(case, 2), activation(case) | case.packed()
+
+
+def block(case: Case) -> Call:
+    sizes = {"d_inner": case.chance.choice((1, 2, 15, 16, 17, 33, 70)), "d_model": case.chance.choice((1, 5, 16, 33))}
+    sizes |= {"d_state": case.chance.choice((1, 2, 7, 16, 17)), "rank": case.chance.choice((0, 1, 3, 12))}
+    sizes |= {"taps": case.chance.choice((1, 4, 7)), "conv_bias": case.often(0.5)}
+    return block_or_operators, {"x": [case.normal(case.batch, case.length, sizes["d_model"])]}, {"sizes": sizes}
+
+
+def block_or_operators(x: Tensor, *, sizes: dict[str, int], backend: str) -> Tensor:
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    _, weights = block_inputs(**sizes)
+    return (by_operators if backend == "reference" else bimamba_block)(x, weights_to(weights, x.dtype))
 
 
 def duality(case: Case) -> Call:

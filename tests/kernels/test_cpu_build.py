@@ -14,11 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from block_inputs import block_inputs, by_operators, weights_to
 from scan_inputs import pair_inputs, scan_inputs
 from ssd_inputs import inputs as ssd_inputs
 from ssd_inputs import recurrence
 
-from vim_kernels import available_backends, bidirectional_selective_scan, causal_conv1d, cpu, selective_scan, ssd
+from vim_kernels import (
+    available_backends,
+    bidirectional_selective_scan,
+    bimamba_block,
+    causal_conv1d,
+    cpu,
+    selective_scan,
+    ssd,
+)
 
 CC = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 pytestmark = pytest.mark.skipif(CC is None, reason="needs a C compiler")
@@ -423,6 +432,9 @@ def test_no_memory_for_scratch(cache, fake_compiler, tmp_path):
         ssd(*heads, backend="cpu")
     with pytest.raises(MemoryError, match="no memory for the scratch space of ssd_backward"):
         torch.ops.vim_kernels.ssd_backward(heads[0], None, *heads, None, None, None, True, False)
+    for length in (3, 2000):  # ordinary and huge pages
+        with pytest.raises(MemoryError, match="no memory for the scratch space of bimamba_block"):
+            bimamba_block(*block_inputs(length=length, d_inner=200, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(("wider", "flag"), [("__AVX512F__", "-mno-avx512f"), ("__AVX__", "-mno-avx")])
@@ -454,6 +466,9 @@ def test_narrower_registers(cache, monkeypatch, wider, flag):
         loss = (y * want.detach().to(dtype).cos()).sum() + last.sum()
         for a, b in zip(torch.autograd.grad(loss, list(leaves.values())), grads, strict=True):
             assert (a - b).norm() < limit * b.norm()
+        x, weights = block_inputs(d_inner=37, d_state=17)
+        want = by_operators(x, weights)
+        assert (bimamba_block(x.to(dtype), weights_to(weights, dtype)) - want).norm() < limit * want.norm()
 
 
 def scan_and_gradients(**shape) -> list[torch.Tensor]:

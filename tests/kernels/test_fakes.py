@@ -65,6 +65,21 @@ def test_convolution(backend, reverse, dtype):
         assert_as_promised(torch.ops.vim_kernels.causal_conv1d_backward, [layout(y) for y in ys], *args)
 
 
+def test_absent_tensors_are_empty_lists_or_none():
+    """A compiled package has None."""
+    given = pair_inputs(batch=2, length=9, d_inner=6, d_state=3, groups=2, absent=("D", "dt_bias"))
+    present = [[t.detach() for t in given[name]] for name in ("u", "dt", "A", "B", "C")]
+    x, weight = torch.randn(2, 9, 5), [torch.randn(5, 4) for _ in range(2)]
+    scans, convolutions = [], []
+    for absent in ([], None):
+        columns = *present, absent, absent, absent
+        scans.append(torch.ops.vim_kernels.selective_scan(*columns, None, None, [0, 1], True, 0.5, False, "torch")[0])
+        operator = torch.ops.vim_kernels.causal_conv1d
+        convolutions.append(operator(x, weight, absent, None, None, True, [0, 1], "torch")[0])
+    assert torch.equal(*scans)
+    assert torch.equal(*convolutions)
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the cpu backend")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_duality(dtype):

@@ -499,3 +499,16 @@ def test_the_cpu_backend_takes_tensors_of_the_cpu():
 def test_a_named_backend_never_falls_back():
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: there is no GPU"):
         selective_scan(**scan_inputs(dtype=torch.float32), backend="triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decays_close_to_one_do_not_drift(backend):
+    """A state decays through 4,096 steps as exactly as fp32 allows."""
+    length, rates = 4096, torch.logspace(-6, -1.7, 64, dtype=torch.float64)
+    u = torch.zeros(1, length, 64)
+    u[:, 0] = 1
+    one = torch.ones(1, length, 1)
+    y = selective_scan(u, torch.ones_like(u), -rates.float().unsqueeze(1), one, one, dt_softplus=False, backend=backend)
+    expected = torch.exp(-rates.float().double() * (length - 1))
+    # A step rounds the decay and the product, each by 2^-24 of its value.
+    assert ((y[0, -1] - expected) / expected).abs().max() < 2 * length * 2**-24

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import json
 import platform
 import shlex
 import statistics
@@ -11,7 +12,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
 
+from vim.checkpoint import one_line
 from vim.console.errors import ConfigError, InterruptedRunError, RunError
 from vim.console.progress import Progress
 from vim.files import whole_file, write_json
@@ -36,6 +37,9 @@ CLASSES = 1000
 WARM_UP_STEPS = 3  # needed before capturing a CUDA graph; also covers compilation and autotuning
 LEARNING_RATE = 1e-5  # small: labels are random, and weights must stay finite over thousands of updates
 
+OUT_OF_MEMORY = "out of memory"
+# Options in which the parts of a resumed benchmark may differ.
+MAY_CHANGE = {"models", "workloads", "rounds", "seconds", "peer", "top1", "resume", "output"}
 MEASURED = ("images_per_second", "min", "max", "peak_mib", "reserved_mib", "setup_seconds", "error")
 
 Step = Callable[[], Tensor]  # returns logits (inference) or the loss (training)
@@ -47,7 +51,7 @@ def benchmark(config: BenchmarkConfig, build: BuildStep | None = None) -> dict[s
 
     Contenders do not take turns: each is built, timed over all rounds and freed before the next one. So its peak memory
     contains nothing of another model. The price: if the machine slows down for a while, one contender alone is slower;
-    the spread of its rounds shows it.
+    the spread of its rounds shows it. A model that fails does not stop the others; `check_complete` names it.
 
     Args:
         build: creates the step to time; None: `build_step`, for classifiers.
@@ -55,8 +59,8 @@ def benchmark(config: BenchmarkConfig, build: BuildStep | None = None) -> dict[s
     Returns: the content of benchmark.json. Each row has model, options, mode, img_size, batch_size;
         images_per_second (median of the rounds), min, max; peak_mib and reserved_mib, the peak memory of tensors and
         of torch's allocator, set-up included, null on the CPU; setup_seconds, until the end of the warm-up; error,
-        null or "out of memory".
-    Raises: ConfigError before anything runs; RunError if a contender fails for any reason but lack of memory.
+        null, "out of memory" or why it failed, for example at a size that the model cannot have.
+    Raises: ConfigError before anything runs; InterruptedRunError.
     """
     device = _device(config)
     if config.threads is not None:
@@ -64,41 +68,37 @@ def benchmark(config: BenchmarkConfig, build: BuildStep | None = None) -> dict[s
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     results_file, plot_file = folder / "benchmark.json", folder / "benchmark.png"
-    plot_file.unlink(missing_ok=True)  # an earlier plot would not match the new numbers
     results = _about(config, device)
+    if config.resume and results_file.exists():
+        results["rows"] = earlier_rows(results, results_file)
+    plot_file.unlink(missing_ok=True)  # an earlier plot would not match the new numbers
     write_json(results, results_file)
     progress = Progress()
     progress.line(f"{results['device']}, {config.precision}, {results['versions']}")
-    plan = config.plan()
-    with progress.bar("benchmark", len(plan)) as advance:
-        for workload, contender in plan:
-            row: dict[str, Any] = {
-                "model": contender.model,
-                "options": list(contender.options),
-                "mode": workload.mode,
-                "img_size": workload.img_size,
-                "batch_size": workload.batch_size,
-                **dict.fromkeys(MEASURED),
-            }
+    plan = [(workload, contender, _row(workload, contender)) for workload, contender in config.plan()]
+    done = {_key(row) for row in results["rows"]}
+    left = [entry for entry in plan if _key(entry[2]) not in done]
+    with progress.bar("benchmark", len(left)) as advance:
+        for workload, contender, row in left:
             try:
                 row |= measure(contender, workload, config, device, build)
             except KeyboardInterrupt:
-                done = f"{len(results['rows'])} of {len(plan)} measurements are in {results_file}"
-                raise InterruptedRunError(f"interrupted at {contender}, {workload_name(row)}; {done}") from None
+                count = f"{len(results['rows'])} measurements are in {results_file}"
+                why = f"interrupted at {contender}, {workload_name(row)}; {count}; --resume true makes the others"
+                raise InterruptedRunError(why) from None
+            except ConfigError as error:  # the model has no such option, or cannot have this size
+                row["error"] = str(error)
             except Exception as error:
-                row["error"] = "out of memory" if _out_of_memory(error) else f"{type(error).__name__}: {error}"
-                if row["error"] != "out of memory" and not isinstance(error, ConfigError):
+                row["error"] = OUT_OF_MEMORY if _out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}"
+                if row["error"] != OUT_OF_MEMORY:
                     traceback.print_exc()
             # Outside of `except`: inside, the error's traceback would keep the contender's tensors alive.
             results["rows"].append(row)
             write_json(results, results_file)
-            if row["error"] not in (None, "out of memory"):
-                failed = f"{contender} failed at {workload_name(row)}: {row['error']}"
-                raise RunError(f"{failed}; results so far: {results_file}")
-            left = _free(contender, device)
+            kept = _free(contender, device)
             progress.line(f"{workload_name(row)}: {contender}  {_result_line(row)}")
-            if left > 1:
-                progress.line(f"warning: {contender} leaves {left:.0f} MiB, included in the peaks of later contenders")
+            if kept > 1:
+                progress.line(f"warning: {contender} leaves {kept:.0f} MiB, included in the peaks of later contenders")
             advance(str(contender))
     try:
         with whole_file(plot_file) as path:
@@ -107,6 +107,14 @@ def benchmark(config: BenchmarkConfig, build: BuildStep | None = None) -> dict[s
     except ModuleNotFoundError as error:
         progress.line(f"results: {results_file}\nno plot: {error}; pip install matplotlib")
     return results
+
+
+def check_complete(results: dict[str, Any]) -> None:
+    """Raise RunError if a model failed for another reason than lack of memory."""
+    failed = [row for row in results["rows"] if row["error"] not in (None, OUT_OF_MEMORY)]
+    if failed:
+        first = f"{contender_name(failed[0])}, {workload_name(failed[0])}: {failed[0]['error']}"
+        raise RunError(f"{len(failed)} of {len(results['rows'])} measurements failed, first {first}")
 
 
 def measure(
@@ -251,27 +259,31 @@ def capture(step: Step) -> Step:
 def benchmark_table(results: dict[str, Any]) -> Table:
     """The content of benchmark.json as a table, with a block per workload.
 
-    Ratios are relative to the first contender of a block.
+    Ratios are relative to the fastest row of the configured peer, or to the first row of a block.
     """
-    title = f"{results['device']}, {results['config']['precision']}, torch {results['versions']['torch']}"
-    table = Table(title=title)
+    config = results["config"]
+    table = Table(title=f"{results['device']}, {config['precision']}, torch {results['versions']['torch']}")
     table.add_column("model", no_wrap=True)
-    for column in ("images/s", "(min - max)", "ratio", "peak MiB"):
+    for column in ("top-1 %", "images/s", "(min - max)", "ratio", "peak MiB"):
         table.add_column(column, justify="right")
-    for name, block in groupby(results["rows"], workload_name):
-        rows = list(block)
+    blocks: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        blocks.setdefault(workload_name(row), []).append(row)
+    for name, rows in blocks.items():
         table.add_section()
         table.add_row(name, style="bold")
-        first = rows[0]["images_per_second"]
+        peers = rows[:1] if config["peer"] is None else [row for row in rows if row["model"] == config["peer"]]
+        base = max((row["images_per_second"] or 0 for row in peers), default=0)
         for row in rows:
-            name, speed = contender_name(row), row["images_per_second"]
+            top1, speed = config["top1"].get(row["model"]), row["images_per_second"]
+            reported = "-" if top1 is None else f"{top1:.1f}"
             if row["error"]:
-                table.add_row(name, row["error"])
+                table.add_row(contender_name(row), reported, row["error"])
                 continue
-            ratio = f"{speed / first:.2f}" if first else "-"
+            ratio = f"{speed / base:.2f}" if base else "-"
             peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
             spread = f"({_rounded(row['min'])} - {_rounded(row['max'])})"
-            table.add_row(name, _rounded(speed), spread, ratio, peak)
+            table.add_row(contender_name(row), reported, _rounded(speed), spread, ratio, peak)
     return table
 
 
@@ -281,11 +293,46 @@ def _device(config: BenchmarkConfig) -> torch.device:
     if config.device == "cuda" and not cuda:
         raise ConfigError("device cuda: torch finds no CUDA device here; choose cpu or auto")
     device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+    for name in filter(None, (config.peer, *config.top1)):
+        timm_name(name)
     for contender in map(Contender.parse, config.models):
         timm_name(contender.model)
         if "graph" in contender.options and device.type != "cuda":
             raise ConfigError(f"{contender}: a CUDA graph needs a GPU, but this runs on the CPU; leave out +graph")
     return device
+
+
+def earlier_rows(about: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier part of a benchmark, without those to measure again because they failed.
+
+    Args: about: content of benchmark.json for the new part. path: the earlier benchmark.json.
+
+    Raises: ConfigError for a damaged file, and for measurements that cannot stand beside new ones.
+    """
+    instead = "choose another output, or leave out --resume"
+    try:
+        earlier = json.loads(path.read_text())
+        found, wanted = (
+            {**a["config"], **a["versions"], "device": a["device"], "threads": a["threads"]} for a in (earlier, about)
+        )
+        rows = [row for row in earlier["rows"] if row["error"] in (None, OUT_OF_MEMORY)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no result of this benchmark ({one_line(error)}); {instead}") from error
+    for name, value in wanted.items():
+        if name not in MAY_CHANGE and found.get(name) != value:
+            raise ConfigError(f"{path} was measured with {name} {found.get(name)}, and this run has {value}; {instead}")
+    return rows
+
+
+def _row(workload: Workload, contender: Contender) -> dict[str, Any]:
+    """A row of benchmark.json before its measurement."""
+    row = {"model": contender.model, "options": list(contender.options), **asdict(workload), **dict.fromkeys(MEASURED)}
+    del row["models"]
+    return row
+
+
+def _key(row: dict[str, Any]) -> str:
+    return f"{workload_name(row)}: {contender_name(row)}"
 
 
 def _about(config: BenchmarkConfig, device: torch.device) -> dict[str, Any]:

@@ -93,6 +93,12 @@ class BenchmarkConfig:
     """Length of a round in seconds."""
     threads: int | None = None
     """CPU threads for tensor operations; null: torch's default."""
+    peer: str | None = None
+    """Model, without options, that the table's ratios are relative to; null: the first one of each workload."""
+    top1: dict[str, float] = field(default_factory=dict)
+    """Reported ImageNet top-1 in percent by model, for the table and the plot."""
+    resume: bool = False
+    """Keep the measurements in the output folder and make those that are missing."""
     output: str = "runs/benchmark"
     """Folder for benchmark.json and benchmark.png; existing ones are overwritten."""
 

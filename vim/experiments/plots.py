@@ -47,53 +47,48 @@ def contender_name(row: dict) -> str:
 
 
 def plot_benchmark(results: dict, path: Path) -> None:
-    """Plot benchmark.json: throughput in images/s, one panel per workload.
+    """Plot benchmark.json: images/s over pixels, a panel for inference and one for training, a line per model.
 
-    Thin lines show the spread of the rounds; the peak memory is written next to each bar. This package's models are
-    blue, others orange.
+    A point is the model's fastest contender at that size. This package's models have solid lines and round markers,
+    others dashed lines and squares. The legend gives the reported top-1, if known, the best first.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    models = results["config"]["models"]
-    colours = {}
-    for ours, colormap in ((True, "Blues"), (False, "Oranges")):
-        members = [name for name in models if needs_vim(name) == ours]
-        for place, name in enumerate(members):
-            colours[name] = colormaps[colormap](0.8 - 0.45 * place / max(1, len(members) - 1))
-
-    panels: dict[str, dict[str, dict]] = {}
+    speeds: dict[str, dict[str, dict[int, float]]] = {}  # of each mode, model and size
     for row in results["rows"]:
-        panels.setdefault(workload_name(row), {})[contender_name(row)] = row
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    # Height of a row of panels: a line per model, plus title and axis.
-    figure = Figure(figsize=(3 + 5 * columns, 0.6 + lines * (0.8 + 0.28 * len(models))), layout="constrained")
-    grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
+        sizes = speeds.setdefault(row["mode"], {}).setdefault(row["model"], {})
+        if row["error"] is None:
+            sizes[row["img_size"]] = max(row["images_per_second"], sizes.get(row["img_size"], 0.0))
+    top1 = results["config"]["top1"]
+    measured = dict.fromkeys(name for models in speeds.values() for name, sizes in models.items() if sizes)
+    ranked = sorted(measured, key=lambda name: -top1.get(name, 0.0))
+
+    figure = Figure(figsize=(3.5 + 4 * len(speeds), 5.5), layout="constrained")
     about = f"{results['device']}, {results['config']['precision']}, torch {results['versions']['torch']}"
     figure.suptitle(plain_text(about, MAX_LINE))
-    for axes in grid.flat[len(panels) :]:
-        axes.remove()
-    for axes, (title, rows) in zip(grid.flat, panels.items(), strict=False):
-        longest = max((row["max"] or 0 for row in rows.values()), default=0) or 1
-        for name, row in rows.items():
-            place = models.index(name)
-            if row["error"]:
-                error = plain_text(row["error"], MAX_LINE)
-                axes.text(0.01 * longest, place, error, va="center", fontsize=8, style="italic", color="dimgrey")
-                continue
-            speed = row["images_per_second"]
-            spread = [[speed - row["min"]], [row["max"] - speed]]
-            axes.barh(place, speed, color=colours[name], xerr=spread, error_kw={"linewidth": 0.8, "ecolor": "black"})
-            figures = f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"
-            peak = "" if row["peak_mib"] is None else f", {row['peak_mib']:,.0f} MiB"
-            axes.text(row["max"] + 0.015 * longest, place, f"{figures}/s{peak}", va="center", fontsize=8)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlim(0, 1.4 * longest)  # room for the numbers
-        axes.set_yticks(range(len(models)), [plain_text(name) for name in models], fontsize=8)
-        axes.set_ylim(len(models) - 0.4, -0.6)  # the first model on top
-        axes.tick_params(axis="x", labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in list(grid.flat[: len(panels)])[-columns:]:
-        axes.set_xlabel("images/s")
+    for axes, (mode, models) in zip(figure.subplots(1, len(speeds), squeeze=False)[0], speeds.items(), strict=True):
+        for name in ranked:
+            reported = f", {top1[name]:.1f} %" if name in top1 else ""
+            points = models.get(name, {})
+            pixels = sorted(points)
+            style = "o-" if needs_vim(name) else "s--"
+            axes.plot(pixels, [points[size] for size in pixels], style, label=plain_text(name) + reported)
+        axes.set(
+            title={"train": "training"}.get(mode, mode),
+            xlabel="pixels to the edge",
+            ylabel="images/s",
+            xscale="log",
+            yscale="log",
+        )
+        ticks = sorted({row["img_size"] for row in results["rows"] if row["mode"] == mode})
+        axes.set_xticks(ticks, [str(size) for size in ticks])
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3, which="both")
+    if ranked:
+        heading = "reported top-1" if top1 else None
+        figure.legend(handles=figure.axes[0].get_lines(), loc="outside right center", title=heading)
     save_figure(figure, path, 120)

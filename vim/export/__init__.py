@@ -2,5 +2,6 @@
 
 from .config import ExportConfig
 from .export import export_model
+from .programs import load_compiled
 
-__all__ = ["ExportConfig", "export_model"]
+__all__ = ["ExportConfig", "export_model", "load_compiled"]

@@ -6,8 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vim_kernels import bidirectional_selective_scan
+from vim_kernels import (
+    BiMambaBlockWeights,
+    bidirectional_selective_scan,
+    bimamba_block,
+    bimamba_block_serves,
+)
 
+from .norm import RMSNorm
+from .plain import is_plain, runs_its_class
 from .selective_ssm import SelectiveSSM
 from .short_conv import convolve_both
 
@@ -59,6 +66,23 @@ class BiMamba(nn.Module):
             Each is mixed as if it were alone. A new sequence begins wherever the value changes.
         """
         return self.out_proj(bidirectional_selective_scan(**self.scan_inputs(x, seq_idx)))
+
+    def add_in_one_call(self, x: Tensor, norm: nn.Module) -> Tensor | None:
+        """x + self(norm(x)) by the kernel of a whole block; None if it does not serve: see `bimamba_block_serves`.
+
+        A hook on a module, or another module in its place, needs the separate calls.
+        """
+        if torch.is_grad_enabled() or type(norm) is not RMSNorm:
+            return None
+        plain = runs_its_class(self) and all(is_plain(m, bias=False) for m in (norm, self.in_proj, self.out_proj))
+        forward, reverse = self.forward_ssm.plain_weights(), self.backward_ssm.plain_weights()
+        if not plain or forward is None or reverse is None:
+            return None
+        weights = BiMambaBlockWeights(norm.weight, self.in_proj.weight, self.out_proj.weight, forward, reverse)
+        if not bimamba_block_serves(x, weights):
+            return None
+        assert norm.eps is not None
+        return bimamba_block(x, weights, scale=self.scale, eps=norm.eps)
 
     def scan_inputs(self, x: Tensor, seq_idx: Tensor | None = None) -> dict[str, Any]:
         """Arguments of `bidirectional_selective_scan` for a sequence (B, L, d_model); seq_idx: see `forward`."""

@@ -23,12 +23,23 @@ def is_plain(module: nn.Module, *, bias: bool | None = None, tracked: bool = Fal
     weight, own_bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
     return (
         type(module) in PLAIN
-        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
-        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
-        and "forward" not in own
+        and runs_its_class(module, tracked=tracked)
         and (bias is None or (own_bias is not None) == bias)
         # During an export or a functional call a parameter has another type, but without this method.
         and (type(weight) is nn.Parameter or not hasattr(weight, "__tensor_flatten__"))
+    )
+
+
+def runs_its_class(module: nn.Module, *, tracked: bool = False) -> bool:
+    """Whether calling the module runs only the forward of its class: there are no hooks and no other forward.
+
+    tracked: whether the hooks of FLOP counters are allowed; see `is_plain`.
+    """
+    own = module.__dict__
+    return (
+        not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
+        and "forward" not in own
         and (not every_module._has_any_global_hook() or (tracked and _only_trackers()))
     )
 

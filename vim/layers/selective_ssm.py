@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vim_kernels import SSMWeights
+
 from .plain import is_plain
 from .precision import at_least_fp32
+from .short_conv import is_plain_conv
 
 # FX keeps these calls as leaves; inside, they branch on shapes and dtypes.
 torch.fx.wrap("negative_exp")
@@ -79,6 +82,13 @@ class SelectiveSSM(nn.Module):
             return dt, A, B, C, bias
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return F.linear(dt, self.dt_proj.weight) if plain else self.dt_proj(dt), A, B, C, bias
+
+    def plain_weights(self) -> SSMWeights | None:
+        """The parameters for a kernel that takes all of them; None if a module must be called."""
+        conv, x_proj, dt_proj = self.conv1d, self.x_proj, self.dt_proj
+        if not (is_plain_conv(conv) and is_plain(x_proj, bias=False) and is_plain(dt_proj, bias=True)):
+            return None
+        return SSMWeights(conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, self.A_log, self.D)
 
     def conv_state(self, batch_size: int) -> Tensor:
         """Input of the convolution before the first step: zeros (batch, d_conv - 1, E) in the dtype of its weights."""

@@ -29,7 +29,7 @@ def convolve(
     conv_state: (B, d_conv - 1, E), the steps in front of x; updated in place to the last steps.
     seq_idx: (B, L), for several sequences packed into a row: the sequence of each step.
     """
-    if not _is_plain(conv):
+    if not is_plain_conv(conv):
         return _call(conv, d_conv, x, conv_state, seq_idx)
     u = causal_conv1d(
         x,
@@ -52,7 +52,7 @@ def convolve_both(
     """Convolve (B, L, E) -> the same shape twice: forward by the first convolution, backward by the second."""
     forward, reverse = convolutions
     # The kernel for both directions takes two biases or none.
-    if _is_plain(forward) and _is_plain(reverse) and (forward.bias is None) == (reverse.bias is None):
+    if is_plain_conv(forward) and is_plain_conv(reverse) and (forward.bias is None) == (reverse.bias is None):
         return bidirectional_causal_conv1d(
             x,
             [forward.weight.squeeze(1), reverse.weight.squeeze(1)],
@@ -65,7 +65,8 @@ def convolve_both(
     return convolve(forward, d_conv, x, seq_idx=seq_idx), y
 
 
-def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv1d]:
+def is_plain_conv(conv: nn.Module) -> TypeGuard[nn.Conv1d]:
+    """Whether a kernel may read the weights of a convolution without padding instead of calling it."""
     # A FLOP counter must see the kernel: torch 2.10 to 2.14 count the weight gradient of a depthwise Conv1d as that of
     # a dense one.
     return is_plain(conv, tracked=True) and (conv.stride, conv.padding, conv.dilation) == ((1,), (0,), (1,))

@@ -7,7 +7,8 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vim.layers import S4ND, RMSNorm, recompute_all_but_scans
+from vim.layers import S4ND, BiMamba, RMSNorm, recompute_all_but_scans
+from vim.layers.plain import runs_its_class
 
 from .token_layout import Layout
 
@@ -52,7 +53,17 @@ class Block(ResidualBlock):
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """layout: None mixes the tokens in the order that they have."""
+        y = self._in_one_call(x, layout)
+        if y is not None:
+            return y
         return self.add(x, lambda x: self._mix(self.norm(x), layout))
+
+    def _in_one_call(self, x: Tensor, layout: Layout | None) -> Tensor | None:
+        """The result of `forward` by one kernel; None if the modules must be called."""
+        in_order = layout is None or self.order not in layout.orders
+        if self.training or not in_order or type(self.mixer) is not BiMamba or not runs_its_class(self.drop_path):
+            return None
+        return self.mixer.add_in_one_call(x, self.norm)
 
     def _mix(self, x: Tensor, layout: Layout | None) -> Tensor:
         if layout is None:

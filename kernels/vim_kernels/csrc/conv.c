@@ -7,22 +7,10 @@
 // A vector holds neighbouring channels. A task is a chunk of steps of one batch element, tile by tile.
 #include <stdlib.h>
 
-#include "layout.h"
-#include "parallel.h"
+#include "conv.h"
 
 // STEPS: per task; the backward recomputes `past` more. GRAIN: in outputs, for `threads_for`.
 enum { STEPS = 128, GRAIN = 1 << 16 };
-
-typedef struct {
-    Team team;
-    int64_t threads, batch, length, channels, width, silu;
-    Sequence x, y;
-    const real *weight, *bias, *initial_state;  // (channels, width), (channels) or NULL, (batch, past, channels) or NULL
-    Numbers segments;                           // the sequence of each step, if several are packed into a row
-    // For the backward. The gradient of a NULL tensor is NULL:
-    Sequence dy, dx;
-    real *d_weight, *d_bias, *d_initial_state;
-} Conv;
 
 typedef struct {
     const Conv *conv;
@@ -177,8 +165,6 @@ static bool begin_work(Work *w, const Conv *c, bool backward) {
         to_tile(w->weight + e * c->width, c->weight + e * c->width, c->width, lanes_at(c, e));
     return true;
 }
-
-// Both return 0, or -1 if there is no memory.
 
 int conv_forward(const Conv *c) {
     Work w;

@@ -3,6 +3,8 @@
 
 #include "vector.h"
 
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // (batch, length, [group,] channels or states), the last dimension contiguous. In reverse, `data` points at the last
 // step and `step` is negative, so every loop runs in processing order without a flag.
 typedef struct {

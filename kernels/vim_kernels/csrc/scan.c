@@ -9,8 +9,7 @@
 // along the sequence in chunks of CHUNK steps and takes each chunk tile by tile.
 #include <stdlib.h>
 
-#include "layout.h"
-#include "parallel.h"
+#include "scan.h"
 
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
 enum { STATES = 16 };  // states of a tile in registers at a time: 16 of 32 registers
@@ -18,26 +17,7 @@ enum { STATES = 16 };  // states of a tile in registers at a time: 16 of 32 regi
 enum { STATES = 8 };  // 8 of 16
 #endif
 
-// Shapes: B batch, E d_inner, N d_state. An absent tensor is NULL, and so is its gradient.
-typedef struct {
-    Sequence u, dt, B, C, z, y, y_sum;            // z, y, y_sum: shared by the directions
-    const real *A, *D, *dt_bias, *initial_state;  // (E, N), (E), (E), (B, E, N)
-    real *last_state, *checkpoints;               // (B, E, N), (B, chunks, E * N tiled): states before each chunk
-    Flags starts;                                 // whether a step begins a sequence: the state before it is zero
-    // For the backward:
-    Sequence dy, dz, du, ddt, dB, dC;
-    const real *d_last_state;
-    real *dA, *dD, *d_bias, *d_initial_state;
-} Direction;
-
-enum { MAX_DIRECTIONS = 2, GRAIN = 1 << 18 };  // GRAIN: in states times steps, for `threads_for`
-
-typedef struct {
-    Team team;
-    int64_t threads, batch, length, d_inner, d_state, groups, directions, softplus;
-    double scale;
-    Direction direction[MAX_DIRECTIONS];
-} Scan;
+enum { GRAIN = 1 << 18 };  // in states times steps, for `threads_for`
 
 // The division of a group's channels, and the memory of a call.
 typedef struct {
@@ -57,8 +37,6 @@ typedef struct {
 typedef struct {
     int64_t batch, group, begin, end;  // channels [begin, end)
 } Task;
-
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static Task task_of(const Work *w, int64_t index) {
     const Scan *s = w->scan;
@@ -103,6 +81,21 @@ typedef struct {
     bool begins[CHUNK];                                // set if sequences are packed; see `starts`
 } Tile;
 
+// raw (steps, lanes) = dt (steps, R) dt_proj
+static void project_dt(Tile *c, const Scan *s, const Direction *d) {
+    Matrix weight = {(real *)d->dt_proj + c->channel, padded(s->d_inner)};
+    int k = 0;
+    for (; k + ROWS <= c->steps; k += ROWS) {
+        Left dt = {at(d->dt, c->batch, c->start + k), d->dt.step, 1, ALL};
+        block_product((Matrix){(real *)(c->raw + k), LANES}, 1, dt, weight, 0, s->dt_rank, 0);
+    }
+    for (; k < c->steps; k++) {
+        const real *dt = at(d->dt, c->batch, c->start + k);
+        c->raw[k] = splat(0);
+        for (int64_t r = 0; r < s->dt_rank; r++) c->raw[k] += dt[r] * load(weight.data + r * weight.row, c->lanes);
+    }
+}
+
 static void begin_tile(Tile *c, const Work *w, int direction, Task t, int64_t start, int64_t channel) {
     const Scan *s = w->scan;
     const Direction *d = &s->direction[direction];
@@ -118,9 +111,11 @@ static void begin_tile(Tile *c, const Work *w, int direction, Task t, int64_t st
     if (d->checkpoints) c->checkpoint += ((t.batch * chunks + start / CHUNK) * E + channel) * N;
 
     Vec bias = d->dt_bias ? load(d->dt_bias + channel, c->lanes) : splat(0);
+    if (d->dt_proj) project_dt(c, s, d);
     for (int k = 0; k < c->steps; k++) {
         c->u[k] = stream(at(d->u, t.batch, start + k) + channel, c->lanes);
-        c->raw[k] = stream(at(d->dt, t.batch, start + k) + channel, c->lanes) + bias;
+        if (!d->dt_proj) c->raw[k] = stream(at(d->dt, t.batch, start + k) + channel, c->lanes);
+        c->raw[k] += bias;
         c->delta[k] = s->softplus ? softplus(c->raw[k]) : c->raw[k];
         c->x[k] = c->delta[k] * c->u[k];
     }
@@ -195,7 +190,7 @@ static void forward_task(const void *work, int64_t index, int thread) {
         begin_states(s, t, w->state, s->direction[i].initial_state);
         for (int64_t start = 0; start < s->length; start += CHUNK)
             for (int64_t e = t.begin; e < t.end; e += LANES) forward_tile(w, i, t, start, e);
-        end_states(s, t, s->direction[i].last_state, w->state);
+        if (s->direction[i].last_state) end_states(s, t, s->direction[i].last_state, w->state);
     }
 }
 
@@ -415,8 +410,6 @@ static bool begin_work(Work *w, const Scan *s, bool backward) {
     }
     return true;
 }
-
-// Both return 0, or -1 if there is no memory.
 
 int scan_forward(const Scan *s) {
     Work w;

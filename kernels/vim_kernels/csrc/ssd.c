@@ -55,8 +55,6 @@ typedef struct {
     int64_t batch, group, part, begin, end;  // heads [begin, end)
 } Task;
 
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 static Task task_of(const Work *w, int64_t index) {
     const Ssd *s = w->ssd;
     int64_t heads = s->heads / s->groups, part = index % w->parts, group = index / w->parts % s->groups;
