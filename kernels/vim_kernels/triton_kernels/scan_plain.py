@@ -1,8 +1,8 @@
 """The scan in plain Triton, for any number of states, any dtype and any GPU: one direction a launch.
 
-A program is one warp and takes a block of channels of one batch entry, as a tile (channels, states) in registers: 512
-states, or 256 in fp64. Triton gives a lane neighbouring states of several channels, so sums in both directions take few
-shuffles. The second launch of a pair adds its y to the first one's and gates the sum.
+A program is one warp and takes a block of channels of one batch entry, as a tile (channels, states) of 512 numbers in
+registers. Triton gives a lane neighbouring states of several channels, so sums in both directions take few shuffles. The
+second launch of a pair adds its y to the first one's and gates the sum.
 
 The backward (formulas in kernels/README.md) walks through the chunks whose initial states the forward saved, the last
 chunk first. It runs forward through a chunk and keeps the state before every T-th step in scratch memory. Then it takes
@@ -440,7 +440,7 @@ def _arguments(
     d, count = directions[i], len(directions)
     batch, length, d_inner = d.u.shape
     groups, windows, states = d.B.shape[2], triton.cdiv(length, window), triton.next_power_of_2(d.A.shape[1])
-    channels = min(32, max(1, 32 * (8 if d.A.dtype == torch.float64 else 16) // states))
+    channels = min(32, max(1, 512 // states))
     return triton.cdiv(d_inner // groups, channels) * groups * batch * windows, {
         **sizes(d),
         **row_arguments(**rows),
