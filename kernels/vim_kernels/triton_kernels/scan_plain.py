@@ -1,8 +1,8 @@
 """The scan in plain Triton, for any number of states, any dtype and any GPU: one direction a launch.
 
 A program is one warp and takes a block of channels of one batch entry, as a tile (channels, states) of 512 numbers in
-registers. Triton gives a lane neighbouring states of several channels, so sums in both directions take few shuffles. The
-second launch of a pair adds its y to the first one's and gates the sum.
+registers. Triton gives a lane neighbouring states of several channels, so sums in both directions take few shuffles.
+The second launch of a pair adds its y to the first one's and gates the sum.
 
 The backward (formulas in kernels/README.md) walks through the chunks whose initial states the forward saved, the last
 chunk first. It runs forward through a chunk and keeps the state before every T-th step in scratch memory. Then it takes
