@@ -341,11 +341,12 @@ def test_a_new_length_compiles_nothing():
 
     def run(batch, length):
         """B and C as a slice of a projection's output, 44 wide, whose batch stride has no fixed alignment."""
-        inputs = pair_inputs(batch=batch, length=length, d_inner=384, dtype=torch.bfloat16, device="cuda")
-        projections = [torch.randn(batch, length, 44, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-        inputs["B"] = tuple(p[..., 12:28].requires_grad_() for p in projections)
-        inputs["C"] = tuple(p[..., 28:].requires_grad_() for p in projections)
-        results(bidirectional_selective_scan, inputs, backend="triton")
+        for dtype in (torch.bfloat16, torch.float32):
+            inputs = pair_inputs(batch=batch, length=length, d_inner=384, dtype=dtype, device="cuda")
+            projections = [torch.randn(batch, length, 44, device="cuda", dtype=dtype) for _ in range(2)]
+            inputs["B"] = tuple(p[..., 12:28].requires_grad_() for p in projections)
+            inputs["C"] = tuple(p[..., 28:].requires_grad_() for p in projections)
+            results(bidirectional_selective_scan, inputs, backend="triton")
         inputs = conv_inputs(batch=batch, length=length, channels=384, dtype=torch.bfloat16, device="cuda")
         results(causal_conv1d, inputs, activation="silu", backend="triton")
         inputs = ssd_inputs(
