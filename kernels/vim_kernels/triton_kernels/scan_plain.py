@@ -292,8 +292,7 @@ def _backward_kernel(
         chunks = tl.cdiv(half, K)
         rows = b * (HALVES * tl.cdiv(tl.cdiv(length, HALVES), K)) + at * (window // K)
 
-        for chunk_back in range(HALVES * chunks):
-            chunk = HALVES * chunks - 1 - chunk_back
+        for chunk in range(HALVES * chunks - 1, -1, -1):
             begin = tl.where(chunk < chunks, chunk * K, middle + (chunk - chunks) * K)
             end = tl.minimum(begin + K, tl.where(chunk < (HALVES - 1) * chunks, middle, here))
             h = tl.load(checkpoints + (rows + chunk) * d_inner * N + entries, inside_n, 0.0)
@@ -301,8 +300,7 @@ def _backward_kernel(
                 h, blocks_kept, begin, end, u_0, u_stride, dt_0, dt_stride, B_0, B_stride, cuts_0,
                 sign, c, n, inside, bias, A_n, T, SOFTPLUS, N,
             )  # fmt: skip
-            for block_back in range(tl.cdiv(end - begin, T)):
-                block = tl.cdiv(end - begin, T) - 1 - block_back
+            for block in range(tl.cdiv(end - begin, T) - 1, -1, -1):
                 block_begin = begin + block * T
                 block_end = tl.minimum(block_begin + T, end)
                 tl.debug_barrier()  # all lanes have stored
@@ -312,8 +310,7 @@ def _backward_kernel(
                     c, n, inside, bias, A_n, 1, SOFTPLUS, N,
                 )  # fmt: skip
                 tl.debug_barrier()
-                for back in range(block_end - block_begin):
-                    step = block_end - 1 - back
+                for step in range(block_end - 1, block_begin - 1, -1):
                     row = step * sign
                     u_t = _values(u_0, row, u_stride, c, inside).to(S)
                     dt_t = _values(dt_0, row, dt_stride, c, inside).to(S)
