@@ -7,7 +7,6 @@ from scan_inputs import pair_inputs, scan_inputs
 from triton_checks import pair_excess, scan_excess, turned
 
 from vim_kernels import bidirectional_selective_scan, selective_scan
-from vim_kernels.triton_kernels import scan_windows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +19,7 @@ BF16, FP16 = ({"dtype": dtype, "device": "cuda"} for dtype in (torch.bfloat16, t
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch) -> list[str]:
-    """Pass and number of directions of each launch; however few programs a call makes, the kernels take it."""
+    """Pass and number of directions of each launch."""
     from vim_kernels.triton_kernels import scan_gluon, scan_gluon_backward
 
     found: list[str] = []
@@ -36,7 +35,6 @@ def launches(monkeypatch) -> list[str]:
 
     count(scan_gluon)
     count(scan_gluon_backward)
-    monkeypatch.setattr(scan_windows, "LEAST", 0)
     torch.use_deterministic_algorithms(True, warn_only=True)  # outputs start as NaN
     yield found
     torch.use_deterministic_algorithms(False)

@@ -18,16 +18,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 NAMES = [
-    "scan_two_chunks",
+    "scan_longer_than_a_block",
     "scan_reverse_groups_fp64",
     "scan_one_step_one_state",
     "scan_states_over_lanes",
+    "scan_two_channels_of_many_states",
     "scan_bare",
     "scan_every_other_step",
-    "scan_bf16_in_odd_words",
+    "scan_bf16_groups",
     "scan_windows",
     "pair_windows",
-    "pair_two_channels_a_lane",
+    "pair_chunks",
+    "pair_blocks_of_channels",
     "pair_bf16",
     "pair_that_needs_two_launches",
     "pair_widened",
@@ -160,24 +162,28 @@ def cases() -> dict[str, dict[str, float]]:
     )
     from vim_kernels.triton_kernels import conv as triton_conv
     from vim_kernels.triton_kernels import norm as triton_norm
-    from vim_kernels.triton_kernels import scan_backward as triton_scan_backward
+    from vim_kernels.triton_kernels import scan_plain as triton_scan_plain
     from vim_kernels.triton_kernels import scan_windows as triton_scan_windows
     from vim_kernels.triton_kernels import ssd_states as triton_ssd_states
     from vim_kernels.triton_kernels import swiglu as triton_swiglu
-    from vim_kernels.triton_kernels import tiles as triton_tiles
 
     bf16 = 0.02  # the interpreter truncates fp32 to bf16; the hardware rounds
     triton_conv.ROWS = 64  # so that short sequences have two chunks
     # Outputs and scratch memory start as NaN, so that unwritten elements show.
     torch.use_deterministic_algorithms(True)
     found = {
-        "scan_two_chunks": scan_excess(batch=1, length=34, d_inner=5, d_state=3, dtype=torch.float32, limit=1e-5),
+        "scan_longer_than_a_block": scan_excess(
+            batch=1, length=34, d_inner=5, d_state=3, dtype=torch.float32, limit=1e-5
+        ),
         "scan_reverse_groups_fp64": scan_excess(
             length=5, d_inner=6, groups=2, d_state=4, reverse=True, strided=True, dtype=torch.float64, limit=1e-12
         ),
         "scan_one_step_one_state": scan_excess(length=1, d_inner=3, d_state=1, dtype=torch.float32, limit=1e-5),
         "scan_states_over_lanes": scan_excess(
             batch=1, length=3, d_inner=5, d_state=17, dtype=torch.float32, limit=1e-5
+        ),
+        "scan_two_channels_of_many_states": scan_excess(
+            batch=1, length=3, d_inner=3, d_state=257, dtype=torch.float32, limit=1e-5
         ),
         "scan_bare": scan_excess(
             length=5,
@@ -189,14 +195,14 @@ def cases() -> dict[str, dict[str, float]]:
             limit=1e-5,
         ),
         "scan_every_other_step": excess(selective_scan, every_other_step(), limit=1e-5),
-        "scan_bf16_in_odd_words": scan_excess(
+        "scan_bf16_groups": scan_excess(
             batch=1, length=3, d_inner=12, groups=2, d_state=14, dtype=torch.bfloat16, limit=bf16
         ),
         "pair_bf16": pair_excess(batch=1, length=9, d_inner=6, d_state=4, dtype=torch.bfloat16, limit=bf16),
         "pair_that_needs_two_launches": excess(bidirectional_selective_scan, uneven_pair(), limit=bf16),
         "pair_widened": excess(bidirectional_selective_scan, widened_pair(), limit=2e-7),
         "conv_pair_widened": excess(bidirectional_causal_conv1d, widened_convolutions(), activation="silu", limit=2e-7),
-        "pair_two_channels_a_lane": pair_excess(
+        "pair_blocks_of_channels": pair_excess(
             batch=1, length=6, d_inner=70, d_state=6, dtype=torch.float32, limit=1e-5
         ),
         "scan_extremes": excess(selective_scan, extreme_inputs(d_inner=4, d_state=2), limit=1e-5),
@@ -271,14 +277,14 @@ def cases() -> dict[str, dict[str, float]]:
     found["ssd_in_order_in_slices"] = ssd_excess(half, **wide, strided=True, reverse=True)
     found["ssd_in_order_bare"] = ssd_excess(half, **wide, absent=("D", "dt_bias", "initial_state"))
     # Fewer programs than tiles of rows or blocks of channels, so that each takes several in turn.
-    triton_norm.PROGRAMS, triton_swiglu.PROGRAMS, triton_scan_backward.PROGRAMS = 2, 4, 1
+    triton_norm.PROGRAMS, triton_swiglu.PROGRAMS, triton_scan_plain.REGISTERS = 2, 4, 255
     found["norm_in_turns"] = norm_excess((23, 260), gated=True)
     found["stream_in_turns"] = residual_excess(pre_norm, (1, 13, 260), heading=True, reverse=True)
     found["stream_add_in_turns"] = residual_excess(add_and_norm, (3, 9, 260), heading=True, reverse=True)
     found["swiglu_in_turns"] = swiglu_excess((23, 260))
     # Windows of 16 steps and states saved every 8 steps, so that short sequences have several.
-    triton_tiles.INTERVAL = triton_scan_backward.INTERVAL = triton_scan_windows.INTERVAL = 8
-    triton_scan_windows.LONGEST = 16
+    triton_scan_plain.INTERVAL = triton_scan_windows.INTERVAL = 8
+    triton_scan_plain.T, triton_scan_windows.LONGEST = 4, 16
     found["scan_windows"] = scan_excess(batch=1, length=37, d_inner=2, d_state=3, dtype=torch.float32, limit=1e-5)
     # A cut between two windows, and one within a window that lies between windows without cuts.
     found["scan_packed_windows"] = scan_excess(
@@ -290,6 +296,8 @@ def cases() -> dict[str, dict[str, float]]:
     found["pair_windows"] = pair_excess(
         batch=1, length=21, d_inner=2, d_state=2, absent=("z",), scale=1.5, dtype=torch.float32, limit=1e-5
     )
+    triton_scan_windows.LONGEST = 48  # three chunks in each half
+    found["pair_chunks"] = pair_excess(batch=1, length=45, d_inner=2, d_state=2, dtype=torch.float32, limit=1e-5)
     return found
 
 

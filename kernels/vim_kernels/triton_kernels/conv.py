@@ -22,7 +22,14 @@ from torch import Tensor
 from ..precision import state_dtype
 from ..rows import as_rows, on_device_of, row_arguments
 from .activations import sigmoid
-from .tuples import zeros
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, like, S: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros(like.shape, S),)
+    return tiles
 
 
 @triton.jit
@@ -248,12 +255,12 @@ def _backward_kernel(
         d_past += b * (W - 1) * d_inner + channel
     if FORWARD:
         taps_f = _taps(weight[0] + channel * W, None if bias is None else bias[0] + channel, inside, W, S)
-        recent_f = zeros(W, channel, S)  # d_forward of rows i - W + 1 .. i
-        sums_f = zeros(W + 1, channel, S)
+        recent_f = _zeros(W, channel, S)  # d_forward of rows i - W + 1 .. i
+        sums_f = _zeros(W + 1, channel, S)
     if REVERSE:
         taps_r = _taps(weight[LAST] + channel * W, None if bias is None else bias[LAST] + channel, inside, W, S)
-        recent_r = zeros(W, channel, S)  # d_reverse of rows i - 2 W + 2 .. i - W + 1
-        sums_r = zeros(W + 1, channel, S)
+        recent_r = _zeros(W, channel, S)  # d_reverse of rows i - 2 W + 2 .. i - W + 1
+        sums_r = _zeros(W + 1, channel, S)
     steps = rows + W - 1
     earlier = _load_rows(x, x_stride, past, -W, begin, length, steps, d_inner, inside, REVERSE, W, S, W)
     window = _converted(earlier, S)

@@ -4,11 +4,12 @@
 """The forward scan in Gluon, for half precision and 16 states: a lane holds two channels with all their states.
 
 No value crosses lanes. A program takes 128 channels of one batch entry in all directions, a warp 64 of them in one
-direction. As in `scan`, two directions meet in the middle. The rows of u, dt, z and of the other direction's part come
-by asynchronous copies into rings in shared memory, T steps a slot. B and C are converted to fp32 there, and all lanes
-read them as the same words.
+direction. Two directions meet in the middle: up to there each writes its y as a partial sum, from there on each reads
+the other's part, adds, gates and stores. The rows of u, dt, z and of the other direction's part come by asynchronous
+copies into rings in shared memory, T steps a slot. B and C are converted to fp32 there, and all lanes read them as the
+same words.
 
-Gluon is experimental: `scan_windows.in_gluon` imports this only in the versions of Triton in which it was tried.
+Gluon is experimental: `scan` imports this only in the versions of Triton in which it was tried.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from triton.language import debug_barrier
 from ..directions import Direction
 from ..rows import columns, cut_bytes, row_arguments, row_strides
 from .activations import LOG2E
-from .tiles import INTERVAL
+from .scan_plain import INTERVAL
 
 CHANNELS = 128  # of a program
 T, SLOTS = 8, 3  # steps of a slot, slots of a ring
@@ -77,7 +78,7 @@ def _forward_kernel(
     started,
     d_inner8,  # in units of 8, as the strides of copied rows: so the compiler knows that copies of 16 bytes are aligned
     group_size8,
-    u_pitch,  # see `scan`
+    u_pitch,  # see `scan_plain`
     u_stride8,
     dt_pitch,
     dt_stride8,

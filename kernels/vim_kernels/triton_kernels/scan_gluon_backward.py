@@ -27,7 +27,7 @@ from ..directions import Direction
 from ..rows import columns, cut_bytes, row_arguments
 from .activations import LN2, LOG2E
 from .scan_gluon import CHANNELS, reciprocal, softplus, takes
-from .tiles import INTERVAL
+from .scan_plain import INTERVAL
 
 
 @gluon.jit
@@ -106,8 +106,10 @@ def _backward_kernel(
     du,  # (B, L, E), one per direction
     ddt,  # (B, L, E), one per direction
     dz,  # (B, L, E), with z
-    d_channels,  # (directions, windows B, E (N + 2)): dA, then dD, then d(dt_bias)
-    dBC,  # (blocks, directions, B, L, G, 2, N)
+    dA,  # (directions, windows, B, E, N): parts, as all below
+    dD,  # (directions, windows, B, E) or None
+    d_bias,  # (directions, windows, B, E) or None
+    dBC,  # (2, directions, blocks, B, L, G, N): of dB, then of dC
     d_h0,  # (directions, B, E, N) or None
     scratch,  # (programs, K / T, CHANNELS, N)
     items,  # blocks of channels over all batch entries, directions and windows
@@ -154,6 +156,7 @@ def _backward_kernel(
     group_size = group_size8 * 8
     blocks = gl.cdiv(group_size, CHANNELS)
     rows = DIRECTIONS * gl.cdiv(gl.cdiv(length, DIRECTIONS), K)
+    of_C = (DIRECTIONS * blocks * batch).to(gl.int64) * length * (GROUPS * 16)
 
     lane = gl.arange(0, CHANNELS, LANES)
     n = gl.arange(0, 16, SHARED)[None, :]
@@ -243,8 +246,8 @@ def _backward_kernel(
         C_0 = _of(C, d) + ((b * C_pitch + first) * C_stride + group * 16)
         B_lane = t_b * B_step + n_b
         C_lane = t_b * C_step + n_b
-        BC_0 = dBC + (((block * DIRECTIONS * batch + db) * length + first) * GROUPS + group) * 32
-        BC_step = sign * (32 * GROUPS)
+        BC_0 = dBC + ((((d * blocks + block) * batch + b) * length + first) * GROUPS + group) * 16
+        BC_step = sign * (16 * GROUPS)
         BC_lane = m // 16 * BC_step + m % 16 + 0 * column
         if cuts is not None:
             cuts_0 = cuts + (b * (length + 1) + first + (1 if DIRECTIONS == 1 and REVERSE[0] else d))
@@ -397,7 +400,7 @@ def _backward_kernel(
                 to = BC_0 + ((begin + at) * BC_step + BC_lane)
                 found = diagonal & (at + m // 16 < steps)
                 gl.store(to, dB.to(dBC.dtype.element_ty), found)
-                gl.store(to + 16, dC.to(dBC.dtype.element_ty), found)
+                gl.store(to + of_C, dC.to(dBC.dtype.element_ty), found)
 
                 B_rows.index((back + 1) % 2).store(B_next.to(gl.float32))
                 C_rows.index((back + 1) % 2).store(C_next.to(gl.float32))
@@ -412,10 +415,12 @@ def _backward_kernel(
                 C_next = gl.load(C_0 + C_at, more_b, 0.0)
             async_copy.wait_group(0)
 
-        totals = d_channels + ((d * windows + at_window).to(gl.int64) * batch + b) * d_inner * 18
-        gl.store(totals + entry, sum_A, inside_n)
-        gl.store(totals + 16 * d_inner + c, sum_D, inside)
-        gl.store(totals + 17 * d_inner + c, sum_bias, inside)
+        part = ((d * windows + at_window).to(gl.int64) * batch + b) * d_inner
+        gl.store(dA + part * 16 + entry, sum_A, inside_n)
+        if dD is not None:
+            gl.store(dD + part + c, sum_D, inside)
+        if d_bias is not None:
+            gl.store(d_bias + part + c, sum_bias, inside)
         if d_h0 is not None:  # noqa: SIM102
             if gl.where(sign > 0, length - base, base + here) == length:
                 gl.store(d_h0 + db * d_inner * 16 + entry, g, inside_n)
@@ -437,27 +442,35 @@ def takes_backward(directions: Sequence[Direction], z: Tensor | None, dy: Tensor
     )
 
 
-def launch(
-    directions: Sequence[Direction],
+def launch_backward(
     dy: Tensor,
+    directions: Sequence[Direction],
     z: Tensor | None,
-    y_sum: Tensor,
-    checkpoints: Tensor,
     starts: Tensor | None,
-    outputs: Sequence,
+    checkpoints: Tensor,
+    y_sum: Tensor,
     window: int,
     *,
     dt_softplus: bool,
     scale: float,
-) -> None:
-    """Run the backward; outputs: du to d_h0, see `_backward_kernel`. z None: dy is that of the ungated sum."""
+) -> tuple[list[tuple[Tensor | None, ...]], Tensor | None]:
+    """See `scan_plain`."""
     d, count = directions[0], len(directions)
     batch, length, d_inner = d.u.shape
     groups = d.B.shape[2]
     windows = triton.cdiv(length, window)
-    items = triton.cdiv(d_inner // groups, CHANNELS) * groups * batch * count * windows
+    blocks = triton.cdiv(d_inner // groups, CHANNELS)
+    items = blocks * groups * batch * count * windows
     programs = min(items, torch.cuda.get_device_properties(dy.device).multi_processor_count * PROGRAMS)
     scratch = d.A.new_empty(programs, INTERVAL // T, CHANNELS, 16)
+    du = tuple(each.u.new_empty(each.u.shape) for each in directions)
+    ddt = tuple(each.dt.new_empty(each.dt.shape) for each in directions)
+    dz = None if z is None else z.new_empty(z.shape)
+    parts = [None if t is None else d.A.new_empty(count, windows, batch, *t.shape) for t in (d.A, d.D, d.dt_bias)]
+    # Rounding the parts to bf16 loses no more than rounding their sum.
+    dBC = d.B.new_empty(2, count, blocks, batch, length, groups, 16)
+    # Only single directions have an initial state.
+    d_h0 = None if d.initial_state is None else d.A.new_empty(count, batch, *d.A.shape)
     rows = row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z, dy=dy)
     for name in ("u", "dt", "z", "dy"):
         rows[f"{name}_stride8"] = rows.pop(f"{name}_stride") // 8
@@ -469,7 +482,12 @@ def launch(
         cut_bytes(d),
         checkpoints,
         scratch if starts is None else starts,
-        *outputs,
+        du,
+        ddt,
+        dz,
+        *parts,
+        dBC,
+        d_h0,
         scratch,
         items,
         batch,
@@ -490,3 +508,7 @@ def launch(
         num_warps=4,
         maxnreg=255,
     )
+    dA, dD, d_bias = ([None] * count if t is None else t.sum((1, 2)) for t in parts)
+    dB, dC = dBC.sum(2)
+    d_starts = [None] * count if d_h0 is None else d_h0
+    return list(zip(du, ddt, dA, dB, dC, dD, d_bias, d_starts, strict=True)), dz
