@@ -24,10 +24,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from ..directions import Direction
-from ..rows import columns, cut_bytes, row_arguments
+from ..rows import columns, cut_bytes, row_arguments, row_strides
 from .activations import LN2, LOG2E
 from .scan_gluon import CHANNELS, reciprocal, softplus, takes
 from .scan_plain import INTERVAL
+from .scan_windows import window_length
 
 
 @gluon.jit
@@ -433,12 +434,14 @@ PROGRAMS = 2  # that a multiprocessor runs at once
 def takes_backward(directions: Sequence[Direction], z: Tensor | None, dy: Tensor) -> bool:
     """Whether the kernel can run a call. Sums over channels are of numbers rounded to bf16, too coarse for fp16."""
     d = directions[0]
+    widest = max(row_strides(t)[1] for t in (d.u, d.dt, d.B, d.C, dy, *(() if z is None else (z,))))
     return (
         takes(directions, z)
         and d.B.dtype == d.C.dtype == torch.bfloat16
         and dy.element_size() == 2
         and dy.data_ptr() % 16 == 0
-        and row_arguments(dy=dy)["dy_stride"] % 8 == 0
+        and row_strides(dy)[1] % 8 == 0
+        and window_length(d, len(directions)) * max(widest, d.u.shape[2]) < 2**31  # offsets take 32 bits
     )
 
 
