@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..directions import Direction
 from ..rows import columns, cut_bytes, row_arguments, row_strides
 from .activations import LN2, LOG2E
-from .scan_gluon import CHANNELS, reciprocal, softplus, takes
+from .scan_gluon import CHANNELS, _of_directions, reciprocal, softplus, takes
 from .scan_plain import INTERVAL
 from .scan_windows import window_length
 
@@ -52,15 +52,6 @@ def _of(pair, d):
     else:
         one = gl.where(d == 0, pair[0], pair[1])
     return one
-
-
-@gluon.jit
-def _vector(pair, at, inside, d):
-    if pair is None:
-        found = at.to(gl.float32) * 0
-    else:
-        found = gl.load(_of(pair, d) + at, inside, 0.0).to(gl.float32)
-    return found
 
 
 @gluon.jit
@@ -213,9 +204,9 @@ def _backward_kernel(
         c += group * group_size
         entry = c[:, None] * 16 + n
         inside_n = inside[:, None] & (n >= 0)
-        A_n = LOG2E * _vector(A, entry, inside_n, d)
-        bias = _vector(dt_bias, c, inside, d)
-        skip = _vector(D, c, inside, d)
+        A_n = LOG2E * _of_directions(A, entry, inside_n, d)
+        bias = _of_directions(dt_bias, c, inside, d)
+        skip = _of_directions(D, c, inside, d)
         row = (at_window.to(gl.int64) * DIRECTIONS * batch + db) * d_inner * 16
         g = gl.load(starts + row + entry, inside_n & (started > 0), 0.0)
         sum_A = gl.zeros([CHANNELS, 16], gl.float32, STATES)
@@ -478,39 +469,12 @@ def launch_backward(
     for name in ("u", "dt", "z", "dy"):
         rows[f"{name}_stride8"] = rows.pop(f"{name}_stride") // 8
     _backward_kernel[(programs,)](
-        *columns(directions)[:-1],
-        dy,
-        z,
-        None if z is None else y_sum,
-        cut_bytes(d),
-        checkpoints,
-        scratch if starts is None else starts,
-        du,
-        ddt,
-        dz,
-        *parts,
-        dBC,
-        d_h0,
-        scratch,
-        items,
-        batch,
-        length,
-        window,
-        windows,
-        int(starts is not None),
-        d_inner // 8,
-        d_inner // groups // 8,
-        **rows,
-        REVERSE=tuple(each.reverse for each in directions),
-        SCALE=scale,
-        SOFTPLUS=dt_softplus,
-        GROUPS=groups,
-        K=INTERVAL,
-        SLOTS=SLOTS,
-        CHANNELS=CHANNELS,
-        num_warps=4,
-        maxnreg=255,
-    )
+        *columns(directions)[:-1], dy, z, None if z is None else y_sum, cut_bytes(d), checkpoints,
+        scratch if starts is None else starts, du, ddt, dz, *parts, dBC, d_h0, scratch,
+        items, batch, length, window, windows, int(starts is not None), d_inner // 8, d_inner // groups // 8, **rows,
+        REVERSE=tuple(each.reverse for each in directions), SCALE=scale, SOFTPLUS=dt_softplus, GROUPS=groups,
+        K=INTERVAL, SLOTS=SLOTS, CHANNELS=CHANNELS, num_warps=4, maxnreg=255,
+    )  # fmt: skip
     dA, dD, d_bias = ([None] * count if t is None else t.sum((1, 2)) for t in parts)
     dB, dC = dBC.sum(2)
     d_starts = [None] * count if d_h0 is None else d_h0
