@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from . import backends
+from .block_weights import direction_shapes
 from .checks import check, check_shape, check_tensors
 from .cpu_kernels import library as cpu
 
@@ -137,15 +138,7 @@ def _check(x: Tensor, weights: BiMambaBlockWeights) -> None:
     check(d_inner * d_state > 0, "weights.forward.A_log", weights.forward.A_log, "have at least one channel and state")
     check(taps > 0, "weights.forward.conv", weights.forward.conv, "have at least one tap")
     shapes = {"norm": (d_model,), "in_proj": (2 * d_inner, d_model), "out_proj": (d_model, d_inner)}
-    own = {
-        "conv": (d_inner, 1, taps),
-        "conv_bias": (d_inner,),
-        "x_proj": (rank + 2 * d_state, d_inner),
-        "dt_proj": (d_inner, rank),
-        "dt_bias": (d_inner,),
-        "A_log": (d_inner, d_state),
-        "D": (d_inner,),
-    }
+    own = {"conv": (d_inner, 1, taps), **direction_shapes(d_inner, d_state, rank)}
     shapes |= {f"{direction}.{name}": shape for direction in ("forward", "reverse") for name, shape in own.items()}
     for name, shape in shapes.items():
         t = tensors[f"weights.{name}"]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import backends, torch_step
-from .block_weights import MambaBlockWeights
+from .block_weights import MambaBlockWeights, direction_shapes
 from .checks import check, check_shape, check_tensors
 
 
@@ -47,12 +47,7 @@ def mamba_block_step(
         "norm": (d_model,),
         "in_proj": (2 * d_inner, d_model),
         "conv": (d_inner, taps),
-        "conv_bias": (d_inner,),
-        "x_proj": (rank + 2 * d_state, d_inner),
-        "dt_proj": (d_inner, rank),
-        "dt_bias": (d_inner,),
-        "A_log": (d_inner, d_state),
-        "D": (d_inner,),
+        **direction_shapes(d_inner, d_state, rank),
         "out_proj": (d_model, d_inner),
     }
     for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""The parameters of a Mamba block, as `mamba_block_step` takes them."""
+"""The parameters of a Mamba block, as `mamba_block_step` takes them, and the shapes of a direction's."""
 
 from typing import NamedTuple
 
@@ -21,3 +21,15 @@ class MambaBlockWeights(NamedTuple):
     A_log: Tensor  # (E, N)
     D: Tensor  # (E,)
     out_proj: Tensor  # (D, E)
+
+
+def direction_shapes(d_inner: int, d_state: int, dt_rank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of one direction's parameters, all but the convolution's weight, by name."""
+    return {
+        "conv_bias": (d_inner,),
+        "x_proj": (dt_rank + 2 * d_state, d_inner),
+        "dt_proj": (d_inner, dt_rank),
+        "dt_bias": (d_inner,),
+        "A_log": (d_inner, d_state),
+        "D": (d_inner,),
+    }
