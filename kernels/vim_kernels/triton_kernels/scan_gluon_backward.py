@@ -179,11 +179,10 @@ def _backward_kernel(
     Bs = B_rows._reinterpret(gl.float32, [2 * T, 16], ROW)
     Cs = C_rows._reinterpret(gl.float32, [2 * T, 16], ROW)
     MATRIX: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    NARROW: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
     h_stage = gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 4 * 16], MATRIX)
     g_stage = gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 4 * 16], MATRIX)
-    x_stage = gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 8], NARROW)
-    dy_stage = gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 8], NARROW)
+    x_stage = gl.allocate_shared_memory(gl.bfloat16, [8, CHANNELS], MATRIX).permute([1, 0])
+    dy_stage = gl.allocate_shared_memory(gl.bfloat16, [8, CHANNELS], MATRIX).permute([1, 0])
 
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         block = item % blocks
@@ -463,8 +462,7 @@ def launch_backward(
     parts = [None if t is None else d.A.new_empty(count, windows, batch, *t.shape) for t in (d.A, d.D, d.dt_bias)]
     # Rounding the parts to bf16 loses no more than rounding their sum.
     dBC = d.B.new_empty(2, count, blocks, batch, length, groups, 16)
-    # Only single directions have an initial state.
-    d_h0 = None if d.initial_state is None else d.A.new_empty(count, batch, *d.A.shape)
+    d_h0 = None if d.initial_state is None else d.A.new_empty(d.initial_state.shape)
     rows = row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z, dy=dy)
     for name in ("u", "dt", "z", "dy"):
         rows[f"{name}_stride8"] = rows.pop(f"{name}_stride") // 8
@@ -475,7 +473,8 @@ def launch_backward(
         REVERSE=tuple(each.reverse for each in directions), SCALE=scale, SOFTPLUS=dt_softplus, GROUPS=groups,
         K=INTERVAL, SLOTS=SLOTS, CHANNELS=CHANNELS, num_warps=4, maxnreg=255,
     )  # fmt: skip
-    dA, dD, d_bias = ([None] * count if t is None else t.sum((1, 2)) for t in parts)
-    dB, dC = dBC.sum(2)
-    d_starts = [None] * count if d_h0 is None else d_h0
+    # An operator's results may not share memory, so each direction's sums are its own.
+    dA, dD, d_bias = ([None if t is None else t[i].sum((0, 1)) for i in range(count)] for t in parts)
+    dB, dC = ([t.sum(0) for t in each] for each in dBC)
+    d_starts = [d_h0] * count  # only single directions have initial states
     return list(zip(du, ddt, dA, dB, dC, dD, d_bias, d_starts, strict=True)), dz
