@@ -3,14 +3,14 @@
 # mypy: disable-error-code="assignment"
 """The backward scan in Gluon, for bf16 and 16 states: a lane holds one channel with all its states.
 
-A program takes 128 channels of one direction, chunk by chunk from the last one:
+A program is one warp, so that none waits for another: 32 channels of one direction, chunk by chunk from the last one.
 
 1. Run forward from the chunk's saved state, and keep the state before every T-th step in scratch memory.
-2. Take the blocks of T steps from last to first: recompute states and decays into registers, then run the adjoint
-   g[k] = dy[k] C[k] + decay[k + 1] g[k + 1] backwards through them.
+2. Take the blocks of T steps from last to first: recompute states and decays, those of the first two steps into shared
+   memory, of the others into registers; then run the adjoint g[k] = dy[k] C[k] + decay[k + 1] g[k + 1] backwards.
 
 Sums over states stay in a lane. Those over channels, dB = sum(g x) and dC = sum(h dy), are products on the tensor cores
-of a block's T states (rows) with its T steps (columns), of which the diagonal is kept.
+of one step's g or h with x and dy of all T steps, of which one column is kept.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language import debug_barrier
 
 from ..directions import Direction
 from ..rows import columns, cut_bytes, row_arguments, row_strides
 from .activations import LN2, LOG2E
-from .scan_gluon import CHANNELS, _of_directions, reciprocal, softplus, takes
+from .scan_gluon import _of_directions, reciprocal, softplus, takes
 from .scan_plain import INTERVAL
 from .scan_windows import window_length
 
@@ -63,15 +63,6 @@ def _copy(rings, bases, offsets, steps, slot, valid):
         ahead = ahead + (offsets[i] + steps[i],)
     async_copy.commit_group()
     return ahead
-
-
-@gluon.jit
-def _beside(tiles, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Four tiles (rows, n) side by side, (rows, 4 n), within each lane."""
-    t = gl.join(gl.join(tiles[0], tiles[2]), gl.join(tiles[1], tiles[3]))
-    if len(tiles[0].shape) == 2:
-        t = gl.permute(t, (0, 2, 3, 1))
-    return gl.convert_layout(t.reshape(SHAPE), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit(
@@ -129,21 +120,24 @@ def _backward_kernel(
     SOFTPLUS: gl.constexpr,
     GROUPS: gl.constexpr,
     K: gl.constexpr,
+    T: gl.constexpr,
     SLOTS: gl.constexpr,
     CHANNELS: gl.constexpr,
 ):
     DIRECTIONS: gl.constexpr = len(REVERSE)
-    T: gl.constexpr = 4  # as `_beside` has it
-    STATES: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0])
+    STATES: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [1, 1], [1, 0])
     LANES: gl.constexpr = gl.SliceLayout(1, STATES)
     SHARED: gl.constexpr = gl.SliceLayout(0, STATES)
-    COPIES: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    NUMBERS: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
-    BLOCK: gl.constexpr = gl.BlockedLayout([1, 64], [32, 1], [4, 1], [1, 0])
-    COLUMNS: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
-    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    COPIES: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0])
+    NUMBERS: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [1, 1], [1, 0])
     SLOT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    # Rows of 16 fp32 or bf16 numbers, one of each lane, 16 bytes at a time: without conflicts of banks.
+    WIDE: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [1, 0])
+    NARROW: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
     d_inner = d_inner8 * 8
     group_size = group_size8 * 8
     blocks = gl.cdiv(group_size, CHANNELS)
@@ -158,10 +152,9 @@ def _backward_kernel(
     n_b = gl.arange(0, 16, gl.SliceLayout(0, NUMBERS))[None, :]
     own = scratch + gl.program_id(0).to(gl.int64) * (K // T * CHANNELS * 16)
     own = own + (n // 4 * (4 * CHANNELS) + lane[:, None] * 4 + n % 4)  # 16 bytes of each lane beside each other
-    # Rows of the product: (step, state); every second column is a step.
-    m = gl.arange(0, 4 * 16, gl.SliceLayout(1, PRODUCT))[:, None]
-    column = gl.arange(0, 8, gl.SliceLayout(0, PRODUCT))[None, :]
-    diagonal = column == m // 16 * 2
+    # The product of a step: its states by columns that stand for the T steps of dB, then those of dC.
+    m = gl.arange(0, 16, gl.SliceLayout(1, PRODUCT))[:, None]
+    column = gl.arange(0, 2 * T, gl.SliceLayout(0, PRODUCT))[None, :]
 
     u_ring = gl.allocate_shared_memory(u[0].dtype.element_ty, [SLOTS, T, CHANNELS], SLOT)
     dt_ring = gl.allocate_shared_memory(dt[0].dtype.element_ty, [SLOTS, T, CHANNELS], SLOT)
@@ -178,11 +171,12 @@ def _backward_kernel(
     C_rows = gl.allocate_shared_memory(gl.float32, [2, T, 16], SLOT)
     Bs = B_rows._reinterpret(gl.float32, [2 * T, 16], ROW)
     Cs = C_rows._reinterpret(gl.float32, [2 * T, 16], ROW)
-    MATRIX: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    h_stage = gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 4 * 16], MATRIX)
-    g_stage = gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 4 * 16], MATRIX)
-    x_stage = gl.allocate_shared_memory(gl.bfloat16, [8, CHANNELS], MATRIX).permute([1, 0])
-    dy_stage = gl.allocate_shared_memory(gl.bfloat16, [8, CHANNELS], MATRIX).permute([1, 0])
+    h_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, CHANNELS, 16], WIDE)  # the state before a block
+    early = gl.allocate_shared_memory(gl.float32, [3, CHANNELS, 16], WIDE)
+    h_stage = gl.allocate_shared_memory(gl.bfloat16, [T, CHANNELS, 16], NARROW)
+    g_stage = gl.allocate_shared_memory(gl.bfloat16, [T, CHANNELS, 16], NARROW)
+    weights = gl.allocate_shared_memory(gl.bfloat16, [2 * T, CHANNELS], SLOT)
+    weight_rows = weights._reinterpret(gl.bfloat16, [2 * T, CHANNELS], ROW)
 
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         block = item % blocks
@@ -239,7 +233,7 @@ def _backward_kernel(
         C_lane = t_b * C_step + n_b
         BC_0 = dBC + ((((d * blocks + block) * batch + b) * length + first) * GROUPS + group) * 16
         BC_step = sign * (16 * GROUPS)
-        BC_lane = m // 16 * BC_step + m % 16 + 0 * column
+        BC_0 = BC_0 + (column // T * of_C + column % T * BC_step + m)
         if cuts is not None:
             cuts_0 = cuts + (b * (length + 1) + first + (1 if DIRECTIONS == 1 and REVERSE[0] else d))
 
@@ -286,6 +280,7 @@ def _backward_kernel(
                 B_next = gl.load(B_0 + B_at, left_b > (sub + 2) * T, 0.0)
             gl.store(own + (subs - 1) * (16 * CHANNELS), h)
             async_copy.wait_group(0)
+            debug_barrier()  # the copies from `own`
 
             # 2. The adjoint, block by block.
             last = begin + (subs - 1) * T
@@ -295,12 +290,15 @@ def _backward_kernel(
             rings = rings + (dy_ring,)
             bases = bases + (dy_0,)
             moves = (-T * u_step, -T * dt_step, -T * dy_step)
+            own_at = own + (subs - 1) * (16 * CHANNELS)
             if z is not None:
                 ahead = ahead + ((last + t_r) * z_step + c_r, (last + t_r) * out_step + c_r)
                 rings = rings + (z_ring, s_ring)
                 bases = bases + (z_0, s_0)
                 moves = moves + (-T * z_step, -T * out_step)
             for slot in gl.static_range(SLOTS - 1):
+                async_copy.async_copy_global_to_shared(h_ring.index(slot), own_at, inside_n & (subs > slot))
+                own_at -= 16 * CHANNELS
                 ahead = _copy(rings, bases, ahead, moves, slot, (left_r > -slot * T) & inside_r & (subs > slot))
             B_at = last * B_step + B_lane
             C_at = last * C_step + C_lane
@@ -313,91 +311,88 @@ def _backward_kernel(
             for back in range(subs):
                 sub = subs - 1 - back
                 at = sub * T
-                h = gl.load(own + sub * (16 * CHANNELS))
                 async_copy.wait_group(SLOTS - 2)
+                h = h_ring.index(back % SLOTS).load(STATES)
                 decays = ()
                 befores = ()
-                afters = ()
                 deltas = ()
                 slopes = ()
                 values = ()
-                xs = ()
                 for k in gl.static_range(T):
                     place = back % SLOTS * T + k
                     delta, slope = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, SOFTPLUS)
                     delta = gl.where(at + k < steps, delta, 0.0)
                     u_k = us.index(place).load(LANES).to(gl.float32)
                     x = delta * u_k
+                    weight_rows.index(k).store(x.to(gl.bfloat16))
                     exponent = delta[:, None] * A_n
                     if cuts is not None:
                         begins = gl.load(cuts_0 + (begin + at + k) * sign, at + k < steps, 0)
                         exponent += gl.where(begins != 0, float("-inf"), 0.0)
                     decay = gl.exp2(exponent)
-                    B_k = Bs.index(back % 2 * T + k).load(SHARED)[None, :]
-                    befores = befores + (h,)
-                    h = decay * h + x[:, None] * B_k
-                    afters = afters + (h.to(gl.bfloat16),)
-                    decays = decays + (decay,)
+                    if k < 2:
+                        early.index(2 * k).store(decay)
+                        if k == 1:
+                            early.index(1).store(h)
+                    else:
+                        decays = decays + (decay,)
+                        befores = befores + (h,)
+                    h = decay * h + x[:, None] * Bs.index(back % 2 * T + k).load(SHARED)[None, :]
+                    h_stage.index(k).store(h.to(gl.bfloat16))
                     deltas = deltas + (delta,)
                     slopes = slopes + (slope,)
                     values = values + (u_k,)
-                    xs = xs + (x.to(gl.bfloat16),)
-                h_stage.store(_beside(afters, [CHANNELS, 64], BLOCK))
-                columns = _beside(xs, [CHANNELS, 4], gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0]))
-                columns = gl.join(columns, columns).reshape([CHANNELS, 8])
-                x_stage.store(gl.convert_layout(columns, COLUMNS, assert_trivial=True))
 
-                gs = ()
-                dys_k = ()
-                for back_k in gl.static_range(T):
-                    place = back % SLOTS * T + T - 1 - back_k
-                    there = at + T - 1 - back_k < steps
-                    out = (begin + at + T - 1 - back_k) * out_step + c
+                for j in gl.static_range(T - 1, -1, -1):
+                    place = back % SLOTS * T + j
+                    there = inside & (at + j < steps)
+                    out = (begin + at + j) * out_step + c
                     dy_k = SCALE * dys.index(place).load(LANES).to(gl.float32)
                     if z is not None:
                         z_k = zs.index(place).load(LANES).to(gl.float32)
                         open = reciprocal(1 + gl.exp2(z_k * -LOG2E))
-                        if d == 0:
-                            dz_k = dy_k * sums.index(place).load(LANES).to(gl.float32) * open * (1 + z_k * (1 - open))
-                            gl.store(dz_0 + out, dz_k.to(dz.dtype.element_ty), inside & there)
+                        dz_k = dy_k * sums.index(place).load(LANES).to(gl.float32) * open * (1 + z_k * (1 - open))
+                        gl.store(dz_0 + out, dz_k.to(dz.dtype.element_ty), there & (d == 0))
                         dy_k *= z_k * open
-                    C_k = Cs.index(back % 2 * T + T - 1 - back_k).load(SHARED)[None, :]
-                    B_k = Bs.index(back % 2 * T + T - 1 - back_k).load(SHARED)[None, :]
-                    g += dy_k[:, None] * C_k
-                    gs = (g.to(gl.bfloat16),) + gs
-                    dys_k = (dy_k.to(gl.bfloat16),) + dys_k
-                    gB = gl.sum(g * B_k, 1)
-                    g *= decays[T - 1 - back_k]
-                    q = g * befores[T - 1 - back_k]
+                    weight_rows.index(T + j).store(dy_k.to(gl.bfloat16))
+                    g += dy_k[:, None] * Cs.index(back % 2 * T + j).load(SHARED)[None, :]
+                    g_stage.index(j).store(g.to(gl.bfloat16))
+                    gB = gl.sum(g * Bs.index(back % 2 * T + j).load(SHARED)[None, :], 1)
+                    if j < 2:
+                        decay = early.index(2 * j).load(STATES)
+                        before = early.index(1).load(STATES) if j == 1 else h_ring.index(back % SLOTS).load(STATES)
+                    else:
+                        decay = decays[j - 2]
+                        before = befores[j - 2]
+                    g *= decay
+                    q = g * before
                     qA = gl.sum(q * A_n, 1)
-                    sum_A += q * deltas[T - 1 - back_k][:, None]
-                    du_k = deltas[T - 1 - back_k] * gB
+                    sum_A += q * deltas[j][:, None]
+                    du_k = deltas[j] * gB
                     if D is not None:
                         du_k += skip * dy_k
-                        sum_D += gl.where(there, dy_k * values[T - 1 - back_k], 0.0)
-                    ddt_k = (LN2 * qA + values[T - 1 - back_k] * gB) * slopes[T - 1 - back_k]
+                        sum_D += gl.where(there, dy_k * values[j], 0.0)
+                    ddt_k = (LN2 * qA + values[j] * gB) * slopes[j]
                     sum_bias += gl.where(there, ddt_k, 0.0)
-                    gl.store(du_0 + out, du_k.to(du[0].dtype.element_ty), inside & there)
-                    gl.store(ddt_0 + out, ddt_k.to(ddt[0].dtype.element_ty), inside & there)
-                g_stage.store(_beside(gs, [CHANNELS, 64], BLOCK))
-                columns = _beside(dys_k, [CHANNELS, 4], gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0]))
-                columns = gl.join(columns, columns).reshape([CHANNELS, 8])
-                dy_stage.store(gl.convert_layout(columns, COLUMNS, assert_trivial=True))
-                fence_async_shared()
-                zero = gl.zeros([64, 8], gl.float32, PRODUCT)
-                dB = warpgroup_mma(g_stage.permute([1, 0]), x_stage, zero, use_acc=False, is_async=True)
-                dC = warpgroup_mma(h_stage.permute([1, 0]), dy_stage, zero, use_acc=False, is_async=True)
-                dB, dC = warpgroup_mma_wait(0, deps=[dB, dC])
-                to = BC_0 + ((begin + at) * BC_step + BC_lane)
-                found = diagonal & (at + m // 16 < steps)
-                gl.store(to, dB.to(dBC.dtype.element_ty), found)
-                gl.store(to + of_C, dC.to(dBC.dtype.element_ty), found)
+                    gl.store(du_0 + out, du_k.to(du[0].dtype.element_ty), there)
+                    gl.store(ddt_0 + out, ddt_k.to(ddt[0].dtype.element_ty), there)
+                right = weights.permute([1, 0]).load(RIGHT)
+                zero = gl.zeros([16, 2 * T], gl.float32, PRODUCT)
+                found = zero
+                for k in gl.static_range(T):
+                    of_B = mma_v2(g_stage.index(k).permute([1, 0]).load(LEFT), right, zero)
+                    of_C_k = mma_v2(h_stage.index(k).permute([1, 0]).load(LEFT), right, zero)
+                    found = gl.where(column == k, of_B, gl.where(column == T + k, of_C_k, found))
+                to = BC_0 + (begin + at) * BC_step
+                gl.store(to, found.to(dBC.dtype.element_ty), at + column % T < steps)
 
                 B_rows.index((back + 1) % 2).store(B_next.to(gl.float32))
                 C_rows.index((back + 1) % 2).store(C_next.to(gl.float32))
                 more = back + SLOTS - 1 < subs
                 next_slot = (back + SLOTS - 1) % SLOTS
                 valid = (left_r > -(back + SLOTS - 1) * T) & inside_r & more
+                async_copy.async_copy_global_to_shared(h_ring.index(next_slot), own_at, inside_n & more)
+                own_at -= 16 * CHANNELS
                 ahead = _copy(rings, bases, ahead, moves, next_slot, valid)
                 B_at -= T * B_step
                 C_at -= T * C_step
@@ -417,8 +412,9 @@ def _backward_kernel(
                 gl.store(d_h0 + db * d_inner * 16 + entry, g, inside_n)
 
 
+CHANNELS = 32  # of a program
 T, SLOTS = 4, 3  # steps of a block, slots of a ring
-PROGRAMS = 2  # that a multiprocessor runs at once
+PROGRAMS = 8  # that a multiprocessor runs at once
 
 
 def takes_backward(directions: Sequence[Direction], z: Tensor | None, dy: Tensor) -> bool:
@@ -471,7 +467,7 @@ def launch_backward(
         scratch if starts is None else starts, du, ddt, dz, *parts, dBC, d_h0, scratch,
         items, batch, length, window, windows, int(starts is not None), d_inner // 8, d_inner // groups // 8, **rows,
         REVERSE=tuple(each.reverse for each in directions), SCALE=scale, SOFTPLUS=dt_softplus, GROUPS=groups,
-        K=INTERVAL, SLOTS=SLOTS, CHANNELS=CHANNELS, num_warps=4, maxnreg=255,
+        K=INTERVAL, T=T, SLOTS=SLOTS, CHANNELS=CHANNELS, num_warps=1, maxnreg=255,
     )  # fmt: skip
     # An operator's results may not share memory, so each direction's sums are its own.
     dA, dD, d_bias = ([None if t is None else t[i].sum((0, 1)) for i in range(count)] for t in parts)
