@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,15 +33,16 @@ from .scan_windows import window_length
 
 
 @gluon.jit
-def _step_size(v, SOFTPLUS: gl.constexpr):
-    """delta and d(delta) / dv"""
+def _step_size(v, there, SOFTPLUS: gl.constexpr):
+    """delta and d(delta) / dv; zeros behind the end."""
     if SOFTPLUS:
+        v = gl.where(there, v, float("-inf"))
         delta = softplus(v)
         e = gl.exp2(gl.abs(v) * -LOG2E)  # the compiler has it from the line above
         slope = gl.where(v >= 0, 1.0, e) * reciprocal(1 + e)
     else:
-        delta = v
-        slope = v * 0 + 1
+        delta = gl.where(there, v, 0.0)
+        slope = gl.where(there, v * 0 + 1, 0.0)
     return delta, slope
 
 
@@ -52,6 +54,21 @@ def _of(pair, d):
     else:
         one = gl.where(d == 0, pair[0], pair[1])
     return one
+
+
+@gluon.jit
+def _load_rows(at, step, left, T: gl.constexpr):
+    """T rows, two at a time: so each lane has one number of each pair, in a register of its own until it is needed."""
+    rows = ()
+    for t in gl.static_range(0, T, 2):
+        rows = rows + (gl.load(at + t * step, left > t, 0.0),)
+    return rows
+
+
+@gluon.jit
+def _keep_rows(shared, slot, rows):
+    for i in gl.static_range(len(rows)):
+        shared.index(slot * len(rows) + i).store(rows[i].to(gl.float32))
 
 
 @gluon.jit
@@ -89,10 +106,8 @@ def _backward_kernel(
     du,  # (B, L, E), one per direction
     ddt,  # (B, L, E), one per direction
     dz,  # (B, L, E), with z
-    dA,  # (directions, windows, B, E, N): parts, as all below
-    dD,  # (directions, windows, B, E) or None
-    d_bias,  # (directions, windows, B, E) or None
-    dBC,  # (2, directions, blocks, B, L, G, N): of dB, then of dC
+    d_channels,  # (directions, windows B, E (N + 2)): of dA, then dD, then d(dt_bias)
+    dBC,  # (directions, blocks, 2, B, L, G, N): of dB, then of dC
     d_h0,  # (directions, B, E, N) or None
     scratch,  # (programs, K / T, CHANNELS, N)
     items,  # blocks of channels over all batch entries, directions and windows
@@ -129,7 +144,7 @@ def _backward_kernel(
     LANES: gl.constexpr = gl.SliceLayout(1, STATES)
     SHARED: gl.constexpr = gl.SliceLayout(0, STATES)
     COPIES: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0])
-    NUMBERS: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [1, 1], [1, 0])
+    NUMBERS: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [1, 1], [1, 0])
     SLOT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     # Rows of 16 fp32 or bf16 numbers, one of each lane, 16 bytes at a time: without conflicts of banks.
@@ -142,13 +157,13 @@ def _backward_kernel(
     group_size = group_size8 * 8
     blocks = gl.cdiv(group_size, CHANNELS)
     rows = DIRECTIONS * gl.cdiv(gl.cdiv(length, DIRECTIONS), K)
-    of_C = (DIRECTIONS * blocks * batch).to(gl.int64) * length * (GROUPS * 16)
+    of_C = batch.to(gl.int64) * length * (GROUPS * 16)
 
     lane = gl.arange(0, CHANNELS, LANES)
     n = gl.arange(0, 16, SHARED)[None, :]
     t_r = gl.arange(0, T, gl.SliceLayout(1, COPIES))[:, None]
     lane_r = gl.arange(0, CHANNELS, gl.SliceLayout(0, COPIES))[None, :]
-    t_b = gl.arange(0, T, gl.SliceLayout(1, NUMBERS))[:, None]
+    t_b = gl.arange(0, 2, gl.SliceLayout(1, NUMBERS))[:, None]
     n_b = gl.arange(0, 16, gl.SliceLayout(0, NUMBERS))[None, :]
     own = scratch + gl.program_id(0).to(gl.int64) * (K // T * CHANNELS * 16)
     own = own + (n // 4 * (4 * CHANNELS) + lane[:, None] * 4 + n % 4)  # 16 bytes of each lane beside each other
@@ -167,8 +182,8 @@ def _backward_kernel(
         s_ring = gl.allocate_shared_memory(y_sum.dtype.element_ty, [SLOTS, T, CHANNELS], SLOT)
         zs = z_ring._reinterpret(z.dtype.element_ty, [SLOTS * T, CHANNELS], ROW)
         sums = s_ring._reinterpret(y_sum.dtype.element_ty, [SLOTS * T, CHANNELS], ROW)
-    B_rows = gl.allocate_shared_memory(gl.float32, [2, T, 16], SLOT)
-    C_rows = gl.allocate_shared_memory(gl.float32, [2, T, 16], SLOT)
+    B_rows = gl.allocate_shared_memory(gl.float32, [2 * T // 2, 2, 16], SLOT)
+    C_rows = gl.allocate_shared_memory(gl.float32, [2 * T // 2, 2, 16], SLOT)
     Bs = B_rows._reinterpret(gl.float32, [2 * T, 16], ROW)
     Cs = C_rows._reinterpret(gl.float32, [2 * T, 16], ROW)
     h_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, CHANNELS, 16], WIDE)  # the state before a block
@@ -231,7 +246,7 @@ def _backward_kernel(
         C_0 = _of(C, d) + ((b * C_pitch + first) * C_stride + group * 16)
         B_lane = t_b * B_step + n_b
         C_lane = t_b * C_step + n_b
-        BC_0 = dBC + ((((d * blocks + block) * batch + b) * length + first) * GROUPS + group) * 16
+        BC_0 = dBC + (d * blocks + block).to(gl.int64) * 2 * of_C + ((b * length + first) * GROUPS + group) * 16
         BC_step = sign * (16 * GROUPS)
         BC_0 = BC_0 + (column // T * of_C + column % T * BC_step + m)
         if cuts is not None:
@@ -257,27 +272,27 @@ def _backward_kernel(
             for slot in gl.static_range(SLOTS - 1):
                 ahead = _copy(rings, bases, ahead, moves, slot, left_r > slot * T)
             B_at = begin * B_step + B_lane
-            B_rows.index(0).store(gl.load(B_0 + B_at, left_b > 0, 0.0).to(gl.float32))
+            _keep_rows(B_rows, 0, _load_rows(B_0 + B_at, B_step, left_b, T))
             B_at += T * B_step
-            B_next = gl.load(B_0 + B_at, left_b > T, 0.0)
+            B_next = _load_rows(B_0 + B_at, B_step, left_b - T, T)
             for sub in range(subs - 1):
                 gl.store(own + sub * (16 * CHANNELS), h)
                 async_copy.wait_group(SLOTS - 2)
-                for k in range(T):
+                for k in gl.static_range(T):
                     place = sub % SLOTS * T + k
-                    delta, _ = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, SOFTPLUS)
-                    delta = gl.where(sub * T + k < steps, delta, 0.0)
+                    there = sub * T + k < steps
+                    delta, _ = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, there, SOFTPLUS)
                     x = delta * us.index(place).load(LANES).to(gl.float32)
                     exponent = delta[:, None] * A_n
                     if cuts is not None:
-                        begins = gl.load(cuts_0 + (begin + sub * T + k) * sign, sub * T + k < steps, 0)
+                        begins = gl.load(cuts_0 + (begin + sub * T + k) * sign, there, 0)
                         exponent += gl.where(begins != 0, float("-inf"), 0.0)
                     B_k = Bs.index(sub % 2 * T + k).load(SHARED)[None, :]
                     h = gl.exp2(exponent) * h + x[:, None] * B_k
-                B_rows.index((sub + 1) % 2).store(B_next.to(gl.float32))
+                _keep_rows(B_rows, (sub + 1) % 2, B_next)
                 ahead = _copy(rings, bases, ahead, moves, (sub + SLOTS - 1) % SLOTS, left_r > (sub + SLOTS - 1) * T)
                 B_at += T * B_step
-                B_next = gl.load(B_0 + B_at, left_b > (sub + 2) * T, 0.0)
+                B_next = _load_rows(B_0 + B_at, B_step, left_b - (sub + 2) * T, T)
             gl.store(own + (subs - 1) * (16 * CHANNELS), h)
             async_copy.wait_group(0)
             debug_barrier()  # the copies from `own`
@@ -302,12 +317,13 @@ def _backward_kernel(
                 ahead = _copy(rings, bases, ahead, moves, slot, (left_r > -slot * T) & inside_r & (subs > slot))
             B_at = last * B_step + B_lane
             C_at = last * C_step + C_lane
-            B_rows.index(0).store(gl.load(B_0 + B_at, left_b > 0, 0.0).to(gl.float32))
-            C_rows.index(0).store(gl.load(C_0 + C_at, left_b > 0, 0.0).to(gl.float32))
+            _keep_rows(B_rows, 0, _load_rows(B_0 + B_at, B_step, left_b, T))
+            _keep_rows(C_rows, 0, _load_rows(C_0 + C_at, C_step, left_b, T))
             B_at -= T * B_step
             C_at -= T * C_step
-            B_next = gl.load(B_0 + B_at, (left_b > -T) & (subs > 1), 0.0)
-            C_next = gl.load(C_0 + C_at, (left_b > -T) & (subs > 1), 0.0)
+            left_b = gl.where(subs > 1, left_b + T, 0)
+            B_next = _load_rows(B_0 + B_at, B_step, left_b, T)
+            C_next = _load_rows(C_0 + C_at, C_step, left_b, T)
             for back in range(subs):
                 sub = subs - 1 - back
                 at = sub * T
@@ -320,14 +336,14 @@ def _backward_kernel(
                 values = ()
                 for k in gl.static_range(T):
                     place = back % SLOTS * T + k
-                    delta, slope = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, SOFTPLUS)
-                    delta = gl.where(at + k < steps, delta, 0.0)
+                    there = at + k < steps
+                    delta, slope = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, there, SOFTPLUS)
                     u_k = us.index(place).load(LANES).to(gl.float32)
                     x = delta * u_k
                     weight_rows.index(k).store(x.to(gl.bfloat16))
                     exponent = delta[:, None] * A_n
                     if cuts is not None:
-                        begins = gl.load(cuts_0 + (begin + at + k) * sign, at + k < steps, 0)
+                        begins = gl.load(cuts_0 + (begin + at + k) * sign, there, 0)
                         exponent += gl.where(begins != 0, float("-inf"), 0.0)
                     decay = gl.exp2(exponent)
                     if k < 2:
@@ -371,9 +387,9 @@ def _backward_kernel(
                     du_k = deltas[j] * gB
                     if D is not None:
                         du_k += skip * dy_k
-                        sum_D += gl.where(there, dy_k * values[j], 0.0)
+                        sum_D += dy_k * values[j]  # both are zero behind the end
                     ddt_k = (LN2 * qA + values[j] * gB) * slopes[j]
-                    sum_bias += gl.where(there, ddt_k, 0.0)
+                    sum_bias += ddt_k
                     gl.store(du_0 + out, du_k.to(du[0].dtype.element_ty), there)
                     gl.store(ddt_0 + out, ddt_k.to(ddt[0].dtype.element_ty), there)
                 right = weights.permute([1, 0]).load(RIGHT)
@@ -386,8 +402,8 @@ def _backward_kernel(
                 to = BC_0 + (begin + at) * BC_step
                 gl.store(to, found.to(dBC.dtype.element_ty), at + column % T < steps)
 
-                B_rows.index((back + 1) % 2).store(B_next.to(gl.float32))
-                C_rows.index((back + 1) % 2).store(C_next.to(gl.float32))
+                _keep_rows(B_rows, (back + 1) % 2, B_next)
+                _keep_rows(C_rows, (back + 1) % 2, C_next)
                 more = back + SLOTS - 1 < subs
                 next_slot = (back + SLOTS - 1) % SLOTS
                 valid = (left_r > -(back + SLOTS - 1) * T) & inside_r & more
@@ -396,24 +412,67 @@ def _backward_kernel(
                 ahead = _copy(rings, bases, ahead, moves, next_slot, valid)
                 B_at -= T * B_step
                 C_at -= T * C_step
-                more_b = (left_b > -(back + 2) * T) & (back + 2 < subs)
-                B_next = gl.load(B_0 + B_at, more_b, 0.0)
-                C_next = gl.load(C_0 + C_at, more_b, 0.0)
+                left_b = gl.where(back + 2 < subs, left_b + T, 0)
+                B_next = _load_rows(B_0 + B_at, B_step, left_b, T)
+                C_next = _load_rows(C_0 + C_at, C_step, left_b, T)
             async_copy.wait_group(0)
 
-        part = ((d * windows + at_window).to(gl.int64) * batch + b) * d_inner
-        gl.store(dA + part * 16 + entry, sum_A, inside_n)
-        if dD is not None:
-            gl.store(dD + part + c, sum_D, inside)
-        if d_bias is not None:
-            gl.store(d_bias + part + c, sum_bias, inside)
+        parts = d_channels + ((d * windows + at_window).to(gl.int64) * batch + b) * (d_inner * 18)
+        gl.store(parts + entry, sum_A, inside_n)
+        gl.store(parts + (d_inner * 16 + c), sum_D, inside)
+        gl.store(parts + (d_inner * 17 + c), sum_bias, inside)
         if d_h0 is not None:  # noqa: SIM102
             if gl.where(sign > 0, length - base, base + here) == length:
                 gl.store(d_h0 + db * d_inner * 16 + entry, g, inside_n)
 
 
+@triton.jit(do_not_specialize=["count", "columns", "first_columns", "second_columns"])
+def _sums_kernel(
+    parts,  # (directions, count, columns)
+    first,  # (first_columns,), one per direction: sums of the first columns
+    second,  # (second_columns,) or None: of those behind
+    third,  # or None: of the remaining ones
+    count,
+    columns,
+    first_columns,
+    second_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sums of all parts in fp32, in a fixed order."""
+    d = tl.program_id(1)
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    parts += d.to(tl.int64) * count * columns + column
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, count, ROWS):
+        there = (start + row < count) & (column < columns)
+        total += tl.load(parts + (start + row).to(tl.int64) * columns, there, 0.0).to(tl.float32)
+    total = tl.sum(total, 0)[None, :]
+    tl.store(tl.where(d == 0, first[0], first[len(first) - 1]) + column, total, column < first_columns)
+    column -= first_columns
+    inside = (column >= 0) & (column < second_columns)
+    if second is not None:
+        tl.store(tl.where(d == 0, second[0], second[len(second) - 1]) + column, total, inside)
+    if third is not None:
+        column -= second_columns
+        tl.store(tl.where(d == 0, third[0], third[len(third) - 1]) + column, total, column >= 0)
+
+
+def _sums(parts: Tensor, *of: tuple[Tensor, ...] | None, width: int) -> None:
+    """Write sums of parts (directions, count, columns), of each direction: `of` its first, second, third columns."""
+    _, count, columns = parts.shape
+    rows = min(64, triton.next_power_of_2(count))
+    block = SUMMED // rows
+    first, second, third = of
+    _sums_kernel[(triton.cdiv(columns, block), len(parts))](
+        parts, first, second, third, count, columns, first[0].numel(), width, ROWS=rows, COLUMNS=block
+    )
+
+
 CHANNELS = 32  # of a program
-T, SLOTS = 4, 3  # steps of a block, slots of a ring
+SUMMED = 8192  # parts that a program of the sums takes at a time
+T, SLOTS = 4, 2  # steps of a block, slots of a ring
 PROGRAMS = 8  # that a multiprocessor runs at once
 
 
@@ -455,22 +514,23 @@ def launch_backward(
     du = tuple(each.u.new_empty(each.u.shape) for each in directions)
     ddt = tuple(each.dt.new_empty(each.dt.shape) for each in directions)
     dz = None if z is None else z.new_empty(z.shape)
-    parts = [None if t is None else d.A.new_empty(count, windows, batch, *t.shape) for t in (d.A, d.D, d.dt_bias)]
+    d_channels = d.A.new_empty(count, windows * batch, d_inner * 18)
     # Rounding the parts to bf16 loses no more than rounding their sum.
-    dBC = d.B.new_empty(2, count, blocks, batch, length, groups, 16)
+    dBC = d.B.new_empty(count, blocks, 2 * d.B.numel())
     d_h0 = None if d.initial_state is None else d.A.new_empty(d.initial_state.shape)
     rows = row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z, dy=dy)
     for name in ("u", "dt", "z", "dy"):
         rows[f"{name}_stride8"] = rows.pop(f"{name}_stride") // 8
     _backward_kernel[(programs,)](
         *columns(directions)[:-1], dy, z, None if z is None else y_sum, cut_bytes(d), checkpoints,
-        scratch if starts is None else starts, du, ddt, dz, *parts, dBC, d_h0, scratch,
+        scratch if starts is None else starts, du, ddt, dz, d_channels, dBC, d_h0, scratch,
         items, batch, length, window, windows, int(starts is not None), d_inner // 8, d_inner // groups // 8, **rows,
         REVERSE=tuple(each.reverse for each in directions), SCALE=scale, SOFTPLUS=dt_softplus, GROUPS=groups,
         K=INTERVAL, T=T, SLOTS=SLOTS, CHANNELS=CHANNELS, num_warps=1, maxnreg=255,
     )  # fmt: skip
-    # An operator's results may not share memory, so each direction's sums are its own.
-    dA, dD, d_bias = ([None if t is None else t[i].sum((0, 1)) for i in range(count)] for t in parts)
-    dB, dC = ([t.sum(0) for t in each] for each in dBC)
-    d_starts = [d_h0] * count  # only single directions have initial states
-    return list(zip(du, ddt, dA, dB, dC, dD, d_bias, d_starts, strict=True)), dz
+    sums = [None if t is None else tuple(t.new_empty(t.shape) for _ in directions) for t in (d.A, d.D, d.dt_bias)]
+    dB, dC = (tuple(t.new_empty(t.shape) for _ in directions) for t in (d.B, d.C))
+    _sums(d_channels, *sums, width=d_inner)
+    _sums(dBC, dB, dC, None, width=d.C.numel())
+    dA, dD, d_bias = ([None] * count if t is None else t for t in sums)
+    return list(zip(du, ddt, dA, dB, dC, dD, d_bias, [d_h0] * count, strict=True)), dz
