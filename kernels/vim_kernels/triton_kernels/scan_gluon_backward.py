@@ -57,6 +57,14 @@ def _of(pair, d):
 
 
 @gluon.jit
+def _beside(v):
+    """Eight vectors as the columns of a matrix, within each lane."""
+    even = gl.join(gl.join(v[0], v[4]), gl.join(v[2], v[6]))
+    odd = gl.join(gl.join(v[1], v[5]), gl.join(v[3], v[7]))
+    return gl.join(even, odd).reshape([v[0].shape[0], 8])
+
+
+@gluon.jit
 def _load_rows(at, step, left, T: gl.constexpr):
     """T rows, two at a time: so each lane has one number of each pair, in a register of its own until it is needed."""
     rows = ()
@@ -150,6 +158,7 @@ def _backward_kernel(
     # Rows of 16 fp32 or bf16 numbers, one of each lane, 16 bytes at a time: without conflicts of banks.
     WIDE: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [1, 0])
     NARROW: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
+    COLUMNS: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0])
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
@@ -187,11 +196,17 @@ def _backward_kernel(
     Bs = B_rows._reinterpret(gl.float32, [2 * T, 16], ROW)
     Cs = C_rows._reinterpret(gl.float32, [2 * T, 16], ROW)
     h_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, CHANNELS, 16], WIDE)  # the state before a block
-    early = gl.allocate_shared_memory(gl.float32, [3, CHANNELS, 16], WIDE)
-    h_stage = gl.allocate_shared_memory(gl.bfloat16, [T, CHANNELS, 16], NARROW)
-    g_stage = gl.allocate_shared_memory(gl.bfloat16, [T, CHANNELS, 16], NARROW)
-    weights = gl.allocate_shared_memory(gl.bfloat16, [2 * T, CHANNELS], SLOT)
-    weight_rows = weights._reinterpret(gl.bfloat16, [2 * T, CHANNELS], ROW)
+    # Buffers of their own: between stores to parts of one the compiler puts barriers.
+    early_h = gl.allocate_shared_memory(gl.float32, [CHANNELS, 16], WIDE)
+    early_decays = ()
+    h_stages = ()
+    g_stages = ()
+    for k in gl.static_range(T):
+        h_stages = h_stages + (gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 16], NARROW),)
+        g_stages = g_stages + (gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 16], NARROW),)
+        if k < 2:
+            early_decays = early_decays + (gl.allocate_shared_memory(gl.float32, [CHANNELS, 16], WIDE),)
+    weights = gl.allocate_shared_memory(gl.bfloat16, [2 * T, CHANNELS], SLOT).permute([1, 0])
 
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         block = item % blocks
@@ -329,76 +344,91 @@ def _backward_kernel(
                 at = sub * T
                 async_copy.wait_group(SLOTS - 2)
                 h = h_ring.index(back % SLOTS).load(STATES)
-                decays = ()
-                befores = ()
+                # Loads from shared memory come before stores to it, which the compiler cannot tell apart.
                 deltas = ()
                 slopes = ()
                 values = ()
+                dys_k = ()
                 for k in gl.static_range(T):
                     place = back % SLOTS * T + k
                     there = at + k < steps
                     delta, slope = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, there, SOFTPLUS)
-                    u_k = us.index(place).load(LANES).to(gl.float32)
-                    x = delta * u_k
-                    weight_rows.index(k).store(x.to(gl.bfloat16))
-                    exponent = delta[:, None] * A_n
-                    if cuts is not None:
-                        begins = gl.load(cuts_0 + (begin + at + k) * sign, there, 0)
-                        exponent += gl.where(begins != 0, float("-inf"), 0.0)
-                    decay = gl.exp2(exponent)
-                    if k < 2:
-                        early.index(2 * k).store(decay)
-                        if k == 1:
-                            early.index(1).store(h)
-                    else:
-                        decays = decays + (decay,)
-                        befores = befores + (h,)
-                    h = decay * h + x[:, None] * Bs.index(back % 2 * T + k).load(SHARED)[None, :]
-                    h_stage.index(k).store(h.to(gl.bfloat16))
-                    deltas = deltas + (delta,)
-                    slopes = slopes + (slope,)
-                    values = values + (u_k,)
-
-                for j in gl.static_range(T - 1, -1, -1):
-                    place = back % SLOTS * T + j
-                    there = inside & (at + j < steps)
-                    out = (begin + at + j) * out_step + c
                     dy_k = SCALE * dys.index(place).load(LANES).to(gl.float32)
                     if z is not None:
                         z_k = zs.index(place).load(LANES).to(gl.float32)
                         open = reciprocal(1 + gl.exp2(z_k * -LOG2E))
                         dz_k = dy_k * sums.index(place).load(LANES).to(gl.float32) * open * (1 + z_k * (1 - open))
-                        gl.store(dz_0 + out, dz_k.to(dz.dtype.element_ty), there & (d == 0))
+                        out = (begin + at + k) * out_step + c
+                        gl.store(dz_0 + out, dz_k.to(dz.dtype.element_ty), inside & there & (d == 0))
                         dy_k *= z_k * open
-                    weight_rows.index(T + j).store(dy_k.to(gl.bfloat16))
-                    g += dy_k[:, None] * Cs.index(back % 2 * T + j).load(SHARED)[None, :]
-                    g_stage.index(j).store(g.to(gl.bfloat16))
-                    gB = gl.sum(g * Bs.index(back % 2 * T + j).load(SHARED)[None, :], 1)
-                    if j < 2:
-                        decay = early.index(2 * j).load(STATES)
-                        before = early.index(1).load(STATES) if j == 1 else h_ring.index(back % SLOTS).load(STATES)
+                    deltas = deltas + (delta,)
+                    slopes = slopes + (slope,)
+                    values = values + (us.index(place).load(LANES).to(gl.float32),)
+                    dys_k = dys_k + (dy_k,)
+                B_k = Bs.index(back % 2 * T).load(SHARED)[None, :]
+                xs = ()
+                for k in gl.static_range(T):
+                    xs = xs + (deltas[k] * values[k],)
+                weights.store(gl.convert_layout(_beside(xs + dys_k).to(gl.bfloat16), COLUMNS, assert_trivial=True))
+                decays = ()
+                befores = ()
+                for k in gl.static_range(T):
+                    exponent = deltas[k][:, None] * A_n
+                    if cuts is not None:
+                        begins = gl.load(cuts_0 + (begin + at + k) * sign, at + k < steps, 0)
+                        exponent += gl.where(begins != 0, float("-inf"), 0.0)
+                    decay = gl.exp2(exponent)
+                    decays = decays + (decay,)
+                    befores = befores + (h,)
+                    h = decay * h + xs[k][:, None] * B_k
+                    if k + 1 < T:
+                        B_k = Bs.index(back % 2 * T + k + 1).load(SHARED)[None, :]
                     else:
-                        decay = decays[j - 2]
-                        before = befores[j - 2]
+                        C_k = Cs.index(back % 2 * T + k).load(SHARED)[None, :]
+                    if k < 2:
+                        early_decays[k].store(decay)
+                        if k == 1:
+                            early_h.store(befores[1])
+                    h_stages[k].store(h.to(gl.bfloat16))
+                right = weights.load(RIGHT)
+                zero = gl.zeros([16, 2 * T], gl.float32, PRODUCT)
+                found = zero
+                for k in gl.static_range(T):
+                    product = mma_v2(h_stages[k].permute([1, 0]).load(LEFT), right, zero)
+                    found = gl.where(column == T + k, product, found)
+
+                for j in gl.static_range(T - 1, -1, -1):
+                    if j < 2:
+                        decay = early_decays[j].load(STATES)
+                        before = early_h.load(STATES) if j == 1 else h_ring.index(back % SLOTS).load(STATES)
+                    else:
+                        decay = decays[j]
+                        before = befores[j]
+                    g += dys_k[j][:, None] * C_k
+                    rounded = g.to(gl.bfloat16)
+                    if j > 0:
+                        C_k = Cs.index(back % 2 * T + j - 1).load(SHARED)[None, :]
+                    gB = gl.sum(g * B_k, 1)
+                    if j > 0:
+                        B_k = Bs.index(back % 2 * T + j - 1).load(SHARED)[None, :]
+                    g_stages[j].store(rounded)
                     g *= decay
                     q = g * before
                     qA = gl.sum(q * A_n, 1)
                     sum_A += q * deltas[j][:, None]
                     du_k = deltas[j] * gB
                     if D is not None:
-                        du_k += skip * dy_k
-                        sum_D += dy_k * values[j]  # both are zero behind the end
+                        du_k += skip * dys_k[j]
+                        sum_D += dys_k[j] * values[j]  # both are zero behind the end
                     ddt_k = (LN2 * qA + values[j] * gB) * slopes[j]
                     sum_bias += ddt_k
+                    out = (begin + at + j) * out_step + c
+                    there = inside & (at + j < steps)
                     gl.store(du_0 + out, du_k.to(du[0].dtype.element_ty), there)
                     gl.store(ddt_0 + out, ddt_k.to(ddt[0].dtype.element_ty), there)
-                right = weights.permute([1, 0]).load(RIGHT)
-                zero = gl.zeros([16, 2 * T], gl.float32, PRODUCT)
-                found = zero
                 for k in gl.static_range(T):
-                    of_B = mma_v2(g_stage.index(k).permute([1, 0]).load(LEFT), right, zero)
-                    of_C_k = mma_v2(h_stage.index(k).permute([1, 0]).load(LEFT), right, zero)
-                    found = gl.where(column == k, of_B, gl.where(column == T + k, of_C_k, found))
+                    product = mma_v2(g_stages[k].permute([1, 0]).load(LEFT), right, zero)
+                    found = gl.where(column == k, product, found)
                 to = BC_0 + (begin + at) * BC_step
                 gl.store(to, found.to(dBC.dtype.element_ty), at + column % T < steps)
 
@@ -456,7 +486,8 @@ def _sums_kernel(
         tl.store(tl.where(d == 0, second[0], second[len(second) - 1]) + column, total, inside)
     if third is not None:
         column -= second_columns
-        tl.store(tl.where(d == 0, third[0], third[len(third) - 1]) + column, total, column >= 0)
+        inside = (column >= 0) & (column < columns - first_columns - second_columns)
+        tl.store(tl.where(d == 0, third[0], third[len(third) - 1]) + column, total, inside)
 
 
 def _sums(parts: Tensor, *of: tuple[Tensor, ...] | None, width: int) -> None:
