@@ -58,17 +58,30 @@ def _of(pair, d):
 
 @gluon.jit
 def _beside(v):
-    """Eight vectors as the columns of a matrix, within each lane."""
-    even = gl.join(gl.join(v[0], v[4]), gl.join(v[2], v[6]))
-    odd = gl.join(gl.join(v[1], v[5]), gl.join(v[3], v[7]))
-    return gl.join(even, odd).reshape([v[0].shape[0], 8])
+    """Four vectors as the columns of a matrix, within each lane."""
+    return gl.join(gl.join(v[0], v[2]), gl.join(v[1], v[3])).reshape([v[0].shape[0], 4])
 
 
 @gluon.jit
-def _load_rows(at, step, left, T: gl.constexpr):
-    """T rows, two at a time: so each lane has one number of each pair, in a register of its own until it is needed."""
+def _keep_columns(shared, v):
+    """Store four vectors as the rows of `shared`."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [1, 1], [1, 0])
+    tile = gl.convert_layout(_beside(v).to(shared.dtype), LAYOUT, assert_trivial=True)
+    shared.permute([1, 0]).store(tile)
+
+
+@gluon.jit
+def _copy_states(ring, at, slot, valid, BLOCKS: gl.constexpr, CHANNELS: gl.constexpr):
+    """Start to copy the states before the blocks of a slot; `_copy` commits."""
+    for i in gl.static_range(BLOCKS):
+        async_copy.async_copy_global_to_shared(ring.index(slot * BLOCKS + i), at + i * (16 * CHANNELS), valid)
+
+
+@gluon.jit
+def _load_rows(at, step, left, ROWS: gl.constexpr):
+    """ROWS rows, two at a time: so each lane has one number of each pair, in a register of its own until it is needed."""
     rows = ()
-    for t in gl.static_range(0, T, 2):
+    for t in gl.static_range(0, ROWS, 2):
         rows = rows + (gl.load(at + t * step, left > t, 0.0),)
     return rows
 
@@ -115,10 +128,10 @@ def _backward_kernel(
     ddt,  # (B, L, E), one per direction
     dz,  # (B, L, E), with z
     d_channels,  # (directions, windows B, E (N + 2)): of dA, then dD, then d(dt_bias)
-    dBC,  # (directions, blocks, 2, B, L, G, N): of dB, then of dC
+    dBC,  # (directions, blocks of channels, 2, B, L, G, N): of dB, then of dC
     d_h0,  # (directions, B, E, N) or None
     scratch,  # (programs, K / T, CHANNELS, N)
-    items,  # blocks of channels over all batch entries, directions and windows
+    items,  # blocks of channels, over all batch entries, directions and windows
     batch,
     length,
     window,
@@ -143,8 +156,8 @@ def _backward_kernel(
     SOFTPLUS: gl.constexpr,
     GROUPS: gl.constexpr,
     K: gl.constexpr,
+    ROWS: gl.constexpr,
     T: gl.constexpr,
-    SLOTS: gl.constexpr,
     CHANNELS: gl.constexpr,
 ):
     DIRECTIONS: gl.constexpr = len(REVERSE)
@@ -164,13 +177,13 @@ def _backward_kernel(
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
     d_inner = d_inner8 * 8
     group_size = group_size8 * 8
-    blocks = gl.cdiv(group_size, CHANNELS)
+    channel_blocks = gl.cdiv(group_size, CHANNELS)
     rows = DIRECTIONS * gl.cdiv(gl.cdiv(length, DIRECTIONS), K)
     of_C = batch.to(gl.int64) * length * (GROUPS * 16)
 
     lane = gl.arange(0, CHANNELS, LANES)
     n = gl.arange(0, 16, SHARED)[None, :]
-    t_r = gl.arange(0, T, gl.SliceLayout(1, COPIES))[:, None]
+    t_r = gl.arange(0, ROWS, gl.SliceLayout(1, COPIES))[:, None]
     lane_r = gl.arange(0, CHANNELS, gl.SliceLayout(0, COPIES))[None, :]
     t_b = gl.arange(0, 2, gl.SliceLayout(1, NUMBERS))[:, None]
     n_b = gl.arange(0, 16, gl.SliceLayout(0, NUMBERS))[None, :]
@@ -180,40 +193,42 @@ def _backward_kernel(
     m = gl.arange(0, 16, gl.SliceLayout(1, PRODUCT))[:, None]
     column = gl.arange(0, 2 * T, gl.SliceLayout(0, PRODUCT))[None, :]
 
-    u_ring = gl.allocate_shared_memory(u[0].dtype.element_ty, [SLOTS, T, CHANNELS], SLOT)
-    dt_ring = gl.allocate_shared_memory(dt[0].dtype.element_ty, [SLOTS, T, CHANNELS], SLOT)
-    dy_ring = gl.allocate_shared_memory(dy.dtype.element_ty, [SLOTS, T, CHANNELS], SLOT)
-    us = u_ring._reinterpret(u[0].dtype.element_ty, [SLOTS * T, CHANNELS], ROW)
-    dts = dt_ring._reinterpret(dt[0].dtype.element_ty, [SLOTS * T, CHANNELS], ROW)
-    dys = dy_ring._reinterpret(dy.dtype.element_ty, [SLOTS * T, CHANNELS], ROW)
+    # Rings of two slots of ROWS steps. Gradients take the places of what they are of, until the slot is done.
+    u_ring = gl.allocate_shared_memory(u[0].dtype.element_ty, [2, ROWS, CHANNELS], SLOT)
+    dt_ring = gl.allocate_shared_memory(dt[0].dtype.element_ty, [2, ROWS, CHANNELS], SLOT)
+    dy_ring = gl.allocate_shared_memory(dy.dtype.element_ty, [2, ROWS, CHANNELS], SLOT)
+    us = u_ring._reinterpret(u[0].dtype.element_ty, [2 * ROWS, CHANNELS], ROW)
+    dts = dt_ring._reinterpret(dt[0].dtype.element_ty, [2 * ROWS, CHANNELS], ROW)
+    dys = dy_ring._reinterpret(dy.dtype.element_ty, [2 * ROWS, CHANNELS], ROW)
+    dus = u_ring._reinterpret(u[0].dtype.element_ty, [2 * ROWS // T, T, CHANNELS], SLOT)
+    ddts = dt_ring._reinterpret(dt[0].dtype.element_ty, [2 * ROWS // T, T, CHANNELS], SLOT)
     if z is not None:
-        z_ring = gl.allocate_shared_memory(z.dtype.element_ty, [SLOTS, T, CHANNELS], SLOT)
-        s_ring = gl.allocate_shared_memory(y_sum.dtype.element_ty, [SLOTS, T, CHANNELS], SLOT)
-        zs = z_ring._reinterpret(z.dtype.element_ty, [SLOTS * T, CHANNELS], ROW)
-        sums = s_ring._reinterpret(y_sum.dtype.element_ty, [SLOTS * T, CHANNELS], ROW)
-    B_rows = gl.allocate_shared_memory(gl.float32, [2 * T // 2, 2, 16], SLOT)
-    C_rows = gl.allocate_shared_memory(gl.float32, [2 * T // 2, 2, 16], SLOT)
-    Bs = B_rows._reinterpret(gl.float32, [2 * T, 16], ROW)
-    Cs = C_rows._reinterpret(gl.float32, [2 * T, 16], ROW)
-    h_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, CHANNELS, 16], WIDE)  # the state before a block
+        z_ring = gl.allocate_shared_memory(z.dtype.element_ty, [2, ROWS, CHANNELS], SLOT)
+        s_ring = gl.allocate_shared_memory(y_sum.dtype.element_ty, [2, ROWS, CHANNELS], SLOT)
+        zs = z_ring._reinterpret(z.dtype.element_ty, [2 * ROWS, CHANNELS], ROW)
+        sums = s_ring._reinterpret(y_sum.dtype.element_ty, [2 * ROWS, CHANNELS], ROW)
+        dzs = z_ring._reinterpret(z.dtype.element_ty, [2 * ROWS // T, T, CHANNELS], SLOT)
+    B_rows = gl.allocate_shared_memory(gl.float32, [ROWS, 2, 16], SLOT)
+    C_rows = gl.allocate_shared_memory(gl.float32, [ROWS, 2, 16], SLOT)
+    Bs = B_rows._reinterpret(gl.float32, [2 * ROWS, 16], ROW)
+    Cs = C_rows._reinterpret(gl.float32, [2 * ROWS, 16], ROW)
+    h_ring = gl.allocate_shared_memory(gl.float32, [2 * ROWS // T, CHANNELS, 16], WIDE)  # the state before each block
     # Buffers of their own: between stores to parts of one the compiler puts barriers.
     early_h = gl.allocate_shared_memory(gl.float32, [CHANNELS, 16], WIDE)
     early_decays = ()
-    h_stages = ()
-    g_stages = ()
+    stages = ()
     for k in gl.static_range(T):
-        h_stages = h_stages + (gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 16], NARROW),)
-        g_stages = g_stages + (gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 16], NARROW),)
+        stages = stages + (gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 16], NARROW),)
         if k < 2:
             early_decays = early_decays + (gl.allocate_shared_memory(gl.float32, [CHANNELS, 16], WIDE),)
     weights = gl.allocate_shared_memory(gl.bfloat16, [2 * T, CHANNELS], SLOT).permute([1, 0])
 
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block = item % blocks
-        group = item // blocks % GROUPS
-        b = (item // (blocks * GROUPS) % batch).to(gl.int64)
-        d = item // (blocks * GROUPS) // batch % DIRECTIONS
-        at_window = item // (blocks * GROUPS) // batch // DIRECTIONS
+        channel_block = item % channel_blocks
+        group = item // channel_blocks % GROUPS
+        b = (item // (channel_blocks * GROUPS) % batch).to(gl.int64)
+        d = item // (channel_blocks * GROUPS) // batch % DIRECTIONS
+        at_window = item // (channel_blocks * GROUPS) // batch // DIRECTIONS
         base = at_window * window
         here = gl.minimum(window, length - base)
         half = gl.cdiv(here, DIRECTIONS)
@@ -222,7 +237,7 @@ def _backward_kernel(
         first = base + gl.where(sign > 0, 0, here - 1)
         middle = (here + 1 - d) // 2
         db = d * batch + b
-        c = block * CHANNELS + lane
+        c = channel_block * CHANNELS + lane
         inside = c < group_size
         c += group * group_size
         entry = c[:, None] * 16 + n
@@ -236,7 +251,7 @@ def _backward_kernel(
         sum_D = gl.zeros([CHANNELS], gl.float32, LANES)
         sum_bias = gl.zeros([CHANNELS], gl.float32, LANES)
 
-        c_r = block * CHANNELS + lane_r
+        c_r = channel_block * CHANNELS + lane_r
         inside_r = c_r < group_size
         c_r += group * group_size
         # Uniform addresses of the first step; offsets within a window take 32 bits.
@@ -261,7 +276,7 @@ def _backward_kernel(
         C_0 = _of(C, d) + ((b * C_pitch + first) * C_stride + group * 16)
         B_lane = t_b * B_step + n_b
         C_lane = t_b * C_step + n_b
-        BC_0 = dBC + (d * blocks + block).to(gl.int64) * 2 * of_C + ((b * length + first) * GROUPS + group) * 16
+        BC_0 = dBC + (d * channel_blocks + channel_block).to(gl.int64) * 2 * of_C + ((b * length + first) * GROUPS + group) * 16
         BC_step = sign * (16 * GROUPS)
         BC_0 = BC_0 + (column // T * of_C + column % T * BC_step + m)
         if cuts is not None:
@@ -272,7 +287,8 @@ def _backward_kernel(
             segment = chunk // chunks
             begin = segment * middle + chunk % chunks * K
             end = gl.minimum(begin + K, here if DIRECTIONS == 1 else segment * here + (1 - segment) * middle)
-            subs = gl.cdiv(gl.minimum(K, half - chunk % chunks * K), T)
+            blocks = gl.cdiv(gl.minimum(K, half - chunk % chunks * K), T)
+            slots = gl.cdiv(blocks, ROWS // T)
             steps = end - begin  # at most K; the blocks may go beyond
 
             # 1. Keep the state before each block.
@@ -282,170 +298,182 @@ def _backward_kernel(
             left_b = steps - t_b
             rings = (u_ring, dt_ring)
             bases = (u_0, dt_0)
-            moves = (T * u_step, T * dt_step)
-            ahead = ((begin + t_r) * u_step + c_r, (begin + t_r) * dt_step + c_r)
-            for slot in gl.static_range(SLOTS - 1):
-                ahead = _copy(rings, bases, ahead, moves, slot, left_r > slot * T)
+            moves = (ROWS * u_step, ROWS * dt_step)
+            ahead = _copy(rings, bases, ((begin + t_r) * u_step + c_r, (begin + t_r) * dt_step + c_r), moves, 0, left_r > 0)
             B_at = begin * B_step + B_lane
-            _keep_rows(B_rows, 0, _load_rows(B_0 + B_at, B_step, left_b, T))
-            B_at += T * B_step
-            B_next = _load_rows(B_0 + B_at, B_step, left_b - T, T)
-            for sub in range(subs - 1):
-                gl.store(own + sub * (16 * CHANNELS), h)
-                async_copy.wait_group(SLOTS - 2)
-                for k in gl.static_range(T):
-                    place = sub % SLOTS * T + k
-                    there = sub * T + k < steps
-                    delta, _ = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, there, SOFTPLUS)
-                    x = delta * us.index(place).load(LANES).to(gl.float32)
-                    exponent = delta[:, None] * A_n
-                    if cuts is not None:
-                        begins = gl.load(cuts_0 + (begin + sub * T + k) * sign, there, 0)
-                        exponent += gl.where(begins != 0, float("-inf"), 0.0)
-                    B_k = Bs.index(sub % 2 * T + k).load(SHARED)[None, :]
-                    h = gl.exp2(exponent) * h + x[:, None] * B_k
-                _keep_rows(B_rows, (sub + 1) % 2, B_next)
-                ahead = _copy(rings, bases, ahead, moves, (sub + SLOTS - 1) % SLOTS, left_r > (sub + SLOTS - 1) * T)
-                B_at += T * B_step
-                B_next = _load_rows(B_0 + B_at, B_step, left_b - (sub + 2) * T, T)
-            gl.store(own + (subs - 1) * (16 * CHANNELS), h)
+            B_first = _load_rows(B_0 + B_at, B_step, left_b, ROWS)
+            B_at += ROWS * B_step
+            B_next = _load_rows(B_0 + B_at, B_step, left_b - ROWS, ROWS)
+            _keep_rows(B_rows, 0, B_first)
+            for slot in range(slots):
+                async_copy.wait_group(0)
+                ahead = _copy(rings, bases, ahead, moves, (slot + 1) % 2, left_r > (slot + 1) * ROWS)
+                for block in range(slot * (ROWS // T), gl.minimum((slot + 1) * (ROWS // T), blocks - 1)):
+                    gl.store(own + block * (16 * CHANNELS), h)
+                    for k in gl.static_range(T):
+                        place = block * T % (2 * ROWS) + k
+                        there = block * T + k < steps
+                        delta, _ = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, there, SOFTPLUS)
+                        x = delta * us.index(place).load(LANES).to(gl.float32)
+                        exponent = delta[:, None] * A_n
+                        if cuts is not None:
+                            begins = gl.load(cuts_0 + (begin + block * T + k) * sign, there, 0)
+                            exponent += gl.where(begins != 0, float("-inf"), 0.0)
+                        h = gl.exp2(exponent) * h + x[:, None] * Bs.index(place).load(SHARED)[None, :]
+                _keep_rows(B_rows, (slot + 1) % 2, B_next)
+                B_at += ROWS * B_step
+                B_next = _load_rows(B_0 + B_at, B_step, left_b - (slot + 2) * ROWS, ROWS)
+            gl.store(own + (blocks - 1) * (16 * CHANNELS), h)
             async_copy.wait_group(0)
             debug_barrier()  # the copies from `own`
 
             # 2. The adjoint, block by block.
-            last = begin + (subs - 1) * T
-            left_r = gl.where(inside_r, end - last - t_r, 0)  # grows by T a block
+            last = begin + (slots - 1) * ROWS
+            left_r = gl.where(inside_r, end - last - t_r, 0)
             left_b = end - last - t_b
-            ahead = ((last + t_r) * u_step + c_r, (last + t_r) * dt_step + c_r, (last + t_r) * dy_step + c_r)
+            offsets = ((last + t_r) * u_step + c_r, (last + t_r) * dt_step + c_r, (last + t_r) * dy_step + c_r)
             rings = rings + (dy_ring,)
             bases = bases + (dy_0,)
-            moves = (-T * u_step, -T * dt_step, -T * dy_step)
-            own_at = own + (subs - 1) * (16 * CHANNELS)
+            moves = (-ROWS * u_step, -ROWS * dt_step, -ROWS * dy_step)
+            out_r = (last + t_r) * out_step + c_r
             if z is not None:
-                ahead = ahead + ((last + t_r) * z_step + c_r, (last + t_r) * out_step + c_r)
+                offsets = offsets + ((last + t_r) * z_step + c_r, out_r)
                 rings = rings + (z_ring, s_ring)
                 bases = bases + (z_0, s_0)
-                moves = moves + (-T * z_step, -T * out_step)
-            for slot in gl.static_range(SLOTS - 1):
-                async_copy.async_copy_global_to_shared(h_ring.index(slot), own_at, inside_n & (subs > slot))
-                own_at -= 16 * CHANNELS
-                ahead = _copy(rings, bases, ahead, moves, slot, (left_r > -slot * T) & inside_r & (subs > slot))
+                moves = moves + (-ROWS * z_step, -ROWS * out_step)
+            own_at = own + (slots - 1) * (ROWS // T * 16 * CHANNELS)
+            _copy_states(h_ring, own_at, 0, inside_n, ROWS // T, CHANNELS)
+            ahead = _copy(rings, bases, offsets, moves, 0, left_r > 0)
             B_at = last * B_step + B_lane
             C_at = last * C_step + C_lane
-            _keep_rows(B_rows, 0, _load_rows(B_0 + B_at, B_step, left_b, T))
-            _keep_rows(C_rows, 0, _load_rows(C_0 + C_at, C_step, left_b, T))
-            B_at -= T * B_step
-            C_at -= T * C_step
-            left_b = gl.where(subs > 1, left_b + T, 0)
-            B_next = _load_rows(B_0 + B_at, B_step, left_b, T)
-            C_next = _load_rows(C_0 + C_at, C_step, left_b, T)
-            for back in range(subs):
-                sub = subs - 1 - back
-                at = sub * T
-                async_copy.wait_group(SLOTS - 2)
-                h = h_ring.index(back % SLOTS).load(STATES)
-                # Loads from shared memory come before stores to it, which the compiler cannot tell apart.
-                deltas = ()
-                slopes = ()
-                values = ()
-                dys_k = ()
-                for k in gl.static_range(T):
-                    place = back % SLOTS * T + k
-                    there = at + k < steps
-                    delta, slope = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, there, SOFTPLUS)
-                    dy_k = SCALE * dys.index(place).load(LANES).to(gl.float32)
+            B_first = _load_rows(B_0 + B_at, B_step, left_b, ROWS)
+            C_first = _load_rows(C_0 + C_at, C_step, left_b, ROWS)
+            B_at -= ROWS * B_step
+            C_at -= ROWS * C_step
+            left_b = gl.where(slots > 1, left_b + ROWS, 0)
+            B_next = _load_rows(B_0 + B_at, B_step, left_b, ROWS)
+            C_next = _load_rows(C_0 + C_at, C_step, left_b, ROWS)
+            _keep_rows(B_rows, 0, B_first)
+            _keep_rows(C_rows, 0, C_first)
+            for back in range(slots):
+                slot = slots - 1 - back
+                async_copy.wait_group(0)
+                own_at -= ROWS // T * 16 * CHANNELS
+                _copy_states(h_ring, own_at, (back + 1) % 2, inside_n & (slot > 0), ROWS // T, CHANNELS)
+                ahead = _copy(rings, bases, ahead, moves, (back + 1) % 2, inside_r & (slot > 0))
+                end_block = gl.minimum((slot + 1) * (ROWS // T), blocks)
+                for back_block in range(end_block - slot * (ROWS // T)):
+                    block = end_block - 1 - back_block
+                    place_block = back % 2 * (ROWS // T) + block % (ROWS // T)
+                    first_place = place_block * T
+                    at = block * T
+                    h = h_ring.index(place_block).load(STATES)
+                    # Loads from shared memory come before stores to it, which the compiler cannot tell apart.
+                    deltas = ()
+                    slopes = ()
+                    values = ()
+                    xs = ()
+                    dys_k = ()
+                    dus_k = ()
+                    ddts_k = ()
+                    dzs_k = ()
+                    for k in gl.static_range(T):
+                        place = first_place + k
+                        there = at + k < steps
+                        delta, slope = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, there, SOFTPLUS)
+                        u_k = us.index(place).load(LANES).to(gl.float32)
+                        dy_k = SCALE * dys.index(place).load(LANES).to(gl.float32)
+                        if z is not None:
+                            z_k = zs.index(place).load(LANES).to(gl.float32)
+                            open = reciprocal(1 + gl.exp2(z_k * -LOG2E))
+                            y_k = sums.index(place).load(LANES).to(gl.float32)
+                            dzs_k = dzs_k + (dy_k * y_k * open * (1 + z_k * (1 - open)),)
+                            dy_k *= z_k * open
+                        deltas = deltas + (delta,)
+                        slopes = slopes + (slope,)
+                        values = values + (u_k,)
+                        xs = xs + (delta * u_k,)
+                        dys_k = dys_k + (dy_k,)
+                    B_k = Bs.index(first_place).load(SHARED)[None, :]
+                    columns = gl.join(_beside(xs), _beside(dys_k)).permute([0, 2, 1]).reshape([CHANNELS, 2 * T])
+                    weights.store(gl.convert_layout(columns.to(gl.bfloat16), COLUMNS, assert_trivial=True))
+                    decays = ()
+                    befores = ()
+                    for k in gl.static_range(T):
+                        exponent = deltas[k][:, None] * A_n
+                        if cuts is not None:
+                            begins = gl.load(cuts_0 + (begin + at + k) * sign, at + k < steps, 0)
+                            exponent += gl.where(begins != 0, float("-inf"), 0.0)
+                        decay = gl.exp2(exponent)
+                        decays = decays + (decay,)
+                        befores = befores + (h,)
+                        h = decay * h + xs[k][:, None] * B_k
+                        if k + 1 < T:
+                            B_k = Bs.index(first_place + k + 1).load(SHARED)[None, :]
+                        else:
+                            C_k = Cs.index(first_place + k).load(SHARED)[None, :]
+                        if k < 2:
+                            early_decays[k].store(decay)
+                            if k == 1:
+                                early_h.store(befores[1])
+                        stages[k].store(h.to(gl.bfloat16))
+                    right = weights.load(RIGHT)
+                    zero = gl.zeros([16, 2 * T], gl.float32, PRODUCT)
+                    found = zero
+                    for k in gl.static_range(T):
+                        product = mma_v2(stages[k].permute([1, 0]).load(LEFT), right, zero)
+                        found = gl.where(column == T + k, product, found)
+
+                    for j in gl.static_range(T - 1, -1, -1):
+                        if j < 2:
+                            decay = early_decays[j].load(STATES)
+                            before = early_h.load(STATES) if j == 1 else h_ring.index(place_block).load(STATES)
+                        else:
+                            decay = decays[j]
+                            before = befores[j]
+                        g += dys_k[j][:, None] * C_k
+                        rounded = g.to(gl.bfloat16)
+                        if j > 0:
+                            C_k = Cs.index(first_place + j - 1).load(SHARED)[None, :]
+                        gB = gl.sum(g * B_k, 1)
+                        if j > 0:
+                            B_k = Bs.index(first_place + j - 1).load(SHARED)[None, :]
+                        stages[j].store(rounded)
+                        g *= decay
+                        q = g * before
+                        qA = gl.sum(q * A_n, 1)
+                        sum_A += q * deltas[j][:, None]
+                        du_k = deltas[j] * gB
+                        if D is not None:
+                            du_k += skip * dys_k[j]
+                            sum_D += dys_k[j] * values[j]  # both are zero behind the end
+                        ddt_k = (LN2 * qA + values[j] * gB) * slopes[j]
+                        sum_bias += ddt_k
+                        dus_k = (du_k,) + dus_k
+                        ddts_k = (ddt_k,) + ddts_k
+                    _keep_columns(dus.index(place_block), dus_k)
+                    _keep_columns(ddts.index(place_block), ddts_k)
                     if z is not None:
-                        z_k = zs.index(place).load(LANES).to(gl.float32)
-                        open = reciprocal(1 + gl.exp2(z_k * -LOG2E))
-                        dz_k = dy_k * sums.index(place).load(LANES).to(gl.float32) * open * (1 + z_k * (1 - open))
-                        out = (begin + at + k) * out_step + c
-                        gl.store(dz_0 + out, dz_k.to(dz.dtype.element_ty), inside & there & (d == 0))
-                        dy_k *= z_k * open
-                    deltas = deltas + (delta,)
-                    slopes = slopes + (slope,)
-                    values = values + (us.index(place).load(LANES).to(gl.float32),)
-                    dys_k = dys_k + (dy_k,)
-                B_k = Bs.index(back % 2 * T).load(SHARED)[None, :]
-                xs = ()
-                for k in gl.static_range(T):
-                    xs = xs + (deltas[k] * values[k],)
-                weights.store(gl.convert_layout(_beside(xs + dys_k).to(gl.bfloat16), COLUMNS, assert_trivial=True))
-                decays = ()
-                befores = ()
-                for k in gl.static_range(T):
-                    exponent = deltas[k][:, None] * A_n
-                    if cuts is not None:
-                        begins = gl.load(cuts_0 + (begin + at + k) * sign, at + k < steps, 0)
-                        exponent += gl.where(begins != 0, float("-inf"), 0.0)
-                    decay = gl.exp2(exponent)
-                    decays = decays + (decay,)
-                    befores = befores + (h,)
-                    h = decay * h + xs[k][:, None] * B_k
-                    if k + 1 < T:
-                        B_k = Bs.index(back % 2 * T + k + 1).load(SHARED)[None, :]
-                    else:
-                        C_k = Cs.index(back % 2 * T + k).load(SHARED)[None, :]
-                    if k < 2:
-                        early_decays[k].store(decay)
-                        if k == 1:
-                            early_h.store(befores[1])
-                    h_stages[k].store(h.to(gl.bfloat16))
-                right = weights.load(RIGHT)
-                zero = gl.zeros([16, 2 * T], gl.float32, PRODUCT)
-                found = zero
-                for k in gl.static_range(T):
-                    product = mma_v2(h_stages[k].permute([1, 0]).load(LEFT), right, zero)
-                    found = gl.where(column == T + k, product, found)
-
-                for j in gl.static_range(T - 1, -1, -1):
-                    if j < 2:
-                        decay = early_decays[j].load(STATES)
-                        before = early_h.load(STATES) if j == 1 else h_ring.index(back % SLOTS).load(STATES)
-                    else:
-                        decay = decays[j]
-                        before = befores[j]
-                    g += dys_k[j][:, None] * C_k
-                    rounded = g.to(gl.bfloat16)
-                    if j > 0:
-                        C_k = Cs.index(back % 2 * T + j - 1).load(SHARED)[None, :]
-                    gB = gl.sum(g * B_k, 1)
-                    if j > 0:
-                        B_k = Bs.index(back % 2 * T + j - 1).load(SHARED)[None, :]
-                    g_stages[j].store(rounded)
-                    g *= decay
-                    q = g * before
-                    qA = gl.sum(q * A_n, 1)
-                    sum_A += q * deltas[j][:, None]
-                    du_k = deltas[j] * gB
-                    if D is not None:
-                        du_k += skip * dys_k[j]
-                        sum_D += dys_k[j] * values[j]  # both are zero behind the end
-                    ddt_k = (LN2 * qA + values[j] * gB) * slopes[j]
-                    sum_bias += ddt_k
-                    out = (begin + at + j) * out_step + c
-                    there = inside & (at + j < steps)
-                    gl.store(du_0 + out, du_k.to(du[0].dtype.element_ty), there)
-                    gl.store(ddt_0 + out, ddt_k.to(ddt[0].dtype.element_ty), there)
-                for k in gl.static_range(T):
-                    product = mma_v2(g_stages[k].permute([1, 0]).load(LEFT), right, zero)
-                    found = gl.where(column == k, product, found)
-                to = BC_0 + (begin + at) * BC_step
-                gl.store(to, found.to(dBC.dtype.element_ty), at + column % T < steps)
-
+                        _keep_columns(dzs.index(place_block), dzs_k)
+                    for k in gl.static_range(T):
+                        product = mma_v2(stages[k].permute([1, 0]).load(LEFT), right, zero)
+                        found = gl.where(column == k, product, found)
+                    to = BC_0 + (begin + at) * BC_step
+                    gl.store(to, found.to(dBC.dtype.element_ty), at + column % T < steps)
+                left_rows = steps - slot * ROWS - t_r
+                valid = inside_r & (left_rows > 0)
+                gl.store(du_0 + out_r, u_ring.index(back % 2).load(COPIES), valid)
+                gl.store(ddt_0 + out_r, dt_ring.index(back % 2).load(COPIES), valid)
+                if z is not None:
+                    gl.store(dz_0 + out_r, z_ring.index(back % 2).load(COPIES), valid & (d == 0))
+                out_r -= ROWS * out_step
                 _keep_rows(B_rows, (back + 1) % 2, B_next)
                 _keep_rows(C_rows, (back + 1) % 2, C_next)
-                more = back + SLOTS - 1 < subs
-                next_slot = (back + SLOTS - 1) % SLOTS
-                valid = (left_r > -(back + SLOTS - 1) * T) & inside_r & more
-                async_copy.async_copy_global_to_shared(h_ring.index(next_slot), own_at, inside_n & more)
-                own_at -= 16 * CHANNELS
-                ahead = _copy(rings, bases, ahead, moves, next_slot, valid)
-                B_at -= T * B_step
-                C_at -= T * C_step
-                left_b = gl.where(back + 2 < subs, left_b + T, 0)
-                B_next = _load_rows(B_0 + B_at, B_step, left_b, T)
-                C_next = _load_rows(C_0 + C_at, C_step, left_b, T)
-            async_copy.wait_group(0)
+                B_at -= ROWS * B_step
+                C_at -= ROWS * C_step
+                left_b = gl.where(slot > 1, left_b + ROWS, 0)
+                B_next = _load_rows(B_0 + B_at, B_step, left_b, ROWS)
+                C_next = _load_rows(C_0 + C_at, C_step, left_b, ROWS)
 
         parts = d_channels + ((d * windows + at_window).to(gl.int64) * batch + b) * (d_inner * 18)
         gl.store(parts + entry, sum_A, inside_n)
@@ -503,7 +531,7 @@ def _sums(parts: Tensor, *of: tuple[Tensor, ...] | None, width: int) -> None:
 
 CHANNELS = 32  # of a program
 SUMMED = 8192  # parts that a program of the sums takes at a time
-T, SLOTS = 4, 2  # steps of a block, slots of a ring
+T, ROWS = 4, 8  # steps of a block, and of a slot
 PROGRAMS = 8  # that a multiprocessor runs at once
 
 
@@ -557,7 +585,7 @@ def launch_backward(
         scratch if starts is None else starts, du, ddt, dz, d_channels, dBC, d_h0, scratch,
         items, batch, length, window, windows, int(starts is not None), d_inner // 8, d_inner // groups // 8, **rows,
         REVERSE=tuple(each.reverse for each in directions), SCALE=scale, SOFTPLUS=dt_softplus, GROUPS=groups,
-        K=INTERVAL, T=T, SLOTS=SLOTS, CHANNELS=CHANNELS, num_warps=1, maxnreg=255,
+        K=INTERVAL, ROWS=ROWS, T=T, CHANNELS=CHANNELS, num_warps=1, maxnreg=255,
     )  # fmt: skip
     sums = [None if t is None else tuple(t.new_empty(t.shape) for _ in directions) for t in (d.A, d.D, d.dt_bias)]
     dB, dC = (tuple(t.new_empty(t.shape) for _ in directions) for t in (d.B, d.C))
