@@ -168,8 +168,10 @@ def _backward_kernel(
     NUMBERS: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [1, 1], [1, 0])
     SLOT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    # Rows of 16 fp32 or bf16 numbers, one of each lane, 16 bytes at a time: without conflicts of banks.
-    WIDE: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [1, 0])
+    # The states of a lane, 16 bytes of each lane beside each other; without conflicts of banks, as rows of bf16 below.
+    WIDE: gl.constexpr = gl.SharedLinearLayout(
+        [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0], [8, 0], [16, 0], [0, 4], [0, 8]]
+    )
     NARROW: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
     COLUMNS: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0])
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
@@ -221,7 +223,9 @@ def _backward_kernel(
         stages = stages + (gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 16], NARROW),)
         if k < 2:
             early_decays = early_decays + (gl.allocate_shared_memory(gl.float32, [CHANNELS, 16], WIDE),)
-    weights = gl.allocate_shared_memory(gl.bfloat16, [2 * T, CHANNELS], SLOT).permute([1, 0])
+    weights = gl.allocate_shared_memory(gl.bfloat16, [2 * T, CHANNELS], gl.SwizzledSharedLayout(8, 2, 4, [1, 0])).permute(
+        [1, 0]
+    )
 
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         channel_block = item % channel_blocks
@@ -301,13 +305,12 @@ def _backward_kernel(
             moves = (ROWS * u_step, ROWS * dt_step)
             ahead = _copy(rings, bases, ((begin + t_r) * u_step + c_r, (begin + t_r) * dt_step + c_r), moves, 0, left_r > 0)
             B_at = begin * B_step + B_lane
-            B_first = _load_rows(B_0 + B_at, B_step, left_b, ROWS)
-            B_at += ROWS * B_step
-            B_next = _load_rows(B_0 + B_at, B_step, left_b - ROWS, ROWS)
-            _keep_rows(B_rows, 0, B_first)
+            _keep_rows(B_rows, 0, _load_rows(B_0 + B_at, B_step, left_b, ROWS))
             for slot in range(slots):
                 async_copy.wait_group(0)
                 ahead = _copy(rings, bases, ahead, moves, (slot + 1) % 2, left_r > (slot + 1) * ROWS)
+                B_at += ROWS * B_step
+                B_next = _load_rows(B_0 + B_at, B_step, left_b - (slot + 1) * ROWS, ROWS)
                 for block in range(slot * (ROWS // T), gl.minimum((slot + 1) * (ROWS // T), blocks - 1)):
                     gl.store(own + block * (16 * CHANNELS), h)
                     for k in gl.static_range(T):
@@ -321,8 +324,6 @@ def _backward_kernel(
                             exponent += gl.where(begins != 0, float("-inf"), 0.0)
                         h = gl.exp2(exponent) * h + x[:, None] * Bs.index(place).load(SHARED)[None, :]
                 _keep_rows(B_rows, (slot + 1) % 2, B_next)
-                B_at += ROWS * B_step
-                B_next = _load_rows(B_0 + B_at, B_step, left_b - (slot + 2) * ROWS, ROWS)
             gl.store(own + (blocks - 1) * (16 * CHANNELS), h)
             async_copy.wait_group(0)
             debug_barrier()  # the copies from `own`
@@ -348,11 +349,6 @@ def _backward_kernel(
             C_at = last * C_step + C_lane
             B_first = _load_rows(B_0 + B_at, B_step, left_b, ROWS)
             C_first = _load_rows(C_0 + C_at, C_step, left_b, ROWS)
-            B_at -= ROWS * B_step
-            C_at -= ROWS * C_step
-            left_b = gl.where(slots > 1, left_b + ROWS, 0)
-            B_next = _load_rows(B_0 + B_at, B_step, left_b, ROWS)
-            C_next = _load_rows(C_0 + C_at, C_step, left_b, ROWS)
             _keep_rows(B_rows, 0, B_first)
             _keep_rows(C_rows, 0, C_first)
             for back in range(slots):
@@ -361,6 +357,11 @@ def _backward_kernel(
                 own_at -= ROWS // T * 16 * CHANNELS
                 _copy_states(h_ring, own_at, (back + 1) % 2, inside_n & (slot > 0), ROWS // T, CHANNELS)
                 ahead = _copy(rings, bases, ahead, moves, (back + 1) % 2, inside_r & (slot > 0))
+                B_at -= ROWS * B_step
+                C_at -= ROWS * C_step
+                left_b = gl.where(slot > 0, left_b + ROWS, 0)
+                B_next = _load_rows(B_0 + B_at, B_step, left_b, ROWS)
+                C_next = _load_rows(C_0 + C_at, C_step, left_b, ROWS)
                 end_block = gl.minimum((slot + 1) * (ROWS // T), blocks)
                 for back_block in range(end_block - slot * (ROWS // T)):
                     block = end_block - 1 - back_block
@@ -469,11 +470,6 @@ def _backward_kernel(
                 out_r -= ROWS * out_step
                 _keep_rows(B_rows, (back + 1) % 2, B_next)
                 _keep_rows(C_rows, (back + 1) % 2, C_next)
-                B_at -= ROWS * B_step
-                C_at -= ROWS * C_step
-                left_b = gl.where(slot > 1, left_b + ROWS, 0)
-                B_next = _load_rows(B_0 + B_at, B_step, left_b, ROWS)
-                C_next = _load_rows(C_0 + C_at, C_step, left_b, ROWS)
 
         parts = d_channels + ((d * windows + at_window).to(gl.int64) * batch + b) * (d_inner * 18)
         gl.store(parts + entry, sum_A, inside_n)
