@@ -53,7 +53,7 @@ def test_pair(launches, precision):
         assert_within(pair_excess(length=length, **precision))
     for d_inner in (8, 128, 136, 264):
         assert_within(pair_excess(length=37, d_inner=d_inner, batch=3, **precision))
-    assert set(launches) == ({"forward 2", "backward 2"} if precision is BF16 else {"forward 2"})
+    assert set(launches) == {"forward 2", "backward 2"}
 
 
 @pytest.mark.parametrize("options", [{"absent": ("z",)}, {"absent": ("D", "dt_bias")}, {"groups": 3}], ids=str)

@@ -42,3 +42,55 @@ def column_sums(parts: Tensor, out: Tensor, divisor: int = 1) -> Tensor:
         parts, out, count, columns, stride, divisor, ROWS=rows, COLUMNS=block, num_warps=8
     )
     return out
+
+
+@triton.jit(do_not_specialize=["count", "columns", "first_columns", "second_columns"])
+def _split_sums_kernel(
+    parts,  # (directions, count, columns)
+    first,  # (first_columns,), one per direction: sums of the first columns
+    second,  # (second_columns,) or None: of those behind
+    third,  # or None: of the remaining ones
+    count,
+    columns,
+    first_columns,
+    second_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sums of all parts in fp32, in a fixed order."""
+    d = tl.program_id(1)
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    parts += d.to(tl.int64) * count * columns + column
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, count, ROWS):
+        there = (start + row < count) & (column < columns)
+        total += tl.load(parts + (start + row).to(tl.int64) * columns, there, 0.0).to(tl.float32)
+    total = tl.sum(total, 0)[None, :]
+    tl.store(tl.where(d == 0, first[0], first[len(first) - 1]) + column, total, column < first_columns)
+    column -= first_columns
+    inside = (column >= 0) & (column < second_columns)
+    if second is not None:
+        tl.store(tl.where(d == 0, second[0], second[len(second) - 1]) + column, total, inside)
+    if third is not None:
+        column -= second_columns
+        inside = (column >= 0) & (column < columns - first_columns - second_columns)
+        tl.store(tl.where(d == 0, third[0], third[len(third) - 1]) + column, total, inside)
+
+
+def split_sums(
+    parts: Tensor,
+    first: tuple[Tensor, ...],
+    second: tuple[Tensor, ...] | None,
+    third: tuple[Tensor, ...] | None,
+) -> None:
+    """Write sums over parts (directions, count, columns) into each direction's `first`, `second` and `third`.
+
+    Each takes as many columns as it has elements; those of an absent one, as many as the other behind `first` has.
+    """
+    directions, count, columns = parts.shape
+    rows = min(64, triton.next_power_of_2(count))
+    width = (second or third or first)[0].numel()
+    _split_sums_kernel[(triton.cdiv(columns, TILE // rows), directions)](
+        parts, first, second, third, count, columns, first[0].numel(), width, ROWS=rows, COLUMNS=TILE // rows
+    )

@@ -4,6 +4,7 @@
 long sequences into windows.
 """
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,7 @@ def _modules(
     directions: Sequence[Direction], z: Tensor | None, dy: Tensor | None = None
 ) -> tuple[ModuleType, ModuleType]:
     """What runs a forward call, or with dy the recurrence of the adjoint, and what runs the backward."""
-    if TRIED[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= TRIED[1]:
+    if _tried(triton.__version__):
         from . import scan_gluon, scan_gluon_backward  # another version may not have what they import
 
         if dy is None and scan_gluon.takes(directions, z):
@@ -34,6 +35,11 @@ def _modules(
         if dy is not None and scan_gluon_backward.takes_backward(directions, z, dy):
             return scan_gluon, scan_gluon_backward
     return scan_plain, scan_plain
+
+
+@functools.cache
+def _tried(version: str) -> bool:
+    return TRIED[0] <= tuple(int(part) for part in version.split(".")[:2]) <= TRIED[1]
 
 
 def forward(

@@ -29,6 +29,9 @@ from .scan_plain import INTERVAL
 
 CHANNELS = 128  # of a program
 T, SLOTS = 8, 3  # steps of a slot, slots of a ring
+# Arguments that compile nothing new: not even if they are 1 or divisible by 16.
+SIZES = ["items", "batch", "length", "window", "windows", "started", "d_inner8", "group_size8"]
+SIZES += [f"{name}_{size}" for name in ("u", "dt", "B", "C", "z", "dy") for size in ("pitch", "stride", "stride8")]
 
 
 @gluon.jit
@@ -49,12 +52,31 @@ def reciprocal(x):
     return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "batch", "length", "window", "windows", "started", "d_inner8", "group_size8", "u_pitch", "u_stride8",
-        "dt_pitch", "dt_stride8", "B_pitch", "B_stride", "C_pitch", "C_stride", "z_pitch", "z_stride8",
-    ]
-)  # fmt: skip
+@gluon.jit
+def step_size(v, there, SOFTPLUS: gl.constexpr):
+    """delta and d(delta) / dv; zeros behind the end."""
+    if SOFTPLUS:
+        v = gl.where(there, v, float("-inf"))
+        delta = softplus(v)
+        e = gl.exp2(gl.abs(v) * -LOG2E)  # the compiler has it from the line above
+        slope = gl.where(v >= 0, 1.0, e) * reciprocal(1 + e)
+    else:
+        delta = gl.where(there, v, 0.0)
+        slope = gl.where(there, v * 0 + 1, 0.0)
+    return delta, slope
+
+
+@gluon.jit
+def pointer_of(pair, d):
+    """The pointer of direction d, a scalar."""
+    if len(pair) == 1:
+        one = pair[0]
+    else:
+        one = gl.where(d == 0, pair[0], pair[1])
+    return one
+
+
+@gluon.jit(do_not_specialize=SIZES)
 def _forward_kernel(
     u,  # (B, L, E), one per direction, as all up to dt_bias
     dt,  # (B, L, E)
@@ -71,33 +93,19 @@ def _forward_kernel(
     last_state,  # (directions, B, E, N); without y (windows, directions, B, E, N), the state after each window
     checkpoints,  # (directions, B, rows, E, N) or None
     totals,  # without y: (windows, directions, B, E), sums of delta; infinite if a sequence begins in the window
-    batch,
-    length,
-    window,  # steps per window; see scan_windows
-    windows,
+    batch, length,
+    window, windows,  # steps per window, and their number; see scan_windows
     started,
-    d_inner8,  # in units of 8, as the strides of copied rows: so the compiler knows that copies of 16 bytes are aligned
-    group_size8,
-    u_pitch,  # see `scan_plain`
-    u_stride8,
-    dt_pitch,
-    dt_stride8,
-    B_pitch,
-    B_stride,
-    C_pitch,
-    C_stride,
-    z_pitch,
-    z_stride8,
+    d_inner8, group_size8,  # in units of 8, as strides of copied rows: so copies of 16 bytes are known to be aligned
+    u_pitch, u_stride8, dt_pitch, dt_stride8,  # see `scan_plain`
+    B_pitch, B_stride, C_pitch, C_stride, z_pitch, z_stride8,
     REVERSE: gl.constexpr,  # per direction; the second of two is the reverse one
-    SCALE: gl.constexpr,
-    SOFTPLUS: gl.constexpr,
+    SCALE: gl.constexpr, SOFTPLUS: gl.constexpr,
     ADJOINT: gl.constexpr,  # without y: of dy in place of u, gated by z if there is one, and C in place of B
     GROUPS: gl.constexpr,
     K: gl.constexpr,  # steps between checkpoints
-    T: gl.constexpr,
-    SLOTS: gl.constexpr,
-    CHANNELS: gl.constexpr,
-):
+    T: gl.constexpr, SLOTS: gl.constexpr, CHANNELS: gl.constexpr,
+):  # fmt: skip
     DIRECTIONS: gl.constexpr = len(REVERSE)
     SEGMENTS: gl.constexpr = 1 if y is None else DIRECTIONS
     LAST: gl.constexpr = SEGMENTS - 1
@@ -130,9 +138,9 @@ def _forward_kernel(
     n = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(0, STATES)))[None, :][None, :, :]
     entry = gl.expand_dims(c, 2) * 16 + n
     inside_n = gl.expand_dims(inside, 2) & (n >= 0)
-    A_dn = LOG2E * _of_directions(A, entry, inside_n, gl.expand_dims(d, 2))
-    bias = _of_directions(dt_bias, c, inside, d)
-    skip = _of_directions(D, c, inside, d)
+    A_dn = LOG2E * of_directions(A, entry, inside_n, gl.expand_dims(d, 2))
+    bias = of_directions(dt_bias, c, inside, d)
+    skip = of_directions(D, c, inside, d)
     row = (at.to(gl.int64) * DIRECTIONS + d) * batch + b
     h = gl.load(starts + gl.expand_dims(row, 2) * (d_inner * 16) + entry, inside_n & (started > 0), 0.0)
     total = gl.zeros([DIRECTIONS, CHANNELS], gl.float32, PAIRS)
@@ -349,7 +357,7 @@ def _gap(pair, UNIT: gl.constexpr):
 
 
 @gluon.jit
-def _of_directions(pair, at, inside, d):
+def of_directions(pair, at, inside, d):
     """Elements of each direction's parameter, in fp32; zeros if there is none."""
     if pair is None:
         found = at.to(gl.float32) * 0
@@ -401,29 +409,11 @@ def launch(
     rows = row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z)
     for name in ("u", "dt", "z"):
         rows[f"{name}_stride8"] = rows.pop(f"{name}_stride") // 8
-    _forward_kernel[(blocks * batch * (windows if outputs[0] is not None else windows - 1),)](
-        *columns(directions)[:-1],
-        outputs[2] if starts is None else starts,
-        z,
-        cut_bytes(d),
-        *outputs,
-        batch,
-        length,
-        window,
-        windows,
-        int(starts is not None),
-        d_inner // 8,
-        d_inner // groups // 8,
-        **rows,
-        REVERSE=tuple(each.reverse for each in directions),
-        SCALE=scale,
-        SOFTPLUS=dt_softplus,
-        ADJOINT=dy is not None,
-        GROUPS=groups,
-        K=INTERVAL,
-        T=T,
-        SLOTS=SLOTS,
-        CHANNELS=CHANNELS,
-        num_warps=2 * len(directions),
+    programs = blocks * batch * (windows if outputs[0] is not None else windows - 1)
+    _forward_kernel[(programs,)](
+        *columns(directions)[:-1], outputs[2] if starts is None else starts, z, cut_bytes(d), *outputs,
+        batch, length, window, windows, int(starts is not None), d_inner // 8, d_inner // groups // 8, **rows,
+        REVERSE=tuple(each.reverse for each in directions), SCALE=scale, SOFTPLUS=dt_softplus, ADJOINT=dy is not None,
+        GROUPS=groups, K=INTERVAL, T=T, SLOTS=SLOTS, CHANNELS=CHANNELS, num_warps=2 * len(directions),
         maxnreg=168,  # three programs of four warps on a multiprocessor
-    )
+    )  # fmt: skip

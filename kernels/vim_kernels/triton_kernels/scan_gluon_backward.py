@@ -1,7 +1,7 @@
 # Triton grows a tuple by `tiles + (tile,)` and by nothing else.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
-"""The backward scan in Gluon, for bf16 and 16 states: a lane holds one channel with all its states.
+"""The backward scan in Gluon, for half precision and 16 states: a lane holds one channel with all its states.
 
 A program is one warp, so that none waits for another: 32 channels of one direction, chunk by chunk from the last one.
 
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,33 +26,21 @@ from triton.language import debug_barrier
 from ..directions import Direction
 from ..rows import columns, cut_bytes, row_arguments, row_strides
 from .activations import LN2, LOG2E
-from .scan_gluon import _of_directions, reciprocal, softplus, takes
+from .column_sums import split_sums
+from .scan_gluon import SIZES, of_directions, pointer_of, reciprocal, step_size, takes
 from .scan_plain import INTERVAL
 from .scan_windows import window_length
 
 
 @gluon.jit
-def _step_size(v, there, SOFTPLUS: gl.constexpr):
-    """delta and d(delta) / dv; zeros behind the end."""
-    if SOFTPLUS:
-        v = gl.where(there, v, float("-inf"))
-        delta = softplus(v)
-        e = gl.exp2(gl.abs(v) * -LOG2E)  # the compiler has it from the line above
-        slope = gl.where(v >= 0, 1.0, e) * reciprocal(1 + e)
-    else:
-        delta = gl.where(there, v, 0.0)
-        slope = gl.where(there, v * 0 + 1, 0.0)
-    return delta, slope
-
-
-@gluon.jit
-def _of(pair, d):
-    """That of direction d."""
-    if len(pair) == 1:
-        one = pair[0]
-    else:
-        one = gl.where(d == 0, pair[0], pair[1])
-    return one
+def _ring(of, ROWS: gl.constexpr, T: gl.constexpr, CHANNELS: gl.constexpr):
+    """Two slots of ROWS steps, and the same memory as steps and as blocks of T steps."""
+    TILE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    DTYPE: gl.constexpr = of.dtype.element_ty
+    ring = gl.allocate_shared_memory(DTYPE, [2, ROWS, CHANNELS], TILE)
+    rows = ring._reinterpret(DTYPE, [2 * ROWS, CHANNELS], ROW)
+    return ring, rows, ring._reinterpret(DTYPE, [2 * ROWS // T, T, CHANNELS], TILE)
 
 
 @gluon.jit
@@ -79,7 +66,7 @@ def _copy_states(ring, at, slot, valid, BLOCKS: gl.constexpr, CHANNELS: gl.const
 
 @gluon.jit
 def _load_rows(at, step, left, ROWS: gl.constexpr):
-    """ROWS rows, two at a time: so each lane has one number of each pair, in a register of its own until it is needed."""
+    """ROWS rows, two at a time: so each lane has one number of a pair, in a register of its own."""
     rows = ()
     for t in gl.static_range(0, ROWS, 2):
         rows = rows + (gl.load(at + t * step, left > t, 0.0),)
@@ -88,6 +75,7 @@ def _load_rows(at, step, left, ROWS: gl.constexpr):
 
 @gluon.jit
 def _keep_rows(shared, slot, rows):
+    """Store rows of the slot before as fp32: the compiler would wait here for rows that it has just begun to load."""
     for i in gl.static_range(len(rows)):
         shared.index(slot * len(rows) + i).store(rows[i].to(gl.float32))
 
@@ -103,13 +91,7 @@ def _copy(rings, bases, offsets, steps, slot, valid):
     return ahead
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "items", "batch", "length", "window", "windows", "started", "d_inner8", "group_size8", "u_pitch", "u_stride8",
-        "dt_pitch", "dt_stride8", "B_pitch", "B_stride", "C_pitch", "C_stride", "z_pitch", "z_stride8", "dy_pitch",
-        "dy_stride8",
-    ]
-)  # fmt: skip
+@gluon.jit(do_not_specialize=SIZES)
 def _backward_kernel(
     u,  # (B, L, E), one per direction, as all up to dt_bias
     dt,  # (B, L, E)
@@ -132,35 +114,14 @@ def _backward_kernel(
     d_h0,  # (directions, B, E, N) or None
     scratch,  # (programs, K / T, CHANNELS, N)
     items,  # blocks of channels, over all batch entries, directions and windows
-    batch,
-    length,
-    window,
-    windows,
-    started,
-    d_inner8,
-    group_size8,
-    u_pitch,
-    u_stride8,
-    dt_pitch,
-    dt_stride8,
-    B_pitch,
-    B_stride,
-    C_pitch,
-    C_stride,
-    z_pitch,
-    z_stride8,
-    dy_pitch,
+    batch, length, window, windows, started, d_inner8, group_size8,
+    u_pitch, u_stride8, dt_pitch, dt_stride8, B_pitch, B_stride, C_pitch, C_stride, z_pitch, z_stride8, dy_pitch,
     dy_stride8,
-    REVERSE: gl.constexpr,
-    SCALE: gl.constexpr,
-    SOFTPLUS: gl.constexpr,
-    GROUPS: gl.constexpr,
-    K: gl.constexpr,
-    ROWS: gl.constexpr,
-    T: gl.constexpr,
-    CHANNELS: gl.constexpr,
-):
+    REVERSE: gl.constexpr, SCALE: gl.constexpr, SOFTPLUS: gl.constexpr, GROUPS: gl.constexpr,
+    K: gl.constexpr, ROWS: gl.constexpr, T: gl.constexpr, CHANNELS: gl.constexpr,
+):  # fmt: skip
     DIRECTIONS: gl.constexpr = len(REVERSE)
+    HALF: gl.constexpr = B[0].dtype.element_ty
     STATES: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [1, 1], [1, 0])
     LANES: gl.constexpr = gl.SliceLayout(1, STATES)
     SHARED: gl.constexpr = gl.SliceLayout(0, STATES)
@@ -168,11 +129,11 @@ def _backward_kernel(
     NUMBERS: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [1, 1], [1, 0])
     SLOT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    # The states of a lane, 16 bytes of each lane beside each other; without conflicts of banks, as rows of bf16 below.
-    WIDE: gl.constexpr = gl.SharedLinearLayout(
-        [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0], [8, 0], [16, 0], [0, 4], [0, 8]]
-    )
+    # The states of a lane, 16 bytes of each lane beside each other; without conflicts of banks, as NARROW.
+    BITS: gl.constexpr = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0], [8, 0], [16, 0], [0, 4], [0, 8]]
+    WIDE: gl.constexpr = gl.SharedLinearLayout(BITS)
     NARROW: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
+    WEIGHTS: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
     COLUMNS: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0])
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
@@ -194,22 +155,14 @@ def _backward_kernel(
     # The product of a step: its states by columns that stand for the T steps of dB, then those of dC.
     m = gl.arange(0, 16, gl.SliceLayout(1, PRODUCT))[:, None]
     column = gl.arange(0, 2 * T, gl.SliceLayout(0, PRODUCT))[None, :]
-
+    zero = gl.zeros([16, 2 * T], gl.float32, PRODUCT)
     # Rings of two slots of ROWS steps. Gradients take the places of what they are of, until the slot is done.
-    u_ring = gl.allocate_shared_memory(u[0].dtype.element_ty, [2, ROWS, CHANNELS], SLOT)
-    dt_ring = gl.allocate_shared_memory(dt[0].dtype.element_ty, [2, ROWS, CHANNELS], SLOT)
-    dy_ring = gl.allocate_shared_memory(dy.dtype.element_ty, [2, ROWS, CHANNELS], SLOT)
-    us = u_ring._reinterpret(u[0].dtype.element_ty, [2 * ROWS, CHANNELS], ROW)
-    dts = dt_ring._reinterpret(dt[0].dtype.element_ty, [2 * ROWS, CHANNELS], ROW)
-    dys = dy_ring._reinterpret(dy.dtype.element_ty, [2 * ROWS, CHANNELS], ROW)
-    dus = u_ring._reinterpret(u[0].dtype.element_ty, [2 * ROWS // T, T, CHANNELS], SLOT)
-    ddts = dt_ring._reinterpret(dt[0].dtype.element_ty, [2 * ROWS // T, T, CHANNELS], SLOT)
+    u_ring, us, dus = _ring(u[0], ROWS, T, CHANNELS)
+    dt_ring, dts, ddts = _ring(dt[0], ROWS, T, CHANNELS)
+    dy_ring, dys, _dy_tiles = _ring(dy, ROWS, T, CHANNELS)
     if z is not None:
-        z_ring = gl.allocate_shared_memory(z.dtype.element_ty, [2, ROWS, CHANNELS], SLOT)
-        s_ring = gl.allocate_shared_memory(y_sum.dtype.element_ty, [2, ROWS, CHANNELS], SLOT)
-        zs = z_ring._reinterpret(z.dtype.element_ty, [2 * ROWS, CHANNELS], ROW)
-        sums = s_ring._reinterpret(y_sum.dtype.element_ty, [2 * ROWS, CHANNELS], ROW)
-        dzs = z_ring._reinterpret(z.dtype.element_ty, [2 * ROWS // T, T, CHANNELS], SLOT)
+        z_ring, zs, dzs = _ring(z, ROWS, T, CHANNELS)
+        s_ring, sums, _sum_tiles = _ring(y_sum, ROWS, T, CHANNELS)
     B_rows = gl.allocate_shared_memory(gl.float32, [ROWS, 2, 16], SLOT)
     C_rows = gl.allocate_shared_memory(gl.float32, [ROWS, 2, 16], SLOT)
     Bs = B_rows._reinterpret(gl.float32, [2 * ROWS, 16], ROW)
@@ -220,12 +173,10 @@ def _backward_kernel(
     early_decays = ()
     stages = ()
     for k in gl.static_range(T):
-        stages = stages + (gl.allocate_shared_memory(gl.bfloat16, [CHANNELS, 16], NARROW),)
+        stages = stages + (gl.allocate_shared_memory(HALF, [CHANNELS, 16], NARROW),)
         if k < 2:
             early_decays = early_decays + (gl.allocate_shared_memory(gl.float32, [CHANNELS, 16], WIDE),)
-    weights = gl.allocate_shared_memory(gl.bfloat16, [2 * T, CHANNELS], gl.SwizzledSharedLayout(8, 2, 4, [1, 0])).permute(
-        [1, 0]
-    )
+    weights = gl.allocate_shared_memory(HALF, [2 * T, CHANNELS], WEIGHTS).permute([1, 0])
 
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         channel_block = item % channel_blocks
@@ -246,15 +197,14 @@ def _backward_kernel(
         c += group * group_size
         entry = c[:, None] * 16 + n
         inside_n = inside[:, None] & (n >= 0)
-        A_n = LOG2E * _of_directions(A, entry, inside_n, d)
-        bias = _of_directions(dt_bias, c, inside, d)
-        skip = _of_directions(D, c, inside, d)
+        A_n = LOG2E * of_directions(A, entry, inside_n, d)
+        bias = of_directions(dt_bias, c, inside, d)
+        skip = of_directions(D, c, inside, d)
         row = (at_window.to(gl.int64) * DIRECTIONS * batch + db) * d_inner * 16
         g = gl.load(starts + row + entry, inside_n & (started > 0), 0.0)
         sum_A = gl.zeros([CHANNELS, 16], gl.float32, STATES)
         sum_D = gl.zeros([CHANNELS], gl.float32, LANES)
-        sum_bias = gl.zeros([CHANNELS], gl.float32, LANES)
-
+        sum_bias = sum_D
         c_r = channel_block * CHANNELS + lane_r
         inside_r = c_r < group_size
         c_r += group * group_size
@@ -266,21 +216,21 @@ def _backward_kernel(
         out_step = sign * d_inner
         B_step = sign * B_stride
         C_step = sign * C_stride
-        u_0 = _of(u, d) + (b * u_pitch + first) * (u_stride8 * 8)
-        dt_0 = _of(dt, d) + (b * dt_pitch + first) * (dt_stride8 * 8)
+        u_0 = pointer_of(u, d) + (b * u_pitch + first) * (u_stride8 * 8)
+        dt_0 = pointer_of(dt, d) + (b * dt_pitch + first) * (dt_stride8 * 8)
         dy_0 = dy + (b * dy_pitch + first) * (dy_stride8 * 8)
         out_0 = (b * length + first) * d_inner
-        du_0 = _of(du, d) + out_0
-        ddt_0 = _of(ddt, d) + out_0
+        du_0 = pointer_of(du, d) + out_0
+        ddt_0 = pointer_of(ddt, d) + out_0
         if z is not None:
             z_0 = z + (b * z_pitch + first) * (z_stride8 * 8)
             s_0 = y_sum + out_0
             dz_0 = dz + out_0
-        B_0 = _of(B, d) + ((b * B_pitch + first) * B_stride + group * 16)
-        C_0 = _of(C, d) + ((b * C_pitch + first) * C_stride + group * 16)
+        B_0 = pointer_of(B, d) + ((b * B_pitch + first) * B_stride + group * 16)
+        C_0 = pointer_of(C, d) + ((b * C_pitch + first) * C_stride + group * 16)
         B_lane = t_b * B_step + n_b
         C_lane = t_b * C_step + n_b
-        BC_0 = dBC + (d * channel_blocks + channel_block).to(gl.int64) * 2 * of_C + ((b * length + first) * GROUPS + group) * 16
+        BC_0 = dBC + (d * channel_blocks + channel_block) * 2 * of_C + ((b * length + first) * GROUPS + group) * 16
         BC_step = sign * (16 * GROUPS)
         BC_0 = BC_0 + (column // T * of_C + column % T * BC_step + m)
         if cuts is not None:
@@ -303,27 +253,31 @@ def _backward_kernel(
             rings = (u_ring, dt_ring)
             bases = (u_0, dt_0)
             moves = (ROWS * u_step, ROWS * dt_step)
-            ahead = _copy(rings, bases, ((begin + t_r) * u_step + c_r, (begin + t_r) * dt_step + c_r), moves, 0, left_r > 0)
+            offsets = ((begin + t_r) * u_step + c_r, (begin + t_r) * dt_step + c_r)
+            ahead = _copy(rings, bases, offsets, moves, 0, left_r > 0)
             B_at = begin * B_step + B_lane
-            _keep_rows(B_rows, 0, _load_rows(B_0 + B_at, B_step, left_b, ROWS))
+            B_first = _load_rows(B_0 + B_at, B_step, left_b, ROWS)
+            B_at += ROWS * B_step
+            B_next = _load_rows(B_0 + B_at, B_step, left_b - ROWS, ROWS)
+            _keep_rows(B_rows, 0, B_first)
             for slot in range(slots):
                 async_copy.wait_group(0)
                 ahead = _copy(rings, bases, ahead, moves, (slot + 1) % 2, left_r > (slot + 1) * ROWS)
+                _keep_rows(B_rows, (slot + 1) % 2, B_next)
                 B_at += ROWS * B_step
-                B_next = _load_rows(B_0 + B_at, B_step, left_b - (slot + 1) * ROWS, ROWS)
+                B_next = _load_rows(B_0 + B_at, B_step, left_b - (slot + 2) * ROWS, ROWS)
                 for block in range(slot * (ROWS // T), gl.minimum((slot + 1) * (ROWS // T), blocks - 1)):
                     gl.store(own + block * (16 * CHANNELS), h)
                     for k in gl.static_range(T):
                         place = block * T % (2 * ROWS) + k
                         there = block * T + k < steps
-                        delta, _ = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, there, SOFTPLUS)
+                        delta, slope = step_size(dts.index(place).load(LANES).to(gl.float32) + bias, there, SOFTPLUS)
                         x = delta * us.index(place).load(LANES).to(gl.float32)
                         exponent = delta[:, None] * A_n
                         if cuts is not None:
                             begins = gl.load(cuts_0 + (begin + block * T + k) * sign, there, 0)
                             exponent += gl.where(begins != 0, float("-inf"), 0.0)
                         h = gl.exp2(exponent) * h + x[:, None] * Bs.index(place).load(SHARED)[None, :]
-                _keep_rows(B_rows, (slot + 1) % 2, B_next)
             gl.store(own + (blocks - 1) * (16 * CHANNELS), h)
             async_copy.wait_group(0)
             debug_barrier()  # the copies from `own`
@@ -349,6 +303,11 @@ def _backward_kernel(
             C_at = last * C_step + C_lane
             B_first = _load_rows(B_0 + B_at, B_step, left_b, ROWS)
             C_first = _load_rows(C_0 + C_at, C_step, left_b, ROWS)
+            B_at -= ROWS * B_step
+            C_at -= ROWS * C_step
+            left_b = gl.where(slots > 1, left_b + ROWS, 0)
+            B_next = _load_rows(B_0 + B_at, B_step, left_b, ROWS)
+            C_next = _load_rows(C_0 + C_at, C_step, left_b, ROWS)
             _keep_rows(B_rows, 0, B_first)
             _keep_rows(C_rows, 0, C_first)
             for back in range(slots):
@@ -357,9 +316,11 @@ def _backward_kernel(
                 own_at -= ROWS // T * 16 * CHANNELS
                 _copy_states(h_ring, own_at, (back + 1) % 2, inside_n & (slot > 0), ROWS // T, CHANNELS)
                 ahead = _copy(rings, bases, ahead, moves, (back + 1) % 2, inside_r & (slot > 0))
+                _keep_rows(B_rows, (back + 1) % 2, B_next)
+                _keep_rows(C_rows, (back + 1) % 2, C_next)
                 B_at -= ROWS * B_step
                 C_at -= ROWS * C_step
-                left_b = gl.where(slot > 0, left_b + ROWS, 0)
+                left_b = gl.where(slot > 1, left_b + ROWS, 0)
                 B_next = _load_rows(B_0 + B_at, B_step, left_b, ROWS)
                 C_next = _load_rows(C_0 + C_at, C_step, left_b, ROWS)
                 end_block = gl.minimum((slot + 1) * (ROWS // T), blocks)
@@ -381,7 +342,7 @@ def _backward_kernel(
                     for k in gl.static_range(T):
                         place = first_place + k
                         there = at + k < steps
-                        delta, slope = _step_size(dts.index(place).load(LANES).to(gl.float32) + bias, there, SOFTPLUS)
+                        delta, slope = step_size(dts.index(place).load(LANES).to(gl.float32) + bias, there, SOFTPLUS)
                         u_k = us.index(place).load(LANES).to(gl.float32)
                         dy_k = SCALE * dys.index(place).load(LANES).to(gl.float32)
                         if z is not None:
@@ -397,7 +358,7 @@ def _backward_kernel(
                         dys_k = dys_k + (dy_k,)
                     B_k = Bs.index(first_place).load(SHARED)[None, :]
                     columns = gl.join(_beside(xs), _beside(dys_k)).permute([0, 2, 1]).reshape([CHANNELS, 2 * T])
-                    weights.store(gl.convert_layout(columns.to(gl.bfloat16), COLUMNS, assert_trivial=True))
+                    weights.store(gl.convert_layout(columns.to(HALF), COLUMNS, assert_trivial=True))
                     decays = ()
                     befores = ()
                     for k in gl.static_range(T):
@@ -417,23 +378,20 @@ def _backward_kernel(
                             early_decays[k].store(decay)
                             if k == 1:
                                 early_h.store(befores[1])
-                        stages[k].store(h.to(gl.bfloat16))
+                        stages[k].store(h.to(HALF))
                     right = weights.load(RIGHT)
-                    zero = gl.zeros([16, 2 * T], gl.float32, PRODUCT)
                     found = zero
                     for k in gl.static_range(T):
                         product = mma_v2(stages[k].permute([1, 0]).load(LEFT), right, zero)
                         found = gl.where(column == T + k, product, found)
 
                     for j in gl.static_range(T - 1, -1, -1):
-                        if j < 2:
-                            decay = early_decays[j].load(STATES)
-                            before = early_h.load(STATES) if j == 1 else h_ring.index(place_block).load(STATES)
-                        else:
-                            decay = decays[j]
-                            before = befores[j]
+                        decay = decays[j] if j > 1 else early_decays[j].load(STATES)
+                        before = (
+                            befores[j] if j > 1 else (early_h if j == 1 else h_ring.index(place_block)).load(STATES)
+                        )
                         g += dys_k[j][:, None] * C_k
-                        rounded = g.to(gl.bfloat16)
+                        rounded = g.to(HALF)
                         if j > 0:
                             C_k = Cs.index(first_place + j - 1).load(SHARED)[None, :]
                         gB = gl.sum(g * B_k, 1)
@@ -461,15 +419,12 @@ def _backward_kernel(
                         found = gl.where(column == k, product, found)
                     to = BC_0 + (begin + at) * BC_step
                     gl.store(to, found.to(dBC.dtype.element_ty), at + column % T < steps)
-                left_rows = steps - slot * ROWS - t_r
-                valid = inside_r & (left_rows > 0)
+                valid = inside_r & (slot * ROWS + t_r < steps)
                 gl.store(du_0 + out_r, u_ring.index(back % 2).load(COPIES), valid)
                 gl.store(ddt_0 + out_r, dt_ring.index(back % 2).load(COPIES), valid)
                 if z is not None:
                     gl.store(dz_0 + out_r, z_ring.index(back % 2).load(COPIES), valid & (d == 0))
                 out_r -= ROWS * out_step
-                _keep_rows(B_rows, (back + 1) % 2, B_next)
-                _keep_rows(C_rows, (back + 1) % 2, C_next)
 
         parts = d_channels + ((d * windows + at_window).to(gl.int64) * batch + b) * (d_inner * 18)
         gl.store(parts + entry, sum_A, inside_n)
@@ -480,64 +435,18 @@ def _backward_kernel(
                 gl.store(d_h0 + db * d_inner * 16 + entry, g, inside_n)
 
 
-@triton.jit(do_not_specialize=["count", "columns", "first_columns", "second_columns"])
-def _sums_kernel(
-    parts,  # (directions, count, columns)
-    first,  # (first_columns,), one per direction: sums of the first columns
-    second,  # (second_columns,) or None: of those behind
-    third,  # or None: of the remaining ones
-    count,
-    columns,
-    first_columns,
-    second_columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Sums of all parts in fp32, in a fixed order."""
-    d = tl.program_id(1)
-    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    row = tl.arange(0, ROWS)[:, None]
-    parts += d.to(tl.int64) * count * columns + column
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, count, ROWS):
-        there = (start + row < count) & (column < columns)
-        total += tl.load(parts + (start + row).to(tl.int64) * columns, there, 0.0).to(tl.float32)
-    total = tl.sum(total, 0)[None, :]
-    tl.store(tl.where(d == 0, first[0], first[len(first) - 1]) + column, total, column < first_columns)
-    column -= first_columns
-    inside = (column >= 0) & (column < second_columns)
-    if second is not None:
-        tl.store(tl.where(d == 0, second[0], second[len(second) - 1]) + column, total, inside)
-    if third is not None:
-        column -= second_columns
-        inside = (column >= 0) & (column < columns - first_columns - second_columns)
-        tl.store(tl.where(d == 0, third[0], third[len(third) - 1]) + column, total, inside)
-
-
-def _sums(parts: Tensor, *of: tuple[Tensor, ...] | None, width: int) -> None:
-    """Write sums of parts (directions, count, columns), of each direction: `of` its first, second, third columns."""
-    _, count, columns = parts.shape
-    rows = min(64, triton.next_power_of_2(count))
-    block = SUMMED // rows
-    first, second, third = of
-    _sums_kernel[(triton.cdiv(columns, block), len(parts))](
-        parts, first, second, third, count, columns, first[0].numel(), width, ROWS=rows, COLUMNS=block
-    )
-
-
 CHANNELS = 32  # of a program
-SUMMED = 8192  # parts that a program of the sums takes at a time
 T, ROWS = 4, 8  # steps of a block, and of a slot
 PROGRAMS = 8  # that a multiprocessor runs at once
 
 
 def takes_backward(directions: Sequence[Direction], z: Tensor | None, dy: Tensor) -> bool:
-    """Whether the kernel can run a call. Sums over channels are of numbers rounded to bf16, too coarse for fp16."""
+    """Whether the kernel can run a call."""
     d = directions[0]
     widest = max(row_strides(t)[1] for t in (d.u, d.dt, d.B, d.C, dy, *(() if z is None else (z,))))
     return (
         takes(directions, z)
-        and d.B.dtype == d.C.dtype == torch.bfloat16
+        and d.B.dtype == d.C.dtype
         and dy.element_size() == 2
         and dy.data_ptr() % 16 == 0
         and row_strides(dy)[1] % 8 == 0
@@ -570,7 +479,7 @@ def launch_backward(
     ddt = tuple(each.dt.new_empty(each.dt.shape) for each in directions)
     dz = None if z is None else z.new_empty(z.shape)
     d_channels = d.A.new_empty(count, windows * batch, d_inner * 18)
-    # Rounding the parts to bf16 loses no more than rounding their sum.
+    # Rounding the parts to half precision loses no more than rounding their sum.
     dBC = d.B.new_empty(count, blocks, 2 * d.B.numel())
     d_h0 = None if d.initial_state is None else d.A.new_empty(d.initial_state.shape)
     rows = row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z, dy=dy)
@@ -583,9 +492,9 @@ def launch_backward(
         REVERSE=tuple(each.reverse for each in directions), SCALE=scale, SOFTPLUS=dt_softplus, GROUPS=groups,
         K=INTERVAL, ROWS=ROWS, T=T, CHANNELS=CHANNELS, num_warps=1, maxnreg=255,
     )  # fmt: skip
-    sums = [None if t is None else tuple(t.new_empty(t.shape) for _ in directions) for t in (d.A, d.D, d.dt_bias)]
-    dB, dC = (tuple(t.new_empty(t.shape) for _ in directions) for t in (d.B, d.C))
-    _sums(d_channels, *sums, width=d_inner)
-    _sums(dBC, dB, dC, None, width=d.C.numel())
-    dA, dD, d_bias = ([None] * count if t is None else t for t in sums)
-    return list(zip(du, ddt, dA, dB, dC, dD, d_bias, [d_h0] * count, strict=True)), dz
+    dA, dB, dC = (tuple(t.new_empty(t.shape) for _ in directions) for t in (d.A, d.B, d.C))
+    dD, d_bias = (None if t is None else tuple(t.new_empty(t.shape) for _ in directions) for t in (d.D, d.dt_bias))
+    split_sums(d_channels, dA, dD, d_bias)
+    split_sums(dBC, dB, dC, None)
+    none = [None] * count
+    return list(zip(du, ddt, dA, dB, dC, dD or none, d_bias or none, [d_h0] * count, strict=True)), dz
