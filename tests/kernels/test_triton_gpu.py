@@ -211,7 +211,7 @@ DUALITIES = [
     {"length": 70, "heads": 2, "head_dim": 128, "groups": 1, "d_state": 256, "chunk_size": 32},
     {"length": 70, "head_dim": 20, "d_state": 70, "absent": ("D", "dt_bias", "initial_state"), "chunk_size": 16},
     {"length": 1, "head_dim": 3, "d_state": 5},
-    {"length": 20, "dt_softplus": False, "absent": ("dt_bias",)},
+    {"length": 20, "head_dim": 16, "d_state": 16, "dt_softplus": False, "absent": ("dt_bias",)},
     {"length": 200, "head_dim": 8, "forgetting": 100},
 ]
 

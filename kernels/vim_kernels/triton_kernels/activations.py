@@ -18,6 +18,19 @@ def sigmoid(x):
 
 
 @triton.jit
+def sigmoids(x):
+    """Those of x and of -x: unlike a difference from 1, the smaller one keeps its digits."""
+    e = tl.exp2(tl.abs(x) * -LOG2E)
+    if x.dtype == tl.float64:
+        larger = 1 / (1 + e)
+    else:
+        root = tl.rsqrt(1 + e)
+        larger = root * root
+    smaller = e * larger
+    return tl.where(x >= 0, larger, smaller), tl.where(x >= 0, smaller, larger)
+
+
+@triton.jit
 def softplus(x):
     """max(x, 0) + log1p(exp(-|x|)). In fp32 it equals x above 20, as PyTorch's does."""
     e = tl.exp2(-tl.abs(x) * LOG2E)

@@ -62,11 +62,11 @@ def _split_sums_kernel(
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     row = tl.arange(0, ROWS)[:, None]
     parts += d.to(tl.int64) * count * columns + column
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, count, ROWS):
         there = (start + row < count) & (column < columns)
-        total += tl.load(parts + (start + row).to(tl.int64) * columns, there, 0.0).to(tl.float32)
-    total = tl.sum(total, 0)[None, :]
+        sums += tl.load(parts + (start + row).to(tl.int64) * columns, there, 0.0).to(tl.float32)
+    total = tl.sum(sums, 0)[None, :]
     tl.store(tl.where(d == 0, first[0], first[len(first) - 1]) + column, total, column < first_columns)
     column -= first_columns
     inside = (column >= 0) & (column < second_columns)

@@ -214,11 +214,14 @@ def _step_gradients(
     parts += (at * (5 * Q + BLOCK_P))[:, None]
     rows = parts + 4 * q[None, :]
     # By the end of the chunk a step's input has decayed by the total minus its sum.
-    d_delta = tl.load(rows, tile, 0.0)
-    d_total = tl.sum(delta * d_delta, 1)
-    d_delta += tl.load(rows + 1, tile, 0.0)
+    to_states, within = tl.load(rows, tile, 0.0), tl.load(rows + 1, tile, 0.0)
+    d_delta = to_states + within
+    # Rounded before they are subtracted, which `where` sees to: so a step's effect on itself cancels to the last bit.
+    to_states, within = tl.where(tile, delta * to_states, 0.0), tl.where(tile, delta * within, 0.0)
+    d_total = tl.sum(to_states, 1)
     # d_sums: the gradient of the sum of the exponents up to each step.
-    d_sums = tl.load(rows + 2, tile, 0.0) + tl.load(parts + 4 * Q + q[None, :], tile, 0.0) - delta * d_delta
+    pairs = tl.load(parts + 4 * Q + q[None, :], tile, 0.0) - within
+    d_sums = tl.load(rows + 2, tile, 0.0) + pairs - to_states
     if HAS_D:
         tl.store(dD + at, tl.sum(tl.load(rows + 3, tile, 0.0), 1), inside)
     for start in tl.static_range(0, BLOCK_P, Q):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..precision import state_dtype
 from ..rows import on_device_of
-from .activations import sigmoid
+from .activations import sigmoid, sigmoids
 from .column_sums import column_sums
 
 # Channels of a program, rows at a time; with sums in registers, programs of a launch and loads in flight.
@@ -93,9 +93,9 @@ def _backward_kernel(
         if bias is not None:
             g += gate_bias
             x_t += x_bias
-        open = sigmoid(g)
+        open, closed = sigmoids(g)
         d_x = dy_t * g * open
-        d_g = dy_t * x_t * open * (1 + g * (1 - open))
+        d_g = dy_t * x_t * open * (1 + g * closed)
         tl.store(dx + row * d_stride + channel, d_x, inside)
         tl.store(d_gate + row * d_stride + channel, d_g, inside)
         if bias is not None:
