@@ -26,7 +26,7 @@ help:
 	@echo "make docs            build the documentation in build/site"
 	@echo "make docs-check      run all commands of the documentation in a copy of the repository (14 minutes)"
 	@echo "make test-min        test with the lowest versions of all dependencies, in $(VENV_MIN) (several GB)"
-	@echo "make test-gpu        the tests that need a CUDA device, in $(GPU_WORKERS) processes (4 minutes on 16 cores)"
+	@echo "make test-gpu        the tests that need a CUDA device, in $(GPU_WORKERS) processes (193 s on 16 cores)"
 	@echo "make mutants         wrong versions of the code, each of which a test must fail (about half an hour)"
 	@echo "make sanitize        random calls of the C kernels under gcc's address and undefined-behaviour sanitizers"
 	@echo "make test-timm       timm's own model tests on a model per family, with 4 blocks (fetches timm's sources)"

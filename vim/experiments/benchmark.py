@@ -25,6 +25,7 @@ from vim.checkpoint import one_line
 from vim.console.errors import ConfigError, InterruptedRunError, RunError
 from vim.console.progress import Progress
 from vim.files import whole_file, write_json
+from vim.timm_models.capture import capture
 from vim.timm_models.config import ModelConfig
 from vim.timm_models.create import create_model_at, enable_grad_checkpointing
 from vim.timm_models.name import timm_name
@@ -34,7 +35,7 @@ from .benchmark_config import BenchmarkConfig, Contender, Workload
 from .plots import contender_name, plot_benchmark, workload_name
 
 CLASSES = 1000
-WARM_UP_STEPS = 3  # needed before capturing a CUDA graph; also covers compilation and autotuning
+WARM_UP_STEPS = 3  # also cover compilation and autotuning
 LEARNING_RATE = 1e-5  # small: labels are random, and weights must stay finite over thousands of updates
 
 OUT_OF_MEMORY = "out of memory"
@@ -208,7 +209,7 @@ def build_step(contender: Contender, workload: Workload, precision: Precision, d
             with no_gradients(), autocast():
                 return forward(images)
 
-    return capture(step) if graph else step
+    return captured(step) if graph else step
 
 
 def create_contender(contender: Contender, img_size: int) -> nn.Module:
@@ -233,27 +234,17 @@ def materialise_attention(model: nn.Module, name: str) -> None:
         attention.fused_attn = False  # type: ignore[assignment]
 
 
-def capture(step: Step) -> Step:
-    """Capture the step as one CUDA graph. Each call replays it, on the same inputs, into the same output."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    # Lazy initialisation, compilation and the optimizer state must happen before the capture, and not on the default
-    # stream: autograd runs a backward pass on the stream of its forward pass.
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_STEPS):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        output = step()
+def captured(step: Step) -> Step:
+    """The step as one CUDA graph. Each call replays it, on the same inputs, into the same output."""
+    replay, output = capture(step)
 
-    def replay() -> Tensor:
-        graph.replay()
+    def again() -> Tensor:
+        replay()
         return output
 
     # Keep the step alive: the graph uses the memory of its images, labels and weights.
-    replay.step = step  # type: ignore[attr-defined]
-    return replay
+    again.step = step  # type: ignore[attr-defined]
+    return again
 
 
 def benchmark_table(results: dict[str, Any]) -> Table:

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vim.console.output import make_output
 from vim.console.progress import Progress
 from vim.data import EvalDataConfig, eval_transform, open_images, spread
 from vim.files import whole_file, write_json
+from vim.timm_models.capture import capture
 from vim.timm_models.create import label_names, load_model, weights_from
 from vim.timm_models.input import resolve_input
 
@@ -119,30 +121,18 @@ def _without_file(model: nn.Module, images: Tensor, expected: Tensor, config: Ex
 
 def _captured(run: Runner) -> Runner:
     """`run` as CUDA graphs, one for each number of images, which are copied into it."""
-    graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+    graphs: dict[int, tuple[Tensor, Callable[[], None], Tensor]] = {}
 
     def replay(images: Tensor) -> Tensor:
         if len(images) not in graphs:
-            graphs[len(images)] = _capture(run, images.clone())
-        graph, inside, output = graphs[len(images)]
+            own = images.clone()
+            graphs[len(images)] = own, *capture(lambda: run(own))
+        inside, again, output = graphs[len(images)]
         inside.copy_(images)
-        graph.replay()
+        again()
         return output
 
     return replay
-
-
-def _capture(run: Runner, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # kernels are compiled and libraries initialised before the capture
-            run(images)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        output = run(images)
-    return graph, images, output
 
 
 def _error(run: Runner, images: Tensor, expected: Tensor) -> float:
