@@ -17,6 +17,17 @@ def as_rows(t: Tensor) -> Tensor:
     return t if even and t[0, 0].is_contiguous() else t.contiguous()
 
 
+def as_matrix(t: Tensor) -> Tensor:
+    """t (..., channels) as (rows, channels); a slice of the channels of a wider tensor is not copied."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    """t, copied unless it is contiguous; None without a tensor."""
+    return None if t is None else t.contiguous()
+
+
 def row_strides(t: Tensor) -> tuple[int, int]:
     """(pitch, stride) of a result of `as_rows`: row l of batch entry b begins at element (b * pitch + l) * stride.
 
@@ -37,10 +48,18 @@ def row_arguments(**tensors: Tensor | None) -> dict[str, int]:
     return arguments
 
 
+def row_arguments_of_eights(**tensors: Tensor | None) -> dict[str, int]:
+    """`row_arguments`, the stride as <name>_stride8, in eights: so the compiler sees that rows are aligned."""
+    arguments = row_arguments(**tensors)
+    for name in tensors:
+        arguments[f"{name}_stride8"] = arguments.pop(f"{name}_stride") // 8
+    return arguments
+
+
 def direction_as_rows(d: Direction) -> Direction:
     """The sequences as rows, all else contiguous."""
     u, dt, B, C = (as_rows(t) for t in (d.u, d.dt, d.B, d.C))
-    D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (d.D, d.dt_bias, d.initial_state))
+    D, dt_bias, initial_state = map(contiguous, (d.D, d.dt_bias, d.initial_state))
     return Direction(u, dt, d.A.contiguous(), B, C, D, dt_bias, initial_state, d.reverse, d.cuts)
 
 

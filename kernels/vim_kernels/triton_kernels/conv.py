@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..precision import state_dtype
-from ..rows import as_rows, on_device_of, row_arguments
+from ..rows import as_rows, contiguous, on_device_of, row_arguments
 from .activations import sigmoid
 
 
@@ -401,7 +401,7 @@ def forward(
             tuple(w.contiguous() for w in weight),
             None if bias is None else tuple(t.contiguous() for t in bias),
             _past(initial_state),
-            None if segments is None else segments.contiguous(),
+            contiguous(segments),
             y,
             length,
             d_inner,
@@ -446,7 +446,7 @@ def backward(
             tuple(w.contiguous() for w in weight),
             None if bias is None else tuple(t.contiguous() for t in bias),
             past,
-            None if segments is None else segments.contiguous(),
+            contiguous(segments),
             dx,
             d_taps,
             None if past is None else d_past,

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..precision import state_dtype
-from ..rows import on_device_of
+from ..rows import as_matrix, contiguous, on_device_of
 from .activations import sigmoid
 from .column_sums import column_sums
 
@@ -229,17 +229,9 @@ def _wide(*tensors: Tensor | None) -> tl.dtype:
     return tl.float64 if state_dtype(*tensors) == torch.float64 else tl.float32
 
 
-def _as_rows(gate: Tensor | None) -> Tensor | None:
-    """(rows, channels), without copying a slice of a wider tensor."""
-    if gate is None:
-        return None
-    gate = gate.reshape(-1, gate.shape[-1])
-    return gate if gate.stride(1) == 1 else gate.contiguous()
-
-
 def forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, groups: int, dtype: torch.dtype) -> Tensor:
     """See `rms_norm`."""
-    x, weight, gate = x.contiguous(), weight.contiguous(), _as_rows(gate)
+    x, weight, gate = x.contiguous(), weight.contiguous(), None if gate is None else as_matrix(gate)
     y = x.new_empty(x.shape, dtype=dtype)
     rows = x.numel() // x.shape[-1]
     launch = _Launch(1, rows, x.shape[-1], groups, gate, walks=False, EPS=eps, S=_wide(x, weight, gate))
@@ -254,7 +246,7 @@ def backward(
     """Gradients of x, weight and gate in their dtypes; the last one is empty without a gate."""
     dy, x = dy.contiguous(), x.contiguous()
     d_gate = x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
-    gate = _as_rows(gate)
+    gate = None if gate is None else as_matrix(gate)
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
     launch = _Launch(1, rows, width, groups, gate, walks=True, EPS=eps, S=_wide(x, weight, gate))
     dx = x.new_empty(x.shape)
@@ -292,7 +284,7 @@ def residual_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """x + (branch + bias) * scale, (B, L, D), and its norm in `dtype`, if there is a weight; see `vim_kernels`."""
     x = x.contiguous()
-    weight, bias, scale = (_contiguous(t) for t in (weight, bias, scale))
+    weight, bias, scale = map(contiguous, (weight, bias, scale))
     batch, length, width = x.shape
     stream, y, sums = None, None, None
     if branch is not None:
@@ -334,7 +326,7 @@ def residual_backward(
     length = like.shape[1]
     constants = {"EPS": eps, "S": _wide(like, weight), "HEADING": heading, "REVERSE": reverse}
     launch = _Launch(batch, length, width, 1, None, walks=True, **constants)
-    d_stream, dy, stream, weight, scale = (_contiguous(t) for t in (d_stream, dy, stream, weight, scale))
+    d_stream, dy, stream, weight, scale = map(contiguous, (d_stream, dy, stream, weight, scale))
     dx = None if weight is None else like.new_empty(like.shape)
     d_branch = None if branch is None else like.new_empty(batch, length + heading, width, dtype=branch)
     wide = state_dtype(like, weight)
@@ -352,7 +344,3 @@ def residual_backward(
             if parts is not None and total is not None:
                 column_sums(parts, total)
     return d_stream if dx is None else dx, d_branch, d_bias, d_weight
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()

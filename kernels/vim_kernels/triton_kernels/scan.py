@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from ..directions import Direction, DirectionGrads, ScanOutput
-from ..rows import agreeing, as_rows, on_device_of
+from ..rows import agreeing, as_rows, contiguous, on_device_of
 from . import scan_plain
 from .scan_plain import checkpoint_rows
 from .scan_windows import window_length, window_starts
@@ -92,7 +92,7 @@ def backward(
     d, count = directions[0], len(directions)
     dy, z = as_rows(dy), None if z is None else as_rows(z)
     window = window_length(d, count)
-    end = None if d_last_state is None else d_last_state.contiguous()
+    end = contiguous(d_last_state)
     options: dict[str, Any] = {"dt_softplus": dt_softplus, "scale": scale}
     recurrence, gradients = _modules(directions, z, dy)
 

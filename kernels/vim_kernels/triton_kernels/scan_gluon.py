@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language import debug_barrier
 
 from ..directions import Direction
-from ..rows import columns, cut_bytes, row_arguments, row_strides
+from ..rows import columns, cut_bytes, row_arguments, row_arguments_of_eights, row_strides
 from .activations import LOG2E
 from .scan_plain import INTERVAL
 
@@ -406,9 +406,7 @@ def launch(
     groups = d.B.shape[2]
     blocks = triton.cdiv(d_inner // groups, CHANNELS) * groups
     windows = triton.cdiv(length, window)
-    rows = row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z)
-    for name in ("u", "dt", "z"):
-        rows[f"{name}_stride8"] = rows.pop(f"{name}_stride") // 8
+    rows = row_arguments(B=d.B, C=d.C) | row_arguments_of_eights(u=d.u, dt=d.dt, z=z)
     programs = blocks * batch * (windows if outputs[0] is not None else windows - 1)
     _forward_kernel[(programs,)](
         *columns(directions)[:-1], outputs[2] if starts is None else starts, z, cut_bytes(d), *outputs,

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language import debug_barrier
 
 from ..directions import Direction
-from ..rows import columns, cut_bytes, row_arguments, row_strides
+from ..rows import columns, cut_bytes, row_arguments, row_arguments_of_eights, row_strides
 from .activations import LN2, LOG2E
 from .column_sums import split_sums
 from .scan_gluon import SIZES, of_directions, pointer_of, reciprocal, step_size, takes
@@ -430,7 +430,7 @@ def _backward_kernel(
         gl.store(parts + entry, sum_A, inside_n)
         gl.store(parts + (d_inner * 16 + c), sum_D, inside)
         gl.store(parts + (d_inner * 17 + c), sum_bias, inside)
-        if d_h0 is not None:  # noqa: SIM102
+        if d_h0 is not None:  # noqa: SIM102 (Triton skips a block only for a separate `None` test)
             if gl.where(sign > 0, length - base, base + here) == length:
                 gl.store(d_h0 + db * d_inner * 16 + entry, g, inside_n)
 
@@ -482,9 +482,7 @@ def launch_backward(
     # Rounding the parts to half precision loses no more than rounding their sum.
     dBC = d.B.new_empty(count, blocks, 2 * d.B.numel())
     d_h0 = None if d.initial_state is None else d.A.new_empty(d.initial_state.shape)
-    rows = row_arguments(u=d.u, dt=d.dt, B=d.B, C=d.C, z=z, dy=dy)
-    for name in ("u", "dt", "z", "dy"):
-        rows[f"{name}_stride8"] = rows.pop(f"{name}_stride") // 8
+    rows = row_arguments(B=d.B, C=d.C) | row_arguments_of_eights(u=d.u, dt=d.dt, z=z, dy=dy)
     _backward_kernel[(programs,)](
         *columns(directions)[:-1], dy, z, None if z is None else y_sum, cut_bytes(d), checkpoints,
         scratch if starts is None else starts, du, ddt, dz, d_channels, dBC, d_h0, scratch,

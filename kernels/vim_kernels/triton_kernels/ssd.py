@@ -22,14 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import on_device_of, row_arguments
+from ..rows import contiguous, on_device_of, row_arguments
 from .ssd_backward import backward
 from .ssd_states import (
     VARIABLE,
     Shape,
     chunk_rows,
     chunk_steps,
-    contiguous,
     load_steps,
     narrow,
     program_place,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import on_device_of, row_arguments
+from ..rows import contiguous, on_device_of, row_arguments
 from .activations import sigmoid
 from .ssd_states import (
     FORGOTTEN,
@@ -22,7 +22,6 @@ from .ssd_states import (
     Shape,
     chunk_rows,
     chunk_steps,
-    contiguous,
     load_steps,
     narrow,
     program_place,

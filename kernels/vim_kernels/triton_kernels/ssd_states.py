@@ -305,7 +305,3 @@ class Shape:
 def chunk_rows(t: Tensor) -> Tensor:
     """`as_rows`, with rows close enough for the 32-bit offsets of a chunk."""
     return as_rows(t if t.stride(1) <= 2**25 else t.contiguous())
-
-
-def contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..precision import state_dtype
-from ..rows import on_device_of
+from ..rows import as_matrix, contiguous, on_device_of
 from .activations import sigmoid, sigmoids
 from .column_sums import column_sums
 
@@ -112,12 +112,6 @@ def _view(t: Tensor) -> Tensor:
     return t.view(-1, t.shape[-1])
 
 
-def _rows(t: Tensor) -> Tensor:
-    """(rows, channels), without copying a half of wider rows."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
 def _launch(x: Tensor, *others: Tensor | None, walks: bool) -> tuple[tuple[int, int], dict[str, Any]]:
     rows, channels = x.shape
     blocks = triton.cdiv(channels, CHANNELS)
@@ -138,7 +132,7 @@ def _launch(x: Tensor, *others: Tensor | None, walks: bool) -> tuple[tuple[int, 
 def forward(gate: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `swiglu`; bias: (2 * channels,), added to gate and x."""
     y = x.new_empty(x.shape)
-    gate, x, bias = _rows(gate), _rows(x), None if bias is None else bias.contiguous()
+    gate, x, bias = as_matrix(gate), as_matrix(x), contiguous(bias)
     grid, sizes = _launch(x, gate, bias, walks=False)
     with on_device_of(x):
         _forward_kernel[grid](gate, x, bias, y, gate_stride=gate.stride(0), x_stride=x.stride(0), **sizes)
@@ -147,7 +141,7 @@ def forward(gate: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def backward(dy: Tensor, gate: Tensor, x: Tensor, bias: Tensor | None, d_gate: Tensor, dx: Tensor) -> Tensor | None:
     """Write the gradients of gate and x into d_gate and dx. Returns: that of the bias."""
-    dy, gate, x, d_gate, dx = _rows(dy).contiguous(), _rows(gate), _rows(x), _view(d_gate), _view(dx)
+    dy, gate, x, d_gate, dx = as_matrix(dy).contiguous(), as_matrix(gate), as_matrix(x), _view(d_gate), _view(dx)
     grid, sizes = _launch(x, gate, bias, walks=bias is not None)
     parts = None
     if bias is not None:
